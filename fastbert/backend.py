@@ -1,0 +1,84 @@
+"""Which path runs, and why.
+
+A tensor on a GPU takes the Triton kernels, a tensor on the CPU plain torch. Under Triton's interpreter
+(TRITON_INTERPRET=1, for tests) the kernels also run on CPU tensors when asked for by `use_backend("triton")`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastbert.errors import ArgumentError, BackendError
+from fastbert.kernels import target
+
+Path = Literal["triton", "torch"]
+
+_forced: Path | None = None
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The path that a call on a device takes, and the reason in words."""
+
+    path: Path
+    reason: str
+
+
+@contextmanager
+def use_backend(path: Path) -> Iterator[None]:
+    """Force one path inside a `with` block, for the whole process.
+
+    `use_backend("torch")` runs plain torch on any device. `use_backend("triton")` raises BackendError where the
+    kernels can't serve a call, instead of saying so once and running torch.
+    """
+    global _forced
+    if path not in ("triton", "torch"):
+        raise ArgumentError("path", repr(path), "'triton' or 'torch'")
+    before, _forced = _forced, path
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def decide(device: torch.device) -> Decision:
+    """The path for tensors on `device`, were the call one that the kernels serve."""
+    if _forced == "torch":
+        return Decision("torch", 'use_backend("torch") is in force')
+    if device.type == "cuda":
+        return Decision("triton", "the tensor is on a GPU")
+    if device.type == "cpu" and _forced == "triton" and target.interpreted():
+        return Decision("triton", 'use_backend("triton") is in force, under Triton\'s interpreter')
+    return Decision("torch", f"the tensor is on {device.type}; the Triton kernels need a GPU")
+
+
+def uses_triton(op: str, x: Tensor, unserved: str | None = None) -> bool:
+    """Whether `op` on `x` runs its Triton kernel; `unserved` says why the kernel can't serve this call, if it can't.
+
+    Raises:
+        BackendError: under `use_backend("triton")`, when the kernel can't run.
+    """
+    decision = decide(x.device)
+    if decision.path == "triton" and unserved is None:
+        return True
+    reason = decision.reason if decision.path == "torch" else unserved
+    if _forced == "triton":
+        raise BackendError(op, reason, "a call that the Triton kernels serve", "Leave use_backend to run plain torch.")
+    if decision.path == "triton":
+        _say_once(f"fastbert.{op} runs plain torch on {x.device}: {unserved}")
+    return False
+
+
+@torch.compiler.disable
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=4)

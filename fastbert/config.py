@@ -1,0 +1,124 @@
+"""EncoderConfig: everything that decides the shape and arithmetic of an encoder, once, frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from fastbert.errors import ArgumentError
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+# Hugging Face's names for the activations we have; the two tanh spellings are the same function.
+HF_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape and arithmetic of a BERT encoder.
+
+    Attributes:
+        vocab_size, hidden_size, num_layers, num_heads, intermediate_size: sizes; `hidden_size` is a multiple of
+            `num_heads`, and `head_dim = hidden_size / num_heads` a multiple of 8 up to 256.
+        max_positions, type_vocab_size: rows of the position and token-type tables.
+        activation: "gelu" is the exact (erf) form, "gelu_tanh" its tanh approximation.
+        eps: LayerNorm epsilon.
+        hidden_dropout, attention_dropout: probabilities, used in training mode only.
+        pad_token_id: row of the word table that padding uses.
+        initializer_range: standard deviation of freshly initialised weights.
+
+    Raises:
+        ArgumentError: a size is not positive, a probability not in [0, 1), or head_dim not served.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    max_positions: int = 512
+    type_vocab_size: int = 2
+    activation: Activation = "gelu"
+    eps: float = 1e-12
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    pad_token_id: int = 0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_heads", "intermediate_size", "max_positions", "type_vocab_size"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(name, getattr(self, name), "a positive int")
+        if self.num_layers < 0:
+            raise ArgumentError("num_layers", self.num_layers, "zero or more layers")
+        if self.hidden_size % self.num_heads:
+            raise ArgumentError("num_heads", self.num_heads, f"a divisor of hidden_size={self.hidden_size}")
+        if self.head_dim % 8 or self.head_dim > 256:
+            raise ArgumentError(
+                "num_heads", self.num_heads, f"head_dim (here {self.head_dim}) a multiple of 8 up to 256"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ArgumentError(name, getattr(self, name), "a probability in [0, 1)")
+        if self.activation not in get_args(Activation):
+            raise ArgumentError("activation", self.activation, f"one of {', '.join(get_args(Activation))}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> EncoderConfig:
+        """From a transformers `BertConfig`, or the dict read from its `config.json`.
+
+        Raises:
+            ArgumentError: the config asks for something a BERT encoder here does not do (decoder, cross-attention,
+                relative positions, an activation we lack).
+        """
+        given: dict[str, Any] = dict(hf) if isinstance(hf, dict) else hf.to_dict()
+        for name in ("is_decoder", "add_cross_attention"):
+            if given.get(name):
+                raise ArgumentError(f"config.{name}", True, "False: this is a bidirectional encoder")
+        positions = given.get("position_embedding_type") or "absolute"
+        if positions != "absolute":
+            raise ArgumentError("config.position_embedding_type", repr(positions), "'absolute'")
+        if given.get("embedding_size", given.get("hidden_size")) != given.get("hidden_size"):
+            raise ArgumentError("config.embedding_size", given["embedding_size"], "the same as hidden_size")
+        activation = given.get("hidden_act", "gelu")
+        if activation not in HF_ACTIVATIONS:
+            raise ArgumentError("config.hidden_act", repr(activation), f"one of {', '.join(HF_ACTIVATIONS)}")
+        values = {ours: given[theirs] for ours, theirs in _HF_NAMES.items() if given.get(theirs) is not None}
+        return cls(**values, activation=HF_ACTIVATIONS[activation])
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a Hugging Face `BertConfig` that mean this encoder."""
+        names = {activation: name for name, activation in reversed(HF_ACTIVATIONS.items())}
+        values: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()}
+        return {"model_type": "bert", **values, "hidden_act": names[self.activation]}
+
+
+
+_HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "type_vocab_size": "type_vocab_size",
+    "eps": "layer_norm_eps",
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "pad_token_id": "pad_token_id",
+    "initializer_range": "initializer_range",
+}
+assert set(_HF_NAMES) | {"activation"} == {f.name for f in fields(EncoderConfig)}

@@ -1,0 +1,37 @@
+"""Errors that name the argument, what came, what was expected and how to mend it."""
+
+from __future__ import annotations
+
+
+class FastbertError(Exception):
+    """Base of every error fastbert raises on purpose.
+
+    Args:
+        argument: name of the argument, file or option that is wrong.
+        got: what came.
+        expected: what would have been right.
+        mend: one sentence saying how to get there.
+    """
+
+    def __init__(self, argument: str, got: object, expected: str, mend: str = "") -> None:
+        super().__init__(argument, got, expected, mend)
+        self.argument = argument
+        self.got = got
+        self.expected = expected
+        self.mend = mend
+
+    def __str__(self) -> str:
+        tail = f" {self.mend}" if self.mend else ""
+        return f"{self.argument}: got {self.got}; expected {self.expected}.{tail}"
+
+
+class ArgumentError(FastbertError, ValueError):
+    """An argument has the wrong shape, dtype, device or value."""
+
+
+class BackendError(FastbertError, RuntimeError):
+    """The path that was asked for cannot serve this call."""
+
+
+class CheckpointError(FastbertError, ValueError):
+    """A checkpoint folder or file is missing, damaged or not understood."""

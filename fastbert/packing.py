@@ -1,0 +1,196 @@
+"""Packing: the layout of a batch without padding.
+
+A batch of sequences is stored as one `[tokens, ...]` tensor, sequence after sequence. `Packing` says where each
+sequence begins (`cu_seqlens`) and where each token sits in the padded `[batch, seqlen]` grid (`indices`). It is made
+once per batch and travels through the whole model as one object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.errors import ArgumentError
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the sequences of a packed batch begin and where their tokens come from.
+
+    Attributes:
+        cu_seqlens: int32 `[batch + 1]`, on the device of the data; sequence `i` is rows `cu_seqlens[i]:cu_seqlens[i+1]`.
+        max_seqlen: length of the longest sequence, a host int; 0 for an empty batch.
+        indices: int64 `[tokens]`; row `t` is element `indices[t]` of the flattened padded grid.
+        padded_shape: `(batch, seqlen)` of the padded grid.
+
+    Zero-length sequences and empty batches are legal. A packed tensor may have more rows than `cu_seqlens[-1]`
+    (slack, for bucketed shapes): nothing reads or writes them.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    indices: Tensor
+    padded_shape: tuple[int, int]
+    _tiles: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Packing:
+        """Packing of the kept positions of a `[batch, seqlen]` mask of any pattern (right, left, holes).
+
+        Args:
+            mask: bool, integer or floating; a position is kept where it is not zero. One host sync on a GPU.
+
+        Raises:
+            ArgumentError: `mask` is not 2-D, or holds a value other than 0 and 1.
+        """
+        if mask.dim() != 2:
+            raise ArgumentError("mask", f"shape {tuple(mask.shape)}", "a 2-D [batch, seqlen] tensor")
+        batch, seqlen = mask.shape
+        kept = mask != 0
+        lengths = kept.sum(dim=1, dtype=torch.int32)
+        not_binary = (kept & (mask != 1)).any().to(torch.int32).view(1)
+        *host_lengths, bad = torch.cat([lengths, not_binary]).tolist()  # the one sync: everything the host must know
+        if bad:
+            raise ArgumentError(
+                "mask",
+                f"values other than 0 and 1 in a {mask.dtype} tensor",
+                "1 for a token, 0 for padding",
+                "An additive mask (0 and -inf) is 4-D; pass (mask == 0) to turn it around.",
+            )
+        indices = torch.nonzero_static(kept.flatten(), size=sum(host_lengths)).flatten()
+        return cls(_cumulate(lengths), max(host_lengths, default=0), indices, (batch, seqlen))
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int] | Tensor, *, seqlen: int | None = None, device: torch.device | str | None = None
+    ) -> Packing:
+        """Packing of right-padded sequences with these lengths.
+
+        Args:
+            lengths: one non-negative int per sequence; a list, or an integer tensor `[batch]`.
+            seqlen: width of the padded grid; the longest length by default.
+            device: where the index tensors live; the device of `lengths` if it is a tensor, else the CPU.
+
+        Raises:
+            ArgumentError: a length is negative or longer than `seqlen`, or `lengths` is not a row of ints.
+        """
+        if isinstance(lengths, Tensor):
+            if lengths.dim() != 1 or lengths.is_floating_point():
+                raise ArgumentError(
+                    "lengths", f"{lengths.dtype} of shape {tuple(lengths.shape)}", "an integer tensor of shape [batch]"
+                )
+            device = lengths.device if device is None else device
+            lengths = lengths.tolist()
+        lengths = list(lengths)
+        max_seqlen = max(lengths, default=0)
+        width = max_seqlen if seqlen is None else seqlen
+        for i, length in enumerate(lengths):
+            if not 0 <= length <= width:
+                raise ArgumentError(f"lengths[{i}]", length, f"an int between 0 and seqlen={width}")
+        on_host = torch.tensor(lengths, dtype=torch.int64)
+        firsts = torch.arange(len(lengths), dtype=torch.int64) * width
+        ends = on_host.cumsum(0)
+        indices = torch.arange(int(sum(lengths))) + torch.repeat_interleave(firsts - (ends - on_host), on_host)
+        cu_seqlens = _cumulate(on_host.to(torch.int32))
+        return cls(cu_seqlens.to(device), max_seqlen, indices.to(device), (len(lengths), width))
+
+    @classmethod
+    def from_ragged(cls, sequences: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+        """Concatenate `[length_i, ...]` tensors: `(packed [tokens, ...], packing)`.
+
+        Raises:
+            ArgumentError: there is no sequence (nothing says what shape a row has), or their trailing shapes differ.
+        """
+        if not sequences:
+            raise ArgumentError("sequences", "an empty list", "at least one tensor", "Use from_lengths([]).")
+        trailing = sequences[0].shape[1:]
+        for i, sequence in enumerate(sequences):
+            if sequence.dim() == 0 or sequence.shape[1:] != trailing:
+                raise ArgumentError(
+                    f"sequences[{i}]", f"shape {tuple(sequence.shape)}", f"[length, *{tuple(trailing)}], as sequences[0]"
+                )
+        lengths = [len(sequence) for sequence in sequences]
+        return torch.cat(list(sequences)), cls.from_lengths(lengths, device=sequences[0].device)
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all sequences together."""
+        return self.indices.numel()
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 `[batch]`: the length of each sequence."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def columns(self) -> Tensor:
+        """int64 `[tokens]`: the column of each token in the padded grid, which is its BERT position id."""
+        return self.indices % max(self.padded_shape[1], 1)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """`(count, length)` of each run of neighbouring sequences of one non-zero length, in order; a host sync on a GPU."""
+        lengths = [length for length in self.lengths.tolist() if length]
+        return [(len(list(run)), length) for length, run in groupby(lengths)]
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """int64 `[tokens]`: where each token sits in the flattened compact `[batch, max_seqlen]` grid."""
+        row = torch.arange(self.tokens, device=self.cu_seqlens.device)
+        sequence = torch.searchsorted(self.cu_seqlens, row.to(torch.int32), right=True) - 1
+        return row + sequence * self.max_seqlen - self.cu_seqlens.index_select(0, sequence)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`[batch, seqlen, ...]` -> `[tokens, ...]`; differentiable.
+
+        Raises:
+            ArgumentError: the leading shape is not `padded_shape`.
+        """
+        if tuple(padded.shape[:2]) != self.padded_shape:
+            raise ArgumentError("padded", f"shape {tuple(padded.shape)}", f"leading dimensions {self.padded_shape}")
+        return padded.flatten(0, 1).index_select(0, self.indices)
+
+    def unpack(self, packed: Tensor, fill: float = 0.0) -> Tensor:
+        """`[tokens, ...]` -> `[batch, seqlen, ...]`, padding set to `fill`; differentiable, the inverse of `pack`.
+
+        Raises:
+            ArgumentError: `packed` has fewer rows than there are tokens.
+        """
+        if packed.dim() == 0 or packed.shape[0] < self.tokens:
+            raise ArgumentError("packed", f"shape {tuple(packed.shape)}", f"at least {self.tokens} rows")
+        batch, seqlen = self.padded_shape
+        padded = packed.new_full((batch * seqlen, *packed.shape[1:]), fill)
+        padded = padded.index_copy(0, self.indices, packed[: self.tokens])
+        return padded.unflatten(0, (batch, seqlen))
+
+    def tiles(self, block_m: int) -> Tensor:
+        """int32 `[tiles, 2]`: `(sequence, first row in it)` of each tile of `block_m` rows.
+
+        A ragged batch becomes a dense one-dimensional grid. The table is made on the device without a sync, so its
+        size is the bound `tokens // block_m + batch`; spare entries carry sequence -1. Kept for the next layer.
+        """
+        if block_m not in self._tiles:
+            per_sequence = (self.lengths + (block_m - 1)) // block_m
+            ends = per_sequence.cumsum(0)
+            tile = torch.arange(self.tokens // block_m + self.batch, device=self.cu_seqlens.device)
+            sequence = torch.searchsorted(ends, tile, right=True)
+            starts = F.pad(ends, (1, 0)).index_select(0, sequence)
+            sequence = torch.where(sequence < self.batch, sequence, -1)
+            self._tiles[block_m] = torch.stack([sequence, (tile - starts) * block_m], dim=1).to(torch.int32)
+        return self._tiles[block_m]
+
+
+def _cumulate(lengths: Tensor) -> Tensor:
+    """int32 `[batch]` -> int32 `[batch + 1]` running total that begins at 0."""
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

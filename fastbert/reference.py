@@ -1,0 +1,186 @@
+"""What each op means, in plain torch, in the dtype it is given. The tests run these in fp64.
+
+Nothing is fused, nothing is done in place, every function is differentiable by autograd. Formulas follow
+Vaswani et al. 2017 (attention), Ba et al. 2016 (LayerNorm), Hendrycks & Gimpel 2016 (GELU).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.kernels.launch import drop_scale, drop_threshold
+from fastbert.packing import Packing
+
+Approximate = Literal["none", "tanh"]
+Pooling = Literal["cls", "mean", "max"]
+
+
+def attention(
+    qkv: Tensor,
+    packing: Packing,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    window: int | None = None,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Bidirectional attention inside each sequence of a packed batch.
+
+    Args:
+        qkv: `[rows, 3, heads, head_dim]`, rows >= tokens.
+        scale: factor on the scores; `head_dim ** -0.5` by default.
+        bias: added to the scaled scores, broadcastable to `[batch, heads, max_seqlen, max_seqlen]`.
+        window: only keys with `|row - column| <= window` are seen.
+        keep: bool `[batch, heads, max_seqlen, max_seqlen]`; weights where it is False are dropped.
+        dropout: probability that `keep` was drawn with; the rest is scaled by `drop_scale(dropout)`.
+
+    Returns:
+        out `[rows, heads, head_dim]`, and lse `[heads, rows]`: log of the sum of exponentials of each row's scores.
+        A row that may attend nothing, and a row of slack, gives out 0 and lse +inf (so exp(score - lse) is 0).
+    """
+    rows, _, heads, head_dim = qkv.shape
+    batch, width, tokens = packing.batch, packing.max_seqlen, packing.tokens
+    grid = packing.grid
+    padded = qkv.new_zeros(batch * width, 3, heads, head_dim).index_copy(0, grid, qkv[:tokens])
+    query, key, value = padded.view(batch, width, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias[..., :width, :width].to(scores.dtype)
+    column = torch.arange(width, device=qkv.device)
+    seen = (column < packing.lengths[:, None])[:, None, None, :]
+    if window is not None:
+        seen = seen & ((column[:, None] - column).abs() <= window)
+    scores = scores.masked_fill(~seen, -math.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    weights = (scores - lse).exp()
+    if keep is not None:
+        weights = weights * keep * drop_scale(dropout)
+    out = (weights @ value).transpose(1, 2).reshape(batch * width, heads, head_dim)
+    out_rows = qkv.new_zeros(rows, heads, head_dim).index_copy(
+        0, torch.arange(tokens, device=qkv.device), out.index_select(0, grid)
+    )
+    lse_flat = lse.squeeze(-1).transpose(0, 1).reshape(heads, batch * width)
+    lse_rows = qkv.new_full((heads, rows), math.inf).index_copy(
+        1, torch.arange(tokens, device=qkv.device), lse_flat.index_select(1, grid)
+    )
+    return out_rows, lse_rows
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
+    eps: float,
+) -> Tensor:
+    """LN(residual + dropout(x + x_bias)) over the last dimension of `[rows, hidden]`; variance in two passes."""
+    total = x if x_bias is None else x + x_bias
+    if keep is not None:
+        total = total * keep * drop_scale(dropout)
+    if residual is not None:
+        total = residual + total
+    mean = total.mean(-1, keepdim=True)
+    centred = total - mean
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return centred * rstd * weight + bias
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "none") -> Tensor:
+    """GELU(x + bias): `z * Phi(z)` exactly by erf, or its tanh approximation."""
+    z = x if bias is None else x + bias
+    if approximate == "tanh":
+        return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    return 0.5 * z * (1 + torch.erf(z * math.sqrt(0.5)))
+
+
+def embedding(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
+    eps: float,
+) -> Tensor:
+    """dropout(LN(word[id] + position[p] + token_type[t])); ids int64 `[tokens]`, no types means type 0."""
+    type_row = token_type[0] if token_type_ids is None else token_type[token_type_ids]
+    out = layer_norm(word[input_ids] + type_row + position[position_ids], weight, bias, eps=eps)
+    return out if keep is None else out * keep * drop_scale(dropout)
+
+
+def pool(x: Tensor, packing: Packing, how: Pooling) -> Tensor:
+    """One row a sequence, `[tokens, hidden]` -> `[batch, hidden]`: its first token, the mean, or the maximum.
+
+    A zero-length sequence gives zeros.
+    """
+    hidden = x.shape[-1]
+    sequences = x[: packing.tokens].split(packing.lengths.tolist())
+    empty = x.new_zeros(hidden)
+    reduce = {"cls": lambda s: s[0], "mean": lambda s: s.mean(0), "max": lambda s: s.amax(0)}[how]
+    rows = [reduce(sequence) if len(sequence) else empty for sequence in sequences]
+    return torch.stack(rows) if rows else x.new_zeros(0, hidden)
+
+
+def keep_mask(
+    seed: Tensor, row: Tensor, column: Tensor, dropout: float, *, head: Tensor | int = 0, sequence: Tensor | int = 0
+) -> Tensor:
+    """Which elements dropout keeps: bool, a pure function of (seed, sequence, head, row, column).
+
+    Philox-4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), key the 64-bit
+    seed, counter `(row, column // 8, head, sequence)`. Its four words are eight 16-bit draws, low half first, one for
+    each of the eight columns; an element is kept where its draw is at least `drop_threshold(dropout)`.
+
+    Args:
+        seed: int64, one element.
+        row, column, head, sequence: int64 tensors (or ints) that broadcast together.
+    """
+    words = _philox(seed.view(()), row, column // 8, torch.as_tensor(head), torch.as_tensor(sequence))
+    lane = column % 8
+    word = sum(torch.where(lane // 2 == i, words[i], 0) for i in range(4))
+    return ((word >> (lane % 2 * 16)) & 0xFFFF) >= drop_threshold(dropout)
+
+
+def hidden_keep_mask(seed: Tensor, rows: int, hidden: int, dropout: float) -> Tensor:
+    """bool `[rows, hidden]`: the elements that dropout keeps of a hidden state."""
+    row = torch.arange(rows, device=seed.device)[:, None]
+    return keep_mask(seed, row, torch.arange(hidden, device=seed.device), dropout)
+
+
+def attention_keep_mask(seed: Tensor, batch: int, heads: int, seqlen: int, dropout: float) -> Tensor:
+    """bool `[batch, heads, seqlen, seqlen]`: the attention weights that dropout keeps."""
+    position = torch.arange(seqlen, device=seed.device)
+    sequence = torch.arange(batch, device=seed.device)[:, None, None, None]
+    head = torch.arange(heads, device=seed.device)[:, None, None]
+    return keep_mask(seed, position[:, None], position, dropout, head=head, sequence=sequence)
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-7 in int64 arithmetic; constants from Salmon et al. 2011, table 2 and their Random123 library."""
+    low = 0xFFFFFFFF
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(7):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrapping int64 keeps all 64 bits of the product
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & low) ^ c1 ^ k0,
+            product1 & low,
+            ((product0 >> 32) & low) ^ c3 ^ k1,
+            product0 & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3

@@ -1,0 +1,64 @@
+"""The error rule and random packed batches: for our tests, our benchmarks, and yours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert.packing import Packing
+
+
+def assert_close(
+    actual: Tensor, plain: Tensor, exact: Tensor, *, factor: float = 2.0, ulps: float = 4.0, what: str = "result"
+) -> None:
+    """Assert that `actual` is about as near to the truth as plain PyTorch is.
+
+    Args:
+        actual: what is tested, any dtype.
+        plain: the same computed by plain torch ops in the dtype of `actual`.
+        exact: the same computed in float64 from the same (already rounded) inputs.
+        factor: how many times plain torch's own error is allowed; 2 for an op, 3 for a whole model.
+        ulps: units in the last place of the largest exact value that are allowed on top.
+
+    The rule holds for the largest error and for the root mean square error. NaN never equals anything; an infinity
+    equals itself only.
+
+    Raises:
+        AssertionError: the rule is broken; it says by how much and where.
+    """
+    assert actual.shape == exact.shape == plain.shape, f"{what}: shapes {actual.shape}, {plain.shape}, {exact.shape}"
+    assert exact.dtype == torch.float64, f"{what}: the exact result is {exact.dtype}, not float64"
+    assert actual.dtype == plain.dtype, f"{what}: dtypes {actual.dtype} and {plain.dtype}"
+    if exact.numel() == 0:
+        return
+    infinite = exact.isinf()
+    assert torch.equal(actual.double()[infinite], exact[infinite]), f"{what}: infinities differ"
+    ours = _errors(actual, exact, infinite)
+    theirs = _errors(plain, exact, infinite)
+    assert ours.isfinite().all(), f"{what}: {int((~ours.isfinite()).sum())} values are not finite"
+    largest = exact.masked_fill(infinite, 0).abs().max().item()
+    slack = ulps * torch.finfo(actual.dtype).eps * largest + torch.finfo(actual.dtype).tiny
+    for name, measure in (("largest", torch.Tensor.max), ("RMS", lambda e: e.square().mean().sqrt())):
+        got, allowed = measure(ours).item(), factor * measure(theirs).item() + (slack if name == "largest" else slack / 4)
+        at = tuple(int(i) for i in torch.unravel_index(ours.argmax(), ours.shape))
+        assert got <= allowed, (
+            f"{what}: {name} error {got:.3e} > {allowed:.3e} allowed (plain torch {measure(theirs).item():.3e}, "
+            f"largest value {largest:.3e}), worst at {at}: {actual[at].item()!r}, exactly {exact[at].item()!r}"
+        )
+
+
+def _errors(x: Tensor, exact: Tensor, infinite: Tensor) -> Tensor:
+    return (x.double() - exact).abs().masked_fill(infinite, 0)
+
+
+def random_lengths(batch: int, longest: int, generator: torch.Generator) -> list[int]:
+    """`batch` lengths between 1 and `longest`, one of them `longest`, in random order."""
+    lengths = torch.randint(1, longest + 1, (batch,), generator=generator)
+    if batch:
+        lengths[torch.randint(batch, (1,), generator=generator)] = longest
+    return [int(length) for length in lengths]
+
+
+def random_packing(batch: int, longest: int, generator: torch.Generator) -> Packing:
+    """A ragged packing on the CPU; see `random_lengths`."""
+    return Packing.from_lengths(random_lengths(batch, longest, generator))

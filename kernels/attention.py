@@ -1,0 +1,309 @@
+"""Packed bidirectional attention: softmax(scale * Q K^T + bias) V inside each sequence.
+
+One program owns BLOCK_M query rows of one head of one sequence and walks over that sequence's keys in blocks of
+BLOCK_N, keeping a running maximum and sum (Milakov & Gimelshein 2018; Dao et al. 2022). Scores are kept in units of
+log2, so that the exponential is one `exp2` of one fused multiply-add. The grid is one-dimensional: a table of
+(sequence, first row) keeps it dense for ragged batches, times the heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import launch, target
+from fastbert.kernels.pieces import keep_mask
+
+LOG2E = math.log2(math.e)
+
+
+@triton.jit
+def attend_block(
+    acc,
+    row_max,
+    row_sum,
+    query,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    tile_offsets,
+    bias_offsets,
+    start,
+    seqlen,
+    rows,
+    scale_log2e,
+    window,
+    seed,
+    head,
+    sequence,
+    drop_threshold,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys folded into the running softmax; `start` is its first column."""
+    columns = start + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    mask_columns = columns < seqlen
+    if MASKED and HEAD_DIM != BLOCK_D:
+        mask_tile = mask_columns[:, None] & (dims < HEAD_DIM)[None, :]
+        key = tl.load(key_ptr + tile_offsets, mask=mask_tile, other=0.0)  # [BLOCK_N, BLOCK_D]
+        value = tl.load(value_ptr + tile_offsets, mask=mask_tile, other=0.0)  # [BLOCK_N, BLOCK_D]
+    elif MASKED:
+        key = tl.load(key_ptr + tile_offsets, mask=mask_columns[:, None], other=0.0)  # [BLOCK_N, BLOCK_D]
+        value = tl.load(value_ptr + tile_offsets, mask=mask_columns[:, None], other=0.0)  # [BLOCK_N, BLOCK_D]
+    elif HEAD_DIM != BLOCK_D:
+        key = tl.load(key_ptr + tile_offsets, mask=(dims < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+        value = tl.load(value_ptr + tile_offsets, mask=(dims < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+    else:
+        key = tl.load(key_ptr + tile_offsets)  # [BLOCK_N, BLOCK_D]
+        value = tl.load(value_ptr + tile_offsets)  # [BLOCK_N, BLOCK_D]
+
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if HAS_BIAS:
+        mask_bias = (rows < seqlen)[:, None] & mask_columns[None, :]
+        bias = tl.load(bias_ptr + bias_offsets, mask=mask_bias, other=0.0)  # [BLOCK_M, BLOCK_N]
+        scores = scores * scale_log2e + bias.to(tl.float32) * 1.4426950408889634  # [BLOCK_M, BLOCK_N]
+    if HAS_WINDOW:
+        distance = rows[:, None] - columns[None, :]
+        scores = tl.where((distance <= window) & (distance >= -window), scores, float("-inf"))
+    if MASKED:
+        scores = tl.where(mask_columns[None, :], scores, float("-inf"))
+
+    if HAS_BIAS:
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
+    if HAS_BIAS or HAS_WINDOW:  # a row may have seen no key yet: -inf - -inf must not become NaN
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    else:
+        shift = new_max
+    if HAS_BIAS:
+        weights = tl.exp2(scores - shift[:, None])
+    else:
+        weights = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None]))
+    rescale = tl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    if HAS_DROPOUT:
+        weights = tl.where(keep_mask(seed, rows, start, head, sequence, drop_threshold, BLOCK_N), weights, 0.0)
+    acc = acc * rescale[:, None]
+    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def attention_forward_kernel(
+    qkv_ptr,
+    out_ptr,
+    lse_ptr,
+    bias_ptr,
+    seed_ptr,
+    cu_seqlens_ptr,
+    tiles_ptr,
+    qkv_stride_row,
+    qkv_stride_part,
+    qkv_stride_head,
+    out_stride_row,
+    out_stride_head,
+    lse_stride_head,
+    bias_stride_sequence,
+    bias_stride_head,
+    bias_stride_row,
+    bias_stride_column,
+    heads,
+    scale_log2e,
+    window,
+    drop_threshold,
+    drop_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT_TAIL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    STORE_LSE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    if HEAD_DIM % 16 != 0:  # Triton only sees strides divisible by 16; `target.aligned` promises 16 bytes
+        qkv_stride_row = qkv_stride_row // VECTOR * VECTOR
+        qkv_stride_part = qkv_stride_part // VECTOR * VECTOR
+        qkv_stride_head = qkv_stride_head // VECTOR * VECTOR
+        out_stride_row = out_stride_row // VECTOR * VECTOR
+        out_stride_head = out_stride_head // VECTOR * VECTOR
+    tile = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    sequence = tl.load(tiles_ptr + tile * 2)
+    if sequence < 0:  # a spare entry of the table
+        return
+    first_row = tl.load(tiles_ptr + tile * 2 + 1)
+    begin = tl.load(cu_seqlens_ptr + sequence)
+    seqlen = tl.load(cu_seqlens_ptr + sequence + 1) - begin
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    mask_rows = rows < seqlen
+    mask_query = mask_rows[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask_query = mask_query & (dims < HEAD_DIM)[None, :]
+    sequence_ptr = qkv_ptr + begin.to(tl.int64) * qkv_stride_row + head.to(tl.int64) * qkv_stride_head
+    query_ptrs = sequence_ptr + rows.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
+    query = tl.load(query_ptrs, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    if HAS_WINDOW:
+        first_key = tl.maximum(first_row - window, 0) // BLOCK_N * BLOCK_N
+        end_key = tl.minimum(first_row + BLOCK_M + window, seqlen)
+    else:
+        first_key = seqlen * 0
+        end_key = seqlen
+    # Only the scalar base is 64-bit: a tile's own offsets fit 32 bits (`target.aligned` sees to it) and save registers.
+    tile_offsets = tl.arange(0, BLOCK_N)[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_N, BLOCK_D]
+    key_ptr = sequence_ptr + qkv_stride_part + first_key.to(tl.int64) * qkv_stride_row
+    value_ptr = key_ptr + qkv_stride_part
+    bias_offsets = 0
+    if HAS_BIAS:
+        bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
+        bias_ptr += first_row.to(tl.int64) * bias_stride_row + first_key.to(tl.int64) * bias_stride_column
+        bias_offsets = (rows - first_row)[:, None] * bias_stride_row + (
+            tl.arange(0, BLOCK_N)[None, :] * bias_stride_column
+        )  # [BLOCK_M, BLOCK_N]
+    seed = seed_ptr
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    step = tl.cast(BLOCK_N, tl.int64) * qkv_stride_row
+    bias_step = tl.cast(BLOCK_N, tl.int64) * bias_stride_column
+    begin_tail = first_key
+    if SPLIT_TAIL:
+        begin_tail = end_key // BLOCK_N * BLOCK_N
+        for start in tl.range(first_key, begin_tail, BLOCK_N):
+            acc, row_max, row_sum = attend_block(
+                acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen, rows,
+                scale_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N, BLOCK_D, False, HAS_BIAS,
+                HAS_WINDOW, HAS_DROPOUT, PRECISION,
+            )  # fmt: skip
+            key_ptr += step
+            value_ptr += step
+            if HAS_BIAS:
+                bias_ptr += bias_step
+    for start in tl.range(begin_tail, end_key, BLOCK_N):
+        acc, row_max, row_sum = attend_block(
+            acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen, rows,
+            scale_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N, BLOCK_D, True, HAS_BIAS,
+            HAS_WINDOW, HAS_DROPOUT, PRECISION,
+        )  # fmt: skip
+        key_ptr += step
+        value_ptr += step
+        if HAS_BIAS:
+            bias_ptr += bias_step
+
+    inverse = 1.0 / row_sum
+    if HAS_BIAS or HAS_WINDOW:  # a row that may attend nothing
+        inverse = tl.where(row_sum > 0.0, inverse, 0.0)
+    if HAS_DROPOUT:
+        inverse = inverse * drop_scale
+    out_ptrs = (
+        out_ptr
+        + begin.to(tl.int64) * out_stride_row
+        + head.to(tl.int64) * out_stride_head
+        + rows.to(tl.int64)[:, None] * out_stride_row
+        + dims[None, :]
+    )
+    tl.store(out_ptrs, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask_query)  # [BLOCK_M, BLOCK_D]
+    if STORE_LSE:
+        lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453
+        if HAS_BIAS or HAS_WINDOW:
+            lse = tl.where(row_sum > 0.0, lse, float("inf"))
+        tl.store(lse_ptr + head.to(tl.int64) * lse_stride_head + begin + rows, lse, mask=mask_rows)  # [BLOCK_M]
+
+
+def attention_forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    tiles: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    store_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        qkv: `[rows, 3, heads, head_dim]`, any strides; copied once if they are not 16-byte aligned.
+        cu_seqlens: int32 `[batch + 1]`.
+        tiles: int32 `[tiles, 2]`, (sequence, first row) for the BLOCK_M of `launch.attention_forward`.
+        max_seqlen: length of the longest sequence.
+        scale: positive factor on the scores.
+        bias: `[batch, heads, max_seqlen, max_seqlen]`, expanded (strides may be 0).
+        window, dropout, seed: as in `fastbert.ops.attention`.
+        store_lse: whether the backward will need lse.
+
+    Returns:
+        out `[rows, heads, head_dim]` (rows of slack are left unwritten), and lse fp32 `[heads, rows]`, or `[heads, 0]`.
+    """
+    rows, _, heads, head_dim = qkv.shape
+    qkv = target.aligned(qkv)
+    out = torch.empty((rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((heads, rows if store_lse else 0), dtype=torch.float32, device=qkv.device)
+    if len(tiles) == 0:
+        return out, lse
+    choice = launch.attention_forward(
+        head_dim,
+        qkv.dtype,
+        max_seqlen,
+        rows=rows,
+        batch=len(cu_seqlens) - 1,
+        extras=bias is not None or window is not None or dropout > 0.0,
+        target=target.of(qkv.device),
+    )
+    with target.guard(qkv):
+        attention_forward_kernel[(len(tiles) * heads,)](
+            qkv,
+            out,
+            lse,
+            bias,
+            seed,
+            cu_seqlens,
+            tiles,
+            *qkv.stride()[:3],
+            *out.stride()[:2],
+            lse.stride(0),
+            *((0, 0, 0, 0) if bias is None else bias.stride()),
+            heads,
+            scale * LOG2E,
+            0 if window is None else window,
+            launch.drop_threshold(dropout),
+            launch.drop_scale(dropout),
+            HEAD_DIM=head_dim,
+            BLOCK_M=choice.BLOCK_M,
+            BLOCK_N=choice.BLOCK_N,
+            BLOCK_D=launch.attention_block_d(head_dim),
+            SPLIT_TAIL=choice.SPLIT_TAIL,
+            HAS_BIAS=bias is not None,
+            HAS_WINDOW=window is not None,
+            HAS_DROPOUT=dropout > 0.0,
+            STORE_LSE=store_lse,
+            VECTOR=16 // qkv.element_size(),
+            PRECISION="ieee",
+            num_warps=choice.num_warps,
+            num_stages=choice.num_stages,
+        )
+    return out, lse

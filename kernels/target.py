@@ -1,0 +1,105 @@
+"""What the device is: the facts that launch choices are made from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of device.
+
+    Attributes:
+        backend: "cuda", "hip", or "interpreter" (Triton's, on the CPU).
+        arch: "sm_90", "gfx942", or "interpreter".
+        warp_size: lanes in a warp.
+        shared_memory: bytes of shared memory one program may use.
+    """
+
+    backend: Literal["cuda", "hip", "interpreter"]
+    arch: str
+    warp_size: int
+    shared_memory: int
+
+
+# Shared memory a block may opt in to: CUDA C++ programming guide, table "technical specifications per compute
+# capability"; AMD: 64 KiB of LDS a workgroup (CDNA and RDNA ISA guides).
+KNOWN: dict[str, Target] = {
+    target.arch: target
+    for target in (
+        Target("cuda", "sm_80", 32, 163 * 1024),
+        Target("cuda", "sm_86", 32, 99 * 1024),
+        Target("cuda", "sm_89", 32, 99 * 1024),
+        Target("cuda", "sm_90", 32, 227 * 1024),
+        Target("cuda", "sm_100", 32, 227 * 1024),
+        Target("cuda", "sm_120", 32, 99 * 1024),
+        Target("hip", "gfx90a", 64, 64 * 1024),
+        Target("hip", "gfx942", 64, 64 * 1024),
+        Target("hip", "gfx1100", 32, 64 * 1024),
+        Target("interpreter", "interpreter", 32, 99 * 1024),
+    )
+}
+
+
+_pretended: Target | None = None
+
+
+@contextmanager
+def pretend(target: Target) -> Iterator[None]:
+    """Make `of` answer `target` for every device: for compiling and launch-choice checks on a machine without it."""
+    global _pretended
+    before, _pretended = _pretended, target
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is asked for in the environment."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def of(device: torch.device) -> Target:
+    """The target that tensors on `device` run on."""
+    if _pretended is not None:
+        return _pretended
+    if device.type == "cpu":
+        return KNOWN["interpreter"]
+    return _of_gpu(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache(maxsize=None)
+def _of_gpu(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        return KNOWN.get(arch) or Target("hip", arch, properties.warp_size, 64 * 1024)
+    arch = f"sm_{properties.major}{properties.minor}"
+    return KNOWN.get(arch) or Target("cuda", arch, 32, properties.shared_memory_per_block_optin)
+
+
+def guard(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of `x` current around a launch: Triton launches on the current device, whatever the pointers."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` itself when kernels can read it in 16-byte pieces, else one contiguous copy.
+
+    That takes a last stride of 1, a base and other strides that are multiples of 16 bytes, and strides below 2^22
+    elements, so that offsets inside a tile fit 32 bits.
+    """
+    per_piece = 16 // x.element_size()
+    outer = x.stride()[:-1]
+    fits = x.stride(-1) == 1 and all(stride % per_piece == 0 and stride < 1 << 22 for stride in outer)
+    return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
