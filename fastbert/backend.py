@@ -77,7 +77,6 @@ def uses_triton(op: str, x: Tensor, unserved: str | None = None) -> bool:
     return False
 
 
-@torch.compiler.disable
 def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)

@@ -37,7 +37,7 @@ class Packing:
     max_seqlen: int
     indices: Tensor
     padded_shape: tuple[int, int]
-    _tiles: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _made: dict[str | int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Packing:
@@ -51,20 +51,26 @@ class Packing:
         """
         if mask.dim() != 2:
             raise ArgumentError("mask", f"shape {tuple(mask.shape)}", "a 2-D [batch, seqlen] tensor")
-        batch, seqlen = mask.shape
         kept = mask != 0
-        lengths = kept.sum(dim=1, dtype=torch.int32)
-        not_binary = (kept & (mask != 1)).any().to(torch.int32).view(1)
-        *host_lengths, bad = torch.cat([lengths, not_binary]).tolist()  # the one sync: everything the host must know
-        if bad:
+        packing, (binary,) = cls.from_kept(kept, (~kept | (mask == 1)).all())
+        if not binary:
             raise ArgumentError(
                 "mask",
                 f"values other than 0 and 1 in a {mask.dtype} tensor",
                 "1 for a token, 0 for padding",
                 "An additive mask (0 and -inf) is 4-D; pass (mask == 0) to turn it around.",
             )
-        indices = torch.nonzero_static(kept.flatten(), size=sum(host_lengths)).flatten()
-        return cls(_cumulate(lengths), max(host_lengths, default=0), indices, (batch, seqlen))
+        return packing
+
+    @classmethod
+    def from_kept(cls, kept: Tensor, *flags: Tensor) -> tuple[Packing, list[bool]]:
+        """Packing of a bool `[batch, seqlen]`, and the values of further bool scalars, all in the same one host sync."""
+        lengths = kept.sum(dim=1, dtype=torch.int32)
+        facts = torch.cat([lengths, *(flag.view(1).to(torch.int32) for flag in flags)]).tolist()
+        on_host = facts[: kept.shape[0]]
+        indices = torch.nonzero_static(kept.flatten(), size=sum(on_host)).flatten()
+        packing = cls(_cumulate(lengths), max(on_host, default=0), indices, (kept.shape[0], kept.shape[1]))
+        return packing, [bool(fact) for fact in facts[kept.shape[0] :]]
 
     @classmethod
     def from_lengths(
@@ -144,12 +150,14 @@ class Packing:
         lengths = [length for length in self.lengths.tolist() if length]
         return [(len(list(run)), length) for length, run in groupby(lengths)]
 
-    @cached_property
+    @property
     def grid(self) -> Tensor:
         """int64 `[tokens]`: where each token sits in the flattened compact `[batch, max_seqlen]` grid."""
-        row = torch.arange(self.tokens, device=self.cu_seqlens.device)
-        sequence = torch.searchsorted(self.cu_seqlens, row.to(torch.int32), right=True) - 1
-        return row + sequence * self.max_seqlen - self.cu_seqlens.index_select(0, sequence)
+        if "grid" not in self._made:
+            row = torch.arange(self.tokens, device=self.cu_seqlens.device)
+            sequence = torch.searchsorted(self.cu_seqlens, row.to(torch.int32), right=True) - 1
+            self._made["grid"] = row + sequence * self.max_seqlen - self.cu_seqlens.index_select(0, sequence)
+        return self._made["grid"]
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[batch, seqlen, ...]` -> `[tokens, ...]`; differentiable.
@@ -180,15 +188,15 @@ class Packing:
         A ragged batch becomes a dense one-dimensional grid. The table is made on the device without a sync, so its
         size is the bound `tokens // block_m + batch`; spare entries carry sequence -1. Kept for the next layer.
         """
-        if block_m not in self._tiles:
+        if block_m not in self._made:
             per_sequence = (self.lengths + (block_m - 1)) // block_m
             ends = per_sequence.cumsum(0)
             tile = torch.arange(self.tokens // block_m + self.batch, device=self.cu_seqlens.device)
             sequence = torch.searchsorted(ends, tile, right=True)
             starts = F.pad(ends, (1, 0)).index_select(0, sequence)
             sequence = torch.where(sequence < self.batch, sequence, -1)
-            self._tiles[block_m] = torch.stack([sequence, (tile - starts) * block_m], dim=1).to(torch.int32)
-        return self._tiles[block_m]
+            self._made[block_m] = torch.stack([sequence, (tile - starts) * block_m], dim=1).to(torch.int32)
+        return self._made[block_m]
 
 
 def _cumulate(lengths: Tensor) -> Tensor:

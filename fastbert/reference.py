@@ -57,9 +57,12 @@ def attention(
     if window is not None:
         seen = seen & ((column[:, None] - column).abs() <= window)
     scores = scores.masked_fill(~seen, -math.inf)
-    lse = scores.logsumexp(-1, keepdim=True)
-    lse = lse.masked_fill(lse == -math.inf, math.inf)
-    weights = (scores - lse).exp()
+    largest = scores.detach().amax(-1, keepdim=True) if width else scores.new_zeros(batch, heads, 0, 1)
+    largest = largest.masked_fill(largest == -math.inf, 0.0)  # a row that may attend nothing: 0, not NaN, everywhere
+    weights = (scores - largest).exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / total.masked_fill(total == 0.0, 1.0)
+    lse = (total.log() + largest).masked_fill(total == 0.0, math.inf)
     if keep is not None:
         weights = weights * keep * drop_scale(dropout)
     out = (weights @ value).transpose(1, 2).reshape(batch * width, heads, head_dim)

@@ -6,11 +6,43 @@ were measured on a real GPU and comes first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from fastbert.kernels.target import Target
+
+WIDEST_ROW = 8192
+
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True)
+class LayerNormForward:
+    """ROWS rows a program, each held whole in `row_block` columns."""
+
+    ROWS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class BiasGeluForward:
+    """A tile of ROWS rows and BLOCK columns a program."""
+
+    ROWS: int
+    BLOCK: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class EmbeddingForward:
+    """As LayerNormForward."""
+
+    ROWS: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -128,18 +160,117 @@ def attention_forward(
         "aligned": rows == batch * max_seqlen and max_seqlen % 64 == 0,
     }
     regime = next((name for name, applies in regimes.items() if applies and name in choices), "default")
-    return choices[regime]
+    return tuned(
+        "attention_forward", target, choices[regime], f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
+    )
+
+
+def row_wise_unserved(width: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels that hold a row whole (layer_norm, embedding) can't serve this shape, or None when they can."""
+    if width > WIDEST_ROW:
+        return f"a row of {width} columns is wider than {WIDEST_ROW}"
+    return elementwise_unserved(dtype)
+
+
+def elementwise_unserved(dtype: torch.dtype) -> str | None:
+    """Why no kernel can serve this dtype, or None when they can."""
+    return None if dtype in _KINDS else f"{dtype} is not float16, bfloat16 or float32"
+
+
+def layer_norm_forward(hidden: int, dtype: torch.dtype, target: Target) -> LayerNormForward:
+    """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
+    default = LayerNormForward(*_whole_rows(hidden, dtype, target))
+    return tuned("layer_norm_forward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+
+
+def embedding_forward(hidden: int, dtype: torch.dtype, target: Target) -> EmbeddingForward:
+    """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
+    default = EmbeddingForward(*_whole_rows(hidden, dtype, target))
+    return tuned("embedding_forward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+
+
+def bias_gelu_forward(width: int, dtype: torch.dtype, target: Target) -> BiasGeluForward:
+    """The choice for rows of `width` columns: 4 rows of the widest block that divides them, with 32 elements a lane.
+
+    A block that does not divide them needs masks, so it is small, with 8 elements a lane.
+    """
+    whole = next((block for block in (1024, 512, 256) if width % block == 0), None)
+    if whole is not None:
+        default = BiasGeluForward(ROWS=4, BLOCK=whole, num_warps=whole // 256)
+    else:
+        block = min(256, row_block(width))
+        default = BiasGeluForward(ROWS=4, BLOCK=block, num_warps=max(1, block // 64))
+    return tuned("bias_gelu_forward", target, default, f"width={width},dtype={_NAMES[dtype]}")
+
+
+def row_block(width: int) -> int:
+    """Columns of the tile that holds a row whole: the next power of two, at least the 8 of one dropout draw."""
+    return max(8, 1 << (width - 1).bit_length())
+
+
+def _whole_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, int]:
+    """(ROWS, num_warps): a warp for every 1024 columns of a row, and rows enough to give each lane 16 bytes."""
+    columns = row_block(width)
+    return max(1, target.warp_size * 16 // dtype.itemsize // columns), max(1, columns // 1024)
 
 
 def drop_threshold(dropout: float) -> int:
-    """Draws of 0..65535 below this are dropped: `dropout` rounded to a multiple of 2^-16."""
-    return round(dropout * 65536)
+    """Draws of 0..65535 below this are dropped: `dropout` rounded to a multiple of 2^-16 below 1."""
+    return min(round(dropout * 65536), 65535)
 
 
 def drop_scale(dropout: float) -> float:
     """What the kept elements are multiplied by, so that the expectation is unchanged."""
     return 65536 / (65536 - drop_threshold(dropout))
 
+
+def tuned(op: str, target: Target, default: Choice, shape: str) -> Choice:
+    """The measured choice for this target, op and shape, or `default` where nothing was measured."""
+    return TUNED.get((target.arch, op, shape), default)
+
+
+def read_tuned(path: Path) -> dict[tuple[str, str, str], Any]:
+    """Measured choices by (arch, op, shape).
+
+    The file holds `{"sm_90": {"bias_gelu_forward": {"width=768,dtype=float16": {...}}}}`, innermost the fields of the
+    op's dataclass.
+
+    Raises:
+        ValueError: the file is no such JSON; it says where.
+    """
+    try:
+        by_arch = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); write it with benchmarks/tune.py, or put {{}} there") from error
+    choices = {}
+    for arch, by_op in _entries(path, "the file", by_arch):
+        for op, by_shape in _entries(path, arch, by_op):
+            if op not in _CHOICES:
+                raise ValueError(f"{path}: {arch}: no op {op!r}; expected one of {sorted(_CHOICES)}")
+            wanted = {field.name for field in fields(_CHOICES[op])}
+            for shape, values in _entries(path, f"{arch}, {op}", by_shape):
+                named = dict(_entries(path, f"{arch}, {op}, {shape}", values))
+                if set(named) != wanted or not all(isinstance(value, int) for value in named.values()):
+                    where = f"{path}: {arch}, {op}, {shape}"
+                    raise ValueError(f"{where}: got {named}; expected whole numbers for {sorted(wanted)}")
+                choices[arch, op, shape] = _CHOICES[op](**named)
+    return choices
+
+
+def _entries(path: Path, where: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {where}: got {value!r}; expected an object")
+    return value.items()
+
+
+_CHOICES: dict[str, Any] = {
+    "attention_forward": AttentionForward,
+    "layer_norm_forward": LayerNormForward,
+    "bias_gelu_forward": BiasGeluForward,
+    "embedding_forward": EmbeddingForward,
+}
+
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 _KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single"}
 
@@ -149,3 +280,6 @@ def _family(target: Target) -> str:
     if target.backend == "hip":
         return "cdna" if target.warp_size == 64 else "rdna"
     return "hopper" if target.arch in ("sm_90", "sm_100") else "ampere"
+
+
+TUNED = read_tuned(Path(__file__).with_name("tuned.json"))

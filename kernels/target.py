@@ -68,7 +68,6 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
 def of(device: torch.device) -> Target:
     """The target that tensors on `device` run on."""
     if _pretended is not None:
@@ -102,4 +101,7 @@ def aligned(x: Tensor) -> Tensor:
     per_piece = 16 // x.element_size()
     outer = x.stride()[:-1]
     fits = x.stride(-1) == 1 and all(stride % per_piece == 0 and stride < 1 << 22 for stride in outer)
-    return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
+    if fits and x.data_ptr() % 16 == 0:
+        return x
+    copy = x.contiguous()  # not a copy where only the base is misaligned
+    return copy if copy.data_ptr() % 16 == 0 else copy.clone()

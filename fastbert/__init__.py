@@ -1,0 +1,58 @@
+"""fastbert: BERT encoders without padding, on GPUs (Triton) and CPUs (PyTorch).
+
+    embeddings = fastbert.encode(texts, model=folder)                    # texts in, float32 array out
+    model = fastbert.load(folder)                                        # called as Hugging Face's BertModel
+    bert.encoder = fastbert.Encoder.from_hf(bert.encoder)                # a drop-in for Hugging Face's encoder
+
+Importing this package takes no driver call and loads neither Triton nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastbert.backend import use_backend
+from fastbert.checkpoints.load import load, save
+from fastbert.config import EncoderConfig
+from fastbert.encoder import Encoder
+from fastbert.errors import ArgumentError, BackendError, CheckpointError, FastbertError
+from fastbert.models import BertModel
+from fastbert.packing import Packing
+
+if TYPE_CHECKING:
+    from fastbert.tasks import TextEncoder, encode
+
+    __version__: str
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "BertModel",
+    "CheckpointError",
+    "Encoder",
+    "EncoderConfig",
+    "FastbertError",
+    "Packing",
+    "TextEncoder",
+    "__version__",
+    "encode",
+    "load",
+    "save",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs the `tokenizers` library, or the installed package's metadata, is found when it is asked for."""
+    if name in ("TextEncoder", "encode"):
+        from fastbert import tasks
+
+        return getattr(tasks, name)
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("fastbert")
+        except PackageNotFoundError as error:
+            raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .") from error
+    raise AttributeError(f"module 'fastbert' has no attribute {name!r}")

@@ -1,0 +1,109 @@
+"""Names of parameters: ours on one side, Hugging Face's on the other, and an exact way across in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastbert.errors import CheckpointError
+
+KEYS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parameter of ours and the parameters of theirs that it is made of, concatenated on dimension 0."""
+
+    ours: str
+    theirs: tuple[str, ...]
+
+
+_LAYER = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention_output": ("attention.output.dense",),
+    "attention_norm": ("attention.output.LayerNorm",),
+    "intermediate": ("intermediate.dense",),
+    "output": ("output.dense",),
+    "output_norm": ("output.LayerNorm",),
+}
+
+
+def encoder_rules(num_layers: int) -> list[Rule]:
+    """Rules between an `Encoder` and a transformers `BertEncoder`."""
+    return [
+        Rule(f"layers.{i}.{ours}.{part}", tuple(f"layer.{i}.{name}.{part}" for name in theirs))
+        for i in range(num_layers)
+        for ours, theirs in _LAYER.items()
+        for part in ("weight", "bias")
+    ]
+
+
+def bert_rules(num_layers: int, *, pooler: bool) -> list[Rule]:
+    """Rules between our `BertModel` and transformers' `BertModel`."""
+    embeddings = [
+        Rule("embeddings.word.weight", ("embeddings.word_embeddings.weight",)),
+        Rule("embeddings.position.weight", ("embeddings.position_embeddings.weight",)),
+        Rule("embeddings.token_type.weight", ("embeddings.token_type_embeddings.weight",)),
+        Rule("embeddings.norm.weight", ("embeddings.LayerNorm.weight",)),
+        Rule("embeddings.norm.bias", ("embeddings.LayerNorm.bias",)),
+    ]
+    encoder = [
+        Rule(f"encoder.{rule.ours}", tuple(f"encoder.{name}" for name in rule.theirs))
+        for rule in encoder_rules(num_layers)
+    ]
+    poolers = [Rule(f"pooler.{part}", (f"pooler.dense.{part}",)) for part in ("weight", "bias")]
+    return embeddings + encoder + (poolers if pooler else [])
+
+
+def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """Their state dict under our names; the exact inverse of `to_theirs`.
+
+    Raises:
+        CheckpointError: a key is missing or unexpected, or the parts of one parameter differ in shape or dtype.
+    """
+    _account_for(state, [name for rule in rules for name in rule.theirs])
+    return {rule.ours: _join(rule, [state[name] for name in rule.theirs]) for rule in rules}
+
+
+def to_theirs(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """Our state dict under their names; the exact inverse of `to_ours`. The tensors may be views of ours.
+
+    Raises:
+        CheckpointError: a key is missing or unexpected, or a parameter does not split into equal parts.
+    """
+    _account_for(state, [rule.ours for rule in rules])
+    return {
+        name: part for rule in rules for name, part in zip(rule.theirs, _split(rule, state[rule.ours]), strict=True)
+    }
+
+
+def _account_for(state: Iterable[str], expected: list[str]) -> None:
+    given, wanted = set(state), set(expected)
+    for what, keys in (("missing", wanted - given), ("unexpected", given - wanted)):
+        if keys:
+            shown = ", ".join(sorted(keys)[:KEYS_SHOWN]) + (", ..." if len(keys) > KEYS_SHOWN else "")
+            raise CheckpointError(
+                "state dict", f"{len(keys)} {what} keys: {shown}", f"the {len(wanted)} keys of the model"
+            )
+
+
+def _join(rule: Rule, parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    kinds = {(tuple(part.shape), part.dtype) for part in parts}
+    if len(kinds) > 1 or parts[0].dim() == 0:
+        got = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in parts)
+        raise CheckpointError(", ".join(rule.theirs), got, "one shape and one dtype")
+    return torch.cat(parts)
+
+
+def _split(rule: Rule, whole: Tensor) -> Sequence[Tensor]:
+    parts = len(rule.theirs)
+    if parts == 1:
+        return [whole]
+    if whole.dim() == 0 or whole.shape[0] % parts:
+        raise CheckpointError(rule.ours, f"shape {tuple(whole.shape)}", f"a first dimension that {parts} divides")
+    return whole.chunk(parts)

@@ -1,0 +1,214 @@
+"""The command line: `fastbert encode`, `fastbert info`.
+
+Heavy imports are inside the commands, so that `fastbert --help` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fastbert.errors import ArgumentError, FastbertError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in help are brackets
+    help="Packed, padding-free BERT encoders.",
+)
+
+
+def main() -> None:
+    """The entry point: exit code 0 when done, 2 for wrong usage or input, 1 where the system fails (a full disk).
+
+    What went wrong is one sentence on stderr.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        app(prog_name="fastbert")
+    except FastbertError as error:
+        _say(f"error: {error}")
+        sys.exit(2)
+    except OSError as error:
+        _say(f"error: {error}")
+        sys.exit(1)
+
+
+@app.command()
+def encode(
+    model: Annotated[Path, typer.Option(help="A Hugging Face checkpoint folder.")],
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="A file of texts, one a line; - for stdin.")] = Path(
+        "-"
+    ),
+    output: Annotated[Path | None, typer.Option(help="Write here instead of JSON lines on stdout.")] = None,
+    file_format: Annotated[
+        Literal["npy", "jsonl"] | None,
+        typer.Option("--format", help="npy: float32 [lines, hidden]. By default the ending of --output tells."),
+    ] = None,
+    pooling: Annotated[
+        Literal["mean", "cls", "max"], typer.Option(help="How the tokens of a text become one embedding.")
+    ] = "mean",
+    normalize: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = True,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What the model computes in.")] = "fp32",
+    max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
+    batch_tokens: Annotated[int | None, typer.Option(help="Most tokens of a batch; 4096 by default.")] = None,
+) -> None:
+    """Embed texts, one a line: row i of the result is line i of the input.
+
+    Lines end with \\n or \\r\\n. Empty lines are empty texts.
+    """
+    if file_format is None:
+        file_format = "npy" if output is not None and output.suffix == ".npy" else "jsonl"
+    if output is None and file_format == "npy":
+        raise ArgumentError("--output", "nothing", "a file to write .npy to", "Add --output FILE, or --format jsonl.")
+
+    from fastbert.checkpoints.files import check_replaceable, replacing
+    from fastbert.tasks import TextEncoder
+
+    if output is not None:
+        check_replaceable(output)
+    encoder = TextEncoder.from_folder(model, dtype=dtype)
+    texts = _texts(_read(input))
+    embeddings = encoder.encode(
+        texts,
+        pooling=pooling,
+        normalize=normalize,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        progress=sys.stderr.isatty(),
+    )
+    if output is None:
+        _write_jsonl(sys.stdout.buffer, texts, embeddings)
+        return
+    with replacing(output) as temporary, temporary.open("wb") as file:
+        if file_format == "npy":
+            _write_npy(file, embeddings)
+        else:
+            _write_jsonl(file, texts, embeddings)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, and which path runs on each device and why."""
+    import torch
+
+    from fastbert import backend
+
+    print("versions")
+    _row("python", platform.python_version())
+    for package in ("fastbert", "torch", "triton", "numpy", "tokenizers", "safetensors", "transformers"):
+        _row(package, _version(package))
+    print("devices")
+    name, instructions = _cpu()
+    _row("cpu", f"{name}, {torch.get_num_threads()} threads, {instructions}")
+    devices = [torch.device("cpu")]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        memory = properties.total_memory / 2**30
+        _row(f"cuda:{i}", f"{properties.name}, {memory:.0f} GiB, {properties.multi_processor_count} multiprocessors")
+        devices.append(torch.device("cuda", i))
+    if len(devices) == 1:
+        _row("gpu", f"none that this torch ({torch.__version__}) can use")
+    print("paths")
+    for device in devices:
+        decision = backend.decide(device)
+        _row(str(device), f"{decision.path}, because {decision.reason}")
+
+
+def _read(path: Path) -> bytes:
+    if str(path) == "-":
+        if sys.stdin.isatty():
+            _say("reading texts from the terminal; end with Ctrl-D")
+        return sys.stdin.buffer.read()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArgumentError("INPUT", f"{path}: {error.strerror}", "a file of texts, or - for stdin") from error
+
+
+def _texts(content: bytes) -> list[str]:
+    """The lines of a file, told apart by \\n alone: U+2028, vertical tab and form feed are text."""
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    lines = content.split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()  # what follows the last line's end is no line
+    texts: list[str] = []
+    damaged: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix(b"\r")
+        try:
+            texts.append(line.decode())
+        except UnicodeDecodeError:
+            texts.append(line.decode(errors="replace"))
+            damaged.append(number)
+    if damaged:
+        _say(f"{len(damaged)} lines have bytes that are not UTF-8 (first: line {damaged[0]}); U+FFFD stands for them")
+    if empty := texts.count(""):
+        _say(f"{empty} empty lines (first: line {texts.index('') + 1}) are embedded as empty texts")
+    if not texts:
+        _say("the input is empty: no embeddings")
+    return texts
+
+
+def _write_npy(file: IO[bytes], embeddings: npt.NDArray[np.float32]) -> None:
+    import numpy as np
+
+    np.save(file, embeddings)
+
+
+def _write_jsonl(file: IO[bytes], texts: list[str], embeddings: npt.NDArray[np.float32]) -> None:
+    for text, embedding in zip(texts, embeddings, strict=True):
+        numbers = ", ".join([f"{number:.9g}" for number in embedding.tolist()])  # 9 digits give a float32 back exactly
+        file.write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n'.encode())
+    file.flush()
+
+
+def _cpu() -> tuple[str, str]:
+    """Its model and those of its instruction sets that matter to bf16 and int8."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), "instruction sets unknown (no /proc/cpuinfo)"
+    fields = dict(_cpuinfo_fields(cpuinfo))
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    relevant = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
+    return fields.get("model name", platform.machine()), " ".join(flag for flag in relevant if flag in flags)
+
+
+def _cpuinfo_fields(cpuinfo: str) -> Iterator[tuple[str, str]]:
+    for line in io.StringIO(cpuinfo):
+        name, _, value = line.partition(":")
+        yield name.strip(), value.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _row(name: str, value: str) -> None:
+    print(f"  {name:<14}{value}")
+
+
+def _say(message: str) -> None:
+    print(f"fastbert: {message}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"warning: {message}")

@@ -1,0 +1,188 @@
+"""The encoder: a stack of post-LN Transformer layers over packed tokens, a drop-in for Hugging Face's `BertEncoder`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.checkpoints import mapping
+from fastbert.config import EncoderConfig
+from fastbert.errors import ArgumentError
+from fastbert.masks import read_mask
+from fastbert.ops.attention import attention
+from fastbert.ops.bias_gelu import linear_gelu
+from fastbert.ops.layer_norm import linear_layer_norm
+from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers
+from fastbert.packing import Packing
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class EncoderLayer(nn.Module):
+    """One layer: attention, then the feed-forward, each followed by residual + LayerNorm."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.attention_output = nn.Linear(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden, eps=config.eps)
+        self.intermediate = nn.Linear(hidden, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, hidden)
+        self.output_norm = nn.LayerNorm(hidden, eps=config.eps)
+
+    def forward(self, x: Tensor, packing: Packing, bias: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
+        """`[rows, hidden]` -> `[rows, hidden]`.
+
+        Args:
+            bias: added to the attention scores; see `ops.attention`.
+            seeds: int64 `[3]`, one seed for each dropout; None when dropout is off.
+        """
+        config = self.config
+        drop_weight = config.attention_dropout if seeds is not None else 0.0
+        drop_hidden = config.hidden_dropout if seeds is not None else 0.0
+        seed_weight, seed_context, seed_output = (None, None, None) if seeds is None else seeds.split(1)
+
+        qkv = self.qkv(x).view(-1, 3, config.num_heads, config.head_dim)
+        context = attention(qkv, packing, bias=bias, dropout=drop_weight, seed=seed_weight).flatten(1)
+        x = _project_add_norm(context, self.attention_output, x, self.attention_norm, drop_hidden, seed_context)
+        return _project_add_norm(self.activate(x), self.output, x, self.output_norm, drop_hidden, seed_output)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The first product of the feed-forward and its activation: `[rows, hidden]` -> `[rows, intermediate]`."""
+        weight, bias = self.intermediate.weight, self.intermediate.bias
+        match self.config.activation:
+            case "gelu":
+                return linear_gelu(x, weight, bias)
+            case "gelu_tanh":
+                return linear_gelu(x, weight, bias, approximate="tanh")
+            case "relu":
+                return F.relu(F.linear(x, weight, bias))
+            case "silu":
+                return F.silu(F.linear(x, weight, bias))
+
+
+def _project_add_norm(
+    x: Tensor, linear: nn.Linear, residual: Tensor, norm: nn.LayerNorm, dropout: float, seed: Tensor | None
+) -> Tensor:
+    return linear_layer_norm(
+        x, linear.weight, linear.bias, residual, norm.weight, norm.bias, dropout=dropout, seed=seed, eps=norm.eps
+    )
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers. Padding is dropped once at the door, so no layer spends work on it.
+
+    Takes the place of a Hugging Face `BertEncoder`: `model.encoder = fastbert.Encoder.from_hf(model.encoder)`.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        initialise(self, config.initializer_range)
+
+    @classmethod
+    def from_hf(cls, module: nn.Module) -> Encoder:
+        """An encoder with the weights, dtype, device and mode of a transformers `BertEncoder`.
+
+        Raises:
+            ArgumentError: its config asks for something an encoder here does not do.
+            CheckpointError: its parameters are not those of a BertEncoder.
+        """
+        config = EncoderConfig.from_hf(module.config)
+        with torch.device("meta"):
+            encoder = cls(config)
+        state = mapping.to_ours(module.state_dict(), mapping.encoder_rules(config.num_layers))
+        encoder.load_state_dict(state, assign=True)
+        return encoder.train(module.training)
+
+    def to_hf_state_dict(self) -> dict[str, Tensor]:
+        """The parameters under the names of a transformers `BertEncoder`, bit for bit."""
+        return mapping.to_theirs(self.state_dict(), mapping.encoder_rules(self.config.num_layers))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        *,
+        packing: Packing | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        **hf: Any,
+    ) -> EncoderOutput | tuple[Any, ...]:
+        """Run the stack.
+
+        Args:
+            hidden_states: `[batch, seqlen, hidden]`; or packed `[rows, hidden]` together with `packing`.
+            attention_mask: any form in `masks.read_mask`; not together with `packing`.
+            packing: the layout of packed `hidden_states`; the output is then packed too.
+            output_hidden_states: also return the input of the first layer and the output of every layer.
+            return_dict: False gives a plain tuple.
+            hf: further arguments that Hugging Face passes to an encoder; accepted where they change nothing.
+
+        Returns:
+            The hidden states, 0 at padding (Hugging Face computes values there that nothing may rely on).
+
+        Raises:
+            ArgumentError: a wrong shape or mask, or a Hugging Face argument that asks for something else
+                (cross-attention, a cache, attention weights).
+        """
+        for name, value in hf.items():
+            if name not in _HARMLESS and not _asks_nothing(value):
+                raise ArgumentError(name, _describe(value), "None", "fastbert.Encoder has no such thing.")
+        x, bias = hidden_states, None
+        packed = packing is not None
+        if packing is None:
+            if x.dim() != 3:
+                raise ArgumentError("hidden_states", f"shape {tuple(x.shape)}", "[batch, seqlen, hidden]")
+            packing, bias = read_mask(attention_mask, x.shape[0], x.shape[1], x.device)
+            x = packing.pack(x)
+        elif attention_mask is not None:
+            raise ArgumentError("attention_mask", "a mask beside a packing", "one of the two")
+        if x.dim() != 2 or x.shape[1] != self.config.hidden_size:
+            raise ArgumentError(
+                "hidden_states", f"shape {tuple(hidden_states.shape)}", f"a last dimension of {self.config.hidden_size}"
+            )
+        states = self.run(x, packing, bias)
+        layout = (lambda state: state) if packed else packing.unpack
+        append_hidden_states(collected_by_transformers(), states, layout)
+        every = tuple(layout(state) for state in states) if output_hidden_states else None
+        out = EncoderOutput(layout(states[-1]) if every is None else every[-1], every)
+        return out if return_dict else out.to_tuple()
+
+    def run(self, x: Tensor, packing: Packing, bias: Tensor | None = None) -> list[Tensor]:
+        """The packed input and the packed output of each layer, `num_layers + 1` tensors `[rows, hidden]`."""
+        seeds = None
+        if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
+            seeds = torch.randint(2**63 - 1, (len(self.layers), 3), device=x.device)
+        states = [x]
+        for i, layer in enumerate(self.layers):
+            states.append(layer(states[-1], packing, bias, None if seeds is None else seeds[i]))
+        return states
+
+
+_HARMLESS = {"position_ids", "cache_position", "num_items_in_batch"}
+
+
+def _asks_nothing(value: Any) -> bool:
+    """Whether an argument is None, False or a list of None (what transformers 4 passes as `head_mask`)."""
+    return value is None or value is False or (isinstance(value, list) and all(v is None for v in value))
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """BERT's initialisation (Devlin et al. 2018): normal weights of deviation `std`, zero biases, unit LayerNorm."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,71 @@
+"""Every form of attention mask that Hugging Face hands to an encoder, turned into a Packing and, if need be, a bias."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastbert.errors import ArgumentError
+from fastbert.packing import Packing
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def read_mask(
+    mask: Tensor | BlockMask | None, batch: int, seqlen: int, device: torch.device
+) -> tuple[Packing, Tensor | None]:
+    """The packing of a `[batch, seqlen]` grid under `mask`, and an additive bias where padding is not all there is to it.
+
+    Args:
+        mask: None (no padding); 2-D `[batch, seqlen]` of 0/1 or bool; `[1|batch, 1|heads, 1|seqlen, seqlen]` (or the
+            same without heads), bool or integer (0 hides a key) or floating (added to the scores; -inf or the dtype's
+            minimum hides a key); or flex attention's BlockMask. A mask that only hides keys, the same for each row, is
+            padding and gets packed. Any other keeps the whole grid and comes back as bias. One host sync on a GPU.
+
+    Raises:
+        ArgumentError: the mask has another shape, or a 2-D mask holds values other than 0 and 1.
+    """
+    if mask is None:
+        return Packing.from_lengths([seqlen] * batch, seqlen=seqlen, device=device), None
+    if not isinstance(mask, Tensor):
+        mask = _dense(mask, batch, seqlen, device)
+    if mask.dim() == 2:
+        _check_shape(mask, (batch,), (seqlen,))
+        return Packing.from_mask(mask), None
+    if mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    if mask.dim() != 4:
+        raise ArgumentError("attention_mask", f"shape {tuple(mask.shape)}", "a mask of 2, 3 or 4 dimensions")
+    _check_shape(mask[:, 0], (1, batch), (1, seqlen), (seqlen,))
+    if mask.is_floating_point():
+        hidden = mask <= torch.finfo(mask.dtype).min
+        only_hides = (hidden | (mask == 0)).all()
+    else:
+        hidden = mask == 0
+        only_hides = torch.ones((), dtype=torch.bool, device=mask.device)
+    same_for_all = (hidden == hidden[:, :1, :1]).all()
+    packing, (is_padding,) = Packing.from_kept(~hidden[:, 0, 0].expand(batch, seqlen), only_hides & same_for_all)
+    if is_padding:
+        return packing, None
+    bias = (mask if mask.is_floating_point() else torch.zeros_like(mask, dtype=torch.float32)).masked_fill(
+        hidden, -torch.inf
+    )
+    return Packing.from_lengths([seqlen] * batch, seqlen=seqlen, device=device), bias.expand(-1, -1, seqlen, -1)
+
+
+def _check_shape(mask: Tensor, *sizes: tuple[int, ...]) -> None:
+    if any(size not in allowed for size, allowed in zip(mask.shape, sizes, strict=True)):
+        expected = ", ".join("|".join(str(size) for size in sorted(set(allowed))) for allowed in sizes)
+        raise ArgumentError("attention_mask", f"shape {tuple(mask.shape)} (heads aside)", f"[{expected}]")
+
+
+def _dense(mask: BlockMask, batch: int, seqlen: int, device: torch.device) -> Tensor:
+    """A flex attention BlockMask as bool `[batch, heads, seqlen, seqlen]`: it keeps the rule it was made from."""
+    from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+    if not isinstance(mask, BlockMask):
+        raise ArgumentError("attention_mask", type(mask).__name__, "a tensor, a BlockMask or None")
+    return create_mask(mask.mask_mod, batch, mask.shape[1], seqlen, seqlen, device=device)

@@ -1,0 +1,86 @@
+"""bias_gelu and linear_gelu: checks, the torch path, and the Triton kernel as a custom op."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import backend
+from fastbert.errors import ArgumentError
+from fastbert.kernels import launch
+from fastbert.ops.common import check_linear, check_parameter, check_rows, onednn_fuses, refuse_gradients
+from fastbert.reference import Approximate
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "none") -> Tensor:
+    """GELU(x + bias), rounded once.
+
+    Args:
+        x: floating `[rows, width]`, any strides.
+        bias: `[width]`, in the dtype of `x` or float32.
+        approximate: "none" for `z * Phi(z)` (BERT's), "tanh" for its tanh approximation.
+
+    Returns:
+        `[rows, width]` in the dtype of `x`.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value is wrong.
+        BackendError: the Triton path was forced and can't serve this call, or would need a gradient.
+    """
+    check_rows("x", x)
+    _check_approximate(approximate)
+    if bias is not None:
+        check_parameter("bias", bias, (x.shape[1],), x)
+    if backend.uses_triton("bias_gelu", x, launch.elementwise_unserved(x.dtype)):
+        refuse_gradients("bias_gelu", x, bias)
+        return bias_gelu_forward(x, bias, approximate)
+    if bias is None:
+        return F.gelu(x, approximate=approximate)
+    total = x.to(torch.promote_types(x.dtype, torch.float32)) + bias  # half types are rounded once, at the end
+    return F.gelu(total, approximate=approximate).to(x.dtype)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: Approximate = "none") -> Tensor:
+    """GELU(x @ weight^T + bias): the first half of the feed-forward.
+
+    On a GPU bias and GELU are one kernel after the GEMM; on the CPU, without gradient, oneDNN applies both inside it.
+
+    Args:
+        x: floating `[rows, in]`.
+        weight: `[out, in]`; bias: `[out]`.
+        approximate: as in `bias_gelu`.
+
+    Returns:
+        `[rows, out]` in the dtype of `x`.
+
+    Raises:
+        ArgumentError, BackendError: as `bias_gelu`.
+    """
+    check_linear(x, weight, bias)
+    _check_approximate(approximate)
+    if backend.uses_triton("linear_gelu", x, launch.elementwise_unserved(x.dtype)):
+        return bias_gelu(F.linear(x, weight), bias, approximate=approximate)
+    if onednn_fuses(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+
+def _check_approximate(approximate: str) -> None:
+    if approximate not in get_args(Approximate):
+        raise ArgumentError("approximate", repr(approximate), "'none' or 'tanh'")
+
+
+@torch.library.custom_op("fastbert::bias_gelu_forward", mutates_args=())
+def bias_gelu_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """The Triton kernel; see `fastbert.kernels.bias_gelu.bias_gelu_forward`."""
+    from fastbert.kernels import bias_gelu as kernel
+
+    return kernel.bias_gelu_forward(x, bias, approximate=approximate)
+
+
+@bias_gelu_forward.register_fake
+def _(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    return x.new_empty(x.shape)

@@ -1,0 +1,77 @@
+"""What the row-wise ops share: their checks, and whether oneDNN can fuse a linear layer with what follows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert.errors import ArgumentError, BackendError
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Raise ArgumentError unless `x` is a floating `[rows, width]` tensor."""
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ArgumentError(name, f"{x.dtype} of shape {tuple(x.shape)}", "a floating [rows, width] tensor")
+
+
+def check_residual(residual: Tensor, shape: tuple[int, int], x: Tensor) -> None:
+    """Raise ArgumentError unless `residual` has this shape and the dtype and device of `x`."""
+    if tuple(residual.shape) != shape or (residual.dtype, residual.device) != (x.dtype, x.device):
+        raise ArgumentError("residual", _described(residual), f"{x.dtype} of shape {shape} on {x.device}, as x")
+
+
+def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise ArgumentError unless `parameter` has this shape, is beside `x`, and has its dtype or float32."""
+    fits = parameter.dtype in (x.dtype, torch.float32)
+    if not fits or tuple(parameter.shape) != shape or parameter.device != x.device:
+        raise ArgumentError(name, _described(parameter), f"{x.dtype} or torch.float32 of shape {shape} on {x.device}")
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ArgumentError unless `x @ weight^T + bias` is defined for `[rows, in]`, `[out, in]` and `[out]`."""
+    check_rows("x", x)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.device != x.device:
+        raise ArgumentError("weight", _described(weight), f"shape [out, {x.shape[1]}] on {x.device}")
+    if bias is not None:
+        check_parameter("bias", bias, (weight.shape[0],), x)
+
+
+def refuse_gradients(op: str, *tensors: Tensor | None) -> None:
+    """Raise BackendError where autograd would expect a gradient of the Triton path, which has no backward yet."""
+    if wants_gradient(*tensors):
+        raise BackendError(
+            op,
+            "inputs that require a gradient, on the Triton path",
+            "inputs that don't: its backward is not built yet",
+            'Run under torch.no_grad(), or under fastbert.use_backend("torch").',
+        )
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an op on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def onednn_fuses(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether oneDNN's fused linear layers may run on these tensors.
+
+    They have no autograd, don't know autocast, and neither exporters nor torch.compile, which fuses by itself, should
+    see them.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and all(other is None or other.dtype == x.dtype for other in others)
+        and x.numel() > 0
+        and not wants_gradient(x, *others)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def _described(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"

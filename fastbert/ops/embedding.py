@@ -1,0 +1,173 @@
+"""embedding: checks, the torch path, and the Triton kernel as a custom op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import backend
+from fastbert.errors import ArgumentError
+from fastbert.kernels import launch
+from fastbert.ops.attention import check_dropout
+from fastbert.ops.common import check_parameter, check_rows, refuse_gradients
+from fastbert.ops.layer_norm import check_eps, drop, normalise
+
+
+def embedding(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float,
+) -> Tensor:
+    """dropout(LN(word[input_ids] + position[position_ids] + token_type[token_type_ids])), rounded once.
+
+    Args:
+        input_ids, position_ids: int64 `[tokens]`.
+        token_type_ids: int64 `[tokens]`, or None where every token has type 0.
+        word, position, token_type: floating tables `[entries, hidden]`; the last two in the dtype of `word` or float32.
+        weight, bias: `[hidden]`, in the dtype of `word` or float32.
+        dropout: probability in [0, 1) that an element of the result is dropped. The mask is a pure function of
+            (seed, row, column): see `reference.keep_mask`.
+        seed: int64 tensor of one element beside the tables; needed when `dropout > 0`.
+        eps: added to the variance.
+
+    Returns:
+        `[tokens, hidden]` in the dtype of `word`. On a GPU a token with an id outside its table gives a row of NaN: to
+        raise, the host would have to wait for the device.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value is wrong; on the CPU also an id outside its table.
+        BackendError: the Triton path was forced and can't serve this call, or would need a gradient.
+    """
+    _check_tables(word, position, token_type, weight, bias)
+    _check_ids("input_ids", input_ids, input_ids, word)
+    _check_ids("position_ids", position_ids, input_ids, word)
+    if token_type_ids is not None:
+        _check_ids("token_type_ids", token_type_ids, input_ids, word)
+    check_dropout(dropout, seed, word)
+    check_eps(eps)
+    if backend.uses_triton("embedding", word, launch.row_wise_unserved(word.shape[1], word.dtype)):
+        refuse_gradients("embedding", word, position, token_type, weight, bias)
+        return embedding_forward(
+            input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, dropout, seed, eps
+        )
+    return _embedding_torch(
+        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, dropout, seed, eps
+    )
+
+
+def _check_tables(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> None:
+    check_rows("word", word)
+    entries, hidden = word.shape
+    if entries == 0 or hidden == 0:
+        raise ArgumentError("word", f"shape {tuple(word.shape)}", "at least one entry and one column")
+    for name, table in (("position", position), ("token_type", token_type)):
+        check_rows(name, table)
+        check_parameter(name, table, (max(len(table), 1), hidden), word)
+    check_parameter("weight", weight, (hidden,), word)
+    check_parameter("bias", bias, (hidden,), word)
+
+
+def _check_ids(name: str, ids: Tensor, input_ids: Tensor, word: Tensor) -> None:
+    if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape != input_ids.shape or ids.device != word.device:
+        raise ArgumentError(
+            name,
+            f"{ids.dtype} of shape {tuple(ids.shape)} on {ids.device}",
+            f"int64 [tokens], as many as input_ids, on {word.device}",
+        )
+
+
+def _check_inside(name: str, ids: Tensor, table: Tensor) -> None:
+    """Raise ArgumentError for an id outside its table; only on the CPU, where looking costs no wait for a device."""
+    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    lowest, highest = torch.aminmax(ids)
+    if lowest < 0 or highest >= len(table):
+        expected = f"ids from 0 to {len(table) - 1}, the rows of the table"
+        raise ArgumentError(name, f"ids from {int(lowest)} to {int(highest)}", expected)
+
+
+def _embedding_torch(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+) -> Tensor:
+    _check_inside("input_ids", input_ids, word)
+    _check_inside("position_ids", position_ids, position)
+    total = F.embedding(input_ids, word)
+    total = total.to(torch.promote_types(word.dtype, torch.float32))  # half types are summed in float32, rounded once
+    total = total + F.embedding(position_ids, position)
+    if token_type_ids is None:
+        total = total + token_type[0]
+    else:
+        _check_inside("token_type_ids", token_type_ids, token_type)
+        total = total + F.embedding(token_type_ids, token_type)
+    if seed is None or dropout == 0.0:
+        return normalise(total, weight, bias, eps, word.dtype)
+    return drop(normalise(total, weight, bias, eps, total.dtype), seed, dropout).to(word.dtype)
+
+
+@torch.library.custom_op("fastbert::embedding_forward", mutates_args=())
+def embedding_forward(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The Triton kernel; see `fastbert.kernels.embedding.embedding_forward`."""
+    from fastbert.kernels import embedding as kernel
+
+    return kernel.embedding_forward(
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word,
+        position,
+        token_type,
+        weight,
+        bias,
+        dropout=dropout,
+        seed=seed,
+        eps=eps,
+    )
+
+
+@embedding_forward.register_fake
+def _(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+) -> Tensor:
+    return word.new_empty(input_ids.shape[0], word.shape[1])

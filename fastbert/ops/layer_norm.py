@@ -1,0 +1,193 @@
+"""layer_norm and linear_layer_norm: checks, the torch path, and the Triton kernel as a custom op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import backend, reference
+from fastbert.errors import ArgumentError
+from fastbert.kernels import launch
+from fastbert.ops.attention import check_dropout
+from fastbert.ops.common import (
+    check_linear,
+    check_parameter,
+    check_residual,
+    check_rows,
+    onednn_fuses,
+    refuse_gradients,
+)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float,
+) -> Tensor:
+    """LN(residual + dropout(x + x_bias)) over the columns of a packed hidden state, rounded once.
+
+    Args:
+        x: floating `[rows, hidden]`, any strides.
+        weight, bias: `[hidden]`, in the dtype of `x` or float32.
+        residual: `[rows, hidden]` in the dtype of `x`.
+        x_bias: `[hidden]`, in the dtype of `x` or float32; the bias of the linear layer that made `x`.
+        dropout: probability in [0, 1) that an element of `x + x_bias` is dropped. The mask is a pure function of
+            (seed, row, column): see `reference.keep_mask`.
+        seed: int64 tensor of one element on the device of `x`; needed when `dropout > 0`.
+        eps: added to the variance.
+
+    Returns:
+        `[rows, hidden]` in the dtype of `x`. Sum and statistics are float32 (float64 for float64), the variance in two
+        passes.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value is wrong.
+        BackendError: the Triton path was forced and can't serve this call, or would need a gradient.
+    """
+    _check(x, weight, bias, residual, x_bias, eps)
+    check_dropout(dropout, seed, x)
+    if backend.uses_triton("layer_norm", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+        refuse_gradients("layer_norm", x, weight, bias, residual, x_bias)
+        return layer_norm_forward(x, weight, bias, residual, x_bias, dropout, seed, eps)[0]
+    return _layer_norm_torch(x, weight, bias, residual, x_bias, dropout, seed, eps)
+
+
+def linear_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float,
+) -> Tensor:
+    """LN(residual + dropout(x @ weight^T + x_bias)): the end of each half of an encoder layer.
+
+    On a GPU bias, dropout, residual and LayerNorm are one kernel after the GEMM; on the CPU, without gradient and
+    dropout, oneDNN adds bias and residual inside the GEMM.
+
+    Args:
+        x: floating `[rows, in]`.
+        weight: `[hidden, in]`; x_bias: `[hidden]`.
+        residual: `[rows, hidden]`; norm_weight, norm_bias: `[hidden]`.
+        dropout, seed, eps: as in `layer_norm`.
+
+    Returns:
+        `[rows, hidden]` in the dtype of `x`.
+
+    Raises:
+        ArgumentError, BackendError: as `layer_norm`.
+    """
+    check_linear(x, weight, x_bias)
+    check_dropout(dropout, seed, x)
+    hidden = weight.shape[0]
+    check_residual(residual, (x.shape[0], hidden), x)
+    if backend.uses_triton("linear_layer_norm", x, launch.row_wise_unserved(hidden, x.dtype)):
+        product = F.linear(x, weight)
+        return layer_norm(
+            product, norm_weight, norm_bias, residual=residual, x_bias=x_bias, dropout=dropout, seed=seed, eps=eps
+        )
+    if dropout == 0.0 and onednn_fuses(x, weight, x_bias, residual, norm_weight, norm_bias):
+        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, x_bias, "add")
+        return layer_norm(total, norm_weight, norm_bias, eps=eps)
+    product = F.linear(x, weight, x_bias)
+    return layer_norm(product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, x_bias: Tensor | None, eps: float
+) -> None:
+    check_rows("x", x)
+    hidden = x.shape[1]
+    if hidden == 0:
+        raise ArgumentError("x", f"shape {tuple(x.shape)}", "at least one column")
+    check_parameter("weight", weight, (hidden,), x)
+    check_parameter("bias", bias, (hidden,), x)
+    if residual is not None:
+        check_residual(residual, (len(x), hidden), x)
+    if x_bias is not None:
+        check_parameter("x_bias", x_bias, (hidden,), x)
+    check_eps(eps)
+
+
+def check_eps(eps: float) -> None:
+    """Raise ArgumentError unless `eps` can be added to a variance."""
+    if not eps >= 0.0:
+        raise ArgumentError("eps", eps, "a number that is not negative")
+
+
+def _layer_norm_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+) -> Tensor:
+    if residual is None and x_bias is None and dropout == 0.0:
+        return normalise(x, weight, bias, eps, x.dtype)
+    total = x.to(torch.promote_types(x.dtype, torch.float32))  # half types are summed in float32 and rounded once
+    if x_bias is not None:
+        total = total + x_bias
+    if seed is not None and dropout > 0.0:
+        total = drop(total, seed, dropout)
+    if residual is not None:
+        total = total + residual
+    return normalise(total, weight, bias, eps, x.dtype)
+
+
+def normalise(total: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """torch's LayerNorm of `total`, its parameters in the same dtype, the result in `dtype`."""
+    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(dtype)
+
+
+def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    """Dropout of a `[rows, hidden]` state by the same mask as the kernels'."""
+    keep = reference.hidden_keep_mask(seed, x.shape[0], x.shape[1], dropout)
+    return x * keep * launch.drop_scale(dropout)
+
+
+@torch.library.custom_op("fastbert::layer_norm_forward", mutates_args=())
+def layer_norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton kernel; see `fastbert.kernels.layer_norm.layer_norm_forward`. Returns (out, mean, rstd)."""
+    from fastbert.kernels import layer_norm as kernel
+
+    return kernel.layer_norm_forward(
+        x, weight, bias, residual=residual, x_bias=x_bias, dropout=dropout, seed=seed, eps=eps
+    )
+
+
+@layer_norm_forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(0, dtype=torch.float32)
+    return x.new_empty(x.shape), statistics, statistics.new_empty(0)

@@ -1,0 +1,78 @@
+"""What a forward pass returns: read by name, like Hugging Face's outputs, or by position."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert.errors import ArgumentError
+
+
+@dataclass
+class EncoderOutput:
+    """Output of an encoder.
+
+    Attributes:
+        last_hidden_state: `[batch, seqlen, hidden]`, 0 at padding; `[tokens, hidden]` where a Packing was given.
+        hidden_states: the input of the first layer and the output of each, in the same layout; None if not asked for.
+        attentions, cross_attentions, past_key_values, cache: always None; Hugging Face's code reads these names.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
+    cross_attentions: None = None
+    past_key_values: None = None
+    cache: None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in order."""
+        return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+@dataclass
+class ModelOutput:
+    """Output of a whole model: as EncoderOutput, with `pooler_output` `[batch, hidden]` (None without a pooler)."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    to_tuple = EncoderOutput.to_tuple
+    __getitem__ = EncoderOutput.__getitem__
+
+
+def collected_by_transformers() -> dict[str, Any]:
+    """What the transformers 5 model around us wants to be told: lists to append to, by name; empty if nothing.
+
+    Transformers 5 gathers hidden states by hooks on its own layer classes, through a collector that is active during
+    the forward pass. It finds none of them in our encoder, so the encoder appends for itself.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    if collector is None or (torch.compiler.is_compiling() and not collector.compiling):  # dynamo traces no ContextVar
+        return {}
+    return collector.get() or {}
+
+
+def append_hidden_states(collected: dict[str, Any], states: list[Tensor], layout: Callable[[Tensor], Tensor]) -> None:
+    """Append `layout(state)` of each state that `collected` asks for; see `collected_by_transformers`.
+
+    Raises:
+        ArgumentError: attention weights are asked for; no kernel ever holds them.
+    """
+    if "attentions" in collected:
+        raise ArgumentError("output_attentions", True, "False", "fastbert.Encoder never holds attention weights.")
+    if "hidden_states" in collected:
+        selected = collected.get("_hidden_states_layers")
+        collected["hidden_states"] += [
+            layout(state) if selected is None or i in selected else None for i, state in enumerate(states)
+        ]

@@ -1,0 +1,80 @@
+"""FLOPs and minimum bytes of each op for a shape: what a roofline, and the count of traffic, are held against.
+
+A fused multiply-add is two FLOPs; exp, erf, tanh, a division and a root are one each. `min_bytes` is the traffic of a
+kernel that reads each input and writes each output once. Neither depends on how a kernel does it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs, and bytes that must cross the memory bus."""
+
+    flops: int
+    min_bytes: int
+
+
+def layer_norm(
+    rows: int,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    x_bias: bool = False,
+    dropout: bool = False,
+    statistics: bool = False,
+    parameters: torch.dtype | None = None,
+) -> Cost:
+    """LN(residual + dropout(x + x_bias)) on `[rows, hidden]`.
+
+    Args:
+        statistics: whether mean and rstd, float32, are written.
+        parameters: dtype of weight, bias and x_bias; `dtype` by default.
+    """
+    per_element = LAYER_NORM_FLOPS + residual + x_bias + dropout
+    states = 2 + residual
+    vectors = 2 + x_bias
+    itemsize = (parameters or dtype).itemsize
+    return Cost(
+        flops=rows * hidden * per_element + rows * LAYER_NORM_ROW_FLOPS,
+        min_bytes=rows * hidden * states * dtype.itemsize
+        + hidden * vectors * itemsize
+        + (rows * 2 * 4 if statistics else 0)
+        + (8 if dropout else 0),
+    )
+
+
+def bias_gelu(rows: int, width: int, dtype: torch.dtype, *, bias: bool = True, approximate: str = "none") -> Cost:
+    """GELU(x + bias) on `[rows, width]`."""
+    per_element = {"none": 5, "tanh": 8}[approximate] + bias
+    return Cost(
+        flops=rows * width * per_element,
+        min_bytes=(rows * width * 2 + (width if bias else 0)) * dtype.itemsize,
+    )
+
+
+def embedding(
+    tokens: int, hidden: int, dtype: torch.dtype, *, entries: int, token_types: bool = True, dropout: bool = False
+) -> Cost:
+    """dropout(LN(word + position + token_type)) on `[tokens, hidden]`.
+
+    Args:
+        entries: how many different rows of the three tables are used, all together; each must be read once.
+        token_types: whether token type ids are given.
+    """
+    ids = 3 if token_types else 2
+    return Cost(
+        flops=tokens * hidden * (2 + LAYER_NORM_FLOPS + dropout) + tokens * LAYER_NORM_ROW_FLOPS,
+        min_bytes=(tokens + entries + 2) * hidden * dtype.itemsize + tokens * ids * 8 + (8 if dropout else 0),
+    )
+
+
+# An element of LayerNorm: 1 for the mean's sum, 1 to centre, 2 for the sum of squares, 1 to scale, 2 for weight and bias.
+LAYER_NORM_FLOPS = 7
+# A row: 2 divisions, eps, the root and its reciprocal.
+LAYER_NORM_ROW_FLOPS = 5

@@ -1,0 +1,132 @@
+"""LN(residual + dropout(x + x_bias)) in one pass over a packed hidden state.
+
+One program owns ROWS rows and holds them whole, so that the variance takes its second pass over registers. Up to 1024
+columns a row belongs to one warp: its sums are shuffles, without shared memory or barriers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import launch, target
+from fastbert.kernels.pieces import keep_mask, normalise
+
+
+@triton.jit
+def layer_norm_forward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    x_bias_ptr,
+    seed_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_stride_row,
+    residual_stride_row,
+    out_stride_row,
+    rows,
+    eps,
+    drop_threshold,
+    drop_scale,
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    STORE_STATS: tl.constexpr,
+):
+    """See `layer_norm_forward`."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask_row = row < rows
+    mask_column = column < HIDDEN
+    mask = mask_row[:, None] & mask_column[None, :]
+    row_offset = row.to(tl.int64)[:, None]
+
+    x_ptrs = x_ptr + row_offset * x_stride_row + column[None, :]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+    if HAS_X_BIAS:
+        x += tl.load(x_bias_ptr + column, mask=mask_column, other=0.0).to(tl.float32)[None, :]  # [BLOCK]
+    if HAS_DROPOUT:
+        keep = keep_mask(tl.load(seed_ptr), row, 0, 0, 0, drop_threshold, BLOCK)  # [ROWS, BLOCK]
+        x = tl.where(keep, x * drop_scale, 0.0)
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + row_offset * residual_stride_row + column[None, :]
+        x += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+    weight = tl.load(weight_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
+    bias = tl.load(bias_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
+
+    out, mean, rstd = normalise(x, mask_column[None, :], weight, bias, eps, HIDDEN)  # [ROWS, BLOCK]
+    out_ptrs = out_ptr + row_offset * out_stride_row + column[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
+    if STORE_STATS:
+        tl.store(mean_ptr + row, mean, mask=mask_row)  # [ROWS]
+        tl.store(rstd_ptr + row, rstd, mask=mask_row)  # [ROWS]
+
+
+def layer_norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float,
+    store_stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        x, residual: `[rows, hidden]` of one dtype, any strides; copied once if they are not 16-byte aligned.
+        weight, bias, x_bias: `[hidden]`, in the dtype of `x` or float32.
+        dropout, seed, eps: as in `fastbert.ops.layer_norm`.
+        store_stats: whether the backward will need mean and rstd.
+
+    Returns:
+        out `[rows, hidden]` in the dtype of `x`; mean and rstd float32 `[rows]`, or `[0]`.
+    """
+    rows, hidden = x.shape
+    x = target.aligned(x)
+    residual = None if residual is None else target.aligned(residual)
+    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    mean = torch.empty(rows if store_stats else 0, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if rows == 0:
+        return out, mean, rstd
+    choice = launch.layer_norm_forward(hidden, x.dtype, target.of(x.device))
+    with target.guard(x):
+        layer_norm_forward_kernel[(triton.cdiv(rows, choice.ROWS),)](
+            x,
+            weight.contiguous(),
+            bias.contiguous(),
+            residual,
+            None if x_bias is None else x_bias.contiguous(),
+            seed,
+            out,
+            mean,
+            rstd,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            out.stride(0),
+            rows,
+            eps,
+            launch.drop_threshold(dropout),
+            launch.drop_scale(dropout),
+            HIDDEN=hidden,
+            ROWS=choice.ROWS,
+            BLOCK=launch.row_block(hidden),
+            HAS_RESIDUAL=residual is not None,
+            HAS_X_BIAS=x_bias is not None,
+            HAS_DROPOUT=dropout > 0.0,
+            STORE_STATS=store_stats,
+            num_warps=choice.num_warps,
+        )
+    return out, mean, rstd

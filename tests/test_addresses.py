@@ -1,0 +1,53 @@
+"""Case 11: offsets of rows are 64-bit. Read from the compiler's own IR, because no test can allocate 2^31 elements.
+
+The interpreter's flag is read when kernels are decorated, so the kernels are compiled in a process without it.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastbert.kernels.bias_gelu import bias_gelu_forward_kernel
+from fastbert.kernels.embedding import embedding_forward_kernel
+from fastbert.kernels.layer_norm import layer_norm_forward_kernel
+
+kernel = globals()[sys.argv[1]]
+constants = {"HIDDEN": 48, "ROWS": 4, "BLOCK": 64, "HAS_RESIDUAL": True, "HAS_X_BIAS": True, "HAS_DROPOUT": False}
+constants |= {"STORE_STATS": True, "HAS_BIAS": True, "TANH": False, "MASK_COLUMNS": True, "HAS_TYPES": True}
+signature = {}
+for name in kernel.arg_names:
+    if name in constants:
+        signature[name] = "constexpr"
+    elif name.endswith("_ptr"):
+        signature[name] = "*i64" if "ids" in name or "seed" in name else "*fp16"
+    else:
+        signature[name] = "fp32" if name in ("eps", "drop_scale") else "i32"
+constants = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in signature}
+compiled = triton.compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 80, 32))
+print(compiled.asm["ttir"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides"),
+    [("layer_norm_forward_kernel", 3), ("bias_gelu_forward_kernel", 2), ("embedding_forward_kernel", 4)],
+)
+def test_rows_times_strides_are_64_bit_case_11(kernel, strides, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", COMPILE, kernel], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    products = re.findall(r"arith\.muli .* : (\S+)", run.stdout)
+    blocks = [product for product in products if product.startswith("tensor")]
+    assert len(blocks) == strides, f"expected one product of rows and a stride for each of {strides} tensors: {blocks}"
+    assert all(block.endswith("xi64>") for block in blocks), blocks

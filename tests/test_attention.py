@@ -1,0 +1,358 @@
+"""attention: each branch of the kernel and the torch path against float64, by the error rule."""
+
+import math
+
+import pytest
+import torch
+
+from fastbert import backend, reference
+from fastbert.errors import ArgumentError, BackendError
+from fastbert.kernels import launch, target
+from fastbert.ops.attention import attention, attention_forward
+from fastbert.packing import Packing
+from fastbert.testing import assert_close, random_lengths
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PATHS = ["triton", "torch"]
+
+
+def random_qkv(rows, heads, head_dim, dtype, generator, scale=1.0):
+    return (torch.randn(rows, 3, heads, head_dim, generator=generator) * scale).to(dtype)
+
+
+def check(path, qkv, packing, *, what="", **options):
+    """Run one path and hold it to the error rule; returns the output."""
+    tokens = packing.tokens
+    keep = None
+    plain_options = {name: options[name] for name in ("scale", "bias", "window") if name in options}
+    if options.get("dropout"):
+        keep = reference.attention_keep_mask(
+            options["seed"], packing.batch, qkv.shape[2], packing.max_seqlen, options["dropout"]
+        )
+        plain_options |= {"keep": keep, "dropout": options["dropout"]}
+    exact_options = {k: v.double() if k == "bias" and v is not None else v for k, v in plain_options.items()}
+    with backend.use_backend(path):
+        out = attention(qkv, packing, **options)
+    plain, _ = reference.attention(qkv[:tokens], packing, **plain_options)
+    exact, _ = reference.attention(qkv[:tokens].double(), packing, **exact_options)
+    assert_close(out[:tokens], plain, exact, what=what or path)
+    return out
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 40, 48, 64, 72, 80, 96, 128, 200, 256])
+def test_case_13_head_dims(head_dim, dtype, path, generator):
+    packing = Packing.from_lengths([5, 70, 33])
+    check(path, random_qkv(packing.tokens, 2, head_dim, dtype, generator), packing)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("length", [1, 2, 7, 15, 17, 33, 63, 64, 65, 97, 127, 128, 129, 257, 511, 513])
+def test_case_14_odd_lengths(length, path, generator):
+    packing = Packing.from_lengths([length])
+    check(path, random_qkv(length, 1, 32, torch.float16, generator), packing)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("lengths", [[64, 64], [128], [192, 192]], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_aligned_batches_have_no_tail(head_dim, lengths, path, generator):
+    packing = Packing.from_lengths(lengths)
+    check(path, random_qkv(packing.tokens, 2, head_dim, torch.float16, generator), packing)
+
+
+EXTRAS = {
+    "bias": {"bias": (1, 2)},
+    "bias_per_sequence": {"bias": (3, 2)},
+    "bias_broadcast": {"bias": (1, 1)},
+    "window": {"window": 9},
+    "window_0": {"window": 0},
+    "dropout": {"dropout": 0.3},
+    "all": {"bias": (3, 1), "window": 20, "dropout": 0.1},
+    "scale": {"scale": 0.7},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("name", EXTRAS)
+def test_options(name, head_dim, dtype, path, generator):
+    packing = Packing.from_lengths([37, 5, 66])
+    options = dict(EXTRAS[name])
+    if "bias" in options:
+        options["bias"] = torch.randn(*options["bias"], 66, 66, generator=generator).to(dtype)
+    if "dropout" in options:
+        options["seed"] = torch.tensor([2**40 + 12345])
+    check(path, random_qkv(packing.tokens, 2, head_dim, dtype, generator), packing, **options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_case_25_bias_of_broadcast_rows_and_columns_and_odd_strides(path, generator):
+    packing = Packing.from_lengths([37, 5])
+    qkv = random_qkv(42, 2, 16, torch.float32, generator)
+    by_row = torch.randn(1, 2, 37, 1, generator=generator)
+    by_column = torch.randn(2, 1, 1, 37, generator=generator)
+    transposed = torch.randn(1, 2, 37, 37, generator=generator).transpose(2, 3)
+    for bias in (by_row, by_column, transposed):
+        check(path, qkv, packing, bias=bias)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_case_01_fully_masked_row_gives_zero(dtype, path, generator):
+    packing = Packing.from_lengths([20, 7])
+    bias = torch.zeros(1, 2, 20, 20, dtype=dtype)
+    bias[:, :, 3] = -torch.inf
+    bias[:, 1, :, 2:] = -torch.inf
+    out = check(path, random_qkv(27, 2, 16, dtype, generator), packing, bias=bias)
+    assert (out[3] == 0).all()
+    assert (out[23] == 0).all()
+
+
+def test_case_01_fully_masked_row_has_zero_finite_gradients(generator):
+    packing = Packing.from_lengths([20, 7])
+    qkv = random_qkv(27, 2, 16, torch.float32, generator).requires_grad_()
+    bias = torch.zeros(1, 2, 20, 20)
+    bias[:, :, 3] = -torch.inf
+    bias.requires_grad_()
+    out = attention(qkv, packing, bias=bias)
+    out.backward(torch.randn(out.shape, generator=generator))
+    assert qkv.grad.isfinite().all()
+    assert bias.grad.isfinite().all()
+    assert (qkv.grad[3, 0] == 0).all()
+    assert (bias.grad[:, :, 3] == 0).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_case_02_more_padding_changes_nothing(path, generator):
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    padded = random_qkv(8, 2, 32, torch.float32, generator).view(2, 4, 3, 2, 32)
+    wide_mask = torch.nn.functional.pad(mask, (0, 29))
+    wide = torch.full((2, 33, 3, 2, 32), torch.nan)
+    wide[:, :4] = padded
+    with backend.use_backend(path):
+        few = Packing.from_mask(mask)
+        many = Packing.from_mask(wide_mask)
+        assert torch.equal(attention(few.pack(padded), few), attention(many.pack(wide), many))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_case_05_alone_as_in_a_batch_in_any_order(path, generator):
+    lengths = [33, 1, 70, 33]
+    qkv = [random_qkv(n, 2, 32, torch.float16, generator) for n in lengths]
+    with backend.use_backend(path):
+        together, packing = Packing.from_ragged(qkv)
+        batch = attention(together, packing).split(lengths)
+        turned, packing = Packing.from_ragged(qkv[::-1])
+        backwards = attention(turned, packing).split(lengths[::-1])
+        for i, one in enumerate(qkv):
+            alone = attention(one, Packing.from_lengths([len(one)]))
+            assert torch.equal(alone, batch[i])
+            assert torch.equal(alone, backwards[len(qkv) - 1 - i])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_case_08_outlier_activations_stay_finite_in_half(path, generator):
+    packing = Packing.from_lengths([33, 8])
+    qkv = random_qkv(41, 2, 64, torch.float16, generator)
+    qkv[:, :2] *= 80.0  # scores near 8e4 before scaling: more than float16 holds, so plain torch runs in float32 here
+    with backend.use_backend(path):
+        out = attention(qkv, packing)
+    plain, _ = reference.attention(qkv.float(), packing)
+    exact, _ = reference.attention(qkv.double(), packing)
+    assert_close(out, plain.half(), exact)
+
+
+def test_case_11_addresses_are_64_bit_where_a_row_times_its_stride_can_overflow():
+    """The bases are 64-bit, and what stays 32-bit inside a tile is bounded by `target.aligned`."""
+    narrow = torch.empty(2, 3, 2, 64, dtype=torch.float16)
+    assert target.aligned(narrow) is narrow
+    wide = torch.empty(1, dtype=torch.float16).expand(2, 3, 2, 1).as_strided((1, 3, 2, 1), (1 << 24, 0, 0, 1))
+    assert target.aligned(wide).stride(0) < 1 << 22
+
+
+@pytest.mark.parametrize("sequences", [40000])
+def test_case_12_more_than_65535_programs(sequences, generator, monkeypatch):
+    """batch x heads beyond 65535 goes on grid x, the only axis without that limit."""
+    from fastbert.kernels import attention as kernel
+
+    seen = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            seen.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(kernel, "attention_forward_kernel", Recorder())
+    packing = Packing.from_lengths([1] * sequences)
+    with backend.use_backend("triton"):
+        attention(random_qkv(sequences, 2, 8, torch.float16, generator), packing)
+    (grid,) = seen
+    assert len(grid) == 1
+    assert grid[0] >= 2 * sequences
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("lengths", [[], [0], [0, 3, 0, 0, 2, 0]], ids=str)
+def test_case_15_zero_lengths_empty_batches_and_slack(lengths, path, generator, nan_empty):
+    packing = Packing.from_lengths(lengths)
+    qkv = random_qkv(packing.tokens + 6, 2, 16, torch.float32, generator)
+    qkv[packing.tokens :] = torch.nan
+    out = check(path, qkv, packing)
+    assert out.shape == (packing.tokens + 6, 2, 16)
+    if path == "triton":
+        assert out[packing.tokens :].isnan().all(), "slack was written"
+
+
+def test_case_15_slack_gets_no_gradient(generator):
+    packing = Packing.from_lengths([4, 0, 3])
+    qkv = random_qkv(10, 2, 16, torch.float32, generator)
+    qkv[7:] = torch.nan
+    qkv.requires_grad_()
+    out = attention(qkv, packing)
+    out.backward(torch.randn(out.shape, generator=generator))
+    assert (qkv.grad[7:] == 0).all()
+    assert qkv.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_case_29_strided_transposed_and_expanded_inputs(path, generator):
+    packing = Packing.from_lengths([9, 4])
+    wide = random_qkv(26, 4, 48, torch.float32, generator)
+    views = {
+        "every other row": wide[::2],
+        "some heads": wide[:13, :, 1:3],
+        "an unaligned base": wide[:13, :, :, 3:35],
+        "heads outside": random_qkv(13, 2, 32, torch.float32, generator).permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+        "dims outside": random_qkv(13, 2, 32, torch.float32, generator).transpose(2, 3).contiguous().transpose(2, 3),
+        "one row, repeated": wide[:1].expand(13, -1, -1, -1),
+        "key is value": random_qkv(13, 2, 32, torch.float32, generator)[:, :1].expand(-1, 3, -1, -1),
+    }
+    for name, view in views.items():
+        check(path, view, packing, what=name)
+
+
+def test_lse_is_the_log_of_the_sum_of_exponentials(generator):
+    from fastbert.kernels.attention import attention_forward as launcher
+
+    packing = Packing.from_lengths([33, 0, 70])
+    qkv = random_qkv(103, 2, 32, torch.float32, generator)
+    bias = torch.zeros(1, 1, 70, 70)
+    bias[:, :, 5] = -torch.inf
+    for options in ({}, {"bias": bias}):
+        choice = launch.attention_forward(
+            32, qkv.dtype, 70, rows=103, batch=3, extras=bool(options), target=target.of(qkv.device)
+        )
+        full = {"bias": bias.expand(3, 2, 70, 70)} if options else {}
+        tiles = packing.tiles(choice.BLOCK_M)
+        _, lse = launcher(qkv, packing.cu_seqlens, tiles, 70, scale=0.25, store_lse=True, **full)
+        _, plain = reference.attention(qkv, packing, scale=0.25, **options)
+        _, exact = reference.attention(
+            qkv.double(), packing, scale=0.25, **{k: v.double() for k, v in options.items()}
+        )
+        assert_close(lse, plain, exact)
+    assert (lse[:, 5] == math.inf).all()
+
+
+@pytest.mark.parametrize("arch", [name for name in target.KNOWN if name != "interpreter"])
+def test_the_choice_of_every_target_gives_the_right_answer(arch, generator):
+    packing = Packing.from_lengths([70, 129])
+    with target.pretend(target.KNOWN[arch]):
+        for head_dim, dtype in ((64, torch.float16), (128, torch.float16), (32, torch.float32)):
+            check("triton", random_qkv(199, 1, head_dim, dtype, generator), packing)
+
+
+def test_reference_gradients_against_finite_differences(generator):
+    packing = Packing.from_lengths([3, 0, 4])
+    qkv = torch.randn(7, 3, 2, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(1, 2, 4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    keep = reference.attention_keep_mask(torch.tensor([5]), 3, 2, 4, 0.2)
+
+    def run(qkv, bias):
+        return reference.attention(qkv, packing, bias=bias, window=2, keep=keep, dropout=0.2)[0]
+
+    assert torch.autograd.gradcheck(run, (qkv, bias))
+
+
+def test_random_ragged_batches(generator):
+    for _ in range(5):
+        packing = Packing.from_lengths(random_lengths(6, 90, generator))
+        check("triton", random_qkv(packing.tokens, 2, 32, torch.float16, generator), packing)
+
+
+def op_arguments(generator, **changes):
+    packing = Packing.from_lengths([5, 3])
+    values = {
+        "qkv": random_qkv(8, 2, 16, torch.float32, generator),
+        "cu_seqlens": packing.cu_seqlens,
+        "tiles": packing.tiles(32),
+        "max_seqlen": 5,
+        "scale": 0.25,
+        "bias": None,
+        "window": None,
+        "dropout": 0.0,
+        "seed": None,
+    }
+    return tuple((values | changes).values())
+
+
+@pytest.mark.parametrize("extras", [{}, {"bias": torch.zeros(2, 2, 5, 5), "dropout": 0.1, "seed": torch.tensor([3])}])
+def test_opcheck(extras, generator):
+    torch.library.opcheck(attention_forward, op_arguments(generator, **extras))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_case_23_compiles_without_graph_breaks(compiler, path, generator):
+    def run(qkv, packing, bias):
+        return attention(qkv * 2, packing, bias=bias) + 1
+
+    packing = Packing.from_lengths([5, 0, 9])
+    qkv = random_qkv(14, 2, 16, torch.float32, generator)
+    with backend.use_backend(path):
+        compiled = torch.compile(run, fullgraph=True, backend=compiler)
+        for bias in (None, torch.randn(1, 2, 9, 9, generator=generator)):
+            torch.testing.assert_close(compiled(qkv, packing, bias), run(qkv, packing, bias))
+
+
+QKV = torch.zeros(8, 3, 2, 16)
+PACKING = Packing.from_lengths([5, 3])
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("qkv", lambda: attention(torch.zeros(8, 2, 2, 16), PACKING)),
+        ("qkv", lambda: attention(torch.zeros(8, 96), PACKING)),
+        ("qkv", lambda: attention(QKV.long(), PACKING)),
+        ("qkv", lambda: attention(QKV[:7], PACKING)),
+        ("packing", lambda: attention(QKV.to("meta"), PACKING)),
+        ("scale", lambda: attention(QKV, PACKING, scale=0.0)),
+        ("scale", lambda: attention(QKV, PACKING, scale=math.nan)),
+        ("bias", lambda: attention(QKV, PACKING, bias=torch.zeros(5, 5))),
+        ("bias", lambda: attention(QKV, PACKING, bias=torch.zeros(1, 1, 4, 4))),
+        ("bias", lambda: attention(QKV, PACKING, bias=torch.zeros(1, 1, 5, 5, dtype=torch.bool))),
+        ("window", lambda: attention(QKV, PACKING, window=-1)),
+        ("dropout", lambda: attention(QKV, PACKING, dropout=1.0)),
+        ("seed", lambda: attention(QKV, PACKING, dropout=0.1)),
+        ("seed", lambda: attention(QKV, PACKING, dropout=0.1, seed=torch.tensor([1, 2]))),
+        ("seed", lambda: attention(QKV, PACKING, dropout=0.1, seed=torch.tensor([1.0]))),
+    ],
+)
+def test_bad_input_names_the_argument(argument, call):
+    with pytest.raises(ArgumentError) as error:
+        call()
+    assert error.value.argument == argument
+
+
+def test_the_triton_path_refuses_what_it_cannot_serve(generator):
+    with backend.use_backend("triton"):
+        with pytest.raises(BackendError, match="head_dim 12"):
+            attention(torch.zeros(8, 3, 2, 12), PACKING)
+        with pytest.raises(BackendError, match="float64"):
+            attention(QKV.double(), PACKING)
+        with pytest.raises(BackendError, match="gradient"):
+            attention(QKV.clone().requires_grad_(), PACKING)
+    assert attention(torch.zeros(8, 3, 2, 12), PACKING).shape == (8, 2, 12)

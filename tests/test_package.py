@@ -1,0 +1,163 @@
+"""The package as users get it: wheel, sdist, editable, uninstalled, in folders with spaces, beside transformers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastbert
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ("fastbert", "kernels", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    """What a program says on stdout. Nothing of this process's paths and settings reaches it but the program's."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TRITON"))}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (
+        f"{command} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
+    return done.stdout
+
+
+def empty_venv(folder: Path) -> Path:
+    """A fresh environment with our dependencies in sight and without fastbert; its bin folder."""
+    venv.create(folder, symlinks=True)
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    # A .pth line is a plain path entry: the editable fastbert that may be installed over there stays unseen.
+    (site_packages / "dependencies.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
+    return folder / "bin"
+
+
+def pip_install(environment: Path, *what: object) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", environment / "python"]
+    run(*pip, "install", "--quiet", "--no-deps", "--no-build-isolation", *what, cwd=environment)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, so that builds leave nothing in it."""
+    folder = tmp_path_factory.mktemp("a path with spaces") / "source"
+    folder.mkdir()
+    for name in SHIPPED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    for cache in folder.rglob("__pycache__"):
+        shutil.rmtree(cache)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dist(source: Path) -> Path:
+    """A folder with the sdist of `source` and the wheel made from that sdist."""
+    folder = source.parent / "dist"
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=source)
+    return folder
+
+
+@pytest.mark.packaging
+def test_wheel_has_every_module_and_nothing_else(source: Path, dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    modules = {str(path.relative_to(source)) for path in (source / "fastbert").rglob("*.py")}
+    kernels = {f"fastbert/kernels/{path.name}" for path in (source / "kernels").iterdir()}
+    assert "fastbert/kernels/launch.py" in kernels
+    assert names == modules | kernels | {"fastbert/py.typed"}
+
+
+@pytest.mark.packaging
+def test_sdist_has_the_sources_and_the_license(dist: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "setup.py", "pyproject.toml", "kernels/launch.py", "fastbert/py.typed"} <= names
+
+
+@pytest.mark.packaging
+def test_installed_wheel_works_outside_the_repository(dist: Path, tmp_path: Path) -> None:
+    environment = empty_venv(tmp_path / "empty venv")
+    (wheel,) = dist.glob("*.whl")
+    pip_install(environment, wheel)
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+
+    code = "import fastbert, fastbert.kernels.launch as launch; print(fastbert.__file__, launch.__file__, sep='\\n')"
+    for file in run(environment / "python", "-c", code, cwd=elsewhere).splitlines():
+        assert Path(file).is_relative_to(tmp_path / "empty venv"), file
+    assert "fastbert      0.1.0" in run(environment / "fastbert", "info", cwd=elsewhere)
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "morning"]
+    config = fastbert.EncoderConfig(len(words), 32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=16)
+    fastbert.save(fastbert.BertModel(config), elsewhere / "model")
+    (elsewhere / "model" / "vocab.txt").write_text("\n".join(words))
+    (elsewhere / "texts.txt").write_text("good morning\nmorning\n")
+    options = ("--model", "model", "--max-length", "16", "--output", "embeddings.npy")
+    run(environment / "fastbert", "encode", "texts.txt", *options, cwd=elsewhere)
+    here = fastbert.encode(["good morning", "morning"], elsewhere / "model", max_length=16)
+    np.testing.assert_allclose(np.load(elsewhere / "embeddings.npy"), here, atol=1e-6)
+
+
+@pytest.mark.packaging
+def test_editable_install_finds_the_kernels(source: Path, tmp_path: Path) -> None:
+    environment = empty_venv(tmp_path / "empty venv")
+    pip_install(environment, "--editable", source)
+    code = "import fastbert, fastbert.kernels.launch as launch; print(launch.__file__, fastbert.__version__, sep='\\n')"
+    printed = run(environment / "python", "-c", code, cwd=tmp_path).splitlines()
+    assert printed == [str(source / "kernels" / "launch.py"), "0.1.0"]
+
+
+@pytest.mark.packaging
+def test_uninstalled_use_works_and_has_no_version(tmp_path: Path) -> None:
+    environment = empty_venv(tmp_path / "empty venv")
+    code = "import fastbert, fastbert.kernels.launch\ntry: fastbert.__version__\nexcept AttributeError as e: print(e)"
+    assert "not installed" in run(environment / "python", "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
+@pytest.mark.parametrize("options", [("-P",), ()], ids=["safe path", "root on the path"])
+def test_transformers_is_unharmed_in_the_repository_root(options: tuple[str, ...]) -> None:
+    """PyPI's `kernels`, which transformers imports when it sees it, is not mistaken for our folder of that name."""
+    if options and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 has no -P")
+    code = "from transformers import BertConfig, BertModel, utils; BertModel(BertConfig(num_hidden_layers=1))"
+    run(sys.executable, *options, "-c", code + "; assert not utils.is_kernels_available()", cwd=ROOT)
+
+
+def test_case_19_import_makes_no_driver_call_and_loads_no_triton() -> None:
+    code = """
+import sys, torch
+
+def driver_call(*args, **kwargs):
+    raise AssertionError("a driver call")
+
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = driver_call
+torch._C._cuda_getDeviceCount = driver_call
+
+import fastbert
+import fastbert.kernels.launch
+
+print(torch.cuda.is_initialized())
+print([name for name in ("triton", "transformers", "tokenizers") if name in sys.modules])
+"""
+    printed = run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(ROOT)).split("\n")
+    assert printed[:2] == ["False", "[]"]
+
+
+def test_public_names_are_there() -> None:
+    for name in fastbert.__all__:
+        assert name == "__version__" or getattr(fastbert, name).__doc__, name
+    assert fastbert.encode.__module__ == "fastbert.tasks"
+    with pytest.raises(AttributeError, match="no attribute 'encoed'"):
+        fastbert.encoed  # noqa: B018

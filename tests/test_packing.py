@@ -1,0 +1,139 @@
+"""Packing: from every form of mask, lengths and ragged lists; pack and unpack as exact inverses."""
+
+import pytest
+import torch
+
+from fastbert.errors import ArgumentError
+from fastbert.packing import Packing
+
+RIGHT = [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+LEFT = [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
+HOLES = [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32])
+@pytest.mark.parametrize("pattern", [RIGHT, LEFT, HOLES], ids=["right", "left", "holes"])
+def test_case_03_mask_of_any_pattern_and_dtype(pattern, dtype):
+    mask = torch.tensor(pattern).to(dtype)
+    packing = Packing.from_mask(mask)
+    kept = torch.tensor(pattern, dtype=torch.bool)
+    assert packing.lengths.tolist() == kept.sum(1).tolist()
+    assert packing.max_seqlen == int(kept.sum(1).max())
+    assert packing.indices.tolist() == kept.flatten().nonzero().flatten().tolist()
+    assert packing.cu_seqlens.dtype == torch.int32
+    assert packing.indices.dtype == torch.int64
+    assert packing.tokens == int(kept.sum())
+    assert packing.batch == 3
+
+
+@pytest.mark.parametrize("pattern", [RIGHT, LEFT, HOLES], ids=["right", "left", "holes"])
+def test_pack_and_unpack_are_inverses_and_padding_is_never_read(pattern, generator):
+    kept = torch.tensor(pattern, dtype=torch.bool)
+    packing = Packing.from_mask(kept)
+    padded = torch.randn(3, 4, 2, 5, generator=generator)
+    padded[~kept] = torch.nan
+    packed = packing.pack(padded)
+    assert packed.shape == (packing.tokens, 2, 5)
+    assert packed.isfinite().all()
+    back = packing.unpack(packed, fill=7.0)
+    assert torch.equal(back[kept], padded[kept])
+    assert (back[~kept] == 7.0).all()
+    assert torch.equal(packing.pack(back), packed)
+
+
+def test_pack_and_unpack_gradients(generator):
+    packing = Packing.from_mask(torch.tensor(HOLES))
+    padded = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    packed = torch.randn(5, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(packing.pack, (padded,))
+    assert torch.autograd.gradcheck(packing.unpack, (packed,))
+
+
+def test_case_15_slack_rows_are_not_read_and_get_no_gradient(generator):
+    packing = Packing.from_lengths([2, 0, 3])
+    packed = torch.randn(9, 4, generator=generator)
+    packed[5:] = torch.nan
+    packed.requires_grad_()
+    padded = packing.unpack(packed)
+    assert padded.isfinite().all()
+    upstream = torch.randn(padded.shape, generator=generator)
+    padded.backward(upstream)
+    assert (packed.grad[5:] == 0).all()
+    assert torch.equal(packed.grad[:5], packing.pack(upstream))
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [3], [1, 0, 4]])
+def test_case_15_zero_length_sequences_and_empty_batches(lengths):
+    packing = Packing.from_lengths(lengths)
+    assert packing.lengths.tolist() == lengths
+    assert packing.tokens == sum(lengths)
+    assert packing.max_seqlen == max(lengths, default=0)
+    x = torch.randn(packing.tokens, 3)
+    assert torch.equal(packing.pack(packing.unpack(x)), x)
+    mask = torch.arange(packing.max_seqlen) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    same = Packing.from_mask(mask)
+    assert torch.equal(same.indices, packing.indices)
+    assert torch.equal(same.cu_seqlens, packing.cu_seqlens)
+
+
+def test_from_lengths_as_list_and_tensor_with_a_wider_grid():
+    for lengths in ([2, 3], torch.tensor([2, 3]), torch.tensor([2, 3], dtype=torch.int32)):
+        packing = Packing.from_lengths(lengths, seqlen=5)
+        assert packing.padded_shape == (2, 5)
+        assert packing.indices.tolist() == [0, 1, 5, 6, 7]
+        assert packing.columns.tolist() == [0, 1, 0, 1, 2]
+        assert packing.grid.tolist() == [0, 1, 3, 4, 5]
+
+
+def test_from_ragged(generator):
+    sequences = [torch.randn(n, 4, generator=generator) for n in (3, 0, 2)]
+    packed, packing = Packing.from_ragged(sequences)
+    assert torch.equal(packed, torch.cat(sequences))
+    assert packing.lengths.tolist() == [3, 0, 2]
+
+
+def test_from_kept_answers_flags_in_the_same_sync():
+    kept = torch.tensor(HOLES, dtype=torch.bool)
+    packing, flags = Packing.from_kept(kept, torch.tensor(True), torch.tensor(False))
+    assert flags == [True, False]
+    assert packing.lengths.tolist() == [2, 0, 3]
+
+
+@pytest.mark.parametrize("block_m", [1, 2, 3, 64])
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1, 5, 0, 130, 64], [64, 64]])
+def test_tiles_cover_every_row_once(lengths, block_m):
+    packing = Packing.from_lengths(lengths)
+    tiles = packing.tiles(block_m)
+    assert tiles.dtype == torch.int32
+    assert len(tiles) == packing.tokens // block_m + packing.batch
+    seen = [(s, r) for s, first in tiles.tolist() if s >= 0 for r in range(first, min(first + block_m, lengths[s]))]
+    assert seen == [(s, r) for s, length in enumerate(lengths) for r in range(length)]
+    assert packing.tiles(block_m) is tiles
+
+
+def test_runs_group_neighbours_of_one_length():
+    assert Packing.from_lengths([3, 3, 0, 3, 2, 2]).runs == [(3, 3), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Packing.from_mask(torch.ones(2)),
+        lambda: Packing.from_mask(torch.ones(2, 1, 3, 3)),
+        lambda: Packing.from_mask(torch.tensor([[0, 2]])),
+        lambda: Packing.from_mask(torch.tensor([[0.0, -torch.inf]])),
+        lambda: Packing.from_mask(torch.tensor([[1.0, torch.nan]])),
+        lambda: Packing.from_lengths([-1]),
+        lambda: Packing.from_lengths([4], seqlen=3),
+        lambda: Packing.from_lengths(torch.ones(2)),
+        lambda: Packing.from_lengths(torch.ones(2, 2, dtype=torch.int64)),
+        lambda: Packing.from_ragged([]),
+        lambda: Packing.from_ragged([torch.ones(2, 3), torch.ones(2, 4)]),
+        lambda: Packing.from_ragged([torch.tensor(1.0)]),
+        lambda: Packing.from_lengths([2]).pack(torch.ones(2, 2, 3)),
+        lambda: Packing.from_lengths([2]).unpack(torch.ones(1, 3)),
+    ],
+)
+def test_bad_input_names_the_argument(call):
+    with pytest.raises(ArgumentError, match="got .*; expected "):
+        call()

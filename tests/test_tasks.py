@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+import fastbert.tasks
+from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.tasks import TextEncoder, encode
+from fastbert.testing import assert_close
+
+TEXTS = [
+    "A short one.",
+    "",
+    "The committee postponed its decision until the spring, when the new figures would be known to everyone. " * 3,
+    "Cats sleep a lot",
+    "naïve café 中文 👩‍👩‍👧",
+    "Packing removes the padding that makes encoders slow. " * 40,
+    "x",
+    "Cats sleep a lot",
+    "In 1969 two people walked on the moon; a third one waited above.",
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(minilm: Path) -> TextEncoder:
+    return TextEncoder.from_folder(minilm, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def hidden_states(minilm: Path) -> dict[torch.dtype, list[Tensor]]:
+    """transformers' last hidden states in single and in double precision."""
+    plain = transformers.BertModel.from_pretrained(minilm).eval()
+    exact = copy.deepcopy(plain).double()
+    return {model.dtype: states_of_each_text(minilm, model) for model in (plain, exact)}
+
+
+def states_of_each_text(folder: Path, model: transformers.BertModel) -> list[Tensor]:
+    """The last hidden states of each text by itself, so without any padding: `[length, hidden]` each."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        return [
+            model(**tokenizer(text, truncation=True, max_length=256, return_tensors="pt")).last_hidden_state[0]
+            for text in TEXTS
+        ]
+
+
+def pooled(states: list[Tensor], pooling: str, normalize: bool) -> Tensor:
+    by_name = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "cls": lambda x: x[0]}
+    rows = torch.stack([by_name[pooling](state) for state in states])
+    return F.normalize(rows) if normalize else rows
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "max", "cls"])
+def test_encode_matches_transformers(
+    encoder: TextEncoder, hidden_states: dict[torch.dtype, list[Tensor]], pooling: Any, normalize: bool
+) -> None:
+    embeddings = torch.from_numpy(encoder.encode(TEXTS, pooling=pooling, normalize=normalize))
+    plain, exact = (pooled(hidden_states[dtype], pooling, normalize) for dtype in (torch.float32, torch.float64))
+    assert (embeddings - plain).abs().max() <= 2e-5
+    assert_close(embeddings, plain, exact, factor=3, what=f"{pooling} embeddings")
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 300, 100_000])
+def test_batches_do_not_show(
+    encoder: TextEncoder, hidden_states: dict[torch.dtype, list[Tensor]], batch_tokens: int
+) -> None:
+    embeddings = torch.from_numpy(encoder.encode(TEXTS, batch_tokens=batch_tokens))
+    plain, exact = (pooled(hidden_states[dtype], "mean", True) for dtype in (torch.float32, torch.float64))
+    assert_close(embeddings, plain, exact, factor=3)
+
+
+def test_encode_from_a_folder(minilm: Path, encoder: TextEncoder) -> None:
+    embeddings = encode(TEXTS[:4], model=str(minilm))
+    assert embeddings.shape == (4, 384) and embeddings.dtype == np.float32
+    np.testing.assert_array_equal(embeddings, encode(TEXTS[:4], encoder))
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
+
+
+def test_bf16_points_the_same_way(minilm: Path, encoder: TextEncoder) -> None:
+    embeddings = encode(TEXTS, minilm, dtype="bf16")
+    assert embeddings.dtype == np.float32
+    exact = encoder.encode(TEXTS)
+    assert not np.array_equal(embeddings, exact)
+    # A text of one word has no mean to round its errors away: transformers' bf16 falls to 0.99988 for those.
+    several_words = [i for i, text in enumerate(TEXTS) if len(text.split()) > 1]
+    assert (embeddings * exact)[several_words].sum(axis=1).min() >= 0.9999
+
+
+def test_bf16_is_as_exact_as_transformers(minilm: Path) -> None:
+    embeddings = torch.from_numpy(encode(TEXTS, minilm, dtype="bf16"))
+    plain = transformers.BertModel.from_pretrained(minilm, dtype=torch.bfloat16).eval()
+    exact = copy.deepcopy(plain).double()
+    states = states_of_each_text(minilm, plain), states_of_each_text(minilm, exact)
+    assert_close(
+        embeddings,
+        pooled([state.float() for state in states[0]], "mean", True),
+        pooled(states[1], "mean", True),
+        factor=3,
+    )
+
+
+def test_max_length_cuts(encoder: TextEncoder) -> None:
+    cut = encoder.encode(["one two three four five", "one two"], max_length=4)
+    np.testing.assert_allclose(cut[0], cut[1], atol=1e-6)
+
+
+def test_pairs_have_types(minilm: Path, encoder: TextEncoder) -> None:
+    pairs = [("How do cats sleep?", "Curled up."), ("Why?", ""), ("a", "b " * 30)]
+    embeddings = torch.from_numpy(encoder.encode(pairs, pooling="cls", normalize=False))
+    batch = transformers.AutoTokenizer.from_pretrained(minilm)(pairs, padding=True, return_tensors="pt")
+    assert batch["token_type_ids"].any()
+    theirs = transformers.BertModel.from_pretrained(minilm).eval()
+    with torch.inference_mode():
+        expected = theirs(**batch).last_hidden_state[:, 0]
+    assert (embeddings - expected).abs().max() <= 2e-5
+
+
+def test_no_texts(encoder: TextEncoder) -> None:
+    embeddings = encode([], encoder)
+    assert embeddings.shape == (0, 384) and embeddings.dtype == np.float32
+
+
+def test_a_zero_embedding_stays_zero(encoder: TextEncoder) -> None:
+    silent = copy.deepcopy(encoder.model)
+    last = silent.encoder.layers[-1].output_norm
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+    assert not TextEncoder(silent, encoder.tokenizer).encode(["a", "b"]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": "a string"}, "Wrap it in a list"),
+        ({"texts": ["a", 3]}, r"texts\[1\]"),
+        ({"pooling": "sum"}, "pooling: got 'sum'"),
+        ({"max_length": 513}, "at most the model's 512 positions"),
+        ({"max_length": 1}, "max_length"),
+        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"dtype": "bf16"}, r"dtype: got 'bf16'; expected that of the TextEncoder, torch\.float32"),
+        ({"dtype": "fp64"}, "dtype: got 'fp64'"),
+    ],
+)
+def test_bad_arguments(encoder: TextEncoder, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        encode(**{"texts": ["a"], "model": encoder, **arguments})
+
+
+def test_bad_folders(minilm: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no folder there"):
+        encode(["a"], tmp_path / "nowhere")
+    with pytest.raises(ArgumentError, match="dtype: got 'fp16'; expected one of fp32, bf16"):
+        encode(["a"], minilm, dtype="fp16")  # type: ignore[arg-type]
+
+
+def test_progress_is_for_long_work_on_stderr(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = encoder.encode(["a"] * 20, batch_tokens=3)
+    assert capsys.readouterr() == ("", "")
+    encoder.encode(["a"] * fastbert.tasks.LONG_WORK, batch_tokens=3, progress=True)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = encoder.encode(["a"] * 20, batch_tokens=3, progress=True)
+    printed = capsys.readouterr()
+    assert printed.out == "" and "encoding" in printed.err
+    np.testing.assert_array_equal(shown, expected)
