@@ -74,6 +74,7 @@ class EncoderConfig:
 
     @property
     def head_dim(self) -> int:
+        """Columns of one head."""
         return self.hidden_size // self.num_heads
 
     @classmethod
@@ -104,7 +105,6 @@ class EncoderConfig:
         names = {activation: name for name, activation in reversed(HF_ACTIVATIONS.items())}
         values: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()}
         return {"model_type": "bert", **values, "hidden_act": names[self.activation]}
-
 
 
 _HF_NAMES = {

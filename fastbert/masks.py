@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def read_mask(
     mask: Tensor | BlockMask | None, batch: int, seqlen: int, device: torch.device
 ) -> tuple[Packing, Tensor | None]:
-    """The packing of a `[batch, seqlen]` grid under `mask`, and an additive bias where padding is not all there is to it.
+    """The packing of a `[batch, seqlen]` grid under `mask`, and an additive bias if padding is not all there is to it.
 
     Args:
         mask: None (no padding); 2-D `[batch, seqlen]` of 0/1 or bool; `[1|batch, 1|heads, 1|seqlen, seqlen]` (or the

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 class BertModel(nn.Module):
     """BERT without a task head."""
 
-    origin: Any = None  # what `fastbert.load` learned of the checkpoint, so that `fastbert.save` gives the same one back
+    origin: Any = (
+        None  # what `fastbert.load` learned of the checkpoint, so that `fastbert.save` gives the same one back
+    )
 
     def __init__(self, config: EncoderConfig, *, pooler: bool = True) -> None:
         super().__init__()
@@ -64,10 +66,12 @@ class BertModel(nn.Module):
         if packing is None:
             if input_ids.dim() != 2:
                 raise ArgumentError("input_ids", f"shape {tuple(input_ids.shape)}", "[batch, seqlen]")
-            packing, bias = read_mask(attention_mask, *input_ids.shape, input_ids.device)
-            input_ids, token_type_ids, position_ids = (
-                None if ids is None else packing.pack(ids.expand(packing.padded_shape))
-                for ids in (input_ids, token_type_ids, position_ids)
+            batch, seqlen = input_ids.shape
+            packing, bias = read_mask(attention_mask, batch, seqlen, input_ids.device)
+            input_ids = packing.pack(input_ids)
+            token_type_ids, position_ids = (
+                None if ids is None else packing.pack(ids.expand(batch, seqlen))
+                for ids in (token_type_ids, position_ids)
             )
         elif attention_mask is not None:
             raise ArgumentError("attention_mask", "a mask beside a packing", "one of the two")

@@ -24,7 +24,7 @@ class Packing:
     """Where the sequences of a packed batch begin and where their tokens come from.
 
     Attributes:
-        cu_seqlens: int32 `[batch + 1]`, on the device of the data; sequence `i` is rows `cu_seqlens[i]:cu_seqlens[i+1]`.
+        cu_seqlens: int32 `[batch + 1]`, on the device of the data; sequence `i` begins at row `cu_seqlens[i]`.
         max_seqlen: length of the longest sequence, a host int; 0 for an empty batch.
         indices: int64 `[tokens]`; row `t` is element `indices[t]` of the flattened padded grid.
         padded_shape: `(batch, seqlen)` of the padded grid.
@@ -64,7 +64,7 @@ class Packing:
 
     @classmethod
     def from_kept(cls, kept: Tensor, *flags: Tensor) -> tuple[Packing, list[bool]]:
-        """Packing of a bool `[batch, seqlen]`, and the values of further bool scalars, all in the same one host sync."""
+        """Packing of a bool `[batch, seqlen]`, and the values of further bool scalars, in the same one host sync."""
         lengths = kept.sum(dim=1, dtype=torch.int32)
         facts = torch.cat([lengths, *(flag.view(1).to(torch.int32) for flag in flags)]).tolist()
         on_host = facts[: kept.shape[0]]
@@ -119,7 +119,9 @@ class Packing:
         for i, sequence in enumerate(sequences):
             if sequence.dim() == 0 or sequence.shape[1:] != trailing:
                 raise ArgumentError(
-                    f"sequences[{i}]", f"shape {tuple(sequence.shape)}", f"[length, *{tuple(trailing)}], as sequences[0]"
+                    f"sequences[{i}]",
+                    f"shape {tuple(sequence.shape)}",
+                    f"[length, *{tuple(trailing)}], as sequences[0]",
                 )
         lengths = [len(sequence) for sequence in sequences]
         return torch.cat(list(sequences)), cls.from_lengths(lengths, device=sequences[0].device)
@@ -146,7 +148,7 @@ class Packing:
 
     @cached_property
     def runs(self) -> list[tuple[int, int]]:
-        """`(count, length)` of each run of neighbouring sequences of one non-zero length, in order; a host sync on a GPU."""
+        """`(count, length)` of each run of neighbours of one non-zero length, in order; a host sync on a GPU."""
         lengths = [length for length in self.lengths.tolist() if length]
         return [(len(list(run)), length) for length, run in groupby(lengths)]
 

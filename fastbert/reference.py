@@ -7,10 +7,10 @@ Vaswani et al. 2017 (attention), Ba et al. 2016 (LayerNorm), Hendrycks & Gimpel 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels.launch import drop_scale, drop_threshold
@@ -135,8 +135,12 @@ def pool(x: Tensor, packing: Packing, how: Pooling) -> Tensor:
     hidden = x.shape[-1]
     sequences = x[: packing.tokens].split(packing.lengths.tolist())
     empty = x.new_zeros(hidden)
-    reduce = {"cls": lambda s: s[0], "mean": lambda s: s.mean(0), "max": lambda s: s.amax(0)}[how]
-    rows = [reduce(sequence) if len(sequence) else empty for sequence in sequences]
+    reduce: dict[Pooling, Callable[[Tensor], Tensor]] = {
+        "cls": lambda rows: rows[0],
+        "mean": lambda rows: rows.mean(0),
+        "max": lambda rows: rows.amax(0),
+    }
+    rows = [reduce[how](sequence) if len(sequence) else empty for sequence in sequences]
     return torch.stack(rows) if rows else x.new_zeros(0, hidden)
 
 

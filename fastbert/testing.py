@@ -39,7 +39,10 @@ def assert_close(
     largest = exact.masked_fill(infinite, 0).abs().max().item()
     slack = ulps * torch.finfo(actual.dtype).eps * largest + torch.finfo(actual.dtype).tiny
     for name, measure in (("largest", torch.Tensor.max), ("RMS", lambda e: e.square().mean().sqrt())):
-        got, allowed = measure(ours).item(), factor * measure(theirs).item() + (slack if name == "largest" else slack / 4)
+        got, allowed = (
+            measure(ours).item(),
+            factor * measure(theirs).item() + (slack if name == "largest" else slack / 4),
+        )
         at = tuple(int(i) for i in torch.unravel_index(ours.argmax(), ours.shape))
         assert got <= allowed, (
             f"{what}: {name} error {got:.3e} > {allowed:.3e} allowed (plain torch {measure(theirs).item():.3e}, "

@@ -136,6 +136,7 @@ def attention_forward_kernel(
     VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Attention of one tile of query rows of one head; see the module's docstring."""
     if HEAD_DIM % 16 != 0:  # Triton only sees strides divisible by 16; `target.aligned` promises 16 bytes
         qkv_stride_row = qkv_stride_row // VECTOR * VECTOR
         qkv_stride_part = qkv_stride_part // VECTOR * VECTOR
@@ -192,9 +193,9 @@ def attention_forward_kernel(
         begin_tail = end_key // BLOCK_N * BLOCK_N
         for start in tl.range(first_key, begin_tail, BLOCK_N):
             acc, row_max, row_sum = attend_block(
-                acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen, rows,
-                scale_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N, BLOCK_D, False, HAS_BIAS,
-                HAS_WINDOW, HAS_DROPOUT, PRECISION,
+                acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen,
+                rows, scale_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N, BLOCK_D, False,
+                HAS_BIAS, HAS_WINDOW, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
             key_ptr += step
             value_ptr += step

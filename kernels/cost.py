@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+# An element of LayerNorm: 1 for the mean's sum, 1 to centre, 2 for the sum of squares, 1 to scale, 2 for weight, bias.
+LAYER_NORM_FLOPS = 7
+# A row: 2 divisions, eps, the root and its reciprocal.
+LAYER_NORM_ROW_FLOPS = 5
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -72,9 +77,3 @@ def embedding(
         flops=tokens * hidden * (2 + LAYER_NORM_FLOPS + dropout) + tokens * LAYER_NORM_ROW_FLOPS,
         min_bytes=(tokens + entries + 2) * hidden * dtype.itemsize + tokens * ids * 8 + (8 if dropout else 0),
     )
-
-
-# An element of LayerNorm: 1 for the mean's sum, 1 to centre, 2 for the sum of squares, 1 to scale, 2 for weight and bias.
-LAYER_NORM_FLOPS = 7
-# A row: 2 divisions, eps, the root and its reciprocal.
-LAYER_NORM_ROW_FLOPS = 5

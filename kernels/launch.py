@@ -47,7 +47,7 @@ class EmbeddingForward:
 
 @dataclass(frozen=True)
 class AttentionForward:
-    """BLOCK_M query rows a program, BLOCK_N keys a step; SPLIT_TAIL runs full key blocks unmasked, then a masked tail."""
+    """BLOCK_M query rows a program, BLOCK_N keys a step; SPLIT_TAIL: full key blocks unmasked, then a masked tail."""
 
     BLOCK_M: int
     BLOCK_N: int

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import torch
@@ -77,14 +77,14 @@ def of(device: torch.device) -> Target:
     return _of_gpu(device.index if device.index is not None else torch.cuda.current_device())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _of_gpu(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
         return KNOWN.get(arch) or Target("hip", arch, properties.warp_size, 64 * 1024)
     arch = f"sm_{properties.major}{properties.minor}"
-    return KNOWN.get(arch) or Target("cuda", arch, 32, properties.shared_memory_per_block_optin)
+    return KNOWN.get(arch) or Target("cuda", arch, 32, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # not in the stubs
 
 
 def guard(x: Tensor) -> AbstractContextManager[object]:

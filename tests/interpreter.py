@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
-from fastbert.kernels import target
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from fastbert.kernels import target
 
 
 def _narrow(x: np.ndarray) -> np.ndarray:

@@ -225,7 +225,10 @@ def test_case_29_strided_transposed_and_expanded_inputs(path, generator):
         "every other row": wide[::2],
         "some heads": wide[:13, :, 1:3],
         "an unaligned base": wide[:13, :, :, 3:35],
-        "heads outside": random_qkv(13, 2, 32, torch.float32, generator).permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+        "heads outside": random_qkv(13, 2, 32, torch.float32, generator)
+        .permute(1, 2, 0, 3)
+        .contiguous()
+        .permute(2, 0, 1, 3),
         "dims outside": random_qkv(13, 2, 32, torch.float32, generator).transpose(2, 3).contiguous().transpose(2, 3),
         "one row, repeated": wide[:1].expand(13, -1, -1, -1),
         "key is value": random_qkv(13, 2, 32, torch.float32, generator)[:, :1].expand(-1, 3, -1, -1),
@@ -249,9 +252,7 @@ def test_lse_is_the_log_of_the_sum_of_exponentials(generator):
         tiles = packing.tiles(choice.BLOCK_M)
         _, lse = launcher(qkv, packing.cu_seqlens, tiles, 70, scale=0.25, store_lse=True, **full)
         _, plain = reference.attention(qkv, packing, scale=0.25, **options)
-        _, exact = reference.attention(
-            qkv.double(), packing, scale=0.25, **{k: v.double() for k, v in options.items()}
-        )
+        _, exact = reference.attention(qkv.double(), packing, scale=0.25, **{k: v.double() for k, v in options.items()})
         assert_close(lse, plain, exact)
     assert (lse[:, 5] == math.inf).all()
 

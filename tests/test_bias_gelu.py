@@ -6,10 +6,12 @@ import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_forward, linear_gelu
+from fastbert.ops.layer_norm import linear_layer_norm
 from fastbert.testing import assert_close
 
 interpreter.install()
@@ -175,6 +177,13 @@ def test_linear_gelu(rows, has_bias, dtype, approximate, generator):
     check_linear("torch", x.T.contiguous().T, weight.T.contiguous().T, bias, approximate, torch.no_grad())
 
 
+def test_linear_gelu_of_no_columns_is_gelu_of_the_bias():
+    bias = torch.tensor([-1.0, 0.0, 2.0])
+    with torch.no_grad():
+        out = linear_gelu(torch.zeros(2, 0), torch.zeros(3, 0), bias)
+    assert torch.equal(out, F.gelu(bias).expand(2, -1))
+
+
 def test_linear_gelu_has_gradients_where_asked(generator):
     x, weight, bias = projection(3, 4, 5, torch.float32, generator)
     linear_gelu(x, weight.requires_grad_(), bias).square().sum().backward()
@@ -190,7 +199,14 @@ def test_linear_gelu_honours_autocast(generator):
 
 @pytest.mark.parametrize(
     ("argument", "at", "bad"),
-    [("x", 0, torch.zeros(3)), ("weight", 1, torch.zeros(5, 3)), ("bias", 2, torch.zeros(4))],
+    [
+        ("x", 0, torch.zeros(3)),
+        ("weight", 1, torch.zeros(5, 3)),
+        ("weight", 1, torch.zeros(5, 4, dtype=torch.float16)),
+        ("bias", 2, torch.zeros(4)),
+        ("bias", 2, torch.zeros(5, dtype=torch.float16)),
+        ("bias", 2, torch.zeros(5, device="meta")),
+    ],
 )
 def test_linear_gelu_bad_input(argument, at, bad, generator):
     tensors = list(projection(3, 4, 5, torch.float32, generator))
@@ -214,6 +230,52 @@ def test_compiles_to_one_graph(compiler, path, generator):
     with backend.use_backend(path), torch.no_grad():
         compiled = torch.compile(run, backend=compiler, fullgraph=True)
         torch.testing.assert_close(compiled(x), run(x))
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the ops that run inside the `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:TF32")  # torch's, about GPUs that aren't there, when flags are set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("context", "fuses"),
+    [
+        (torch.no_grad, True),
+        (torch.inference_mode, True),
+        (contextlib.nullcontext, False),
+        (lambda: torch.backends.mkldnn.flags(enabled=False), False),
+    ],
+    ids=["no_grad", "inference", "gradient", "disabled"],
+)
+def test_onednn_fuses_where_it_may(context, fuses, dtype, generator):
+    x, weight, bias = projection(3, 16, 24, dtype, generator)
+    weight.requires_grad_(context is contextlib.nullcontext)
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        fuses = False
+    with context(), Recorder() as recorder:
+        linear_gelu(x, weight, bias)
+    assert ("mkldnn._linear_pointwise.default" in recorder.names) == fuses
+    with context(), Recorder() as recorder:
+        linear_layer_norm(x, weight, bias, torch.zeros(3, 24, dtype=dtype), bias, bias, eps=1e-5)
+    assert ("mkldnn._linear_pointwise.binary" in recorder.names) == fuses
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Converting a tensor")
+def test_the_old_exporter_sees_plain_torch_case_26(generator):
+    x, weight, bias = projection(3, 16, 24, torch.float32, generator)
+    with torch.no_grad():
+        graph = str(torch.jit.trace(lambda x: linear_gelu(x, weight, bias), x).graph)
+    assert "aten::gelu" in graph
+    assert "mkldnn" not in graph
 
 
 def test_linear_gelu_exports_plain_torch_case_26(generator):

@@ -241,12 +241,13 @@ def test_opcheck(device, generator):
     input_ids, position_ids, token_type_ids = ids(3, generator, device)
     some_tables = tables(24, torch.float32, generator, device)
     seed = torch.tensor([8], device=device)
-    torch.library.opcheck(
-        embedding_forward, (input_ids, position_ids, token_type_ids, *some_tables, 0.1, seed, 1e-5)
-    )
+    torch.library.opcheck(embedding_forward, (input_ids, position_ids, token_type_ids, *some_tables, 0.1, seed, 1e-5))
     torch.library.opcheck(embedding_forward, (input_ids, position_ids, None, *some_tables, 0.0, None, 1e-5))
 
 
 def test_the_launcher_without_checks_takes_no_tokens(device, generator):
     none = torch.empty(0, dtype=torch.int64, device=device)
-    assert kernel.embedding_forward(none, none, None, *tables(8, torch.float32, generator, device), eps=1e-5).shape == (0, 8)
+    assert kernel.embedding_forward(none, none, None, *tables(8, torch.float32, generator, device), eps=1e-5).shape == (
+        0,
+        8,
+    )

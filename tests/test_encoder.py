@@ -76,9 +76,7 @@ def test_case_03_drop_in_for_every_attention_setting(attention, mask, path, gene
         plain = hf_bert("sdpa")(**batch)
         exact = hf_bert("sdpa").double()(**batch)
     assert got.last_hidden_state.shape == plain.last_hidden_state.shape
-    assert_close(
-        got.last_hidden_state[kept], plain.last_hidden_state[kept], exact.last_hidden_state[kept], factor=3.0
-    )
+    assert_close(got.last_hidden_state[kept], plain.last_hidden_state[kept], exact.last_hidden_state[kept], factor=3.0)
     assert (got.last_hidden_state[~kept] == 0).all()
     if mask is not LEFT:
         first = kept[:, 0]
@@ -112,9 +110,7 @@ def test_drop_in_for_masks_given_ready_made(form, attention, generator):
             plain = model(**batch | {"attention_mask": mask_for(torch.float32)})
         got = with_our_encoder(model)(**batch | {"attention_mask": mask_for(torch.float32)})
         exact = model.double()(**batch | {"attention_mask": mask_for(torch.float64)})
-    assert_close(
-        got.last_hidden_state[kept], plain.last_hidden_state[kept], exact.last_hidden_state[kept], factor=3.0
-    )
+    assert_close(got.last_hidden_state[kept], plain.last_hidden_state[kept], exact.last_hidden_state[kept], factor=3.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

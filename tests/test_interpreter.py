@@ -5,6 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from fastbert.kernels import target
 
 interpreter.install()

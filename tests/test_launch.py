@@ -24,7 +24,9 @@ def test_whole_rows(choose, dtype, arch):
 
 def test_small_rows_share_a_program():
     """A warp of 32 lanes reads 512 bytes at once: two rows of 128 halves, one of 256."""
-    rows = [launch.layer_norm_forward(hidden, torch.float16, KNOWN["sm_90"]).ROWS for hidden in (32, 128, 200, 256, 768)]
+    rows = [
+        launch.layer_norm_forward(hidden, torch.float16, KNOWN["sm_90"]).ROWS for hidden in (32, 128, 200, 256, 768)
+    ]
     assert rows == [8, 2, 1, 1, 1]
     assert launch.layer_norm_forward(128, torch.float32, KNOWN["sm_90"]).ROWS == 1
     assert launch.layer_norm_forward(128, torch.float16, KNOWN["gfx942"]).ROWS == 4
@@ -104,7 +106,10 @@ def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
         ({"sm_90": 3}, "sm_90: got 3"),
         ({"sm_90": {"layer_nrom": {}}}, "no op 'layer_nrom'"),
         ({"sm_90": {"layer_norm_forward": {"hidden=768": {"ROWS": 1}}}}, "expected whole numbers for"),
-        ({"sm_90": {"layer_norm_forward": {"hidden=768": {"ROWS": 1, "num_warps": "4"}}}}, "expected whole numbers for"),
+        (
+            {"sm_90": {"layer_norm_forward": {"hidden=768": {"ROWS": 1, "num_warps": "4"}}}},
+            "expected whole numbers for",
+        ),
         ({"sm_90": {"layer_norm_forward": {"hidden=768": {"ROWS": 1, "num_warps": 4, "BLOCK": 8}}}}, "BLOCK"),
     ],
 )

@@ -6,10 +6,11 @@ import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.kernels import layer_norm as kernel
 from fastbert.kernels import launch, target
+from fastbert.kernels import layer_norm as kernel
 from fastbert.ops.layer_norm import layer_norm, layer_norm_forward, linear_layer_norm
 from fastbert.testing import assert_close
 
@@ -358,7 +359,12 @@ def test_aligned_copies_only_what_needs_it(device):
     store = torch.zeros(8, 64, dtype=torch.float16, device=device)
     assert target.aligned(store[:, :48]).data_ptr() == store.data_ptr()
     assert target.aligned(store[:1].expand(5, -1)).stride(0) == 0
-    for awkward in (store.T, store[:, 1:], store.flatten()[1:65].view(1, 64), store.flatten()[: 8 * 63].view(8, 63)[:, :48]):
+    for awkward in (
+        store.T,
+        store[:, 1:],
+        store.flatten()[1:65].view(1, 64),
+        store.flatten()[: 8 * 63].view(8, 63)[:, :48],
+    ):
         copy = target.aligned(awkward)
         assert copy.stride(-1) == 1
         assert copy.data_ptr() % 16 == 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_encoder import HOLES, LEFT, RIGHT, hf_bert, inputs
 
 from fastbert import backend
 from fastbert.checkpoints import mapping
@@ -10,7 +11,6 @@ from fastbert.errors import ArgumentError
 from fastbert.models import BertModel
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
-from test_encoder import HOLES, LEFT, RIGHT, hf_bert, inputs
 
 
 def ours_from(model):
@@ -44,11 +44,11 @@ def test_left_padding_pools_the_first_kept_token(generator):
     model = ours_from(hf_bert())
     batch = inputs(generator, LEFT)
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    right = {name: torch.stack([row[row_mask].new_zeros(9).index_copy(0, torch.arange(int(row_mask.sum())), row[row_mask])
-             for row, row_mask in zip(value, batch["attention_mask"].bool(), strict=True)])
-             for name, value in batch.items()}  # fmt: skip
+    left = Packing.from_mask(batch["attention_mask"])
+    right = Packing.from_lengths(left.lengths, seqlen=9)
+    moved = {name: right.unpack(left.pack(value), fill=0) for name, value in batch.items()}
     with torch.no_grad():
-        torch.testing.assert_close(model(**batch).pooler_output, model(**right).pooler_output)
+        torch.testing.assert_close(model(**batch).pooler_output, model(**moved).pooler_output)
 
 
 def test_packed_ids_give_packed_states(generator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -122,8 +123,10 @@ def test_editable_install_finds_the_kernels(source: Path, tmp_path: Path) -> Non
 @pytest.mark.packaging
 def test_uninstalled_use_works_and_has_no_version(tmp_path: Path) -> None:
     environment = empty_venv(tmp_path / "empty venv")
+    for name in ("fastbert", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     code = "import fastbert, fastbert.kernels.launch\ntry: fastbert.__version__\nexcept AttributeError as e: print(e)"
-    assert "not installed" in run(environment / "python", "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert "not installed" in run(environment / "python", "-c", code, cwd=environment, PYTHONPATH=str(tmp_path))
 
 
 @pytest.mark.parametrize("options", [("-P",), ()], ids=["safe path", "root on the path"])
@@ -161,3 +164,12 @@ def test_public_names_are_there() -> None:
     assert fastbert.encode.__module__ == "fastbert.tasks"
     with pytest.raises(AttributeError, match="no attribute 'encoed'"):
         fastbert.encoed  # noqa: B018
+
+
+@pytest.mark.heavy
+def test_examples_in_the_readme_run(minilm: Path, tmp_path: Path) -> None:
+    (tmp_path / "all-MiniLM-L6-v2").symlink_to(minilm)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        run(sys.executable, "-c", example, cwd=tmp_path, PYTHONPATH=str(ROOT))

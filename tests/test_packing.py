@@ -135,5 +135,5 @@ def test_runs_group_neighbours_of_one_length():
     ],
 )
 def test_bad_input_names_the_argument(call):
-    with pytest.raises(ArgumentError, match="got .*; expected "):
+    with pytest.raises(ArgumentError, match=r"got .*; expected "):
         call()

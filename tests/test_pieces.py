@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
 from fastbert import reference
 from fastbert.kernels import launch
 from fastbert.kernels.pieces import gelu_erf, gelu_erf_half, gelu_tanh, keep_mask, moments, normalise
@@ -13,7 +14,7 @@ from fastbert.testing import assert_close
 
 interpreter.install()
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, where exp2 goes to infinity on purpose
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's: exp2 goes to infinity on purpose
 
 HALF = [torch.float16, torch.bfloat16]
 

@@ -42,7 +42,9 @@ def test_first_tokens_keeps_the_dtype():
     assert first_tokens(x, packing).tolist() == [[0.0], [1.0]]
 
 
-@pytest.mark.parametrize(("x", "how"), [(torch.ones(2, 3), "median"), (torch.ones(1, 3), "mean"), (torch.ones(2), "cls")])
+@pytest.mark.parametrize(
+    ("x", "how"), [(torch.ones(2, 3), "median"), (torch.ones(1, 3), "mean"), (torch.ones(2), "cls")]
+)
 def test_bad_input(x, how):
     with pytest.raises(ArgumentError):
         pool(x, Packing.from_lengths([2]), how)

@@ -31,8 +31,8 @@ def attention(
             rows beyond them (slack) are neither read nor written. head_dim is a multiple of 8 up to 256.
         packing: where the sequences begin.
         scale: positive factor on the scores; `head_dim ** -0.5` by default.
-        bias: floating, broadcastable to `[batch, heads, max_seqlen, max_seqlen]`; added to the scaled scores, indexed by
-            a token's place in its sequence. -inf hides a key from a row.
+        bias: floating, broadcastable to `[batch, heads, max_seqlen, max_seqlen]`; added to the scaled scores, indexed
+            by a token's place in its sequence. -inf hides a key from a row.
         window: only keys at most this many places away are seen.
         dropout: probability in [0, 1) that a weight is dropped. The mask is a pure function of (seed, sequence,
             head, row, column): see `reference.keep_mask`.
@@ -116,9 +116,7 @@ def _attention_torch(
     if dropout > 0.0 and seed is not None:
         keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, dropout)
     exact = qkv if qkv.dtype == torch.float64 else qkv.float()
-    out, _ = reference.attention(
-        exact, packing, scale=scale, bias=bias, window=window, keep=keep, dropout=dropout
-    )
+    out, _ = reference.attention(exact, packing, scale=scale, bias=bias, window=window, keep=keep, dropout=dropout)
     return out.to(qkv.dtype)
 
 

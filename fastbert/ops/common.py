@@ -28,12 +28,20 @@ def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], x: Ten
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise ArgumentError unless `x @ weight^T + bias` is defined for `[rows, in]`, `[out, in]` and `[out]`."""
+    """Raise ArgumentError unless `x @ weight^T + bias` is defined for `[rows, in]`, `[out, in]` and `[out]`.
+
+    All have one dtype, except under autocast, which casts them.
+    """
     check_rows("x", x)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.device != x.device:
-        raise ArgumentError("weight", _described(weight), f"shape [out, {x.shape[1]}] on {x.device}")
-    if bias is not None:
-        check_parameter("bias", bias, (weight.shape[0],), x)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not _beside(weight, x):
+        raise ArgumentError("weight", _described(weight), f"{x.dtype} of shape [out, {x.shape[1]}] on {x.device}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not _beside(bias, x)):
+        raise ArgumentError("bias", _described(bias), f"{x.dtype} of shape [{weight.shape[0]}] on {x.device}")
+
+
+def _beside(other: Tensor, x: Tensor) -> bool:
+    same_dtype = other.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    return same_dtype and other.device == x.device
 
 
 def refuse_gradients(op: str, *tensors: Tensor | None) -> None:
@@ -58,14 +66,13 @@ def onednn_fuses(x: Tensor, *others: Tensor | None) -> bool:
     They have no autograd, don't know autocast, and neither exporters nor torch.compile, which fuses by itself, should
     see them.
     """
-    return (
+    return bool(
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
-        and all(other is None or other.dtype == x.dtype for other in others)
-        and x.numel() > 0
+        and x.shape[1] > 0
         and not wants_gradient(x, *others)
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled

@@ -104,9 +104,7 @@ def linear_layer_norm(
     return layer_norm(product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, x_bias: Tensor | None, eps: float
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, x_bias: Tensor | None, eps: float) -> None:
     check_rows("x", x)
     hidden = x.shape[1]
     if hidden == 0:

@@ -1,4 +1,4 @@
-"""Case 11: offsets of rows are 64-bit. Read from the compiler's own IR, because no test can allocate 2^31 elements.
+"""What only the compiler's IR shows of the row-wise kernels, because the interpreter is too kind or memory too small.
 
 The interpreter's flag is read when kernels are decorated, so the kernels are compiled in a process without it.
 """
@@ -35,11 +35,8 @@ print(compiled.asm["ttir"])
 """
 
 
-@pytest.mark.parametrize(
-    ("kernel", "strides"),
-    [("layer_norm_forward_kernel", 3), ("bias_gelu_forward_kernel", 2), ("embedding_forward_kernel", 4)],
-)
-def test_rows_times_strides_are_64_bit_case_11(kernel, strides, tmp_path):
+def compiled(kernel, tmp_path):
+    """The Triton IR of a kernel with all its options on."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -47,7 +44,22 @@ def test_rows_times_strides_are_64_bit_case_11(kernel, strides, tmp_path):
         [sys.executable, "-P", "-c", COMPILE, kernel], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    products = re.findall(r"arith\.muli .* : (\S+)", run.stdout)
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides"),
+    [("layer_norm_forward_kernel", 3), ("bias_gelu_forward_kernel", 2), ("embedding_forward_kernel", 4)],
+)
+def test_rows_times_strides_are_64_bit_case_11(kernel, strides, tmp_path):
+    products = re.findall(r"arith\.muli .* : (\S+)", compiled(kernel, tmp_path))
     blocks = [product for product in products if product.startswith("tensor")]
     assert len(blocks) == strides, f"expected one product of rows and a stride for each of {strides} tensors: {blocks}"
     assert all(block.endswith("xi64>") for block in blocks), blocks
+
+
+def test_gelu_keeps_nan(tmp_path):
+    """On a GPU a plain maximum takes the number, not the NaN."""
+    ir = compiled("bias_gelu_forward_kernel", tmp_path)
+    assert "arith.maximumf" in ir
+    assert "arith.maxnumf" not in ir

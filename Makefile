@@ -1,0 +1,48 @@
+# The set-up lives in .venv and is made when it is missing or pyproject.toml changes. Variables:
+#   PYTHON   the Python to make it with, 3.10 or later
+#   TRITON   the triton to install; `make test TRITON=triton` takes the newest
+PYTHON ?= python3
+TRITON ?= triton==3.7.1
+TORCH := torch==2.13.0
+
+INSTALLED := .venv/installed-$(subst =,,$(TRITON))
+
+.PHONY: demo test check static bench clean
+
+# Text in, embeddings out, beside transformers on the same texts.
+demo: $(INSTALLED)
+	.venv/bin/python examples/demo.py
+
+# All tests but the exhaustive offline compile. The script, and not `python -m pytest`, keeps this folder off sys.path.
+test: $(INSTALLED)
+	.venv/bin/pytest
+
+# Lint, format, types.
+check: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	rm -rf build/typed
+	mkdir -p build/typed
+	cp -R fastbert build/typed
+	rm build/typed/fastbert/kernels.py
+	cp -R kernels build/typed/fastbert
+	.venv/bin/mypy
+
+# Compile every launch choice for every GPU we know, without one.
+static: $(INSTALLED)
+	.venv/bin/pytest -m static
+
+bench: $(INSTALLED)
+	.venv/bin/pytest benchmarks
+
+clean:
+	rm -rf .venv build dist fastbert.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+
+# torch is named in the one command that installs everything, so that nothing else pulls another build of it.
+$(INSTALLED): pyproject.toml setup.py Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'fastbert needs Python 3.10 or later, and "$(PYTHON)" is not. Say which to use: make test PYTHON=python3.12'; exit 1; }
+	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	rm -f .venv/installed-*
+	.venv/bin/python -m pip install --upgrade --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[dev]'
+	touch '$@'

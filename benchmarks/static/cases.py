@@ -1,0 +1,197 @@
+"""What is compiled: calls of the launchers that reach every launch choice and every branch on a constexpr.
+
+Nothing runs, so a tensor is only as large as its shape decides the code: Triton specialises on pointers and strides
+that are multiples of 16, and on numbers that are 1 or multiples of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fastbert.kernels import launch
+from fastbert.kernels.attention import attention_forward
+from fastbert.kernels.bias_gelu import bias_gelu_forward
+from fastbert.kernels.embedding import embedding_forward
+from fastbert.kernels.layer_norm import layer_norm_forward
+from fastbert.kernels.target import Target
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 256)
+WIDTHS = (100, 312, 384, 768, 1024, 4096, 8192)
+
+HEADS = 12
+BATCH = 4
+WINDOW = 100
+DROPOUT = 0.1
+# rows and max_seqlen of BATCH sequences
+LENGTHS = {"ragged": (1001, 300), "short": (150, 50), "aligned": (BATCH * 512, 512)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher.
+
+    Attributes:
+        name: op, shape, dtype and options in words.
+        run: the call.
+        matrix: whether its arithmetic is matrix products of half types, which belong on the matrix units.
+    """
+
+    name: str
+    run: Callable[[], object]
+    matrix: bool
+
+
+def main(target: Target) -> Iterator[Case]:
+    """The shapes that BERT models spend their time in, in float16, and a few of them in float32."""
+    for head_dim in (32, 64, 128):
+        for lengths in LENGTHS:
+            yield from attention(head_dim, torch.float16, target, lengths)
+        yield from attention(head_dim, torch.float16, target, "ragged", store_lse=True)
+    yield from attention(64, torch.float16, target, "aligned", store_lse=True)
+    yield from attention(64, torch.float32, target, "ragged")
+    for option in ("bias", "window", "dropout"):
+        yield from attention(64, torch.float16, target, "ragged", **{option: True})
+    for width in (384, 768, 1024):
+        yield layer_norm(width, torch.float16, residual=True, x_bias=True)
+    yield layer_norm(768, torch.float16, residual=True, x_bias=True, dropout=True)
+    yield layer_norm(768, torch.float32, residual=True, x_bias=True)
+    yield embedding(768, torch.float16)
+    yield bias_gelu(3072, torch.float16, "none")
+    yield bias_gelu(3072, torch.float32, "none")
+    yield bias_gelu(3072, torch.float16, "tanh")
+
+
+def exhaustive(target: Target) -> Iterator[Case]:
+    """Every launch choice and every branch, in every dtype."""
+    for dtype in DTYPES:
+        for head_dim in HEAD_DIMS:
+            for lengths in LENGTHS:
+                yield from attention(head_dim, dtype, target, lengths)
+                yield from attention(head_dim, dtype, target, lengths, store_lse=True)
+            for options in ({"bias"}, {"window"}, {"dropout"}, {"bias", "window", "dropout", "store_lse"}):
+                yield from attention(head_dim, dtype, target, "ragged", **dict.fromkeys(options, True))
+        for width in WIDTHS:
+            yield layer_norm(width, dtype)
+            yield layer_norm(width, dtype, residual=True, x_bias=True)
+            yield layer_norm(width, dtype, residual=True, x_bias=True, dropout=True, store_stats=True)
+            yield layer_norm(width, dtype, residual=True, float_parameters=True)
+            yield embedding(width, dtype)
+            yield embedding(width, dtype, token_types=False)
+            yield embedding(width, dtype, dropout=True)
+        for width in (100, 312, 1536, 3072, 4096):
+            yield bias_gelu(width, dtype, "none")
+            yield bias_gelu(width, dtype, "tanh")
+            yield bias_gelu(width, dtype, "none", bias=False)
+
+
+def attention(
+    head_dim: int,
+    dtype: torch.dtype,
+    target: Target,
+    lengths: str,
+    *,
+    bias: bool = False,
+    window: bool = False,
+    dropout: bool = False,
+    store_lse: bool = False,
+) -> Iterator[Case]:
+    """One case, or none where the kernel does not serve this shape on `target`."""
+    if launch.attention_unserved(head_dim, dtype, target) is not None:
+        return
+    rows, max_seqlen = LENGTHS[lengths]
+    run = partial(
+        attention_forward,
+        torch.empty(rows, 3, HEADS, head_dim, dtype=dtype),
+        torch.empty(BATCH + 1, dtype=torch.int32),
+        torch.empty(BATCH, 2, dtype=torch.int32),
+        max_seqlen,
+        scale=head_dim**-0.5,
+        bias=torch.empty(1, HEADS, max_seqlen, max_seqlen, dtype=dtype).expand(BATCH, -1, -1, -1) if bias else None,
+        window=WINDOW if window else None,
+        dropout=DROPOUT if dropout else 0.0,
+        seed=_seed() if dropout else None,
+        store_lse=store_lse,
+    )
+    name = _name(
+        f"attention head_dim {head_dim} {lengths}", dtype, bias=bias, window=window, dropout=dropout, lse=store_lse
+    )
+    yield Case(name, run, matrix=dtype != torch.float32)
+
+
+def layer_norm(
+    width: int,
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    x_bias: bool = False,
+    dropout: bool = False,
+    store_stats: bool = False,
+    float_parameters: bool = False,
+) -> Case:
+    """LayerNorm of 1001 rows; `float_parameters` keeps its parameters in float32, as autocast does."""
+    parameter = torch.empty(width, dtype=torch.float32 if float_parameters else dtype)
+    run = partial(
+        layer_norm_forward,
+        torch.empty(1001, width, dtype=dtype),
+        parameter,
+        parameter,
+        residual=torch.empty(1001, width, dtype=dtype) if residual else None,
+        x_bias=parameter if x_bias else None,
+        dropout=DROPOUT if dropout else 0.0,
+        seed=_seed() if dropout else None,
+        eps=1e-12,
+        store_stats=store_stats,
+    )
+    options = {
+        "residual": residual,
+        "bias": x_bias,
+        "dropout": dropout,
+        "statistics": store_stats,
+        "float32 parameters": float_parameters,
+    }
+    return Case(_name(f"layer_norm {width}", dtype, **options), run, matrix=False)
+
+
+def embedding(width: int, dtype: torch.dtype, *, token_types: bool = True, dropout: bool = False) -> Case:
+    """BERT's three tables and LayerNorm, for 1001 tokens."""
+    ids = torch.empty(1001, dtype=torch.int64)
+    run = partial(
+        embedding_forward,
+        ids,
+        ids,
+        ids if token_types else None,
+        torch.empty(1001, width, dtype=dtype),
+        torch.empty(512, width, dtype=dtype),
+        torch.empty(2, width, dtype=dtype),
+        torch.empty(width, dtype=dtype),
+        torch.empty(width, dtype=dtype),
+        dropout=DROPOUT if dropout else 0.0,
+        seed=_seed() if dropout else None,
+        eps=1e-12,
+    )
+    return Case(_name(f"embedding {width}", dtype, types=token_types, dropout=dropout), run, matrix=False)
+
+
+def bias_gelu(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = True) -> Case:
+    """Bias and GELU of 1001 rows."""
+    run = partial(
+        bias_gelu_forward,
+        torch.empty(1001, width, dtype=dtype),
+        torch.empty(width, dtype=dtype) if bias else None,
+        approximate=approximate,
+    )
+    return Case(_name(f"bias_gelu {width}", dtype, bias=bias, tanh=approximate == "tanh"), run, matrix=False)
+
+
+def _seed() -> torch.Tensor:
+    return torch.empty(1, dtype=torch.int64)
+
+
+def _name(call: str, dtype: torch.dtype, **options: bool) -> str:
+    on = "".join(f" +{option}" for option, given in options.items() if given)
+    return f"{call} {str(dtype).removeprefix('torch.')}{on}"

@@ -1,0 +1,104 @@
+"""Toy kernels, some wrong on purpose, through the offline compile harness; prints their violations as JSON.
+
+test_static.py runs this file in a process of its own: Triton must not be in its interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert.kernels.target import KNOWN
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "static"))
+from cases import Case
+from offline import inspect, offline
+
+
+@triton.jit
+def matmul_kernel(
+    a_ptr, b_ptr, c_ptr, stride, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    inner = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        a = tl.load(a_ptr + rows * stride + start + inner[None, :])
+        b = tl.load(b_ptr + (start + inner)[:, None] * stride + columns)
+        acc = tl.dot(a, b, acc)
+    tl.store(c_ptr + rows * stride + columns, acc.to(c_ptr.dtype.element_ty))
+
+
+@triton.jit
+def add_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + column, tl.load(x_ptr + column, mask=column < size) + 1.0, mask=column < size)
+
+
+@triton.jit
+def wrong_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK), no_such_name)  # noqa: F821
+
+
+def matmul(tile: tuple[int, int, int], num_warps: int, num_stages: int, stride: int = 1024) -> None:
+    a = torch.empty(1024, stride, dtype=torch.float16)
+    m, n, k = tile
+    matmul_kernel[(1,)](
+        a, a, a, stride, 1024, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=num_warps, num_stages=num_stages
+    )
+
+
+def add(size: int, grid: tuple[int, ...] = (1,)) -> None:
+    x = torch.empty(size, dtype=torch.float16)
+    add_kernel[grid](x, x, size, BLOCK=256)
+
+
+def toys(arch: str) -> list[Case]:
+    """The toys; the one that spills has more than 512 accumulators a lane on AMD, 256 on NVIDIA."""
+    warps = 1 if KNOWN[arch].backend == "hip" else 4
+    return [
+        Case("good", partial(matmul, (64, 64, 32), 4, 2), matrix=True),
+        Case("spills", partial(matmul, (256, 128, 32), warps, 1), matrix=True),
+        Case("no dot", partial(add, 1000), matrix=True),
+        Case("row-wise", partial(add, 1000), matrix=False),
+        Case("too much shared", partial(matmul, (128, 128, 128), 8, 5), matrix=True),
+        Case("idle", int, matrix=False),
+        Case("wrong", partial(wrong_kernel[(1,)], torch.empty(64), BLOCK=64), matrix=False),
+    ]
+
+
+def launches(arch: str) -> list[dict[str, object]]:
+    """What is recorded of launches that differ in what Triton specialises on, and of one that does not."""
+    with offline(KNOWN[arch]) as recorded:
+        matmul((64, 64, 32), 4, 2)
+        matmul((64, 64, 32), 4, 2, stride=1001)
+        add(1000, grid=(3, 2))
+        add(1001, grid=(4,))
+    return [
+        {
+            "kernel": launch.kernel,
+            "key": launch.key,
+            "grid": launch.grid,
+            "constexprs": launch.constexprs,
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+            "shared": launch.shared,
+            "stages": sorted(launch.assembly),
+        }
+        for launch in recorded
+    ]
+
+
+if __name__ == "__main__":
+    violations = {
+        arch: {case.name: next(iter(inspect(KNOWN[arch], [case]))).violations for case in toys(arch)}
+        for arch in sys.argv[1:]
+    }
+    print(json.dumps({"violations": violations, "launches": launches(sys.argv[1])}))

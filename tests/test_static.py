@@ -1,0 +1,126 @@
+"""Every kernel compiled for every target without a GPU, and that the harness which does it would notice a bad one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+from fastbert.kernels import attention, launch
+from fastbert.kernels.target import KNOWN, pretend
+
+ROOT = Path(__file__).resolve().parent.parent
+STATIC = ROOT / "benchmarks" / "static"
+ARCHS = [arch for arch, target in KNOWN.items() if target.backend != "interpreter"]
+
+
+def run(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, where Triton compiles unless `environment` says otherwise."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=clean | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+@pytest.fixture(scope="module")
+def toys() -> dict[str, Any]:
+    """What offline_toys.py found for one target of each vendor."""
+    result = run(ROOT / "tests" / "offline_toys.py", "sm_90", "gfx942")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("spills", " spills"),
+        ("spills", " bytes of stack a lane"),
+        ("no dot", " instruction"),
+        ("too much shared", " bytes of shared memory of "),
+        ("idle", "launches nothing"),
+        ("wrong", "no_such_name is not defined"),
+    ],
+)
+def test_each_defect_is_reported(toys: dict[str, Any], arch: str, case: str, said: str) -> None:
+    assert any(said in violation for violation in toys["violations"][arch][case]), toys["violations"][arch]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_sound_kernels_are_not_reported(toys: dict[str, Any], arch: str) -> None:
+    assert toys["violations"][arch]["good"] == []
+    assert toys["violations"][arch]["row-wise"] == []
+
+
+def test_launches_are_recorded_as_the_launcher_made_them(toys: dict[str, Any]) -> None:
+    aligned, odd, first, second = toys["launches"]
+    assert aligned["kernel"] == "matmul_kernel"
+    assert aligned["constexprs"] == {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    assert (aligned["num_warps"], aligned["num_stages"]) == (4, 2)
+    assert aligned["shared"] >= 64 * 32 * 2 * 2
+    assert {"ttir", "ptx", "cubin"} <= set(aligned["stages"])
+    assert aligned["key"] != odd["key"]  # a stride of 1001 can't be specialised as one of 1024 is
+    assert first["key"] == second["key"]  # neither size is a multiple of 16: one compilation
+    assert (first["grid"], second["grid"]) == ([3, 2, 1], [4, 1, 1])
+
+
+def test_the_interpreter_is_refused() -> None:
+    result = run(STATIC / "offline.py", "--arch", "sm_90", TRITON_INTERPRET="1")
+    assert result.returncode == 1
+    assert "BackendError: TRITON_INTERPRET: got 1; expected a process without it" in result.stderr
+
+
+def test_an_unknown_target_is_refused() -> None:
+    result = run(STATIC / "offline.py", "--arch", "sm_12")
+    assert result.returncode == 2
+    assert "'sm_12'" in result.stderr and "gfx1100" in result.stderr
+
+
+def load_cases() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("static_cases", STATIC / "cases.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_exhaustive_cases_reach_every_tile_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    choose = launch.attention_forward
+
+    def remember(*args: Any, **options: Any) -> launch.AttentionForward:
+        chosen.append(choose(*args, **options))
+        return chosen[-1]
+
+    monkeypatch.setattr(launch, "TUNED", {})
+    monkeypatch.setattr(launch, "attention_forward", remember)
+    monkeypatch.setattr(attention, "attention_forward_kernel", MagicMock())
+    for arch in ARCHS:
+        with pretend(KNOWN[arch]):
+            for case in load_cases().exhaustive(KNOWN[arch]):
+                if case.name.startswith("attention"):
+                    case.run()
+    reached = {id(choice) for choice in chosen}
+    for key, regimes in launch.ATTENTION_FORWARD.items():
+        assert {name for name, choice in regimes.items() if id(choice) not in reached} == set(), key
+
+
+def test_the_main_shapes_compile_for_every_target_without_a_violation() -> None:
+    result = run(STATIC / "offline.py")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [arch for arch in ARCHS if f"\n{arch}: " in result.stdout] == ARCHS
+    assert result.stdout.endswith("\n0 with violations\n")
+
+
+@pytest.mark.static
+def test_every_launch_choice_compiles_for_every_target_without_a_violation() -> None:
+    result = run(STATIC / "offline.py", "--exhaustive")
+    assert result.returncode == 0, result.stdout + result.stderr
