@@ -262,6 +262,8 @@ def attention_forward(
     """
     rows, _, heads, head_dim = qkv.shape
     qkv = target.aligned(qkv)
+    if bias is not None and max(bias.stride()[2:]) >= 1 << 22:  # as `aligned`: offsets in a tile are 32-bit
+        bias = bias.contiguous()
     out = torch.empty((rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((heads, rows if store_lse else 0), dtype=torch.float32, device=qkv.device)
     if len(tiles) == 0:

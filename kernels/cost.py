@@ -6,6 +6,7 @@ kernel that reads each input and writes each output once. Neither depends on how
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,4 +77,34 @@ def embedding(
     return Cost(
         flops=tokens * hidden * (2 + LAYER_NORM_FLOPS + dropout) + tokens * LAYER_NORM_ROW_FLOPS,
         min_bytes=(tokens + entries + 2) * hidden * dtype.itemsize + tokens * ids * 8 + (8 if dropout else 0),
+    )
+
+
+def attention(
+    lengths: Sequence[int],
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    bias_elements: int = 0,
+    dropout: bool = False,
+    lse: bool = False,
+) -> Cost:
+    """softmax(scale * Q K^T + bias) V inside sequences of these lengths.
+
+    Args:
+        bias_elements: elements of the bias as it is stored, in `dtype`; 0 for none.
+        lse: whether it is written, float32.
+    """
+    tokens = sum(lengths)
+    scores = heads * sum(length * length for length in lengths)
+    # A score: 2 for each of the two products' head_dim, scale and shift, maximum, exp, sum.
+    per_score = 4 * head_dim + 5 + (bias_elements > 0) + dropout
+    return Cost(
+        flops=scores * per_score + tokens * heads * (head_dim + 1),
+        min_bytes=tokens * heads * head_dim * 4 * dtype.itemsize
+        + (len(lengths) + 1) * 4
+        + bias_elements * dtype.itemsize
+        + (tokens * heads * 4 if lse else 0)
+        + (8 if dropout else 0),
     )

@@ -54,3 +54,17 @@ def test_embedding():
 
 def test_nothing_costs_nothing():
     assert cost.bias_gelu(0, 48, torch.float32, bias=False) == cost.Cost(0, 0)
+
+
+def test_attention_bytes_are_those_of_its_tensors():
+    qkv, out = torch.empty(8, 3, 2, 16, dtype=torch.float16), torch.empty(8, 2, 16, dtype=torch.float16)
+    cu_seqlens, lse = torch.empty(3, dtype=torch.int32), torch.empty(2, 8)
+    bias, seed = torch.empty(1, 2, 5, 5, dtype=torch.float16), torch.empty(1, dtype=torch.int64)
+    assert cost.attention([5, 3], 2, 16, torch.float16).min_bytes == nbytes(qkv, out, cu_seqlens)
+    full = cost.attention([5, 3], 2, 16, torch.float16, bias_elements=bias.numel(), dropout=True, lse=True)
+    assert full.min_bytes == nbytes(qkv, out, cu_seqlens, lse, bias, seed)
+
+
+def test_attention_flops_grow_with_the_square_of_each_length():
+    assert cost.attention([5, 3], 2, 16, torch.float16).flops == 2 * (25 + 9) * (4 * 16 + 5) + 8 * 2 * 17
+    assert cost.attention([], 2, 16, torch.float16).flops == 0
