@@ -56,6 +56,37 @@ class AttentionForward:
     SPLIT_TAIL: bool = True
 
 
+@dataclass(frozen=True)
+class AttentionBackwardQuery:
+    """BLOCK_M query rows a program, BLOCK_N keys a step."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionBackwardKey:
+    """BLOCK_N keys a program, BLOCK_M query rows a step; ONE_PASS where BLOCK_N holds every key of a sequence."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    ONE_PASS: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionBackwardBias:
+    """A tile of BLOCK_M rows and BLOCK_N columns of the bias a program."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
 # (family, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "extras" (bias, window or
 # dropout, which need registers), "padded" (head_dim is no power of two), "short" (max_seqlen <= 64), "aligned" (all
 # sequences equally long, a multiple of 64), "default". Found by compiling each for its targets: the fewest
@@ -127,6 +158,25 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
 }
 
 
+# (family, kind of dtype, BLOCK_D) -> choice without extras, choice with extras or a padded head_dim.
+ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], tuple[AttentionBackwardQuery, AttentionBackwardQuery]] = {
+    key: (AttentionBackwardQuery(64, 32, 4, 1), AttentionBackwardQuery(32, 32, 4, 1)) for key in ATTENTION_FORWARD
+}
+
+ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], tuple[AttentionBackwardKey, AttentionBackwardKey]] = {
+    key: (AttentionBackwardKey(32, 64, 4, 1), AttentionBackwardKey(32, 32, 4, 1)) for key in ATTENTION_FORWARD
+}
+
+# Where a tile of every key of a short sequence compiles without spills.
+ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = {
+    ("ampere", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
+}
+
+ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
+    key: AttentionBackwardBias(32, 32, 4, 1) for key in ATTENTION_FORWARD
+}
+
+
 def attention_block_d(head_dim: int) -> int:
     """Columns of the tile that holds a head: the next power of two, at least the 16 that a dot needs."""
     return max(16, 1 << (head_dim - 1).bit_length())
@@ -155,7 +205,7 @@ def attention_forward(
     choices = ATTENTION_FORWARD[_family(target), _KINDS[dtype], attention_block_d(head_dim)]
     regimes = {
         "extras": extras,
-        "padded": head_dim != attention_block_d(head_dim),
+        "padded": _padded(head_dim),
         "short": max_seqlen <= 64,
         "aligned": rows == batch * max_seqlen and max_seqlen % 64 == 0,
     }
@@ -163,6 +213,48 @@ def attention_forward(
     return tuned(
         "attention_forward", target, choices[regime], f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
     )
+
+
+def attention_backward_query(
+    head_dim: int, dtype: torch.dtype, *, extras: bool, target: Target
+) -> AttentionBackwardQuery:
+    """The choice for the gradient of the queries; `extras` as in `attention_forward`."""
+    choices = ATTENTION_BACKWARD_QUERY[_family(target), _KINDS[dtype], attention_block_d(head_dim)]
+    choice, regime = (choices[1], "extras") if extras or _padded(head_dim) else (choices[0], "default")
+    shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
+    return tuned("attention_backward_query", target, choice, shape)
+
+
+def attention_backward_key(
+    head_dim: int, dtype: torch.dtype, max_seqlen: int, *, bias_grad: bool, extras: bool, target: Target
+) -> AttentionBackwardKey:
+    """The choice for the gradients of keys and values.
+
+    Args:
+        bias_grad: the bias needs a gradient, and with it the delta that one pass does not write.
+        extras: as in `attention_forward`.
+    """
+    key = _family(target), _KINDS[dtype], attention_block_d(head_dim)
+    one_pass = ATTENTION_BACKWARD_ONE_PASS.get(key)
+    choices = ATTENTION_BACKWARD_KEY[key]
+    if extras or _padded(head_dim):
+        choice, regime = choices[1], "extras"
+    elif one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not bias_grad:
+        choice, regime = one_pass, "one_pass"
+    else:
+        choice, regime = choices[0], "default"
+    shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
+    return tuned("attention_backward_key", target, choice, shape)
+
+
+def attention_backward_bias(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBackwardBias:
+    """The choice for the gradient of the bias."""
+    choice = ATTENTION_BACKWARD_BIAS[_family(target), _KINDS[dtype], attention_block_d(head_dim)]
+    return tuned("attention_backward_bias", target, choice, f"head_dim={head_dim},dtype={_NAMES[dtype]}")
+
+
+def _padded(head_dim: int) -> bool:
+    return head_dim != attention_block_d(head_dim)
 
 
 def row_wise_unserved(width: int, dtype: torch.dtype) -> str | None:
@@ -265,6 +357,9 @@ def _entries(path: Path, where: str, value: Any) -> Any:
 
 _CHOICES: dict[str, Any] = {
     "attention_forward": AttentionForward,
+    "attention_backward_query": AttentionBackwardQuery,
+    "attention_backward_key": AttentionBackwardKey,
+    "attention_backward_bias": AttentionBackwardBias,
     "layer_norm_forward": LayerNormForward,
     "bias_gelu_forward": BiasGeluForward,
     "embedding_forward": EmbeddingForward,
