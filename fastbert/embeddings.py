@@ -38,4 +38,5 @@ class Embeddings(nn.Module):
             dropout=dropout,
             seed=seed,
             eps=self.norm.eps,
+            padding_idx=self.config.pad_token_id,
         )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.checkpoints import mapping
-from fastbert.config import EncoderConfig
+from fastbert.config import Activation, EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.masks import read_mask
 from fastbert.ops.attention import attention
@@ -36,12 +36,24 @@ class EncoderLayer(nn.Module):
         self.output = nn.Linear(config.intermediate_size, hidden)
         self.output_norm = nn.LayerNorm(hidden, eps=config.eps)
 
-    def forward(self, x: Tensor, packing: Packing, bias: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        bias: Tensor | None = None,
+        seeds: Tensor | None = None,
+        read: Tensor | None = None,
+    ) -> Tensor:
         """`[rows, hidden]` -> `[rows, hidden]`.
 
         Args:
             bias: added to the attention scores; see `ops.attention`.
             seeds: int64 `[3]`, one seed for each dropout; None when dropout is off.
+            read: int64 `[reads]`, the rows of the output that are wanted; all by default. All rows are attended to, but
+                only these go through what comes after attention. The hidden dropouts then draw for these rows alone.
+
+        Returns:
+            `[rows, hidden]`, or `[reads, hidden]`: the rows that the whole output would have there.
         """
         config = self.config
         drop_weight = config.attention_dropout if seeds is not None else 0.0
@@ -50,21 +62,27 @@ class EncoderLayer(nn.Module):
 
         qkv = self.qkv(x).view(-1, 3, config.num_heads, config.head_dim)
         context = attention(qkv, packing, bias=bias, dropout=drop_weight, seed=seed_weight).flatten(1)
+        if read is not None:
+            context, x = context.index_select(0, read), x.index_select(0, read)
         x = _project_add_norm(context, self.attention_output, x, self.attention_norm, drop_hidden, seed_context)
         return _project_add_norm(self.activate(x), self.output, x, self.output_norm, drop_hidden, seed_output)
 
     def activate(self, x: Tensor) -> Tensor:
         """The first product of the feed-forward and its activation: `[rows, hidden]` -> `[rows, intermediate]`."""
-        weight, bias = self.intermediate.weight, self.intermediate.bias
-        match self.config.activation:
-            case "gelu":
-                return linear_gelu(x, weight, bias)
-            case "gelu_tanh":
-                return linear_gelu(x, weight, bias, approximate="tanh")
-            case "relu":
-                return F.relu(F.linear(x, weight, bias))
-            case "silu":
-                return F.silu(F.linear(x, weight, bias))
+        return linear_activation(x, self.intermediate, self.config.activation)
+
+
+def linear_activation(x: Tensor, linear: nn.Linear, activation: Activation) -> Tensor:
+    """`linear` and the activation after it: `[rows, in]` -> `[rows, out]`."""
+    match activation:
+        case "gelu":
+            return linear_gelu(x, linear.weight, linear.bias)
+        case "gelu_tanh":
+            return linear_gelu(x, linear.weight, linear.bias, approximate="tanh")
+        case "relu":
+            return F.relu(linear(x))
+        case "silu":
+            return F.silu(linear(x))
 
 
 def _project_add_norm(
@@ -156,14 +174,19 @@ class Encoder(nn.Module):
         out = EncoderOutput(layout(states[-1]) if every is None else every[-1], every)
         return out if return_dict else out.to_tuple()
 
-    def run(self, x: Tensor, packing: Packing, bias: Tensor | None = None) -> list[Tensor]:
-        """The packed input and the packed output of each layer, `num_layers + 1` tensors `[rows, hidden]`."""
+    def run(self, x: Tensor, packing: Packing, bias: Tensor | None = None, read: Tensor | None = None) -> list[Tensor]:
+        """The packed input and the packed output of each layer, `num_layers + 1` tensors `[rows, hidden]`.
+
+        With `read`, int64 `[reads]`, the last of them is `[reads, hidden]`: only these rows of it, and no work for the
+        others; see `EncoderLayer.forward`.
+        """
         seeds = None
         if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
             seeds = torch.randint(2**63 - 1, (len(self.layers), 3), device=x.device)
-        states = [x]
+        states = [x if read is None or len(self.layers) else x.index_select(0, read)]
         for i, layer in enumerate(self.layers):
-            states.append(layer(states[-1], packing, bias, None if seeds is None else seeds[i]))
+            last = i + 1 == len(self.layers)
+            states.append(layer(states[-1], packing, bias, None if seeds is None else seeds[i], read if last else None))
         return states
 
 
@@ -180,9 +203,17 @@ def _describe(value: Any) -> str:
 
 
 def initialise(module: nn.Module, std: float) -> None:
-    """BERT's initialisation (Devlin et al. 2018): normal weights of deviation `std`, zero biases, unit LayerNorm."""
+    """BERT's initialisation (Devlin et al. 2018): normal weights of deviation `std`, zero biases, unit LayerNorm.
+
+    The row of the padding token is zero, as in Hugging Face's.
+    """
     for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, std=std)
-        if isinstance(part, nn.Linear) and part.bias is not None:
-            nn.init.zeros_(part.bias)
+        for name, parameter in part.named_parameters(recurse=False):
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif isinstance(part, nn.LayerNorm):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            nn.init.zeros_(part.weight[part.padding_idx])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,27 @@ from fastbert.pooling import first_tokens
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The arguments of a forward pass as the model computes with them: packed.
+
+    Attributes:
+        input_ids, position_ids, token_type_ids: int64 `[tokens]`; the last may be None.
+        packing: their layout.
+        bias: added to the attention scores, where the mask was more than padding.
+        pack: brings a tensor that was given as `input_ids` was, labels say, to `[tokens, ...]`.
+        layout: brings packed rows back to the layout of the arguments, with 0 at padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor | None
+    packing: Packing
+    bias: Tensor | None
+    pack: Callable[[Tensor], Tensor]
+    layout: Callable[[Tensor], Tensor]
 
 
 class BertModel(nn.Module):
@@ -62,7 +85,26 @@ class BertModel(nn.Module):
         Raises:
             ArgumentError: a wrong shape, mask or id, or a sequence longer than the position table.
         """
-        packed, bias = packing is not None, None
+        inputs = self.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        states = self.run(inputs)
+        pooled = None if self.pooler is None else self.pool(first_tokens(states[-1], inputs.packing))
+        hidden_states = tuple(inputs.layout(state) for state in (states if output_hidden_states else states[-1:]))
+        return ModelOutput(hidden_states[-1], pooled, hidden_states if output_hidden_states else None)
+
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | BlockMask | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        packing: Packing | None,
+    ) -> Inputs:
+        """The arguments of `forward`, packed.
+
+        Raises:
+            ArgumentError: see `forward`.
+        """
+        given, bias = packing, None
         if packing is None:
             if input_ids.dim() != 2:
                 raise ArgumentError("input_ids", f"shape {tuple(input_ids.shape)}", "[batch, seqlen]")
@@ -84,12 +126,19 @@ class BertModel(nn.Module):
                     "Truncate the texts.",
                 )
             position_ids = packing.columns
-        states = self.encoder.run(self.embeddings(input_ids, position_ids, token_type_ids), packing, bias)
-        pooled = None
-        if self.pooler is not None:
-            pooled = torch.tanh(self.pooler(first_tokens(states[-1], packing)))
-        if not output_hidden_states:
-            states = states[-1:]
-        if not packed:
-            states = [packing.unpack(state) for state in states]
-        return ModelOutput(states[-1], pooled, tuple(states) if output_hidden_states else None)
+        pack, layout = (packing.pack, packing.unpack) if given is None else (_as_it_is, _as_it_is)
+        return Inputs(input_ids, position_ids, token_type_ids, packing, bias, pack, layout)
+
+    def run(self, inputs: Inputs, read: Tensor | None = None) -> list[Tensor]:
+        """The packed embeddings and the packed output of each layer; `read` as in `Encoder.run`."""
+        x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids)
+        return self.encoder.run(x, inputs.packing, inputs.bias, read)
+
+    def pool(self, first: Tensor) -> Tensor:
+        """tanh(W x + b) of the sequences' first tokens, `[batch, hidden]` each. There must be a pooler."""
+        assert self.pooler is not None
+        return torch.tanh(self.pooler(first))
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x

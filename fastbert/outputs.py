@@ -50,6 +50,50 @@ class ModelOutput:
     __getitem__ = EncoderOutput.__getitem__
 
 
+@dataclass
+class HeadOutput:
+    """Output of a model with one head.
+
+    Attributes:
+        loss: a scalar, float32 (float64 for a float64 model); None without labels.
+        logits: as the head says; None where it computed a loss without them.
+        hidden_states: the embeddings and the output of every layer; None if not asked for.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    to_tuple = EncoderOutput.to_tuple
+    __getitem__ = EncoderOutput.__getitem__
+
+
+@dataclass
+class PreTrainingOutput:
+    """Output of BertForPreTraining: as HeadOutput, with logits of both heads."""
+
+    loss: Tensor | None
+    prediction_logits: Tensor | None
+    seq_relationship_logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    to_tuple = EncoderOutput.to_tuple
+    __getitem__ = EncoderOutput.__getitem__
+
+
+@dataclass
+class QuestionAnsweringOutput:
+    """Output of BertForQuestionAnswering: as HeadOutput, with logits of the first and the last token of the answer."""
+
+    loss: Tensor | None
+    start_logits: Tensor
+    end_logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    to_tuple = EncoderOutput.to_tuple
+    __getitem__ = EncoderOutput.__getitem__
+
+
 def collected_by_transformers() -> dict[str, Any]:
     """What the transformers 5 model around us wants to be told: lists to append to, by name; empty if nothing.
 

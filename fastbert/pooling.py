@@ -37,5 +37,9 @@ def first_tokens(x: Tensor, packing: Packing) -> Tensor:
     """`[rows, hidden]` -> `[batch, hidden]`: the first row of each sequence, zeros for one of length zero."""
     if packing.tokens == 0:
         return x.new_zeros(packing.batch, x.shape[1])
-    rows = packing.cu_seqlens[:-1].long().clamp(max=packing.tokens - 1)
-    return x.index_select(0, rows).masked_fill((packing.lengths == 0)[:, None], 0.0)
+    return x.index_select(0, first_rows(packing)).masked_fill((packing.lengths == 0)[:, None], 0.0)
+
+
+def first_rows(packing: Packing) -> Tensor:
+    """int64 `[batch]`: the row where each sequence begins; some row of another's for one of length zero."""
+    return packing.cu_seqlens[:-1].long().clamp(max=max(packing.tokens - 1, 0))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from fastbert.checkpoints.load import load
-from fastbert.errors import ArgumentError
+from fastbert.checkpoints.load import WithHead, load
+from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
 from fastbert.models import BertModel
 from fastbert.packing import Packing
 from fastbert.pooling import pool
 from fastbert.reference import Pooling
-from fastbert.text import Text, Tokenizer, batches
+from fastbert.text import Text, Tokenizer, Tokens, batches, word_spans
+from fastbert.training.metrics import chunks, split_tag
 
 DTypeName = Literal["fp32", "bf16"]
 
@@ -97,11 +101,8 @@ class TextEncoder:
             ArgumentError: `dtype` is neither.
             CheckpointError: the folder is not a checkpoint fastbert reads.
         """
-        if dtype not in DTYPES:
-            raise ArgumentError("dtype", repr(dtype), f"one of {', '.join(DTYPES)}")
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(load(folder, dtype=DTYPES[dtype], device=device), Tokenizer.from_folder(folder))
+        model = load(folder, dtype=_dtype(dtype), device=device or _first_device())
+        return cls(model, Tokenizer.from_folder(folder))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,28 +134,295 @@ class TextEncoder:
         """
         if pooling not in get_args(Pooling):  # before the work, not at the end of the first batch
             raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Pooling))}")
-        config = self.model.config
-        if max_length > config.max_positions:
-            raise ArgumentError("max_length", max_length, f"at most the model's {config.max_positions} positions")
+        _check_max_length(max_length, self.model)
         tokens = self.tokenizer.encode(texts, max_length)
-        lengths = tokens.lengths
-        groups = batches(lengths, BATCH_TOKENS if batch_tokens is None else batch_tokens)
         device = next(self.model.parameters()).device
-        embeddings = torch.empty(len(lengths), config.hidden_size, dtype=torch.float32, device=device)
-        with torch.inference_mode():
-            for rows in _shown(groups) if progress and len(groups) > LONG_WORK else groups:
-                ids, types = tokens.packed(rows)
-                packing = Packing.from_lengths(lengths[rows].tolist(), device=device)
-                hidden = self.model(
-                    ids.to(device), token_type_ids=None if types is None else types.to(device), packing=packing
-                ).last_hidden_state
-                pooled = pool(hidden, packing, pooling)
-                embeddings[rows] = F.normalize(pooled) if normalize else pooled
+        shape = (len(tokens.lengths), self.model.config.hidden_size)
+        embeddings = torch.empty(shape, dtype=torch.float32, device=device)
+        for rows, packing, out in _outputs(self.model, tokens, batch_tokens, "encoding" if progress else None):
+            pooled = pool(out.last_hidden_state, packing, pooling)
+            embeddings[rows] = F.normalize(pooled) if normalize else pooled
         return embeddings.cpu().numpy()
 
 
-def _shown(groups: list[list[int]]) -> Iterable[list[int]]:
+@dataclass(frozen=True)
+class Classification:
+    """What a text was found to be.
+
+    Attributes:
+        label: the likeliest.
+        probabilities: of every label, by softmax, the likeliest first.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+
+
+def classify(
+    texts: Iterable[Text],
+    model: str | os.PathLike[str] | TextClassifier,
+    *,
+    max_length: int = 256,
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> list[Classification]:
+    """The label of each text, in the order of `texts`.
+
+    Args:
+        texts: strings, or pairs of strings.
+        model: a checkpoint folder with a classifier, loaded anew by each call; or a `TextClassifier`, loaded once.
+
+    See `TextClassifier.classify` for the other arguments and for the errors.
+    """
+    if not isinstance(model, TextClassifier):
+        model = TextClassifier.from_folder(model)
+    return model.classify(texts, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
+
+
+@dataclass(frozen=True, eq=False)
+class TextClassifier:
+    """A sequence classifier and its tokenizer, loaded once to be used often.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: of the same checkpoint.
+    """
+
+    model: BertForSequenceClassification
+    tokenizer: Tokenizer
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: DTypeName = "fp32",
+        device: torch.device | str | None = None,
+    ) -> TextClassifier:
+        """Load a checkpoint folder; arguments as `TextEncoder.from_folder`.
+
+        Raises:
+            ArgumentError: `dtype` is neither.
+            CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier that gives one label.
+        """
+        model = _with_trained_head(BertForSequenceClassification, folder, dtype, device)
+        problem = model.head_config.problem_type
+        if problem not in (None, "single_label_classification") or len(model.head_config.labels) < 2:
+            got = f"{problem or 'regression'} with {len(model.head_config.labels)} outputs"
+            raise CheckpointError(str(folder), got, "a classifier that gives one of several labels")
+        return cls(model, Tokenizer.from_folder(folder))
+
+    def classify(
+        self, texts: Iterable[Text], *, max_length: int = 256, batch_tokens: int | None = None, progress: bool = False
+    ) -> list[Classification]:
+        """The label of each text, in the order of `texts`.
+
+        Args:
+            texts: strings, or pairs of strings.
+            max_length: most tokens of a text, special ones included; the rest is cut off, and a warning counts the
+                texts that were this long.
+            batch_tokens: most tokens of a batch (a longer text is a batch of its own); 4096 by default.
+            progress: show a bar on stderr, if the work is long.
+
+        Raises:
+            ArgumentError: an argument is not as described; `texts[i]` names the item.
+        """
+        _check_max_length(max_length, self.model)
+        tokens = self.tokenizer.encode(texts, max_length)
+        if full := tokens.full(max_length):
+            warnings.warn(
+                f"{full} texts fill max_length={max_length} tokens; what is beyond was not read", stacklevel=2
+            )
+        labels = self.model.head_config.labels
+        probabilities = torch.empty(len(tokens.lengths), len(labels))
+        for rows, _, out in _outputs(self.model, tokens, batch_tokens, "classifying" if progress else None):
+            probabilities[rows] = out.logits.float().softmax(1).cpu()
+        found: list[Classification] = []
+        for row in probabilities.tolist():
+            ranked = sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])
+            found.append(Classification(ranked[0][0], dict(ranked)))
+        return found
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A name found in a text.
+
+    Attributes:
+        kind: its type, such as "PER".
+        start, end: where it is, in characters: `text == whole[start:end]`.
+        text: what is there.
+        score: the mean probability, by softmax, of the tags of its words.
+    """
+
+    kind: str
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+def tag(
+    texts: Iterable[str],
+    model: str | os.PathLike[str] | TextTagger,
+    *,
+    max_length: int = 256,
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> list[list[Entity]]:
+    """The entities of each text, in the order of `texts`.
+
+    Args:
+        texts: strings.
+        model: a checkpoint folder with a tagger, loaded anew by each call; or a `TextTagger`, loaded once.
+
+    See `TextTagger.tag` for the other arguments and for the errors.
+    """
+    if not isinstance(model, TextTagger):
+        model = TextTagger.from_folder(model)
+    return model.tag(texts, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
+
+
+@dataclass(frozen=True, eq=False)
+class TextTagger:
+    """A token classifier of IOB tags and its tokenizer, loaded once to be used often.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: of the same checkpoint.
+    """
+
+    model: BertForTokenClassification
+    tokenizer: Tokenizer
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: DTypeName = "fp32",
+        device: torch.device | str | None = None,
+    ) -> TextTagger:
+        """Load a checkpoint folder; arguments as `TextEncoder.from_folder`.
+
+        Raises:
+            ArgumentError: `dtype` is neither.
+            CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier of IOB tags.
+        """
+        model = _with_trained_head(BertForTokenClassification, folder, dtype, device)
+        try:
+            for label in model.head_config.labels:
+                split_tag(label)
+        except ArgumentError as error:
+            raise CheckpointError(str(folder), f"the tag {error.got}", error.expected) from error
+        return cls(model, Tokenizer.from_folder(folder))
+
+    def tag(
+        self, texts: Iterable[str], *, max_length: int = 256, batch_tokens: int | None = None, progress: bool = False
+    ) -> list[list[Entity]]:
+        """The entities of each text, in the order of `texts`, and those of a text in its order.
+
+        A word has the tag of its first piece (`text.word_spans` says what a word is). Tags become entities by the rules
+        of conlleval. A text longer than `max_length` is read in windows that overlap.
+
+        Args:
+            texts: strings.
+            max_length: most tokens of a window, special ones included.
+            batch_tokens: most tokens of a batch (a longer window is a batch of its own); 4096 by default.
+            progress: show a bar on stderr, if the work is long.
+
+        Raises:
+            ArgumentError: an argument is not as described; `texts[i]` names the item.
+        """
+        _check_max_length(max_length, self.model)
+        texts = _strings(texts)
+        spans = [word_spans(text) for text in texts]
+        words = [[text[start:end] for start, end in places] for text, places in zip(texts, spans, strict=True)]
+        encoded = self.tokenizer.encode_words(words, max_length)
+        tags = np.zeros(sum(map(len, words)), np.int64)
+        scores = np.zeros(len(tags), np.float32)
+        for rows, _, out in _outputs(self.model, encoded.tokens, batch_tokens, "tagging" if progress else None):
+            best, label = out.logits.float().softmax(1).cpu().max(1)
+            at = encoded.tokens.take(encoded.words, rows)
+            tags[at[at >= 0]], scores[at[at >= 0]] = label.numpy()[at >= 0], best.numpy()[at >= 0]
+        labels = self.model.head_config.labels
+        found: list[list[Entity]] = []
+        first = 0
+        for text, places in zip(texts, spans, strict=True):
+            mine = slice(first, first + len(places))
+            first = mine.stop
+            found.append(_entities(text, places, [labels[i] for i in tags[mine].tolist()], scores[mine]))
+        return found
+
+
+def _entities(
+    text: str, spans: list[tuple[int, int]], tags: list[str], scores: npt.NDArray[np.float32]
+) -> list[Entity]:
+    found: list[Entity] = []
+    for kind, first, last in chunks(tags):
+        start, end = spans[first][0], spans[last - 1][1]
+        found.append(Entity(kind, start, end, text[start:end], float(scores[first:last].mean())))
+    return found
+
+
+def _strings(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise ArgumentError("texts", "a single string", "a list of strings", "Wrap it in a list.")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ArgumentError(f"texts[{i}]", f"a {type(text).__name__}", "a string")
+    return texts
+
+
+def _dtype(name: DTypeName) -> torch.dtype:
+    if name not in DTYPES:
+        raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _first_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _with_trained_head(
+    kind: type[WithHead], folder: str | os.PathLike[str], dtype: DTypeName, device: torch.device | str | None
+) -> WithHead:
+    """As `load`, but a head that would begin untrained is an error: its answers would mean nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".* has no trained", category=UserWarning)
+            return load(folder, kind, dtype=_dtype(dtype), device=device or _first_device())
+    except UserWarning as warning:
+        raise CheckpointError(
+            str(folder), f"no trained {kind.__name__}", "a checkpoint with its head", "Train one: fastbert train --help"
+        ) from warning
+
+
+def _check_max_length(max_length: int, model: BertModel | HeadModel) -> None:
+    positions = model.config.max_positions
+    if max_length > positions:
+        raise ArgumentError("max_length", max_length, f"at most the model's {positions} positions")
+
+
+def _outputs(
+    model: nn.Module, tokens: Tokens, batch_tokens: int | None, description: str | None
+) -> Iterator[tuple[list[int], Packing, Any]]:
+    """`(rows, packing, output)` of each batch of texts; `description` is shown beside a bar if the work is long."""
+    lengths = tokens.lengths
+    groups = batches(lengths, BATCH_TOKENS if batch_tokens is None else batch_tokens)
+    device = next(model.parameters()).device
+    long = description is not None and len(groups) > LONG_WORK
+    for rows in _shown(groups, description) if long else groups:
+        ids, types = tokens.packed(rows)
+        packing = Packing.from_lengths(lengths[rows].tolist(), device=device)
+        with torch.inference_mode():
+            out = model(ids.to(device), token_type_ids=None if types is None else types.to(device), packing=packing)
+        yield rows, packing, out
+
+
+def _shown(groups: list[list[int]], description: str | None) -> Iterable[list[int]]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(groups, description="encoding", console=Console(stderr=True), transient=True)
+    return track(groups, description=description or "", console=Console(stderr=True), transient=True)

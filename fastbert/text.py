@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ ENCODING_CHARACTERS = 10
 HEAD_CHARACTERS_PER_TOKEN = 32
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_IDEOGRAPHS = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +55,33 @@ class Tokens:
         """int64 `[texts]`: tokens of each text, special ones included."""
         return np.diff(self.offsets)
 
+    def full(self, max_length: int) -> int:
+        """How many texts have `max_length` tokens, and so may have lost their end."""
+        return int((self.lengths == max_length).sum())
+
+    def take(self, values: npt.NDArray[np.int64], rows: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Of values `[tokens]`, those of the tokens of these texts, in this order."""
+        return np.concatenate([values[self.offsets[row] : self.offsets[row + 1]] for row in rows])
+
     def packed(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """`(ids, types)` of these texts in this order: int64 `[tokens]` on the CPU, types None when all are 0."""
         slices = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
         types = None if self.types is None else _gather(self.types, slices)
         return _gather(self.ids, slices), types
+
+
+@dataclass(frozen=True, eq=False)
+class WordTokens:
+    """The tokens of sentences that came as words; a sentence too long for one row is several, which overlap.
+
+    Attributes:
+        tokens: one row for each window of a sentence.
+        words: int64 `[tokens]`: for the first piece of a word, the word's index among the words of all sentences; -1
+            elsewhere. A word in two windows is read where it has more company, so each index occurs exactly once.
+    """
+
+    tokens: Tokens
+    words: npt.NDArray[np.int64]
 
 
 class Tokenizer:
@@ -126,6 +150,118 @@ class Tokenizer:
                     types.append(np.fromiter(chain.from_iterable(one.type_ids for one in encodings), np.uint8))
         return Tokens(np.concatenate(ids), np.concatenate(types) if pairs else None, np.cumsum(lengths, dtype=np.int64))
 
+    def encode_words(self, sentences: Iterable[Sequence[str]], max_length: int) -> WordTokens:
+        """Token ids of sentences given as words, each word split into pieces by itself: `[CLS] words [SEP]`.
+
+        Args:
+            sentences: lists of words. A word that has no piece (a control character) becomes the unknown token.
+            max_length: most tokens of a row, special ones included. A longer sentence becomes windows that share about
+                a quarter of their tokens, cut between words. A word longer than a row loses its end.
+
+        Raises:
+            ArgumentError: `max_length` leaves no room for a token.
+        """
+        before, after, room = self._frame(max_length)
+        cleaned = [[_SURROGATE.sub("\ufffd", word) for word in words] for words in sentences]
+        ids: list[int] = []
+        reads: list[int] = []
+        offsets, first_word = [0], 0
+        for words, pieces in zip(cleaned, self._pieces(cleaned), strict=True):
+            pieces = [piece[:room] or [self.unknown_id] for piece in pieces]
+            for start, end, read_start, read_end in _windows([len(piece) for piece in pieces], room):
+                ids += before
+                reads += [-1] * len(before)
+                for i in range(start, end):
+                    ids += pieces[i]
+                    reads.append(first_word + i if read_start <= i < read_end else -1)
+                    reads += [-1] * (len(pieces[i]) - 1)
+                ids += after
+                reads += [-1] * len(after)
+                offsets.append(len(ids))
+            first_word += len(words)
+        tokens = Tokens(np.array(ids, np.int32), None, np.array(offsets, np.int64))
+        return WordTokens(tokens, np.array(reads, np.int64))
+
+    def encode_documents(self, documents: Iterable[str], max_length: int) -> Tokens:
+        """Token ids of documents, cut into rows of `[CLS] part [SEP]`, with nothing lost between the parts.
+
+        Args:
+            documents: strings; one without tokens has no row.
+            max_length: most tokens of a row, special ones included.
+
+        Raises:
+            ArgumentError: an item is no string, or `max_length` leaves no room for a token.
+        """
+        before, after, room = self._frame(max_length)
+        ids: list[int] = []
+        offsets = [0]
+        for chunk in _chunks(_checked(list(documents), pairs=False)):
+            with self._lock:
+                self._tokenizer.no_truncation()
+                encodings = self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+            for document in (encoding.ids for encoding in encodings):
+                for start in range(0, len(document), room):
+                    ids += [*before, *document[start : start + room], *after]
+                    offsets.append(len(ids))
+        return Tokens(np.array(ids, np.int32), None, np.array(offsets, np.int64))
+
+    @property
+    def mask_id(self) -> int:
+        """The id of the token that hides another.
+
+        Raises:
+            CheckpointError: the vocabulary has none.
+        """
+        return self._id_of("[MASK]", "<mask>")
+
+    @property
+    def unknown_id(self) -> int:
+        """The id of the token for what the vocabulary lacks.
+
+        Raises:
+            CheckpointError: the vocabulary has none.
+        """
+        return self._id_of("[UNK]", "<unk>")
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The ids of the tokens that no text is made of."""
+        return [i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+
+    @property
+    def size(self) -> int:
+        """Tokens in the vocabulary."""
+        return self._tokenizer.get_vocab_size()
+
+    def _id_of(self, *spellings: str) -> int:
+        for token in spellings:
+            if (found := self._tokenizer.token_to_id(token)) is not None:
+                return found
+        raise CheckpointError("tokenizer", f"a vocabulary without {spellings[0]}", f"one with {' or '.join(spellings)}")
+
+    def _frame(self, max_length: int) -> tuple[list[int], list[int], int]:
+        """The special tokens before a text, those after it, and the room between."""
+        with self._lock:
+            self._tokenizer.no_truncation()
+            before, *after = self._tokenizer.encode("").ids  # of all BERT's kin, one comes before the text
+        room = max_length - 1 - len(after)
+        if room < 1:
+            raise ArgumentError("max_length", max_length, f"more than the {1 + len(after)} special tokens of each text")
+        return [before], after, room
+
+    def _pieces(self, sentences: list[list[str]]) -> Iterator[list[list[int]]]:
+        """The ids of each word's pieces."""
+        for chunk in _chunks(sentences):
+            with self._lock:
+                self._tokenizer.no_truncation()
+                encodings = self._tokenizer.encode_batch(chunk, is_pretokenized=True, add_special_tokens=False)
+            for words, encoding in zip(chunk, encodings, strict=True):
+                pieces: list[list[int]] = [[] for _ in words]
+                for word, token in zip(encoding.word_ids, encoding.ids, strict=True):
+                    assert word is not None  # only special tokens belong to no word
+                    pieces[word].append(token)
+                yield pieces
+
     def _encodings(self, texts: list[Any], max_length: int, pairs: bool) -> list[tokenizers.Encoding]:
         if pairs or not self._heads_tell:
             return self._tokenizer.encode_batch_fast(texts)
@@ -158,6 +294,54 @@ def batches(lengths: Sequence[int] | npt.NDArray[np.int64], batch_tokens: int) -
         groups[-1].append(row)
         room -= length
     return groups
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """`(start, end)` of the words of a text, in characters, as the corpora that taggers learn from cut them.
+
+    Words are told apart by spaces. Punctuation at either end of one is a word a character ("Paris," is two words, "U.S"
+    and "O'Neill" one each), and so is every Chinese or Japanese ideograph.
+    """
+    spans: list[tuple[int, int]] = []
+    for run in re.finditer(r"\S+", text):
+        start, end = run.span()
+        while start < end and _is_punctuation(text[start]):
+            spans.append((start, start + 1))
+            start += 1
+        tail = end
+        while tail > start and _is_punctuation(text[tail - 1]):
+            tail -= 1
+        spans += [part.span() for part in _IDEOGRAPHS.finditer(text, start, tail)]
+        spans += [(i, i + 1) for i in range(tail, end)]
+    return spans
+
+
+def _is_punctuation(character: str) -> bool:
+    return unicodedata.category(character)[0] in "PS"
+
+
+def _windows(sizes: list[int], room: int) -> Iterator[tuple[int, int, int, int]]:
+    """Windows over words of these sizes, each at most `room`: `(start, end, read_start, read_end)` in words.
+
+    The parts that are read follow one another without gap or overlap. No words are one empty window.
+    """
+    start = end = read_start = 0
+    while True:
+        used = sum(sizes[start:end])
+        while end < len(sizes) and used + sizes[end] <= room:
+            used += sizes[end]
+            end += 1
+        if end == len(sizes):
+            yield start, end, read_start, end
+            return
+        shared = min(room // 4, room - sizes[end])  # the next word has to fit behind what is shared
+        following = end
+        while following > start and shared >= sizes[following - 1]:
+            following -= 1
+            shared -= sizes[following]
+        read_end = (following + end + 1) // 2
+        yield start, end, read_start, read_end
+        start, read_start = following, read_end
 
 
 def _word_piece(folder: Path) -> tokenizers.Tokenizer:

@@ -154,15 +154,18 @@ def attention_forward_kernel(
     begin = tl.load(cu_seqlens_ptr + sequence)
     seqlen = tl.load(cu_seqlens_ptr + sequence + 1) - begin
 
-    rows = first_row + tl.arange(0, BLOCK_M)
+    lanes = tl.arange(0, BLOCK_M)
+    rows = first_row + lanes
     dims = tl.arange(0, BLOCK_D)
     mask_rows = rows < seqlen
     mask_query = mask_rows[:, None]
     if HEAD_DIM != BLOCK_D:
         mask_query = mask_query & (dims < HEAD_DIM)[None, :]
     sequence_ptr = qkv_ptr + begin.to(tl.int64) * qkv_stride_row + head.to(tl.int64) * qkv_stride_head
-    query_ptrs = sequence_ptr + rows.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
-    query = tl.load(query_ptrs, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+    # Only scalar bases are 64-bit: a tile's own offsets fit 32 bits (`target.aligned` sees to it) and save registers.
+    query_ptr = sequence_ptr + first_row.to(tl.int64) * qkv_stride_row
+    query_offsets = lanes[:, None] * qkv_stride_row + dims[None, :]
+    query = tl.load(query_ptr + query_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
 
     if HAS_WINDOW:
         first_key = tl.maximum(first_row - window, 0) // BLOCK_N * BLOCK_N
@@ -170,7 +173,6 @@ def attention_forward_kernel(
     else:
         first_key = seqlen * 0
         end_key = seqlen
-    # Only the scalar base is 64-bit: a tile's own offsets fit 32 bits (`target.aligned` sees to it) and save registers.
     tile_offsets = tl.arange(0, BLOCK_N)[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_N, BLOCK_D]
     key_ptr = sequence_ptr + qkv_stride_part + first_key.to(tl.int64) * qkv_stride_row
     value_ptr = key_ptr + qkv_stride_part
@@ -178,7 +180,7 @@ def attention_forward_kernel(
     if HAS_BIAS:
         bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
         bias_ptr += first_row.to(tl.int64) * bias_stride_row + first_key.to(tl.int64) * bias_stride_column
-        bias_offsets = (rows - first_row)[:, None] * bias_stride_row + (
+        bias_offsets = lanes[:, None] * bias_stride_row + (
             tl.arange(0, BLOCK_N)[None, :] * bias_stride_column
         )  # [BLOCK_M, BLOCK_N]
     seed = seed_ptr
@@ -219,14 +221,10 @@ def attention_forward_kernel(
         inverse = tl.where(row_sum > 0.0, inverse, 0.0)
     if HAS_DROPOUT:
         inverse = inverse * drop_scale
-    out_ptrs = (
-        out_ptr
-        + begin.to(tl.int64) * out_stride_row
-        + head.to(tl.int64) * out_stride_head
-        + rows.to(tl.int64)[:, None] * out_stride_row
-        + dims[None, :]
-    )
-    tl.store(out_ptrs, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask_query)  # [BLOCK_M, BLOCK_D]
+    out_ptr += (begin + first_row).to(tl.int64) * out_stride_row + head.to(tl.int64) * out_stride_head
+    out_offsets = lanes[:, None] * out_stride_row + dims[None, :]
+    out = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_offsets, out, mask=mask_query)  # [BLOCK_M, BLOCK_D]
     if STORE_LSE:
         lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453
         if HAS_BIAS or HAS_WINDOW:
@@ -271,10 +269,10 @@ def weights_from_lse(
 def attention_backward_query_kernel(
     qkv_ptr,
     out_ptr,
-    out_grad_ptr,
+    dout_ptr,
     lse_ptr,
     delta_ptr,
-    qkv_grad_ptr,
+    dqkv_ptr,
     bias_ptr,
     seed_ptr,
     cu_seqlens_ptr,
@@ -284,8 +282,8 @@ def attention_backward_query_kernel(
     qkv_stride_head,
     out_stride_row,
     out_stride_head,
-    qkv_grad_stride_row,
-    qkv_grad_stride_head,
+    dqkv_stride_row,
+    dqkv_stride_head,
     lse_stride_head,
     bias_stride_sequence,
     bias_stride_head,
@@ -306,15 +304,15 @@ def attention_backward_query_kernel(
     VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of the queries in one tile of rows; writes delta = rowsum(out_grad * out) for the kernels after it."""
+    """Gradient of the queries in one tile of rows; writes delta = rowsum(dout * out) for the kernels after it."""
     if HEAD_DIM % 16 != 0:  # as in the forward
         qkv_stride_row = qkv_stride_row // VECTOR * VECTOR
         qkv_stride_part = qkv_stride_part // VECTOR * VECTOR
         qkv_stride_head = qkv_stride_head // VECTOR * VECTOR
         out_stride_row = out_stride_row // VECTOR * VECTOR
         out_stride_head = out_stride_head // VECTOR * VECTOR
-        qkv_grad_stride_row = qkv_grad_stride_row // VECTOR * VECTOR
-        qkv_grad_stride_head = qkv_grad_stride_head // VECTOR * VECTOR
+        dqkv_stride_row = dqkv_stride_row // VECTOR * VECTOR
+        dqkv_stride_head = dqkv_stride_head // VECTOR * VECTOR
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     sequence = tl.load(tiles_ptr + tile * 2)
@@ -336,8 +334,8 @@ def attention_backward_query_kernel(
     query_ptrs = sequence_ptr + rows.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
     query = tl.load(query_ptrs, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
     out = tl.load(out_ptr + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-    out_grad = tl.load(out_grad_ptr + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-    delta = tl.sum(out.to(tl.float32) * out_grad.to(tl.float32), 1)
+    dout = tl.load(dout_ptr + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + lse_offsets, delta, mask=mask_rows)  # [BLOCK_M]
     lse_log2 = tl.load(lse_ptr + lse_offsets, mask=mask_rows, other=0.0) * 1.4426950408889634  # [BLOCK_M]
     if HAS_BIAS:
@@ -366,26 +364,26 @@ def attention_backward_query_kernel(
             scores, lse_log2[:, None], bias_ptr, rows[:, None], columns[None, :], seqlen, scale, window,
             bias_stride_row, bias_stride_column, HAS_BIAS, HAS_WINDOW,
         )  # fmt: skip
-        weights_grad = tl.dot(out_grad, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if HAS_DROPOUT:
             keep = keep_mask(seed, rows, start, head, sequence, drop_threshold, BLOCK_N)
-            weights_grad = tl.where(keep, weights_grad * drop_scale, 0.0)
-        scores_grad = weights * (weights_grad - delta[:, None])
-        acc = tl.dot(scores_grad.to(key.dtype), key, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+            dweights = tl.where(keep, dweights * drop_scale, 0.0)
+        dscores = weights * (dweights - delta[:, None])
+        acc = tl.dot(dscores.to(key.dtype), key, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
         key_ptr += step
 
-    grad_offsets = row_in_batch[:, None] * qkv_grad_stride_row + head.to(tl.int64) * qkv_grad_stride_head + dims[None, :]
-    tl.store(qkv_grad_ptr + grad_offsets, (acc * scale).to(qkv_grad_ptr.dtype.element_ty), mask=mask_query)
+    grad_offsets = row_in_batch[:, None] * dqkv_stride_row + head.to(tl.int64) * dqkv_stride_head + dims[None, :]
+    tl.store(dqkv_ptr + grad_offsets, (acc * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_query)
 
 
 @triton.jit
 def attention_backward_key_kernel(
     qkv_ptr,
     out_ptr,
-    out_grad_ptr,
+    dout_ptr,
     lse_ptr,
     delta_ptr,
-    qkv_grad_ptr,
+    dqkv_ptr,
     bias_ptr,
     seed_ptr,
     cu_seqlens_ptr,
@@ -395,9 +393,9 @@ def attention_backward_key_kernel(
     qkv_stride_head,
     out_stride_row,
     out_stride_head,
-    qkv_grad_stride_row,
-    qkv_grad_stride_part,
-    qkv_grad_stride_head,
+    dqkv_stride_row,
+    dqkv_stride_part,
+    dqkv_stride_head,
     lse_stride_head,
     bias_stride_sequence,
     bias_stride_head,
@@ -430,9 +428,9 @@ def attention_backward_key_kernel(
         qkv_stride_head = qkv_stride_head // VECTOR * VECTOR
         out_stride_row = out_stride_row // VECTOR * VECTOR
         out_stride_head = out_stride_head // VECTOR * VECTOR
-        qkv_grad_stride_row = qkv_grad_stride_row // VECTOR * VECTOR
-        qkv_grad_stride_part = qkv_grad_stride_part // VECTOR * VECTOR
-        qkv_grad_stride_head = qkv_grad_stride_head // VECTOR * VECTOR
+        dqkv_stride_row = dqkv_stride_row // VECTOR * VECTOR
+        dqkv_stride_part = dqkv_stride_part // VECTOR * VECTOR
+        dqkv_stride_head = dqkv_stride_head // VECTOR * VECTOR
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     sequence = tl.load(tiles_ptr + tile * 2)
@@ -465,8 +463,8 @@ def attention_backward_key_kernel(
     lanes = tl.arange(0, BLOCK_M)
     query_offsets = lanes[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
     out_offsets = lanes[:, None] * out_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
-    grad_offsets = lanes[:, None] * qkv_grad_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
-    qkv_grad_ptr += begin.to(tl.int64) * qkv_grad_stride_row + head.to(tl.int64) * qkv_grad_stride_head
+    grad_offsets = lanes[:, None] * dqkv_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
+    dqkv_ptr += begin.to(tl.int64) * dqkv_stride_row + head.to(tl.int64) * dqkv_stride_head
     acc_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in tl.range(begin_row, end_row, BLOCK_M):
@@ -478,12 +476,12 @@ def attention_backward_key_kernel(
         out_base = row_in_batch * out_stride_row + head.to(tl.int64) * out_stride_head
         lse_base = row_in_batch + head.to(tl.int64) * lse_stride_head
         query = tl.load(query_ptr + query_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-        out_grad = tl.load(out_grad_ptr + out_base + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+        dout = tl.load(dout_ptr + out_base + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
         # A row beyond the end gets weight exp2(-1e30) = 0.
         lse = tl.load(lse_ptr + lse_base + lanes, mask=mask_rows, other=1e30)  # [BLOCK_M]
         if ONE_PASS:
             out = tl.load(out_ptr + out_base + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-            delta = tl.sum(out.to(tl.float32) * out_grad.to(tl.float32), 1)
+            delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
         else:
             delta = tl.load(delta_ptr + lse_base + lanes, mask=mask_rows, other=0.0)  # [BLOCK_M]
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -491,36 +489,34 @@ def attention_backward_key_kernel(
             scores, (lse * 1.4426950408889634)[None, :], bias_ptr, rows[None, :], columns[:, None], seqlen, scale,
             window, bias_stride_row, bias_stride_column, HAS_BIAS, HAS_WINDOW,
         )  # fmt: skip
-        weights_grad = tl.dot(value, tl.trans(out_grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if HAS_DROPOUT:
             keep = tl.trans(keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK_N))
             dropped = tl.where(keep, weights * drop_scale, 0.0)
-            weights_grad = tl.where(keep, weights_grad * drop_scale, 0.0)
+            dweights = tl.where(keep, dweights * drop_scale, 0.0)
         else:
             dropped = weights
-        acc_value = tl.dot(dropped.to(value.dtype), out_grad, acc_value, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-        scores_grad = (weights * (weights_grad - delta[None, :])).to(key.dtype)
-        acc_key = tl.dot(scores_grad, query, acc_key, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+        acc_value = tl.dot(dropped.to(value.dtype), dout, acc_value, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+        dscores = (weights * (dweights - delta[None, :])).to(key.dtype)
+        acc_key = tl.dot(dscores, query, acc_key, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
         if ONE_PASS:
-            query_grad = tl.dot(tl.trans(scores_grad), key, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_D]
-            query_grad_ptrs = qkv_grad_ptr + tl.cast(start, tl.int64) * qkv_grad_stride_row + grad_offsets
-            tl.store(query_grad_ptrs, query_grad.to(qkv_grad_ptr.dtype.element_ty), mask=mask_query)
+            dquery = tl.dot(tl.trans(dscores), key, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_D]
+            query_grad_ptrs = dqkv_ptr + tl.cast(start, tl.int64) * dqkv_stride_row + grad_offsets
+            tl.store(query_grad_ptrs, dquery.to(dqkv_ptr.dtype.element_ty), mask=mask_query)
 
-    key_grad_ptrs = (
-        qkv_grad_ptr + qkv_grad_stride_part + columns.to(tl.int64)[:, None] * qkv_grad_stride_row + dims[None, :]
-    )
-    dtype = qkv_grad_ptr.dtype.element_ty
-    tl.store(key_grad_ptrs, (acc_key * scale).to(dtype), mask=mask_key)  # [BLOCK_N, BLOCK_D]
-    tl.store(key_grad_ptrs + qkv_grad_stride_part, acc_value.to(dtype), mask=mask_key)  # [BLOCK_N, BLOCK_D]
+    dkey_ptrs = dqkv_ptr + dqkv_stride_part + columns.to(tl.int64)[:, None] * dqkv_stride_row + dims[None, :]
+    dtype = dqkv_ptr.dtype.element_ty
+    tl.store(dkey_ptrs, (acc_key * scale).to(dtype), mask=mask_key)  # [BLOCK_N, BLOCK_D]
+    tl.store(dkey_ptrs + dqkv_stride_part, acc_value.to(dtype), mask=mask_key)  # [BLOCK_N, BLOCK_D]
 
 
 @triton.jit
 def attention_backward_bias_kernel(
     qkv_ptr,
-    out_grad_ptr,
+    dout_ptr,
     lse_ptr,
     delta_ptr,
-    bias_grad_ptr,
+    dbias_ptr,
     bias_ptr,
     seed_ptr,
     cu_seqlens_ptr,
@@ -595,9 +591,9 @@ def attention_backward_bias_kernel(
             row_in_batch = (begin + rows).to(tl.int64)
             query_ptrs = sequence_ptr + rows.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
             key_ptrs = sequence_ptr + qkv_stride_part + columns.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
-            out_ptrs = out_grad_ptr + row_in_batch[:, None] * out_stride_row + tl.cast(head, tl.int64) * out_stride_head
+            out_ptrs = dout_ptr + row_in_batch[:, None] * out_stride_row + tl.cast(head, tl.int64) * out_stride_head
             query = tl.load(query_ptrs, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-            out_grad = tl.load(out_ptrs + dims[None, :], mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+            dout = tl.load(out_ptrs + dims[None, :], mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
             key = tl.load(key_ptrs, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
             value = tl.load(key_ptrs + qkv_stride_part, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
             lse_offsets = tl.cast(head, tl.int64) * lse_stride_head + row_in_batch
@@ -610,13 +606,13 @@ def attention_backward_bias_kernel(
                 rows[:, None], columns[None, :], seqlen, scale, window, bias_stride_row, bias_stride_column, True,
                 HAS_WINDOW,
             )  # fmt: skip
-            weights_grad = tl.dot(out_grad, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if HAS_DROPOUT:
                 keep = keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK_N)
-                weights_grad = tl.where(keep, weights_grad * drop_scale, 0.0)
-            acc += weights * (weights_grad - delta[:, None])
+                dweights = tl.where(keep, dweights * drop_scale, 0.0)
+            acc += weights * (dweights - delta[:, None])
     mask = (rows < max_seqlen)[:, None] & (columns < max_seqlen)[None, :]
-    grad_ptr = bias_grad_ptr + tl.cast(place, tl.int64) * max_seqlen * max_seqlen
+    grad_ptr = dbias_ptr + tl.cast(place, tl.int64) * max_seqlen * max_seqlen
     grad_ptrs = grad_ptr + rows.to(tl.int64)[:, None] * max_seqlen + columns[None, :]
     tl.store(grad_ptrs, acc, mask=mask)  # [BLOCK_M, BLOCK_N]
 
@@ -702,7 +698,7 @@ def attention_forward(
 
 
 def attention_backward(
-    out_grad: Tensor,
+    dout: Tensor,
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -714,7 +710,7 @@ def attention_backward(
     tokens: int,
     scale: float,
     bias: Tensor | None = None,
-    bias_shape: Sequence[int] | None = None,
+    dbias_shape: Sequence[int] | None = None,
     window: int | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
@@ -722,29 +718,29 @@ def attention_backward(
     """Launch the backward kernels: two, or one where a tile holds every key of a sequence; one more for the bias.
 
     Args:
-        out_grad: `[rows, heads, head_dim]`, upstream.
+        dout: `[rows, heads, head_dim]`, upstream.
         qkv, out, lse: the forward's input and outputs.
         query_tiles, key_tiles: (sequence, first row) for BLOCK_M of `launch.attention_backward_query` and BLOCK_N of
             `launch.attention_backward_key`.
         tokens: rows beyond these are slack; their gradient is 0.
-        bias_shape: the shape that `bias` had before it was expanded; None where it needs no gradient.
+        dbias_shape: the shape that `bias` had before it was expanded; None where it needs no gradient.
 
     Returns:
-        gradient of qkv `[rows, 3, heads, head_dim]` in its dtype, and of the bias, float32 `bias_shape`, or None.
+        gradient of qkv `[rows, 3, heads, head_dim]` in its dtype, and of the bias, float32 `dbias_shape`, or None.
         No atomics: the same inputs give the same bits.
     """
     rows, _, heads, head_dim = qkv.shape
-    qkv, out, out_grad = target.aligned(qkv), target.aligned(out), target.aligned(out_grad)
-    out_grad = out_grad if out_grad.stride() == out.stride() else out_grad.contiguous()
-    qkv_grad = torch.empty((rows, 3, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    qkv_grad[tokens:] = 0
-    bias_grad = None if bias_shape is None else torch.zeros(bias_shape, dtype=torch.float32, device=qkv.device)
+    qkv, out, dout = target.aligned(qkv), target.aligned(out), target.aligned(dout)
+    dout = dout if dout.stride() == out.stride() else dout.contiguous()
+    dqkv = torch.empty((rows, 3, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    dqkv[tokens:] = 0
+    dbias = None if dbias_shape is None else torch.zeros(dbias_shape, dtype=torch.float32, device=qkv.device)
     if tokens == 0:
-        return qkv_grad, bias_grad
+        return dqkv, dbias
     extras = bias is not None or window is not None or dropout > 0.0
     here = target.of(qkv.device)
     by_key = launch.attention_backward_key(
-        head_dim, qkv.dtype, max_seqlen, bias_grad=bias_grad is not None, extras=extras, target=here
+        head_dim, qkv.dtype, max_seqlen, dbias=dbias is not None, extras=extras, target=here
     )
     delta = torch.empty_like(lse)
     shape = {
@@ -761,24 +757,24 @@ def attention_backward(
         if not by_key.ONE_PASS:
             by_query = launch.attention_backward_query(head_dim, qkv.dtype, extras=extras, target=here)
             attention_backward_query_kernel[(len(query_tiles) * heads,)](
-                qkv, out, out_grad, lse, delta, qkv_grad, bias, seed, cu_seqlens, query_tiles,
-                *qkv.stride()[:3], *out.stride()[:2], qkv_grad.stride(0), qkv_grad.stride(2), lse.stride(0),
+                qkv, out, dout, lse, delta, dqkv, bias, seed, cu_seqlens, query_tiles,
+                *qkv.stride()[:3], *out.stride()[:2], dqkv.stride(0), dqkv.stride(2), lse.stride(0),
                 *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **asdict(by_query),
             )  # fmt: skip
         attention_backward_key_kernel[(len(key_tiles) * heads,)](
-            qkv, out, out_grad, lse, delta, qkv_grad, bias, seed, cu_seqlens, key_tiles,
-            *qkv.stride()[:3], *out.stride()[:2], *qkv_grad.stride()[:3], lse.stride(0),
+            qkv, out, dout, lse, delta, dqkv, bias, seed, cu_seqlens, key_tiles,
+            *qkv.stride()[:3], *out.stride()[:2], *dqkv.stride()[:3], lse.stride(0),
             *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **asdict(by_key),
         )  # fmt: skip
-        if bias is not None and bias_grad is not None:
+        if bias is not None and dbias is not None:
             by_bias = launch.attention_backward_bias(head_dim, qkv.dtype, here)
-            full = torch.empty((*bias_grad.shape[:2], max_seqlen, max_seqlen), dtype=torch.float32, device=qkv.device)
+            full = torch.empty((*dbias.shape[:2], max_seqlen, max_seqlen), dtype=torch.float32, device=qkv.device)
             tiles = triton.cdiv(max_seqlen, by_bias.BLOCK_M) * triton.cdiv(max_seqlen, by_bias.BLOCK_N)
             attention_backward_bias_kernel[(full.shape[0] * full.shape[1] * tiles,)](
-                qkv, out_grad, lse, delta, full, bias, seed, cu_seqlens,
+                qkv, dout, lse, delta, full, bias, seed, cu_seqlens,
                 *qkv.stride()[:3], *out.stride()[:2], lse.stride(0), *strides_bias,
                 len(cu_seqlens) - 1, heads, max_seqlen, *scalars,
                 ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **asdict(by_bias),
             )  # fmt: skip
-            bias_grad = full.sum_to_size(bias_grad.shape)
-    return qkv_grad, bias_grad
+            dbias = full.sum_to_size(dbias.shape)
+    return dqkv, dbias

@@ -1,6 +1,7 @@
-"""GELU(x + bias), exact or by tanh, in one pass.
+"""GELU(x + bias), exact or by tanh, in one pass, and its gradients in another.
 
-One program owns a tile of several rows, so that a piece of the bias is loaded once for all of them.
+One program owns a tile of several rows, so that a piece of the bias is loaded once for all of them. In the backward a
+bounded number of programs stride over the rows; each writes its sums for the bias, which are added up afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
-from fastbert.kernels.pieces import gelu_erf, gelu_erf_half, gelu_tanh
+from fastbert.kernels.pieces import (
+    gelu_erf,
+    gelu_erf_gradient,
+    gelu_erf_half,
+    gelu_erf_half_gradient,
+    gelu_tanh,
+    gelu_tanh_gradient,
+)
 
 
 @triton.jit
@@ -89,3 +97,93 @@ def bias_gelu_forward(x: Tensor, bias: Tensor | None, *, approximate: str = "non
             num_warps=choice.num_warps,
         )
     return out
+
+
+@triton.jit
+def bias_gelu_backward_kernel(
+    dout_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    dbias_ptr,
+    dout_stride_row,
+    x_stride_row,
+    dx_stride_row,
+    rows,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TANH: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+):
+    """See `bias_gelu_backward`. dbias holds the sums of each program, `[programs along x, width]`."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask_column = column < width if MASK_COLUMNS else tl.full([BLOCK], True, tl.int1)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
+        acc_dbias = tl.zeros([BLOCK], tl.float32)
+
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        row_offset = row.to(tl.int64)[:, None]
+        mask = (row < rows)[:, None] & mask_column[None, :]
+        z = tl.load(x_ptr + row_offset * x_stride_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z += bias[None, :]
+        dout_ptrs = dout_ptr + row_offset * dout_stride_row + column[None, :]
+        dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+        if TANH:
+            dx = dout * gelu_tanh_gradient(z)
+        elif dx_ptr.dtype.element_ty == tl.float32:
+            dx = dout * gelu_erf_gradient(z)
+        else:
+            dx = dout * gelu_erf_half_gradient(z)
+        if HAS_BIAS:
+            acc_dbias += tl.sum(dx, 0)
+        dx_ptrs = dx_ptr + row_offset * dx_stride_row + column[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
+
+    if HAS_BIAS:
+        tl.store(dbias_ptr + tl.program_id(0) * width + column, acc_dbias, mask=mask_column)  # [BLOCK]
+
+
+def bias_gelu_backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None, *, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel, which computes the result's derivative again from `x`.
+
+    Args:
+        dout: `[rows, width]`, the gradient of the result.
+        x, bias, approximate: what the forward was given.
+
+    Returns:
+        The gradient of x, `[rows, width]` in its dtype, and that of the bias, float32 `[width]`, or `[0]` without bias.
+    """
+    rows, width = x.shape
+    dout, x = target.aligned(dout), target.aligned(x)
+    dx = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    choice = launch.bias_gelu_backward(width, x.dtype, target.of(x.device))
+    programs = min(choice.PROGRAMS, triton.cdiv(rows, choice.ROWS))
+    sums = torch.empty((programs, 0 if bias is None else width), dtype=torch.float32, device=x.device)
+    if dx.numel() > 0:
+        with target.guard(x):
+            bias_gelu_backward_kernel[(programs, triton.cdiv(width, choice.BLOCK))](
+                dout,
+                x,
+                None if bias is None else bias.contiguous(),
+                dx,
+                None if bias is None else sums,
+                dout.stride(0),
+                x.stride(0),
+                dx.stride(0),
+                rows,
+                width,
+                ROWS=choice.ROWS,
+                BLOCK=choice.BLOCK,
+                HAS_BIAS=bias is not None,
+                TANH=approximate == "tanh",
+                MASK_COLUMNS=width % choice.BLOCK != 0,
+                num_warps=choice.num_warps,
+            )
+    return dx, sums.sum(0)

@@ -29,6 +29,15 @@ class LayerNormForward:
 
 
 @dataclass(frozen=True)
+class LayerNormBackward:
+    """As LayerNormForward, in at most PROGRAMS programs that stride over the rows."""
+
+    ROWS: int
+    PROGRAMS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class BiasGeluForward:
     """A tile of ROWS rows and BLOCK columns a program."""
 
@@ -38,10 +47,38 @@ class BiasGeluForward:
 
 
 @dataclass(frozen=True)
+class BiasGeluBackward:
+    """As BiasGeluForward, in at most PROGRAMS programs that stride over the rows, for each block of columns."""
+
+    ROWS: int
+    BLOCK: int
+    PROGRAMS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class EmbeddingForward:
     """As LayerNormForward."""
 
     ROWS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class EmbeddingBackward:
+    """As LayerNormBackward."""
+
+    ROWS: int
+    PROGRAMS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class EmbeddingBackwardTable:
+    """ROWS rows of BLOCK columns a step, in the sums that make the gradient of a table."""
+
+    ROWS: int
+    BLOCK: int
     num_warps: int
 
 
@@ -102,14 +139,20 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
         "extras": AttentionForward(64, 32, 4, 1, SPLIT_TAIL=False),
     },
     ("ampere", "half", 128): {
-        "default": AttentionForward(128, 64, 8, 2),
+        "default": AttentionForward(128, 32, 8, 2),
         "short": AttentionForward(64, 32, 4, 2),
         "padded": AttentionForward(64, 32, 4, 2),
         "extras": AttentionForward(32, 32, 4, 2, SPLIT_TAIL=False),
     },
     ("ampere", "half", 256): {"default": AttentionForward(64, 32, 8, 2, SPLIT_TAIL=False)},
-    ("ampere", "single", 16): {"default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False)},
-    ("ampere", "single", 32): {"default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False)},
+    ("ampere", "single", 16): {
+        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
+    },
+    ("ampere", "single", 32): {
+        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
+    },
     ("ampere", "single", 64): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
     ("ampere", "single", 128): {"default": AttentionForward(32, 16, 8, 1, SPLIT_TAIL=False)},
     ("ampere", "single", 256): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
@@ -130,11 +173,17 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
         "default": AttentionForward(128, 32, 4, 3),
         "short": AttentionForward(64, 32, 4, 2),
         "padded": AttentionForward(64, 32, 4, 2),
-        "extras": AttentionForward(64, 32, 4, 2),
+        "extras": AttentionForward(64, 32, 4, 1),
     },
     ("hopper", "half", 256): {"default": AttentionForward(128, 32, 8, 2)},
-    ("hopper", "single", 16): {"default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False)},
-    ("hopper", "single", 32): {"default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False)},
+    ("hopper", "single", 16): {
+        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
+    },
+    ("hopper", "single", 32): {
+        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
+    },
     ("hopper", "single", 64): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
     ("hopper", "single", 128): {"default": AttentionForward(32, 16, 8, 1, SPLIT_TAIL=False)},
     ("hopper", "single", 256): {"default": AttentionForward(16, 32, 8, 1, SPLIT_TAIL=False)},
@@ -174,6 +223,17 @@ ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = 
 
 ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
     key: AttentionBackwardBias(32, 32, 4, 1) for key in ATTENTION_FORWARD
+}
+
+
+# Blackwell's data-centre chips take Hopper's tiles but for one that spills there.
+ATTENTION_FORWARD |= {
+    ("blackwell", kind, block_d): choices
+    for (family, kind, block_d), choices in ATTENTION_FORWARD.items()
+    if family == "hopper"
+}
+ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half", 64] | {
+    "aligned": AttentionForward(128, 64, 4, 2)
 }
 
 
@@ -226,12 +286,12 @@ def attention_backward_query(
 
 
 def attention_backward_key(
-    head_dim: int, dtype: torch.dtype, max_seqlen: int, *, bias_grad: bool, extras: bool, target: Target
+    head_dim: int, dtype: torch.dtype, max_seqlen: int, *, dbias: bool, extras: bool, target: Target
 ) -> AttentionBackwardKey:
     """The choice for the gradients of keys and values.
 
     Args:
-        bias_grad: the bias needs a gradient, and with it the delta that one pass does not write.
+        dbias: the bias needs a gradient, and with it the delta that one pass does not write.
         extras: as in `attention_forward`.
     """
     key = _family(target), _KINDS[dtype], attention_block_d(head_dim)
@@ -239,7 +299,7 @@ def attention_backward_key(
     choices = ATTENTION_BACKWARD_KEY[key]
     if extras or _padded(head_dim):
         choice, regime = choices[1], "extras"
-    elif one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not bias_grad:
+    elif one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not dbias:
         choice, regime = one_pass, "one_pass"
     else:
         choice, regime = choices[0], "default"
@@ -275,10 +335,28 @@ def layer_norm_forward(hidden: int, dtype: torch.dtype, target: Target) -> Layer
     return tuned("layer_norm_forward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
 
 
+def layer_norm_backward(hidden: int, dtype: torch.dtype, target: Target) -> LayerNormBackward:
+    """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
+    default = LayerNormBackward(*_strided_rows(hidden, dtype, target))
+    return tuned("layer_norm_backward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+
+
 def embedding_forward(hidden: int, dtype: torch.dtype, target: Target) -> EmbeddingForward:
     """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
     default = EmbeddingForward(*_whole_rows(hidden, dtype, target))
     return tuned("embedding_forward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+
+
+def embedding_backward(hidden: int, dtype: torch.dtype, target: Target) -> EmbeddingBackward:
+    """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
+    default = EmbeddingBackward(*_strided_rows(hidden, dtype, target))
+    return tuned("embedding_backward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+
+
+def embedding_backward_table(hidden: int, dtype: torch.dtype, target: Target) -> EmbeddingBackwardTable:
+    """The choice for tables of `hidden` columns whose tokens' gradients have `dtype`: 32 elements a lane."""
+    default = EmbeddingBackwardTable(ROWS=4, BLOCK=min(256, row_block(hidden)), num_warps=1)
+    return tuned("embedding_backward_table", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
 
 
 def bias_gelu_forward(width: int, dtype: torch.dtype, target: Target) -> BiasGeluForward:
@@ -286,13 +364,26 @@ def bias_gelu_forward(width: int, dtype: torch.dtype, target: Target) -> BiasGel
 
     A block that does not divide them needs masks, so it is small, with 8 elements a lane.
     """
+    rows, block, warps = _column_blocks(width)
+    default = BiasGeluForward(ROWS=rows, BLOCK=block, num_warps=warps)
+    return tuned("bias_gelu_forward", target, default, f"width={width},dtype={_NAMES[dtype]}")
+
+
+def bias_gelu_backward(width: int, dtype: torch.dtype, target: Target) -> BiasGeluBackward:
+    """The tiles of `bias_gelu_forward`, and programs for 4096 warps in all: 32 on each of 128 multiprocessors."""
+    rows, block, warps = _column_blocks(width)
+    programs = max(1, 4096 // (-(-width // block) * warps))
+    default = BiasGeluBackward(ROWS=rows, BLOCK=block, PROGRAMS=programs, num_warps=warps)
+    return tuned("bias_gelu_backward", target, default, f"width={width},dtype={_NAMES[dtype]}")
+
+
+def _column_blocks(width: int) -> tuple[int, int, int]:
+    """(ROWS, BLOCK, num_warps) of the tiles of `bias_gelu_forward`."""
     whole = next((block for block in (1024, 512, 256) if width % block == 0), None)
     if whole is not None:
-        default = BiasGeluForward(ROWS=4, BLOCK=whole, num_warps=whole // 256)
-    else:
-        block = min(256, row_block(width))
-        default = BiasGeluForward(ROWS=4, BLOCK=block, num_warps=max(1, block // 64))
-    return tuned("bias_gelu_forward", target, default, f"width={width},dtype={_NAMES[dtype]}")
+        return 4, whole, whole // 256
+    block = min(256, row_block(width))
+    return 4, block, max(1, block // 64)
 
 
 def row_block(width: int) -> int:
@@ -304,6 +395,19 @@ def _whole_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, in
     """(ROWS, num_warps): a warp for every 1024 columns of a row, and rows enough to give each lane 16 bytes."""
     columns = row_block(width)
     return max(1, target.warp_size * 16 // dtype.itemsize // columns), max(1, columns // 1024)
+
+
+def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, int, int]:
+    """(ROWS, PROGRAMS, num_warps) of a backward: as `_whole_rows`, in 1024 warps, 8 on each of 128 multiprocessors.
+
+    The sums for the parameters take registers too. Rows wider than 1024 columns, for which warps exchange sums anyway,
+    get twice the warps; those of 513 to 1024 where one warp would spill, in float32 and on RDNA.
+    """
+    rows, warps = _whole_rows(width, dtype, target)
+    crowded = dtype == torch.float32 or _family(target) == "rdna"
+    if warps > 1 or (crowded and row_block(width) == 1024):
+        warps *= 2
+    return rows, 1024 // warps, warps
 
 
 def drop_threshold(dropout: float) -> int:
@@ -361,8 +465,12 @@ _CHOICES: dict[str, Any] = {
     "attention_backward_key": AttentionBackwardKey,
     "attention_backward_bias": AttentionBackwardBias,
     "layer_norm_forward": LayerNormForward,
+    "layer_norm_backward": LayerNormBackward,
     "bias_gelu_forward": BiasGeluForward,
+    "bias_gelu_backward": BiasGeluBackward,
     "embedding_forward": EmbeddingForward,
+    "embedding_backward": EmbeddingBackward,
+    "embedding_backward_table": EmbeddingBackwardTable,
 }
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -374,7 +482,7 @@ def _family(target: Target) -> str:
     """Targets that share a table of tiles."""
     if target.backend == "hip":
         return "cdna" if target.warp_size == 64 else "rdna"
-    return "hopper" if target.arch in ("sm_90", "sm_100") else "ampere"
+    return {"sm_90": "hopper", "sm_100": "blackwell"}.get(target.arch, "ampere")
 
 
 TUNED = read_tuned(Path(__file__).with_name("tuned.json"))

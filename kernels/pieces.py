@@ -1,4 +1,4 @@
-"""Arithmetic on tiles that are already loaded: GELU, row moments, the dropout mask. No loads, no stores."""
+"""Arithmetic on tiles that are already loaded: GELU, LayerNorm, their gradients, the dropout mask. No loads or stores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ def gelu_erf(z):
 
 
 @triton.jit
-def gelu_erf_half(z):
-    """z * Phi(z) for float16 and bfloat16 results; z is float32.
+def lower_tail(a):
+    """Phi(-a) and exp(-a^2 / 2) for float16 and bfloat16 results; a is float32, at least 0 and at most 100.
 
-    Phi(-a) by Abramowitz & Stegun 7.1.26: a polynomial in t = 1 / (1 + 0.23164189 a) times exp(-a^2 / 2), one exp2 in
-    all. Over all half values the error against float64 is at most 3.3e-7 (the erf form in float32: 4.2e-7), which
-    rounding hides. In the deep negative tail the relative error grows (1.6e-3 at -5, 1e-2 at -8, 3e-2 at -12), slower
-    than that of 1 + erf, which is off by 4e-2 at -5 and 0 below -5.4.
+    Abramowitz & Stegun 7.1.26: a polynomial in t = 1 / (1 + 0.23164189 a) times the exponential, one exp2 in all.
     """
-    a = tl.minimum(tl.abs(z), 100.0)  # the tail is 0 long before; an infinity would make it 0 * inf
     root = tl.rsqrt(1.0 + 0.23164189 * a)  # t as a squared rsqrt: a division costs four times as much
     t = root * root
     # 7.1.26's coefficients halved, because Phi(-a) = erfc(a / sqrt 2) / 2
@@ -29,7 +25,20 @@ def gelu_erf_half(z):
     poly = tl.fma(t, poly, 0.7107068705)
     poly = tl.fma(t, poly, -0.142248368)
     poly = tl.fma(t, poly, 0.127414796)
-    tail = poly * t * tl.exp2(a * a * -0.7213475204444817)  # log2(e) / 2
+    bell = tl.exp2(a * a * -0.7213475204444817)  # log2(e) / 2
+    return poly * t * bell, bell
+
+
+@triton.jit
+def gelu_erf_half(z):
+    """z * Phi(z) for float16 and bfloat16 results; z is float32.
+
+    Over all half values the error against float64 is at most 3.3e-7 (the erf form in float32: 4.2e-7), which rounding
+    hides. In the deep negative tail the relative error grows (1.6e-3 at -5, 1e-2 at -8, 3e-2 at -12), slower than that
+    of 1 + erf, which is off by 4e-2 at -5 and 0 below -5.4.
+    """
+    a = tl.minimum(tl.abs(z), 100.0)  # the tail is 0 long before; an infinity would make it 0 * inf
+    tail, _ = lower_tail(a)
     return tl.fma(-a, tail, tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
@@ -38,6 +47,34 @@ def gelu_tanh(z):
     """The tanh approximation of GELU, as z * sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3)) by one exp2; z is float32."""
     exponent = z * tl.fma(z * z, -0.10294324, -2.3022082)  # -2 sqrt(2 / pi) log2(e), times 0.044715 and 1
     return z / (1.0 + tl.exp2(exponent))
+
+
+@triton.jit
+def gelu_erf_gradient(z):
+    """Phi(z) + z phi(z), the derivative of z * Phi(z), for float32 results."""
+    a = tl.minimum(tl.abs(z), 100.0, propagate_nan=tl.PropagateNan.ALL)  # as in gelu_erf_half, but NaN stays
+    bell = tl.exp2(a * a * -0.7213475204444817)
+    falling = 0.5 * (1.0 - tl.erf(a * 0.7071067811865476)) - a * 0.3989422804014327 * bell  # 1 / sqrt(2 pi)
+    return tl.where(z < 0.0, falling, 1.0 - falling)
+
+
+@triton.jit
+def gelu_erf_half_gradient(z):
+    """As gelu_erf_gradient, for float16 and bfloat16 results: Phi and phi share the one exp2 of `lower_tail`."""
+    a = tl.minimum(tl.abs(z), 100.0, propagate_nan=tl.PropagateNan.ALL)
+    tail, bell = lower_tail(a)
+    falling = tl.fma(a * -0.3989422804014327, bell, tail)
+    return tl.where(z < 0.0, falling, 1.0 - falling)
+
+
+@triton.jit
+def gelu_tanh_gradient(z):
+    """The derivative of gelu_tanh; z is float32. With s the sigmoid and u its argument: s + z s (1 - s) u'."""
+    z = tl.clamp(z, -100.0, 100.0, propagate_nan=tl.PropagateNan.ALL)  # flat there; u' of an infinity would be inf * 0
+    square = z * z
+    sigmoid = 1.0 / (1.0 + tl.exp2(z * tl.fma(square, -0.10294324, -2.3022082)))
+    slope = tl.fma(square, 0.21406859, 1.5957691)  # 2 sqrt(2 / pi), times 3 * 0.044715 and 1
+    return tl.fma(z * slope, sigmoid * (1.0 - sigmoid), sigmoid)
 
 
 @triton.jit
@@ -64,6 +101,20 @@ def normalise(x, mask, weight, bias, eps, WIDTH: tl.constexpr):
     weight = tl.broadcast_to(weight[None, :], x.shape)
     bias = tl.broadcast_to(bias[None, :], x.shape)
     return tl.fma(centred * rstd[:, None], weight, bias), mean, rstd
+
+
+@triton.jit
+def normalise_gradient(dout, normal, weight, rstd, WIDTH: tl.constexpr):
+    """Gradient of what `normalise` was given, float32 `[ROWS, BLOCK]`.
+
+    `normal` is (x - mean) * rstd, `weight` `[BLOCK]`, `rstd` `[ROWS]`. Columns beyond WIDTH must be 0 in `dout`; of the
+    result they are garbage.
+    """
+    dnormal = dout * weight[None, :]
+    mean = tl.sum(dnormal, 1) * (1.0 / WIDTH)
+    slope = tl.sum(dnormal * normal, 1) * (1.0 / WIDTH)
+    rest = tl.fma(normal, tl.broadcast_to(slope[:, None], normal.shape), mean[:, None])
+    return (dnormal - rest) * rstd[:, None]  # folding rstd into both saves an operation and costs 20 registers
 
 
 @triton.jit

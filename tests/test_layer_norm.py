@@ -1,20 +1,19 @@
 """layer_norm and linear_layer_norm: both paths against float64, by the error rule."""
 
 import contextlib
+from functools import partial
 
-import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import check_gradients, gradients, limit_programs
 
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.kernels import layer_norm as kernel
-from fastbert.ops.layer_norm import layer_norm, layer_norm_forward, linear_layer_norm
+from fastbert.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward, linear_layer_norm
 from fastbert.testing import assert_close
-
-interpreter.install()
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PATHS = ["triton", "torch"]
@@ -195,13 +194,233 @@ def test_gradients_of_the_torch_path(generator):
     assert torch.autograd.gradcheck(run, leaves)
 
 
-def test_triton_refuses_gradients(device, generator):
+def check_backward(path, x, weight, bias, dout, *, eps=1e-5, residual=None, x_bias=None, dropout=0.0, seed=None):
+    """Hold every gradient to the error rule; gives them by name."""
+    leaves = {"x": x, "weight": weight, "bias": bias, "residual": residual, "x_bias": x_bias}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    keep = reference.hidden_keep_mask(seed, *x.shape, dropout) if dropout else None
+
+    def by(op):
+        def run(*tensors):
+            named = dict(zip(leaves, tensors, strict=True))
+            return op(**named)
+
+        return run
+
+    def plain(x, weight, bias, residual=None, x_bias=None):
+        return plainly(x, weight, bias, residual, x_bias, keep, dropout, eps)
+
+    return check_gradients(
+        path,
+        by(partial(layer_norm, dropout=dropout, seed=seed, eps=eps)),
+        by(plain),
+        by(partial(reference.layer_norm, keep=keep, dropout=dropout, eps=eps)),
+        leaves,
+        dout,
+    )
+
+
+def upstream(x, generator):
+    return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 7, 48, 384, 769, 8192])
+def test_gradients_of_widths_case_14(hidden, dtype, path, device, generator, nan_empty, monkeypatch):
+    limit_programs(monkeypatch, "layer_norm_backward", 2)
+    x, weight, bias, residual, x_bias = inputs(5, hidden, dtype, generator, device)
+    check_backward(path, x, weight, bias, upstream(x, generator), residual=residual, x_bias=x_bias)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("has_x_bias", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("rows", [1, 11])
+def test_gradients_of_each_branch(
+    rows, has_residual, has_x_bias, dropout, device, generator, nan_empty, monkeypatch
+):
+    """Four rows of 48 halves a step: two programs share 11 rows as 4 + 3 and 4."""
+    limit_programs(monkeypatch, "layer_norm_backward", 2)
+    x, weight, bias, residual, x_bias = inputs(rows, 48, torch.float16, generator, device)
+    check_backward(
+        "triton",
+        x,
+        weight,
+        bias,
+        upstream(x, generator),
+        residual=residual if has_residual else None,
+        x_bias=x_bias if has_x_bias else None,
+        dropout=dropout,
+        seed=torch.tensor([9], device=device) if dropout else None,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_with_dropout(dtype, device, generator, nan_empty):
+    x, weight, bias, residual, x_bias = inputs(4, 100, dtype, generator, device)
+    seed = torch.tensor([-5], device=device)
+    options = {"residual": residual, "x_bias": x_bias, "dropout": 0.1, "seed": seed}
+    check_backward("triton", x, weight, bias, upstream(x, generator), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_float32_parameters_beside_half_rows(dtype, device, generator):
+    x, weight, bias, residual, x_bias = inputs(3, 96, dtype, generator, device, parameters=torch.float32)
+    check_backward("triton", x, weight, bias, upstream(x, generator), residual=residual, x_bias=x_bias)
+    check_backward("triton", x, weight.to(dtype), bias, upstream(x, generator))  # each in a dtype of its own
+
+
+def test_gradients_do_not_cancel_case_10(device, generator):
+    x, weight, bias, residual, _ = inputs(3, 768, torch.float32, generator, device)
+    check_backward("triton", x + 1e4, weight, bias, upstream(x, generator), residual=residual, eps=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "odd base"])
+def test_gradients_of_layouts_case_29(layout, device, generator):
+    x, weight, bias, residual, _ = inputs(5, 96, torch.float16, generator, device)
+    store = torch.randn(5 * 96 + 3, generator=generator).to(device, torch.float16)
+    dout = {
+        "transposed": store[3:].view(96, 5).T,
+        "expanded": store[:96].expand(5, -1),
+        "odd base": store[3:].view(5, 96),
+    }[layout]
+    check_backward("triton", dout, weight, bias, x, residual=residual)
+    check_backward("triton", x, weight, bias, dout, residual=dout)
+
+
+def test_gradients_of_no_rows_case_15(device):
+    x, weight = torch.empty(0, 48, device=device), torch.ones(48, device=device)
+    with backend.use_backend("triton"):
+        run = partial(layer_norm, eps=1e-5)
+        dx, dweight, dbias = gradients(lambda *leaves: run(*leaves), (x, weight, weight), x)
+    assert dx.shape == (0, 48)
+    assert torch.equal(dweight, torch.zeros_like(weight)) and torch.equal(dbias, torch.zeros_like(weight))
+
+
+def test_gradients_leave_slack_alone_case_15(device, generator):
+    """Rows around those asked for, NaN, stay out; a row without upstream gradient, as slack has, gets exactly 0."""
+    x, weight, bias, residual, x_bias = inputs(6, 48, torch.float32, generator, device)
+    dout = upstream(x, generator)
+    for tensor in (x, residual, dout):
+        tensor[[0, 5]] = torch.nan
+    dout[2], x[2], residual[2] = 0.0, 0.0, 0.0
+    got = check_backward("triton", x[1:5], weight, bias, dout[1:5], residual=residual[1:5], x_bias=x_bias, eps=1e-12)
+    assert not got["x"][1].any() and got["x"][0].all()
+
+
+def test_ten_backward_runs_are_bit_equal_case_16(device, generator, monkeypatch):
+    limit_programs(monkeypatch, "layer_norm_backward", 3)
+    leaves = inputs(17, 48, torch.float16, generator, device)
+    dout, seed = upstream(leaves[0], generator), torch.tensor([3], device=device)
+
+    def run(x, weight, bias, residual, x_bias):
+        return layer_norm(x, weight, bias, residual=residual, x_bias=x_bias, dropout=0.2, seed=seed, eps=1e-5)
+
+    with backend.use_backend("triton"):
+        first, *others = (gradients(run, leaves, dout) for _ in range(10))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_dropped_elements_get_no_gradient_case_17(device, generator):
+    x, weight, bias, residual, _ = inputs(9, 104, torch.float32, generator, device)
+    seed = torch.tensor([77], device=device)
+    got = check_backward(
+        "triton", x, weight, bias, upstream(x, generator), residual=residual, dropout=0.3, seed=seed
+    )
+    keep = reference.hidden_keep_mask(seed, *x.shape, 0.3)
+    assert torch.equal(got["x"] != 0, keep)
+    assert got["residual"].all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_case_27(dtype, path, device, generator):
+    """float32 weights and residual, a product in the dtype of autocast."""
+    leaves = [tensor.to(device) for tensor in projection(5, 32, 48, torch.float32, generator)]
+    dout = torch.randn(5, 48, generator=generator).to(device)
+
+    def cast(run):
+        def under(*tensors):
+            with torch.autocast(device.type, dtype):
+                return run(*tensors)
+
+        return under
+
+    def plain(x, weight, x_bias, residual, norm_weight, norm_bias):
+        total = F.linear(x, weight, x_bias) + residual.to(dtype)
+        return F.layer_norm(total, (48,), norm_weight.to(dtype), norm_bias.to(dtype), 1e-5).to(dtype)
+
+    def exact(x, weight, x_bias, residual, norm_weight, norm_bias):
+        return reference.layer_norm(F.linear(x, weight, x_bias), norm_weight, norm_bias, residual=residual, eps=1e-5)
+
+    run = cast(partial(linear_layer_norm, eps=1e-5))
+    with backend.use_backend(path):
+        assert run(*leaves).dtype == dtype
+        ours = gradients(run, leaves, dout)
+    rough = gradients(cast(plain), leaves, dout)
+    wanted = gradients(exact, [leaf.double() for leaf in leaves], dout.double())
+    for got, by_torch, exactly in zip(ours, rough, wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert_close(got, by_torch, exactly, what=path)
+
+
+def test_autocast_leaves_float64_alone(device):
+    x, weight = torch.ones(2, 8, dtype=torch.float64, device=device), torch.ones(8, dtype=torch.float64, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert layer_norm(x, weight, weight, eps=1e-5).dtype == torch.float64
+
+
+def test_inference_writes_no_statistics(device, generator, monkeypatch):
+    asked = []
+    forward = kernel.layer_norm_forward
+
+    def spy(*args, store_stats, **options):
+        asked.append(store_stats)
+        return forward(*args, store_stats=store_stats, **options)
+
+    monkeypatch.setattr(kernel, "layer_norm_forward", spy)
     x, weight, bias, _, _ = inputs(2, 8, torch.float32, generator, device)
     with backend.use_backend("triton"):
-        with pytest.raises(BackendError, match="require a gradient"):
-            layer_norm(x, weight.requires_grad_(), bias, eps=1e-5)
+        layer_norm(x, weight, bias, eps=1e-5)
+        layer_norm(x, weight.requires_grad_(), bias, eps=1e-5)
         with torch.no_grad():
             layer_norm(x, weight, bias, eps=1e-5)
+    assert asked == [False, True, False]
+
+
+def test_the_op_without_statistics_has_no_gradient(device, generator):
+    x, weight, bias, _, _ = inputs(2, 8, torch.float32, generator, device)
+    out = layer_norm_forward(x.requires_grad_(), weight, bias, None, None, 0.0, None, 1e-5, False)[0]
+    with pytest.raises(BackendError, match="store_stats=True"):
+        out.backward(torch.ones_like(out))
+
+
+def test_gradients_of_the_reference(generator):
+    leaves = [leaf.requires_grad_() for leaf in inputs(3, 6, torch.float64, generator, "cpu")]
+    keep = reference.hidden_keep_mask(torch.tensor([3]), 3, 6, 0.3)
+
+    def run(x, weight, bias, residual, x_bias):
+        options = {"residual": residual, "x_bias": x_bias, "keep": keep, "dropout": 0.3, "eps": 1e-5}
+        return reference.layer_norm(x, weight, bias, **options)
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_compiles_to_one_graph(dropout, generator):
+    leaves = projection(3, 16, 24, torch.float32, generator)
+    dout, seed = torch.randn(3, 24, generator=generator), torch.tensor([8])
+
+    def run(*tensors):
+        return linear_layer_norm(*tensors, dropout=dropout, seed=seed, eps=1e-5)
+
+    torch._dynamo.reset()
+    with backend.use_backend("triton"):
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        for ours, wanted in zip(gradients(compiled, leaves, dout), gradients(run, leaves, dout), strict=True):
+            torch.testing.assert_close(ours, wanted)
 
 
 def test_too_wide_for_the_kernel(device):
@@ -348,11 +567,25 @@ def test_linear_layer_norm_exports_plain_torch_case_26(generator):
         assert "mkldnn" not in graph
 
 
-def test_opcheck(device, generator):
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_opcheck(needs_gradient, device, generator):
     x, weight, bias, residual, x_bias = inputs(3, 24, torch.float32, generator, device)
+    for tensor in (x, weight, bias, residual, x_bias):
+        tensor.requires_grad_(needs_gradient)
     seed = torch.tensor([8], device=device)
-    torch.library.opcheck(layer_norm_forward, (x, weight, bias, residual, x_bias, 0.1, seed, 1e-5))
-    torch.library.opcheck(layer_norm_forward, (x, weight, bias, None, None, 0.0, None, 1e-5))
+    torch.library.opcheck(layer_norm_forward, (x, weight, bias, residual, x_bias, 0.1, seed, 1e-5, needs_gradient))
+    torch.library.opcheck(layer_norm_forward, (x, weight, bias, residual, None, 0.0, None, 1e-5, needs_gradient))
+    torch.library.opcheck(layer_norm_forward, (x, weight, bias, None, None, 0.0, None, 1e-5, needs_gradient))
+
+
+def test_opcheck_of_the_backward(device, generator):
+    x, weight, dout, residual, x_bias = inputs(3, 24, torch.float32, generator, device)
+    dout = upstream(x, generator)
+    mean, rstd = torch.rand(2, 3, generator=generator).to(device)
+    seed = torch.tensor([8], device=device)
+    torch.library.opcheck(layer_norm_backward, (dout, x, weight, residual, x_bias, mean, rstd, 0.1, seed))
+    torch.library.opcheck(layer_norm_backward, (dout, x, weight, residual, None, mean, rstd, 0.0, None))
+    torch.library.opcheck(layer_norm_backward, (dout, x, weight, None, None, mean, rstd, 0.1, seed))
 
 
 def test_aligned_copies_only_what_needs_it(device):

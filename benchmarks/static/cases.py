@@ -14,9 +14,9 @@ import torch
 
 from fastbert.kernels import launch
 from fastbert.kernels.attention import attention_forward
-from fastbert.kernels.bias_gelu import bias_gelu_forward
-from fastbert.kernels.embedding import embedding_forward
-from fastbert.kernels.layer_norm import layer_norm_forward
+from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
+from fastbert.kernels.embedding import embedding_backward, embedding_forward
+from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from fastbert.kernels.target import Target
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -64,6 +64,14 @@ def main(target: Target) -> Iterator[Case]:
     yield bias_gelu(3072, torch.float16, "none")
     yield bias_gelu(3072, torch.float32, "none")
     yield bias_gelu(3072, torch.float16, "tanh")
+    for width in (384, 768, 1024):
+        yield layer_norm_gradient(width, torch.float16, residual=True, x_bias=True)
+    yield layer_norm_gradient(768, torch.float16, residual=True, x_bias=True, dropout=True)
+    yield layer_norm_gradient(768, torch.float32, residual=True, x_bias=True)
+    yield embedding_gradient(768, torch.float16)
+    yield bias_gelu_gradient(3072, torch.float16, "none")
+    yield bias_gelu_gradient(3072, torch.float32, "none")
+    yield bias_gelu_gradient(3072, torch.float16, "tanh")
 
 
 def exhaustive(target: Target) -> Iterator[Case]:
@@ -83,10 +91,22 @@ def exhaustive(target: Target) -> Iterator[Case]:
             yield embedding(width, dtype)
             yield embedding(width, dtype, token_types=False)
             yield embedding(width, dtype, dropout=True)
+            yield layer_norm_gradient(width, dtype)
+            yield layer_norm_gradient(width, dtype, dropout=True)
+            yield layer_norm_gradient(width, dtype, residual=True, x_bias=True)
+            yield layer_norm_gradient(width, dtype, residual=True, x_bias=True, dropout=True)
+            yield layer_norm_gradient(width, dtype, residual=True, x_bias=True, float_parameters=True)
+            yield embedding_gradient(width, dtype)
+            yield embedding_gradient(width, dtype, token_types=False)
+            yield embedding_gradient(width, dtype, dropout=True)
+            yield embedding_gradient(width, dtype, token_types=False, dropout=True)
         for width in (100, 312, 1536, 3072, 4096):
             yield bias_gelu(width, dtype, "none")
             yield bias_gelu(width, dtype, "tanh")
             yield bias_gelu(width, dtype, "none", bias=False)
+            yield bias_gelu_gradient(width, dtype, "none")
+            yield bias_gelu_gradient(width, dtype, "tanh")
+            yield bias_gelu_gradient(width, dtype, "none", bias=False)
 
 
 def attention(
@@ -186,6 +206,63 @@ def bias_gelu(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = 
         approximate=approximate,
     )
     return Case(_name(f"bias_gelu {width}", dtype, bias=bias, tanh=approximate == "tanh"), run, matrix=False)
+
+
+def layer_norm_gradient(
+    width: int,
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    x_bias: bool = False,
+    dropout: bool = False,
+    float_parameters: bool = False,
+) -> Case:
+    """The backward of `layer_norm`."""
+    x, statistic = torch.empty(1001, width, dtype=dtype), torch.empty(1001)
+    parameter = torch.empty(width, dtype=torch.float32 if float_parameters else dtype)
+    run = partial(
+        layer_norm_backward,
+        x,
+        x,
+        parameter,
+        x if residual else None,
+        parameter if x_bias else None,
+        statistic,
+        statistic,
+        dropout=DROPOUT if dropout else 0.0,
+        seed=_seed() if dropout else None,
+    )
+    options = {"residual": residual, "bias": x_bias, "dropout": dropout, "float32 parameters": float_parameters}
+    return Case(_name(f"layer_norm backward {width}", dtype, **options), run, matrix=False)
+
+
+def embedding_gradient(width: int, dtype: torch.dtype, *, token_types: bool = True, dropout: bool = False) -> Case:
+    """The backward of `embedding`: the gradient of each token, and the sums for each table."""
+    ids = torch.empty(1001, dtype=torch.int64)
+    run = partial(
+        embedding_backward,
+        torch.empty(1001, width, dtype=dtype),
+        ids,
+        ids,
+        ids if token_types else None,
+        torch.empty(1001, width, dtype=dtype),
+        torch.empty(512, width, dtype=dtype),
+        torch.empty(2, width, dtype=dtype),
+        torch.empty(width, dtype=dtype),
+        dropout=DROPOUT if dropout else 0.0,
+        seed=_seed() if dropout else None,
+        eps=1e-12,
+        padding_idx=0,
+    )
+    return Case(_name(f"embedding backward {width}", dtype, types=token_types, dropout=dropout), run, matrix=False)
+
+
+def bias_gelu_gradient(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = True) -> Case:
+    """The backward of `bias_gelu`."""
+    x = torch.empty(1001, width, dtype=dtype)
+    bias_vector = torch.empty(width, dtype=dtype) if bias else None
+    run = partial(bias_gelu_backward, x, x, bias_vector, approximate=approximate)
+    return Case(_name(f"bias_gelu backward {width}", dtype, bias=bias, tanh=approximate == "tanh"), run, matrix=False)
 
 
 def _seed() -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from fastbert.checkpoints.mapping import KEYS_SHOWN, Rule, bert_rules
+from fastbert.checkpoints.mapping import KEYS_SHOWN, Rule, bert_rules, head_rules
 from fastbert.config import EncoderConfig
 from fastbert.errors import CheckpointError
 
@@ -22,10 +22,10 @@ class Family:
         rules: `(num_layers, pooler=...)` -> the rules between our model and theirs, without a prefix.
         prefix: what a model with a head puts before the keys of its body.
         anchor: a key that every body has.
-        pooler: a key that a body with a pooler has.
-        carried: beginnings of keys that fastbert does not compute, with which saving gives back the same file; those
-            of the body are relative to its prefix.
-        tied: keys outside the body that may be the same tensor as one of our parameters, and its name.
+        pooler: how the keys of a body's pooler begin.
+        carried: beginnings of keys that a model need not compute with, but saves as they came; those of the body are
+            relative to its prefix.
+        tied: keys of a head that a file may hold although they are the same tensor as another, and its key.
     """
 
     config: Callable[[Any], EncoderConfig]
@@ -43,9 +43,19 @@ FAMILIES = {
         rules=bert_rules,
         prefix="bert.",
         anchor="embeddings.word_embeddings.weight",
-        pooler="pooler.dense.weight",
-        carried=("cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.", "embeddings.position_ids"),
-        tied={"cls.predictions.decoder.weight": "embeddings.word.weight"},
+        pooler="pooler.",
+        carried=(
+            "cls.predictions.",
+            "cls.seq_relationship.",
+            "classifier.",
+            "qa_outputs.",
+            "pooler.",
+            "embeddings.position_ids",
+        ),
+        tied={
+            "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
     ),
 }
 
@@ -59,25 +69,38 @@ class Dialect:
         prefix: before each key of the body; "" or the family's.
         old_norms: LayerNorm's weight and bias are called gamma and beta.
         pooler: there is a pooler.
+        old_head_norms: as `old_norms`, in the head.
     """
 
     family: str
     prefix: str
     old_norms: bool
     pooler: bool
+    old_head_norms: bool = False
 
     def spell(self, key: str) -> str:
         """A standard key of the body as this dialect writes it."""
-        if self.old_norms and ".LayerNorm." in key:
-            key = key.replace(".LayerNorm.weight", ".LayerNorm.gamma").replace(".LayerNorm.bias", ".LayerNorm.beta")
-        return self.prefix + key
+        return self.prefix + (_old(key) if self.old_norms else key)
 
-    def rules(self, num_layers: int) -> list[Rule]:
-        """The rules between our model and this checkpoint."""
+    def rules(self, num_layers: int, parts: Iterable[str] | None = None) -> list[Rule]:
+        """The rules between this checkpoint and our BertModel; or, given `parts`, a model with these parts of heads."""
+        body = "" if parts is None else "bert."
         return [
-            Rule(rule.ours, tuple(self.spell(name) for name in rule.theirs))
+            Rule(body + rule.ours, tuple(self.spell(name) for name in rule.theirs))
             for rule in FAMILIES[self.family].rules(num_layers, pooler=self.pooler)
+        ] + [
+            Rule(rule.ours, tuple(_old(name) if self.old_head_norms else name for name in rule.theirs))
+            for rule in head_rules(parts or ())
         ]
+
+    def tied(self) -> dict[str, str]:
+        """The family's `tied`, both keys as this dialect writes them."""
+        family = FAMILIES[self.family]
+        return {key: self.spell(to) if to == family.anchor else to for key, to in family.tied.items()}
+
+
+def _old(key: str) -> str:
+    return key.replace(".LayerNorm.weight", ".LayerNorm.gamma").replace(".LayerNorm.bias", ".LayerNorm.beta")
 
 
 def recognise(config: Mapping[str, Any], keys: Iterable[str]) -> Dialect:
@@ -96,20 +119,24 @@ def recognise(config: Mapping[str, Any], keys: Iterable[str]) -> Dialect:
     for prefix in ("", family.prefix):
         if prefix + family.anchor in keys:
             old_norms = any(key.startswith(prefix) and key.endswith("LayerNorm.gamma") for key in keys)
-            return Dialect(name, prefix, old_norms, prefix + family.pooler in keys)
+            old_head_norms = any(key.startswith(family.carried) and key.endswith("LayerNorm.gamma") for key in keys)
+            pooler = any(key.startswith(prefix + family.pooler) for key in keys)
+            return Dialect(name, prefix, old_norms, pooler, old_head_norms)
     shown = ", ".join(sorted(keys)[:KEYS_SHOWN]) or "no keys"
     raise CheckpointError("state dict", shown, f"{family.anchor}, with or without {family.prefix!r} before it")
 
 
-def split_carried(state: Mapping[str, Tensor], dialect: Dialect) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`(body, carried)`: the tensors fastbert computes with or has no name for, and those it only carries along."""
+def split_carried(
+    state: Mapping[str, Tensor], dialect: Dialect, used: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`(known, carried)`: the tensors with a key in `used` or one nobody knows, and those only carried along."""
     beginnings = FAMILIES[dialect.family].carried
-    body: dict[str, Tensor] = {}
+    known: dict[str, Tensor] = {}
     carried: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        kept = key.removeprefix(dialect.prefix).startswith(beginnings)
-        (carried if kept else body)[key] = tensor
-    return body, carried
+        kept = key not in used and key.removeprefix(dialect.prefix).startswith(beginnings)
+        (carried if kept else known)[key] = tensor
+    return known, carried
 
 
 def _family_name(config: Mapping[str, Any], keys: set[str]) -> str:

@@ -1,21 +1,27 @@
-"""`fastbert.load` and `fastbert.save`: a Hugging Face checkpoint folder to a BertModel and back, bit for bit."""
+"""`fastbert.load` and `fastbert.save`: a Hugging Face checkpoint folder to a model and back, bit for bit."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from fastbert.checkpoints import files
 from fastbert.checkpoints.architectures import FAMILIES, Dialect, recognise, split_carried
-from fastbert.checkpoints.mapping import to_ours, to_theirs
+from fastbert.checkpoints.mapping import head_rules, to_ours, to_theirs
+from fastbert.config import HeadConfig
+from fastbert.encoder import initialise
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.heads import HeadModel
 from fastbert.models import BertModel
+
+WithHead = TypeVar("WithHead", bound=HeadModel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +32,7 @@ class Origin:
         dialect: how it spells its keys.
         config: the dict of its config.json.
         carried: tensors that fastbert does not compute with, by their own keys.
-        tied: keys of tensors equal to one of our parameters, and that parameter's name.
+        tied: keys of tensors equal to another of the checkpoint, and its key.
         others: contents of its tokenizer files, by name.
     """
 
@@ -37,22 +43,50 @@ class Origin:
     others: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
+@overload
 def load(
     folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> BertModel:
-    """The BERT model in a Hugging Face checkpoint folder, in eval mode.
+) -> BertModel: ...
+
+
+@overload
+def load(
+    folder: str | os.PathLike[str],
+    kind: type[WithHead],
+    *,
+    head: HeadConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> WithHead: ...
+
+
+def load(
+    folder: str | os.PathLike[str],
+    kind: type[BertModel] | type[HeadModel] = BertModel,
+    *,
+    head: HeadConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> BertModel | HeadModel:
+    """The model in a Hugging Face checkpoint folder, in eval mode.
 
     Args:
         folder: holds config.json and model.safetensors (whole or in shards) or pytorch_model.bin. Code in a pickle is
             refused, never run.
+        kind: BertModel, or a class of `fastbert.heads`.
+        head: labels and the like, for a model with a head; what config.json says by default.
         dtype: floating dtype of the parameters; what the checkpoint has by default.
         device: where the parameters live; the CPU by default.
 
-    Tensors of heads (masked tokens, classification, ...) are kept on `model.origin` and written back by `save`.
+    A BertModel keeps the tensors of heads on `model.origin`, and `save` writes them back. A model with a head takes
+    its head from the checkpoint. Parts that are not there begin untrained, and a warning names them; so does a
+    classifier of another task or of other labels.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the family is not supported, or keys or shapes do not fit.
-        ArgumentError: `dtype` is not floating, or the config asks for what BertModel does not do.
+        CheckpointError: a file is missing or damaged, the family is not supported, keys or shapes do not fit, or a
+            masked-token decoder is not tied to the word embeddings.
+        ArgumentError: `dtype` is not floating, `head` is given without a head, or the config asks for what the model
+            does not do.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError("dtype", dtype, "a floating dtype, or None for the checkpoint's own")
@@ -60,62 +94,123 @@ def load(
     raw_config = files.read_config(folder)
     state = files.read_tensors(folder)
     dialect = recognise(raw_config, state)
-    family = FAMILIES[dialect.family]
     try:
-        config = family.config(raw_config)
+        config = FAMILIES[dialect.family].config(raw_config)
     except TypeError as error:
         raise CheckpointError(str(folder / files.CONFIG), str(error), "numbers where BertConfig has numbers") from error
-    body, carried = split_carried(state, dialect)
-    ours = to_ours(body, dialect.rules(config.num_layers))
 
+    known_head: HeadConfig | None = None
+    taken: list[str] | None = None
+    fresh: list[str] = []
     with torch.device("meta"):
-        model = BertModel(config, pooler=dialect.pooler)
+        if issubclass(kind, HeadModel):
+            known_head = HeadConfig.from_hf(raw_config)
+            model: BertModel | HeadModel = kind(config, head or known_head)
+            taken = _trained_parts(
+                kind, raw_config, state, same_labels=head is None or head.labels == known_head.labels
+            )
+            fresh = [part for part in kind.parts if part not in taken]
+            if kind.pooler and not dialect.pooler:
+                fresh.append("bert.pooler")
+            body = replace(dialect, pooler=kind.pooler and dialect.pooler)
+        elif head is not None:
+            raise ArgumentError("head", head, "None for a BertModel", "Name a class of fastbert.heads as kind.")
+        else:
+            model = BertModel(config, pooler=dialect.pooler)
+            body = dialect
+    rules = body.rules(config.num_layers, taken)
+    known, carried = split_carried(state, dialect, {name for rule in rules for name in rule.theirs})
+    ours = to_ours(known, rules)
     _check_shapes(ours, model)
     # Copies, because tensors that were read may map the file or share memory.
     ours = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in ours.items()}
-    model.load_state_dict(ours, assign=True)
+    model.load_state_dict(ours, assign=True, strict=not fresh)
+    for part in fresh:
+        module = model.get_submodule(part).to_empty(device="cpu")
+        initialise(module, config.initializer_range)
+        module.to(device, next(iter(ours.values())).dtype)
+    if fresh:
+        names = ", ".join(part.removeprefix("bert.") for part in fresh)
+        warnings.warn(f"{folder} has no trained {names} for {kind.__name__}: train the model before use", stacklevel=2)
 
     tied = {
-        key: name
-        for key, name in family.tied.items()
-        if key in carried and torch.equal(carried[key], body[dialect.spell(family.anchor)])
+        key: to
+        for key, to in dialect.tied().items()
+        if key in carried and to in state and torch.equal(carried[key], state[to])
     }
-    model.origin = Origin(
-        dialect,
-        raw_config,
-        {key: tensor.clone() for key, tensor in carried.items() if key not in tied},
-        tied,
-        files.read_tokenizer_files(folder),
-    )
+    if isinstance(model, HeadModel) and "predictions" in model.parts:
+        _check_tied(raw_config, dialect, carried, tied)
+    others = files.read_tokenizer_files(folder)
+    same = not fresh and head in (None, known_head) and _architecture(raw_config) == kind.__name__
+    if same or isinstance(model, BertModel):
+        carried = {key: tensor.clone() for key, tensor in carried.items() if key not in tied}
+        model.origin = Origin(body, raw_config, carried, tied, others)
+    else:
+        standard = _standard_origin(model)
+        model.origin = replace(standard, config={**raw_config, **standard.config}, others=others)
     return model.eval()
 
 
-def save(model: BertModel, folder: str | os.PathLike[str]) -> None:
+def save(model: BertModel | HeadModel, folder: str | os.PathLike[str]) -> None:
     """Write a Hugging Face checkpoint folder: config.json, model.safetensors, and the tokenizer's files if known.
 
-    A model that was loaded gives back the keys, dtypes and config it came with, tensors of heads included; untouched
-    parameters are bit-equal. A new model is written as transformers' BertModel would be. Each file is replaced
-    atomically.
+    A model that was loaded gives back the keys, dtypes and config it came with, tensors of other heads included;
+    untouched parameters are bit-equal. A new model, and one whose head began untrained, is written as transformers'
+    class of the same name would be. Each file is replaced atomically.
 
     Raises:
         ArgumentError: a file that would be written is something other than a file.
-        CheckpointError: the parameters are not those of a BertModel.
+        CheckpointError: the parameters are not those of the model's class.
     """
-    state = model.state_dict()
-    origin: Origin = model.origin or _standard_origin(model, state)
-    theirs = to_theirs(state, origin.dialect.rules(model.config.num_layers))
-    copies = {key: state[name].clone() for key, name in origin.tied.items()}
-    files.write(Path(folder), origin.config, {**theirs, **origin.carried, **copies}, origin.others)
+    origin: Origin = model.origin or _standard_origin(model)
+    parts = model.parts if isinstance(model, HeadModel) else None
+    tensors = to_theirs(model.state_dict(), origin.dialect.rules(model.config.num_layers, parts))
+    tensors |= origin.carried
+    copies = {key: tensors[to].clone() for key, to in origin.tied.items()}
+    files.write(Path(folder), origin.config, tensors | copies, origin.others)
 
 
-def _standard_origin(model: BertModel, state: Mapping[str, Tensor]) -> Origin:
-    dtype = str(state["embeddings.word.weight"].dtype).removeprefix("torch.")
-    config = {"architectures": ["BertModel"], "dtype": dtype, **model.config.to_hf()}
-    return Origin(Dialect("bert", prefix="", old_norms=False, pooler=model.pooler is not None), config)
+def _trained_parts(
+    kind: type[HeadModel], config: Mapping[str, Any], state: Mapping[str, Tensor], *, same_labels: bool
+) -> list[str]:
+    """The parts of `kind` that the checkpoint has. All classifiers have one name, so the task must also be the same."""
+    same_task = same_labels and _architecture(config) in (None, kind.__name__)
+    return [
+        part
+        for part in kind.parts
+        if any(rule.theirs[0] in state for rule in head_rules([part])) and (part != "classifier" or same_task)
+    ]
 
 
-def _check_shapes(ours: Mapping[str, Tensor], model: BertModel) -> None:
-    for name, parameter in model.state_dict().items():
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    return (config.get("architectures") or [None])[0]
+
+
+def _check_tied(
+    config: Mapping[str, Any], dialect: Dialect, carried: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> None:
+    """Raise CheckpointError where the decoder of masked-token prediction is a tensor of its own."""
+    for key, to in dialect.tied().items():
+        if (key in carried and key not in tied) or config.get("tie_word_embeddings") is False:
+            raise CheckpointError(
+                key, f"a tensor other than {to}", f"one tied to {to}", "Only tied decoders are served."
+            )
+
+
+def _standard_origin(model: BertModel | HeadModel) -> Origin:
+    """Of a model that was not loaded: as transformers writes it."""
+    body, prefix, fields = (
+        (model.bert, "bert.", model.head_config.to_hf()) if isinstance(model, HeadModel) else (model, "", {})
+    )
+    dtype = str(body.embeddings.word.weight.dtype).removeprefix("torch.")
+    config = {"architectures": [type(model).__name__], "dtype": dtype, **model.config.to_hf(), **fields}
+    return Origin(Dialect("bert", prefix, old_norms=False, pooler=body.pooler is not None), config)
+
+
+def _check_shapes(ours: Mapping[str, Tensor], model: BertModel | HeadModel) -> None:
+    parameters = model.state_dict()
+    for name in ours:
+        parameter = parameters[name]
         if ours[name].shape != parameter.shape:
             raise CheckpointError(
                 f"parameter {name}",

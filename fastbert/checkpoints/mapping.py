@@ -58,6 +58,26 @@ def bert_rules(num_layers: int, *, pooler: bool) -> list[Rule]:
     return embeddings + encoder + (poolers if pooler else [])
 
 
+# The parts of heads, modules and single parameters: ours, and theirs.
+_HEADS = {
+    "predictions": {
+        "dense.weight": "cls.predictions.transform.dense.weight",
+        "dense.bias": "cls.predictions.transform.dense.bias",
+        "norm.weight": "cls.predictions.transform.LayerNorm.weight",
+        "norm.bias": "cls.predictions.transform.LayerNorm.bias",
+        "bias": "cls.predictions.bias",
+    },
+    "next_sentence": {"weight": "cls.seq_relationship.weight", "bias": "cls.seq_relationship.bias"},
+    "classifier": {"weight": "classifier.weight", "bias": "classifier.bias"},
+    "qa_outputs": {"weight": "qa_outputs.weight", "bias": "qa_outputs.bias"},
+}
+
+
+def head_rules(parts: Iterable[str]) -> list[Rule]:
+    """Rules between these parts of our models with heads and those of transformers."""
+    return [Rule(f"{part}.{ours}", (theirs,)) for part in parts for ours, theirs in _HEADS[part].items()]
+
+
 def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
     """Their state dict under our names; the exact inverse of `to_theirs`.
 

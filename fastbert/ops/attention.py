@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
+from fastbert.ops.common import cast_states, check_dropout, wants_gradient
 from fastbert.packing import Packing
 
 
@@ -43,8 +46,9 @@ def attention(
 
     Raises:
         ArgumentError: a shape, dtype, device or value is wrong.
-        BackendError: the Triton path was forced and can't serve this call, or would need a gradient.
+        BackendError: the Triton path was forced and can't serve this call.
     """
+    (qkv,) = cast_states(qkv)
     _check(qkv, packing, scale, bias, window, dropout, seed)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     unserved = launch.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device))
@@ -86,21 +90,6 @@ def _check(
     check_dropout(dropout, seed, qkv)
 
 
-def check_dropout(dropout: float, seed: Tensor | None, x: Tensor) -> None:
-    """Raise ArgumentError unless `dropout` is a probability and, where it is on, `seed` is one int64 beside `x`."""
-    if not 0.0 <= dropout < 1.0:
-        raise ArgumentError("dropout", dropout, "a probability in [0, 1)")
-    if dropout > 0.0:
-        if seed is None:
-            raise ArgumentError("seed", None, "an int64 tensor of one element", "Dropout needs a seed.")
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
-            raise ArgumentError(
-                "seed",
-                f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}",
-                f"an int64 tensor of one element on {x.device}",
-            )
-
-
 def _attention_torch(
     qkv: Tensor,
     packing: Packing,
@@ -111,7 +100,8 @@ def _attention_torch(
     seed: Tensor | None,
 ) -> Tensor:
     if bias is None and window is None and dropout == 0.0 and not torch.compiler.is_compiling():
-        return _attention_runs(qkv, packing, scale)
+        attend = _attention_exact if wants_gradient(qkv) else _attention_in_lanes
+        return attend(qkv, packing, scale)
     keep = None
     if dropout > 0.0 and seed is not None:
         keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, dropout)
@@ -120,20 +110,62 @@ def _attention_torch(
     return out.to(qkv.dtype)
 
 
-def _attention_runs(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
+def _attention_exact(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
     """SDPA on each run of neighbours of one length: no padding, no gather, and few calls on a length-sorted batch."""
-    heads, head_dim = qkv.shape[2:]
+    rows, _, heads, head_dim = qkv.shape
     pieces = []
     begin = 0
     for count, length in packing.runs:
         end = begin + count * length
         query, key, value = qkv[begin:end].view(count, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value, scale=scale)
-        pieces.append(out.transpose(1, 2).reshape(count * length, heads, head_dim))
+        pieces.append(out.transpose(1, 2).flatten(0, 1))
         begin = end
-    if begin < qkv.shape[0]:
-        pieces.append(qkv.new_zeros(qkv.shape[0] - begin, heads, head_dim))
-    return torch.cat(pieces) if pieces else qkv[:, 0]
+    pieces.append(qkv.new_zeros(rows - begin, heads, head_dim))
+    return torch.cat(pieces)
+
+
+# torch's SDPA on a CPU takes the exponentials of the columns beyond the last full vector one by one, which at BERT's
+# lengths is half of its time. 16 floats are the widest vector there is.
+LANES = 16
+
+
+def _attention_in_lanes(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
+    """As `_attention_exact`, each sequence's keys filled up to a multiple of LANES and masked; without gradient.
+
+    What fills them up are the rows that follow in the batch, read where they are. At its end, where none follow, the
+    sequences are copied first. A mask does not stop a neighbour's infinity or NaN, so a result that is not finite is
+    made again without neighbours.
+    """
+    rows, _, heads, head_dim = qkv.shape
+    stride_row, stride_part, stride_head, stride_dim = qkv.stride()
+    context = qkv.new_empty(rows, heads, head_dim)
+    context[packing.tokens :] = 0
+    begin = 0
+    for count, length in packing.runs:
+        width = -(-length // LANES) * LANES
+        mask = qkv.new_zeros(width)
+        mask[length:] = -math.inf
+        followed = min(count, max(0, packing.tokens - begin - width + length) // length)
+        for first, last in ((0, followed), (followed, count)):
+            if first == last:
+                continue
+            start, end = begin + first * length, begin + last * length
+            if last == followed:
+                keys = qkv.as_strided(
+                    (3, last - first, heads, width, head_dim),
+                    (stride_part, length * stride_row, stride_head, stride_row, stride_dim),
+                    qkv.storage_offset() + start * stride_row,
+                )
+            else:
+                copy = qkv.new_zeros(last - first, width, 3, heads, head_dim)
+                copy[:, :length] = qkv[start:end].unflatten(0, (-1, length))
+                keys = copy.permute(2, 0, 3, 1, 4)
+            query, key, value = keys[0, :, :, :length], keys[1], keys[2]
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.expand(1, 1, 1, -1), scale=scale)
+            context[start:end].unflatten(0, (-1, length)).copy_(out.transpose(1, 2))
+        begin += count * length
+    return context if context.sum(dtype=torch.float32).isfinite() else _attention_exact(qkv, packing, scale)
 
 
 def _attention_triton(
@@ -145,43 +177,59 @@ def _attention_triton(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    if torch.is_grad_enabled() and (qkv.requires_grad or (bias is not None and bias.requires_grad)):
-        raise BackendError(
-            "attention", "inputs that require a gradient", "inputs without", "The Triton path has no backward yet."
-        )
-    choice = launch.attention_forward(
-        qkv.shape[-1],
-        qkv.dtype,
-        packing.max_seqlen,
-        rows=qkv.shape[0],
-        batch=packing.batch,
-        extras=bias is not None or window is not None or dropout > 0.0,
-        target=target.of(qkv.device),
+    head_dim, dtype, max_seqlen = qkv.shape[-1], qkv.dtype, packing.max_seqlen
+    extras = bias is not None or window is not None or dropout > 0.0
+    here = target.of(qkv.device)
+    forward = launch.attention_forward(
+        head_dim, dtype, max_seqlen, rows=qkv.shape[0], batch=packing.batch, extras=extras, target=here
     )
-    if bias is not None:
-        bias = bias.expand(packing.batch, qkv.shape[2], packing.max_seqlen, packing.max_seqlen)
-    tiles = packing.tiles(choice.BLOCK_M)
-    out, _ = attention_forward(qkv, packing.cu_seqlens, tiles, packing.max_seqlen, scale, bias, window, dropout, seed)
+    tiles = [packing.tiles(forward.BLOCK_M)]
+    if wants_gradient(qkv, bias):
+        dbias = bias is not None and bias.requires_grad
+        by_query = launch.attention_backward_query(head_dim, dtype, extras=extras, target=here)
+        by_key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=dbias, extras=extras, target=here)
+        tiles += [packing.tiles(by_query.BLOCK_M), packing.tiles(by_key.BLOCK_N)]
+    out, _ = attention_forward(
+        qkv, packing.cu_seqlens, tiles, max_seqlen, packing.tokens, scale, bias, window, dropout, seed
+    )
     return out
+
+
+def _expanded(bias: Tensor | None, cu_seqlens: Tensor, heads: int, max_seqlen: int) -> Tensor | None:
+    return None if bias is None else bias.expand(len(cu_seqlens) - 1, heads, max_seqlen, max_seqlen)
 
 
 @torch.library.custom_op("fastbert::attention_forward", mutates_args=())
 def attention_forward(
     qkv: Tensor,
     cu_seqlens: Tensor,
-    tiles: Tensor,
+    tiles: Sequence[Tensor],
     max_seqlen: int,
+    tokens: int,
     scale: float,
     bias: Tensor | None,
     window: int | None,
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The Triton kernel; see `fastbert.kernels.attention.attention_forward`. Returns (out, lse)."""
+    """The Triton kernel; see `fastbert.kernels.attention.attention_forward`. Returns (out, lse).
+
+    `tiles` holds the forward's table, followed by the two of the backward where a gradient is wanted; only then lse is
+    stored.
+    """
     from fastbert.kernels import attention as kernel
 
     return kernel.attention_forward(
-        qkv, cu_seqlens, tiles, max_seqlen, scale=scale, bias=bias, window=window, dropout=dropout, seed=seed
+        qkv,
+        cu_seqlens,
+        tiles[0],
+        max_seqlen,
+        scale=scale,
+        bias=_expanded(bias, cu_seqlens, qkv.shape[2], max_seqlen),
+        window=window,
+        dropout=dropout,
+        seed=seed,
+        store_lse=len(tiles) > 1,
     )
 
 
@@ -189,8 +237,9 @@ def attention_forward(
 def _(
     qkv: Tensor,
     cu_seqlens: Tensor,
-    tiles: Tensor,
+    tiles: Sequence[Tensor],
     max_seqlen: int,
+    tokens: int,
     scale: float,
     bias: Tensor | None,
     window: int | None,
@@ -198,4 +247,95 @@ def _(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rows, _, heads, head_dim = qkv.shape
-    return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, 0, dtype=torch.float32)
+    lse = qkv.new_empty(heads, rows if len(tiles) > 1 else 0, dtype=torch.float32)
+    return qkv.new_empty(rows, heads, head_dim), lse
+
+
+@torch.library.custom_op("fastbert::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    max_seqlen: int,
+    tokens: int,
+    scale: float,
+    bias: Tensor | None,
+    needs_dbias: bool,
+    window: int | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernels; see `fastbert.kernels.attention.attention_backward`. Returns (dqkv, dbias or `[0]`)."""
+    from fastbert.kernels import attention as kernel
+
+    dqkv, dbias = kernel.attention_backward(
+        dout,
+        qkv,
+        out,
+        lse,
+        cu_seqlens,
+        query_tiles,
+        key_tiles,
+        max_seqlen,
+        tokens=tokens,
+        scale=scale,
+        bias=_expanded(bias, cu_seqlens, qkv.shape[2], max_seqlen),
+        dbias_shape=bias.shape if bias is not None and needs_dbias else None,
+        window=window,
+        dropout=dropout,
+        seed=seed,
+    )
+    return dqkv, lse.new_empty(0) if dbias is None else dbias
+
+
+@attention_backward.register_fake
+def _(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    max_seqlen: int,
+    tokens: int,
+    scale: float,
+    bias: Tensor | None,
+    needs_dbias: bool,
+    window: int | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), lse.new_empty(bias.shape if bias is not None and needs_dbias else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu_seqlens, tiles, max_seqlen, tokens, scale, bias, window, dropout, seed = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse, cu_seqlens, bias, seed, *tiles[1:])
+    ctx.tables = len(tiles)
+    ctx.options = max_seqlen, tokens, scale, window, dropout
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+    if ctx.tables == 1:
+        raise BackendError(
+            "attention_forward", "a gradient asked for with one table of tiles", "the backward's tables in the forward"
+        )
+    qkv, out, lse, cu_seqlens, bias, seed, query_tiles, key_tiles = ctx.saved_tensors
+    max_seqlen, tokens, scale, window, dropout = ctx.options
+    needs_dbias = ctx.needs_input_grad[6]
+    dqkv, dbias = attention_backward(
+        dout, qkv, out, lse, cu_seqlens, query_tiles, key_tiles, max_seqlen, tokens, scale, bias, needs_dbias, window,
+        dropout, seed,
+    )  # fmt: skip
+    no_tables = [None] * ctx.tables
+    return dqkv, None, no_tables, None, None, None, dbias.to(bias.dtype) if needs_dbias else None, None, None, None
+
+
+attention_forward.register_autograd(_backward, setup_context=_save)

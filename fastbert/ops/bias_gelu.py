@@ -1,8 +1,8 @@
-"""bias_gelu and linear_gelu: checks, the torch path, and the Triton kernel as a custom op."""
+"""bias_gelu and linear_gelu: checks, the torch path, and the Triton kernels as custom ops."""
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.ops.common import check_linear, check_parameter, check_rows, onednn_fuses, refuse_gradients
+from fastbert.ops.common import cast_states, check_linear, check_parameter, check_rows, onednn_fuses
 from fastbert.reference import Approximate
 
 
@@ -24,18 +24,18 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
         approximate: "none" for `z * Phi(z)` (BERT's), "tanh" for its tanh approximation.
 
     Returns:
-        `[rows, width]` in the dtype of `x`.
+        `[rows, width]` in the dtype of `x`, under autocast in its dtype.
 
     Raises:
         ArgumentError: a shape, dtype, device or value is wrong.
-        BackendError: the Triton path was forced and can't serve this call, or would need a gradient.
+        BackendError: the Triton path was forced and can't serve this call.
     """
+    (x,) = cast_states(x)
     check_rows("x", x)
     _check_approximate(approximate)
     if bias is not None:
         check_parameter("bias", bias, (x.shape[1],), x)
     if backend.uses_triton("bias_gelu", x, launch.elementwise_unserved(x.dtype)):
-        refuse_gradients("bias_gelu", x, bias)
         return bias_gelu_forward(x, bias, approximate)
     if bias is None:
         return F.gelu(x, approximate=approximate)
@@ -54,7 +54,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
         approximate: as in `bias_gelu`.
 
     Returns:
-        `[rows, out]` in the dtype of `x`.
+        `[rows, out]` in the dtype of `x`, under autocast in its dtype.
 
     Raises:
         ArgumentError, BackendError: as `bias_gelu`.
@@ -84,3 +84,30 @@ def bias_gelu_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tenso
 @bias_gelu_forward.register_fake
 def _(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("fastbert::bias_gelu_backward", mutates_args=())
+def bias_gelu_backward(dout: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    """The Triton kernel; see `fastbert.kernels.bias_gelu.bias_gelu_backward`. Returns (dx, dbias)."""
+    from fastbert.kernels import bias_gelu as kernel
+
+    return kernel.bias_gelu_backward(dout, x, bias, approximate=approximate)
+
+
+@bias_gelu_backward.register_fake
+def _(dout: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0 if bias is None else x.shape[1], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.approximate = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = bias_gelu_backward(dout, x, bias, ctx.approximate)
+    return dx, None if bias is None else dbias.to(bias.dtype), None
+
+
+bias_gelu_forward.register_autograd(_backward, setup_context=_save)

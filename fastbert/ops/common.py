@@ -1,4 +1,4 @@
-"""What the row-wise ops share: their checks, and whether oneDNN can fuse a linear layer with what follows."""
+"""What the ops share: their checks, and whether oneDNN can fuse a linear layer with what follows."""
 
 from __future__ import annotations
 
@@ -44,6 +44,21 @@ def _beside(other: Tensor, x: Tensor) -> bool:
     return same_dtype and other.device == x.device
 
 
+def check_dropout(dropout: float, seed: Tensor | None, x: Tensor) -> None:
+    """Raise ArgumentError unless `dropout` is a probability and, where it is on, `seed` is one int64 beside `x`."""
+    if not 0.0 <= dropout < 1.0:
+        raise ArgumentError("dropout", dropout, "a probability in [0, 1)")
+    if dropout > 0.0:
+        if seed is None:
+            raise ArgumentError("seed", None, "an int64 tensor of one element", "Dropout needs a seed.")
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+            raise ArgumentError(
+                "seed",
+                f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}",
+                f"an int64 tensor of one element on {x.device}",
+            )
+
+
 def refuse_gradients(op: str, *tensors: Tensor | None) -> None:
     """Raise BackendError where autograd would expect a gradient of the Triton path, which has no backward yet."""
     if wants_gradient(*tensors):
@@ -53,6 +68,21 @@ def refuse_gradients(op: str, *tensors: Tensor | None) -> None:
             "inputs that don't: its backward is not built yet",
             'Run under torch.no_grad(), or under fastbert.use_backend("torch").',
         )
+
+
+def cast_states(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    """Hidden states in the dtype of autocast where it is on for their device, as torch casts those of its own products.
+
+    float64 stays, as it does there. Parameters are not meant for this: kernels take float32 ones beside half states.
+
+    Returns:
+        `x` and the others, those that are None left out.
+    """
+    states = [state for state in (x, *others) if state is not None]
+    if not torch.is_autocast_enabled(x.device.type):
+        return tuple(states)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(state if state.dtype == torch.float64 else state.to(dtype) for state in states)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -1,6 +1,8 @@
-"""embedding: checks, the torch path, and the Triton kernel as a custom op."""
+"""embedding: checks, the torch path, and the Triton kernels as custom ops."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
 from fastbert.ops.attention import check_dropout
-from fastbert.ops.common import check_parameter, check_rows, refuse_gradients
+from fastbert.ops.common import check_parameter, check_rows
 from fastbert.ops.layer_norm import check_eps, drop, normalise
 
 
@@ -27,6 +29,7 @@ def embedding(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     eps: float,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """dropout(LN(word[input_ids] + position[position_ids] + token_type[token_type_ids])), rounded once.
 
@@ -39,14 +42,15 @@ def embedding(
             (seed, row, column): see `reference.keep_mask`.
         seed: int64 tensor of one element beside the tables; needed when `dropout > 0`.
         eps: added to the variance.
+        padding_idx: the entry of `word` that gets no gradient.
 
     Returns:
-        `[tokens, hidden]` in the dtype of `word`. On a GPU a token with an id outside its table gives a row of NaN: to
+        `[tokens, hidden]` in the dtype of `word`. Gradients of the tables are dense. On a GPU a token with an id outside its table gives a row of NaN: to
         raise, the host would have to wait for the device.
 
     Raises:
         ArgumentError: a shape, dtype, device or value is wrong; on the CPU also an id outside its table.
-        BackendError: the Triton path was forced and can't serve this call, or would need a gradient.
+        BackendError: the Triton path was forced and can't serve this call.
     """
     _check_tables(word, position, token_type, weight, bias)
     _check_ids("input_ids", input_ids, input_ids, word)
@@ -55,14 +59,14 @@ def embedding(
         _check_ids("token_type_ids", token_type_ids, input_ids, word)
     check_dropout(dropout, seed, word)
     check_eps(eps)
+    if padding_idx is not None and not 0 <= padding_idx < len(word):
+        raise ArgumentError("padding_idx", padding_idx, f"None, or an entry of word, from 0 to {len(word) - 1}")
     if backend.uses_triton("embedding", word, launch.row_wise_unserved(word.shape[1], word.dtype)):
-        refuse_gradients("embedding", word, position, token_type, weight, bias)
-        return embedding_forward(
-            input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, dropout, seed, eps
-        )
-    return _embedding_torch(
-        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, dropout, seed, eps
-    )
+        run = embedding_forward
+    else:
+        run = _embedding_torch
+    tables = (word, position, token_type, weight, bias)
+    return run(input_ids, position_ids, token_type_ids, *tables, dropout, seed, eps, padding_idx)
 
 
 def _check_tables(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -108,10 +112,11 @@ def _embedding_torch(
     dropout: float,
     seed: Tensor | None,
     eps: float,
+    padding_idx: int | None,
 ) -> Tensor:
     _check_inside("input_ids", input_ids, word)
     _check_inside("position_ids", position_ids, position)
-    total = F.embedding(input_ids, word)
+    total = F.embedding(input_ids, word, padding_idx=padding_idx)
     total = total.to(torch.promote_types(word.dtype, torch.float32))  # half types are summed in float32, rounded once
     total = total + F.embedding(position_ids, position)
     if token_type_ids is None:
@@ -137,6 +142,7 @@ def embedding_forward(
     dropout: float,
     seed: Tensor | None,
     eps: float,
+    padding_idx: int | None,
 ) -> Tensor:
     """The Triton kernel; see `fastbert.kernels.embedding.embedding_forward`."""
     from fastbert.kernels import embedding as kernel
@@ -169,5 +175,79 @@ def _(
     dropout: float,
     seed: Tensor | None,
     eps: float,
+    padding_idx: int | None,
 ) -> Tensor:
     return word.new_empty(input_ids.shape[0], word.shape[1])
+
+
+@torch.library.custom_op("fastbert::embedding_backward", mutates_args=())
+def embedding_backward(
+    dout: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+    padding_idx: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Triton kernels; see `fastbert.kernels.embedding.embedding_backward`.
+
+    Returns (dword, dposition, dtoken_type, dparameters).
+    """
+    from fastbert.kernels import embedding as kernel
+
+    return kernel.embedding_backward(
+        dout,
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word,
+        position,
+        token_type,
+        weight,
+        dropout=dropout,
+        seed=seed,
+        eps=eps,
+        padding_idx=padding_idx,
+    )
+
+
+@embedding_backward.register_fake
+def _(
+    dout: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+    padding_idx: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dword, dposition, dtoken_type = (table.new_empty(table.shape) for table in (word, position, token_type))
+    return dword, dposition, dtoken_type, word.new_empty(2, word.shape[1], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.dropout, seed, ctx.eps, ctx.padding_idx = inputs
+    ctx.save_for_backward(*tensors, seed)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    *ids, word, position, token_type, weight, bias, seed = ctx.saved_tensors
+    dword, dposition, dtoken_type, (dweight, dbias) = embedding_backward(
+        dout, *ids, word, position, token_type, weight, ctx.dropout, seed, ctx.eps, ctx.padding_idx
+    )
+    dparameters = (dweight.to(weight.dtype), dbias.to(bias.dtype))
+    return (None, None, None, dword, dposition, dtoken_type, *dparameters, None, None, None, None)
+
+
+embedding_forward.register_autograd(_backward, setup_context=_save)

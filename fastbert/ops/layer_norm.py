@@ -1,22 +1,25 @@
-"""layer_norm and linear_layer_norm: checks, the torch path, and the Triton kernel as a custom op."""
+"""layer_norm and linear_layer_norm: checks, the torch path, and the Triton kernels as custom ops."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import backend, reference
-from fastbert.errors import ArgumentError
+from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch
 from fastbert.ops.attention import check_dropout
 from fastbert.ops.common import (
+    cast_states,
     check_linear,
     check_parameter,
     check_residual,
     check_rows,
     onednn_fuses,
-    refuse_gradients,
+    wants_gradient,
 )
 
 
@@ -44,18 +47,22 @@ def layer_norm(
         eps: added to the variance.
 
     Returns:
-        `[rows, hidden]` in the dtype of `x`. Sum and statistics are float32 (float64 for float64), the variance in two
-        passes.
+        `[rows, hidden]` in the dtype of `x`, under autocast in its dtype. Sum and statistics are float32 (float64 for
+        float64), the variance in two passes.
 
     Raises:
         ArgumentError: a shape, dtype, device or value is wrong.
-        BackendError: the Triton path was forced and can't serve this call, or would need a gradient.
+        BackendError: the Triton path was forced and can't serve this call.
     """
+    if residual is None:
+        (x,) = cast_states(x)
+    else:
+        x, residual = cast_states(x, residual)
     _check(x, weight, bias, residual, x_bias, eps)
     check_dropout(dropout, seed, x)
     if backend.uses_triton("layer_norm", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
-        refuse_gradients("layer_norm", x, weight, bias, residual, x_bias)
-        return layer_norm_forward(x, weight, bias, residual, x_bias, dropout, seed, eps)[0]
+        store_stats = wants_gradient(x, weight, bias, residual, x_bias)
+        return layer_norm_forward(x, weight, bias, residual, x_bias, dropout, seed, eps, store_stats)[0]
     return _layer_norm_torch(x, weight, bias, residual, x_bias, dropout, seed, eps)
 
 
@@ -83,11 +90,12 @@ def linear_layer_norm(
         dropout, seed, eps: as in `layer_norm`.
 
     Returns:
-        `[rows, hidden]` in the dtype of `x`.
+        `[rows, hidden]` in the dtype of `x`, under autocast in its dtype.
 
     Raises:
         ArgumentError, BackendError: as `layer_norm`.
     """
+    x, residual = cast_states(x, residual)
     check_linear(x, weight, x_bias)
     check_dropout(dropout, seed, x)
     hidden = weight.shape[0]
@@ -167,12 +175,21 @@ def layer_norm_forward(
     dropout: float,
     seed: Tensor | None,
     eps: float,
+    store_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton kernel; see `fastbert.kernels.layer_norm.layer_norm_forward`. Returns (out, mean, rstd)."""
     from fastbert.kernels import layer_norm as kernel
 
     return kernel.layer_norm_forward(
-        x, weight, bias, residual=residual, x_bias=x_bias, dropout=dropout, seed=seed, eps=eps
+        x,
+        weight,
+        bias,
+        residual=residual,
+        x_bias=x_bias,
+        dropout=dropout,
+        seed=seed,
+        eps=eps,
+        store_stats=store_stats,
     )
 
 
@@ -186,6 +203,78 @@ def _(
     dropout: float,
     seed: Tensor | None,
     eps: float,
+    store_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = x.new_empty(0, dtype=torch.float32)
-    return x.new_empty(x.shape), statistics, statistics.new_empty(0)
+    statistics = x.new_empty(len(x) if store_stats else 0, dtype=torch.float32)
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op("fastbert::layer_norm_backward", mutates_args=())
+def layer_norm_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton kernel; see `fastbert.kernels.layer_norm.layer_norm_backward`. Returns (dx, dresidual, dparameters)."""
+    from fastbert.kernels import layer_norm as kernel
+
+    return kernel.layer_norm_backward(dout, x, weight, residual, x_bias, mean, rstd, dropout=dropout, seed=seed)
+
+
+@layer_norm_backward.register_fake
+def _(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    dresidual = torch.empty_like(dx) if residual is not None and dropout > 0.0 else x.new_empty(0)
+    return dx, dresidual, x.new_empty(2 if x_bias is None else 3, x.shape[1], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, residual, x_bias, dropout, seed, _, store_stats = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, residual, x_bias, seed, mean, rstd)
+    ctx.dropout = dropout
+    ctx.store_stats = store_stats
+
+
+def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.store_stats:
+        raise BackendError(
+            "layer_norm_forward", "a gradient asked for after store_stats=False", "store_stats=True in the forward"
+        )
+    x, weight, bias, residual, x_bias, seed, mean, rstd = ctx.saved_tensors
+    dx, dresidual, (dweight, dbias, *rest) = layer_norm_backward(
+        dout, x, weight, residual, x_bias, mean, rstd, ctx.dropout, seed
+    )
+    if residual is not None and ctx.dropout == 0.0:
+        dresidual = dx
+    return (
+        dx,
+        dweight.to(weight.dtype),
+        dbias.to(bias.dtype),
+        None if residual is None else dresidual,
+        None if x_bias is None else rest[0].to(x_bias.dtype),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+layer_norm_forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,432 @@
+"""BERT with its heads, called as Hugging Face's: the tasks it is pretrained and fine-tuned for.
+
+Only what a head reads goes through the last layer's feed-forward: the class tokens, the masked tokens. Padding has no
+logits and counts in no loss, whatever its labels say (Hugging Face computes values there, and counts them).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.config import EncoderConfig, HeadConfig
+from fastbert.encoder import initialise, linear_activation
+from fastbert.errors import ArgumentError
+from fastbert.models import BertModel, Inputs
+from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
+from fastbert.ops.layer_norm import layer_norm
+from fastbert.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput
+from fastbert.packing import Packing
+from fastbert.pooling import first_rows, first_tokens
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+_LABELS = HeadConfig()
+
+
+class HeadModel(nn.Module):
+    """What the models with heads share. The arguments of every `forward`, beside its labels:
+
+    input_ids, attention_mask, token_type_ids, position_ids, packing: as `BertModel.forward`.
+    output_hidden_states: also return the embeddings and the output of every layer, all tokens of it.
+
+    Every loss is the mean over the labels that count, in float32 (float64 for a float64 model); 0 where none counts.
+
+    Every `forward` raises ArgumentError for a wrong shape, mask, id or label.
+
+    Attributes:
+        bert: the body.
+        parts: names of the modules that make the head; a checkpoint has each of them wholly or not at all.
+        pooler: whether the head reads the body's pooler.
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+    pooler: ClassVar[bool]
+    origin: Any = None  # as BertModel's
+
+    def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
+        super().__init__()
+        self.config = config
+        self.head_config = head
+        self.bert = BertModel(config, pooler=self.pooler)
+
+    def _linear(self, outputs: int) -> nn.Linear:
+        linear = nn.Linear(self.config.hidden_size, outputs)
+        initialise(linear, self.config.initializer_range)
+        return linear
+
+    def _drop(self, x: Tensor) -> Tensor:
+        given = self.head_config.classifier_dropout
+        return F.dropout(x, self.config.hidden_dropout if given is None else given, self.training)
+
+    def _states_at(
+        self, inputs: Inputs, rows: Tensor, output_hidden_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The last layer's output at packed rows, `[len(rows), hidden]`; and all hidden states, if asked for."""
+        nothing = inputs.packing.tokens == 0
+        states = self.bert.run(inputs, None if output_hidden_states or nothing else rows)
+        at_rows = states[-1]
+        if nothing:
+            at_rows = at_rows.new_zeros(len(rows), self.config.hidden_size)
+        elif output_hidden_states:
+            at_rows = at_rows.index_select(0, rows)
+        return at_rows, tuple(map(inputs.layout, states)) if output_hidden_states else None
+
+    def _pooled(self, inputs: Inputs, output_hidden_states: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The pooler's output, `[batch, hidden]`; and all hidden states, if asked for."""
+        first, hidden_states = self._states_at(inputs, first_rows(inputs.packing), output_hidden_states)
+        return self.bert.pool(_zero_where_empty(first, inputs.packing)), hidden_states
+
+    def _all_states(self, inputs: Inputs, output_hidden_states: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        states = self.bert.run(inputs)
+        return states[-1], tuple(map(inputs.layout, states)) if output_hidden_states else None
+
+
+class PredictionHead(nn.Module):
+    """Masked-token prediction up to the decoder, whose weight is the word table, and the decoder's bias."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+        initialise(self, config.initializer_range)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[rows, hidden]` -> `[rows, hidden]`: what the decoder multiplies."""
+        x = linear_activation(x, self.dense, self.config.activation)
+        return layer_norm(x, self.norm.weight, self.norm.bias, eps=self.norm.eps)
+
+    def logits(self, x: Tensor, word: Tensor) -> Tensor:
+        """`[rows, hidden]` and the word table `[vocab, hidden]` -> `[rows, vocab]`."""
+        return F.linear(self(x), word, self.bias)
+
+    def loss(self, x: Tensor, word: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of rows with int64 labels `[rows]`, without their logits."""
+        return linear_cross_entropy(self(x), word, self.bias, labels)
+
+
+class BertForMaskedLM(HeadModel):
+    """Masked-token prediction. The decoder's weight is the word table."""
+
+    parts = ("predictions",)
+    pooler = False
+
+    def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
+        super().__init__(config, head)
+        self.predictions = PredictionHead(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        packing: Packing | None = None,
+        output_hidden_states: bool = False,
+    ) -> HeadOutput:
+        """Without labels the logits of every token, `[batch, seqlen, vocab]` (packed: `[tokens, vocab]`).
+
+        With `labels`, int64 as `input_ids`, -100 where a token is not to be predicted, the loss and no logits: the head
+        runs on the labelled tokens alone, and its logits are never whole.
+        """
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        word = self.bert.embeddings.word.weight
+        if labels is None:
+            x, hidden_states = self._all_states(inputs, output_hidden_states)
+            return HeadOutput(None, inputs.layout(self.predictions.logits(x, word)), hidden_states)
+        check_labels(labels, input_ids.shape, len(word), word.device)
+        labels = inputs.pack(labels)
+        rows = _labelled(labels)
+        x, hidden_states = self._states_at(inputs, rows, output_hidden_states)
+        return HeadOutput(self.predictions.loss(x, word, labels.index_select(0, rows)), None, hidden_states)
+
+
+class BertForPreTraining(HeadModel):
+    """Masked-token and next-sentence prediction: BERT as it is pretrained."""
+
+    parts = ("predictions", "next_sentence")
+    pooler = True
+
+    def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
+        super().__init__(config, head)
+        self.predictions = PredictionHead(config)
+        self.next_sentence = self._linear(2)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        packing: Packing | None = None,
+        output_hidden_states: bool = False,
+    ) -> PreTrainingOutput:
+        """`prediction_logits` as BertForMaskedLM's, `seq_relationship_logits` as BertForNextSentencePrediction's.
+
+        The loss is the sum of those of the labels that are given (Hugging Face gives none unless both are).
+
+        Args:
+            labels: int64 as `input_ids`, -100 where a token is not to be predicted; with them no `prediction_logits`.
+            next_sentence_label: int64 `[batch]`; 0 where the second text follows the first, 1 where it does not.
+        """
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        word = self.bert.embeddings.word.weight
+        logits, losses = None, []
+        if labels is None:
+            x, hidden_states = self._all_states(inputs, output_hidden_states)
+            logits = inputs.layout(self.predictions.logits(x, word))
+            first = first_tokens(x, inputs.packing)
+        else:
+            check_labels(labels, input_ids.shape, len(word), word.device)
+            labels = inputs.pack(labels)
+            rows = _labelled(labels)
+            batch = inputs.packing.batch
+            x, hidden_states = self._states_at(
+                inputs, torch.cat([first_rows(inputs.packing), rows]), output_hidden_states
+            )
+            first = _zero_where_empty(x[:batch], inputs.packing)
+            losses.append(self.predictions.loss(x[batch:], word, labels.index_select(0, rows)))
+        relation = self.next_sentence(self.bert.pool(first))
+        if next_sentence_label is not None:
+            losses.append(cross_entropy(relation, next_sentence_label.flatten(), "next_sentence_label"))
+        return PreTrainingOutput(torch.stack(losses).sum() if losses else None, logits, relation, hidden_states)
+
+
+class BertForNextSentencePrediction(HeadModel):
+    """Whether the second text of a pair follows the first."""
+
+    parts = ("next_sentence",)
+    pooler = True
+
+    def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
+        super().__init__(config, head)
+        self.next_sentence = self._linear(2)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        packing: Packing | None = None,
+        output_hidden_states: bool = False,
+    ) -> HeadOutput:
+        """Logits `[batch, 2]`; `labels` int64 `[batch]`: 0 where the second text follows the first, 1 where not."""
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        pooled, hidden_states = self._pooled(inputs, output_hidden_states)
+        logits = self.next_sentence(pooled)
+        loss = None if labels is None else cross_entropy(logits, labels.flatten())
+        return HeadOutput(loss, logits, hidden_states)
+
+
+class BertForSequenceClassification(HeadModel):
+    """One label, several labels or numbers for each sequence; see `HeadConfig.problem_type`."""
+
+    parts = ("classifier",)
+    pooler = True
+
+    def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
+        super().__init__(config, head)
+        self.classifier = self._linear(len(head.labels))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        packing: Packing | None = None,
+        output_hidden_states: bool = False,
+    ) -> HeadOutput:
+        """Logits `[batch, classes]`.
+
+        Args:
+            labels: integers `[batch]` for a single label; `[batch, classes]` of 0 and 1 for several; numbers
+                `[batch, classes]` (or `[batch]`, for one class) for regression.
+        """
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        pooled, hidden_states = self._pooled(inputs, output_hidden_states)
+        logits = self.classifier(self._drop(pooled))
+        return HeadOutput(None if labels is None else self._loss(logits, labels), logits, hidden_states)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem = self.head_config.problem_type
+        if problem is None and logits.shape[1] == 1:
+            problem = "regression"
+        elif problem is None:
+            problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        if problem == "single_label_classification":
+            return cross_entropy(logits, labels.flatten().long())
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if labels.shape != logits.shape and (logits.shape[1] > 1 or labels.shape != logits.shape[:1]):
+            raise ArgumentError("labels", f"shape {tuple(labels.shape)}", f"{tuple(logits.shape)}, for {problem}")
+        wanted = labels.reshape(logits.shape).to(exact.dtype)
+        if problem == "regression":
+            total = F.mse_loss(exact, wanted, reduction="sum")
+        else:
+            total = F.binary_cross_entropy_with_logits(exact, wanted, reduction="sum")
+        return total / max(logits.numel(), 1)
+
+
+class BertForTokenClassification(HeadModel):
+    """A label for each token: named entities, parts of speech."""
+
+    parts = ("classifier",)
+    pooler = False
+
+    def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
+        super().__init__(config, head)
+        self.classifier = self._linear(len(head.labels))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        packing: Packing | None = None,
+        output_hidden_states: bool = False,
+    ) -> HeadOutput:
+        """Logits `[batch, seqlen, classes]`, 0 at padding (packed: `[tokens, classes]`).
+
+        Args:
+            labels: int64 as `input_ids`, -100 where a token has none.
+        """
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        x, hidden_states = self._all_states(inputs, output_hidden_states)
+        logits = self.classifier(self._drop(x))
+        loss = None
+        if labels is not None:
+            check_labels(labels, input_ids.shape, logits.shape[1], logits.device)
+            loss = cross_entropy(logits, inputs.pack(labels))
+        return HeadOutput(loss, inputs.layout(logits), hidden_states)
+
+
+class BertForQuestionAnswering(HeadModel):
+    """Where in a text the answer begins and where it ends."""
+
+    parts = ("qa_outputs",)
+    pooler = False
+
+    def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
+        super().__init__(config, head)
+        self.qa_outputs = self._linear(2)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        packing: Packing | None = None,
+        output_hidden_states: bool = False,
+    ) -> QuestionAnsweringOutput:
+        """Logits `[batch, seqlen]`, -inf at padding, which is no answer (packed: `[tokens]`).
+
+        The loss, where both positions are given, is the mean of that of the start and that of the end.
+
+        Args:
+            start_positions, end_positions: int64 `[batch]`, columns of the padded grid, also for packed ids. Negative
+                ones mean column 0, as in Hugging Face's; one that is no token counts for nothing.
+        """
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        x, hidden_states = self._all_states(inputs, output_hidden_states)
+        both = self.qa_outputs(x)
+        on_grid = inputs.packing.unpack(both, fill=-torch.inf).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            start, end = on_grid
+            loss = _position_loss(start, start_positions, "start_positions")
+            loss = (loss + _position_loss(end, end_positions, "end_positions")) / 2
+        start, end = on_grid if packing is None else both.unbind(-1)
+        return QuestionAnsweringOutput(loss, start, end, hidden_states)
+
+
+class BertForMultipleChoice(HeadModel):
+    """Which of several texts fits."""
+
+    parts = ("classifier",)
+    pooler = True
+
+    def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
+        super().__init__(config, head)
+        self.classifier = self._linear(1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        packing: Packing | None = None,
+        num_choices: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> HeadOutput:
+        """Logits `[batch, choices]`.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: `[batch, choices, seqlen]`; or packed, one sequence
+                a choice, all choices of one question after each other, together with `packing` and `num_choices`.
+            labels: int64 `[batch]`, the choice that fits.
+        """
+        if packing is None:
+            if input_ids.dim() != 3:
+                raise ArgumentError("input_ids", f"shape {tuple(input_ids.shape)}", "[batch, choices, seqlen]")
+            num_choices = input_ids.shape[1]
+            input_ids = input_ids.flatten(0, 1)
+            attention_mask, token_type_ids, position_ids = (
+                None if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids)
+            )
+        elif num_choices is None or num_choices < 1 or packing.batch % num_choices:
+            raise ArgumentError("num_choices", num_choices, f"a divisor of the {packing.batch} packed sequences")
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        pooled, hidden_states = self._pooled(inputs, output_hidden_states)
+        logits = self.classifier(self._drop(pooled)).view(inputs.packing.batch // num_choices, num_choices)
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return HeadOutput(loss, logits, hidden_states)
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """The rows whose label counts. Waits for a GPU once, for their number, on which the shapes that follow depend."""
+    if torch.compiler.is_compiling():  # a graph has one shape: all rows, and the loss leaves out those that don't count
+        return torch.arange(len(labels), device=labels.device)
+    return (labels != IGNORED).nonzero().flatten()
+
+
+def _zero_where_empty(first: Tensor, packing: Packing) -> Tensor:
+    return first.masked_fill((packing.lengths == 0)[:, None], 0.0)
+
+
+def _position_loss(logits: Tensor, positions: Tensor, name: str) -> Tensor:
+    """Cross-entropy of int64 `[batch]` (or `[batch, 1]`) among columns `[batch, seqlen]`; -inf is no candidate."""
+    batch, seqlen = logits.shape
+    logits = F.pad(logits, (0, 1), value=-torch.inf)  # the column of all positions beyond the grid
+    if positions.numel() != batch or positions.dtype != torch.int64:
+        raise ArgumentError(
+            name, f"{positions.dtype} of shape {tuple(positions.shape)}", f"torch.int64 of shape [{batch}]"
+        )
+    positions = positions.reshape(batch, 1).clamp(0, seqlen)
+    is_token = logits.gather(1, positions) > -torch.inf
+    return cross_entropy(logits, positions.where(is_token, IGNORED).flatten(), name)

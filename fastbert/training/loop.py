@@ -1,0 +1,443 @@
+"""The training loop: steps over packed batches, checkpoints that continue bit for bit, the folder that comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastbert.checkpoints.files import replacing
+from fastbert.checkpoints.load import save
+from fastbert.errors import ArgumentError
+from fastbert.training.data import Sampler
+from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective, Task
+
+Schedule = Literal["linear", "cosine"]
+
+METRICS, LOSSES, CURVE, STATE = "metrics.json", "losses.jsonl", "losses.png", "state.pt"
+CHECKPOINT = "checkpoint-"  # and the number of the step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a training run.
+
+    Attributes:
+        task: "classify", "tag" or "mlm".
+        model: the checkpoint folder to start from.
+        train, valid: files of examples; see `training.data` for their formats. Without `valid` nothing is measured.
+        out: the folder to write; see `train`.
+        epochs: how often each example is seen.
+        lr: the highest learning rate.
+        batch_tokens: most tokens of a batch; a longer example is a batch of its own.
+        accumulate: batches of a step; the loss is the mean over all their labels.
+        max_length: most tokens of an example, special ones included.
+        dtype: "fp32", or "bf16" for autocast over float32 weights.
+        warmup: the share of all steps over which the learning rate rises from 0.
+        schedule: how it falls to 0 after that.
+        weight_decay: decoupled (AdamW), not on biases and LayerNorms.
+        clip: most norm of the gradient.
+        patience: stop after this many epochs in a row that were not the best; None to go on.
+        checkpoint_every: steps between checkpoints, besides the one after each epoch.
+        seed: of the new head, the order of the examples, dropout and masking.
+
+    Raises:
+        ArgumentError: a value is none of these.
+    """
+
+    task: Task
+    model: str
+    train: str
+    out: str
+    valid: str | None = None
+    epochs: int = 3
+    lr: float = 5e-5
+    batch_tokens: int = 1024
+    accumulate: int = 1
+    max_length: int = 256
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    warmup: float = 0.1
+    schedule: Schedule = "linear"
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    patience: int | None = None
+    checkpoint_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("task", self.task, self.task in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        _check("dtype", self.dtype, self.dtype in ("fp32", "bf16"), "fp32 or bf16")
+        _check("schedule", self.schedule, self.schedule in get_args(Schedule), "linear or cosine")
+        for name in ("epochs", "batch_tokens", "accumulate", "checkpoint_every"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "clip"):
+            _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
+        _check("seed", self.seed, self.seed >= 0, "at least 0")
+        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
+        _check("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
+        if self.patience is not None:
+            _check("patience", self.patience, self.patience >= 1, "at least 1 epoch")
+            _check(
+                "patience", self.patience, self.valid is not None, "a valid file beside it", "Give one to measure by."
+            )
+
+
+@dataclass
+class State:
+    """Where a run is, beside the weights.
+
+    Attributes:
+        epoch, index: the next step is number `index` of this epoch.
+        step: steps done.
+        history: what losses.jsonl has: a record for each step and each evaluation.
+        best: epoch and metrics of the best epoch so far.
+        stale: epochs since.
+        metrics: after the last epoch.
+        tokens, seconds: spent on training so far.
+    """
+
+    epoch: int = 0
+    index: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    stale: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def train(
+    settings: Settings,
+    *,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Train a model and write it to `settings.out`.
+
+    The folder gets the model of the best epoch (of the last one without a validation file) as a Hugging Face
+    checkpoint with its tokenizer; metrics.json, the metrics after the last epoch; losses.jsonl, a line for each step;
+    losses.png, the same as a curve, where matplotlib is installed; and while the training goes on, a checkpoint.
+
+    Args:
+        settings: what to do.
+        resume: go on from the checkpoint in the folder, bit for bit as if the run had never stopped; from the
+            beginning if it stopped before its first checkpoint.
+        device: where to compute; the first GPU, or the CPU where there is none.
+        progress: show a bar on stderr.
+        say: takes a line after each epoch.
+
+    Returns:
+        What metrics.json has.
+
+    Raises:
+        ArgumentError: a file or setting is wrong, the folder holds another run, or the loss is no longer finite.
+        CheckpointError: the folder of the model is not a checkpoint fastbert reads.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out = Path(settings.out)
+    _check_out(out, resume)
+    torch.manual_seed(settings.seed)
+    objective = OBJECTIVES[settings.task](Path(settings.model), settings.max_length, device)
+    examples = objective.read_training(Path(settings.train))
+    valid = objective.read_validation(Path(settings.valid)) if settings.valid is not None else None
+    model = objective.model()
+    positions = model.config.max_positions
+    _check("max_length", settings.max_length, settings.max_length <= positions, f"at most the {positions} positions")
+    out.mkdir(parents=True, exist_ok=True)
+    run = _Run(settings, objective, model, examples, valid)
+    if resume:
+        run.restore()
+    return run.go(progress, say or (lambda line: None))
+
+
+def learning_rate(settings: Settings, step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`: a linear rise, then a linear or cosine fall to 0."""
+    warm = round(settings.warmup * steps)
+    if step < warm:
+        return settings.lr * (step + 1) / (warm + 1)
+    done = (step - warm) / (steps - warm)
+    return settings.lr * (1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups of parameters: matrices and tables decay; vectors (biases, LayerNorms) do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+class _Run:
+    """One run: its model, optimizer and state."""
+
+    def __init__(
+        self, settings: Settings, objective: Objective, model: Any, examples: Examples, valid: Examples | None
+    ) -> None:
+        self.settings, self.objective, self.model = settings, objective, model.train()
+        self.examples, self.valid = examples, valid
+        self.out = Path(settings.out)
+        self.optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
+        self.sampler = Sampler(examples.tokens.lengths, settings.batch_tokens, settings.accumulate, settings.seed)
+        self.steps = sum(len(self.sampler.steps(epoch)) for epoch in range(settings.epochs))
+        self.state = State()
+
+    def go(self, progress: bool, say: Callable[[str], None]) -> dict[str, Any]:
+        """All that is left to do."""
+        settings, state = self.settings, self.state
+        with replacing(self.out / LOSSES) as temporary:
+            temporary.write_text("".join(map(_line, state.history)), encoding="utf-8")
+        with (self.out / LOSSES).open("a", encoding="utf-8") as losses, _bar(progress, self.steps, state.step) as show:
+            while state.epoch < settings.epochs and not self._out_of_patience():
+                steps = self.sampler.steps(state.epoch)
+                while state.index < len(steps):
+                    begun = time.monotonic()
+                    record, tokens = self._step(steps[state.index])
+                    state.seconds += time.monotonic() - begun
+                    state.tokens += tokens
+                    state.index += 1
+                    state.step += 1
+                    self._record(record, losses)
+                    show(record["loss"], tokens)
+                    if state.step % settings.checkpoint_every == 0 and state.index < len(steps):
+                        self._write_checkpoint()
+                self._end_epoch(losses)
+                say(", ".join(f"{name} {_shown(value)}" for name, value in state.metrics.items()))
+        _draw(self.out / CURVE, state.history)
+        metrics = self._write_metrics(finished=True)
+        for folder in self.out.glob(f"{CHECKPOINT}*"):
+            shutil.rmtree(folder)
+        return metrics
+
+    def restore(self) -> None:
+        """Take up the newest checkpoint in the folder, if there is one."""
+        folders = sorted(self.out.glob(f"{CHECKPOINT}*"), key=_step_of)
+        if not folders:
+            return
+        path = folders[-1] / STATE
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, ours in self._identity().items():
+            if saved["identity"].get(name) != ours:
+                got = f"{ours!r} where the run began with {saved['identity'].get(name)!r}"
+                raise ArgumentError(name, got, "what it was", "Resume with the same settings, files and version.")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.state = State(**saved["state"])
+        torch.set_rng_state(saved["rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+
+    def _step(self, groups: list[list[int]]) -> tuple[dict[str, Any], int]:
+        """One step of the optimizer: `(its record, its tokens)`; the loss is the mean over all batches' labels."""
+        state = self.state
+        batches = [self.objective.batch(self.examples, rows, self._random(i)) for i, rows in enumerate(groups)]
+        count = sum(batch.count for batch in batches)
+        losses: list[Tensor] = []
+        for batch in batches:
+            loss = self._run(batch).loss * (batch.count / count)
+            loss.backward()
+            losses.append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        lr = learning_rate(self.settings, state.step, self.steps)
+        total, norm_value = torch.stack([torch.stack(losses).sum(), norm]).tolist()  # one sync
+        if not (math.isfinite(total) and math.isfinite(norm_value)):
+            raise ArgumentError(
+                "loss",
+                f"{total} with a gradient of norm {norm_value} in step {state.step + 1}",
+                "finite numbers",
+                "Lower lr, raise warmup, or use dtype fp32.",
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        record = {"step": state.step + 1, "epoch": state.epoch + 1, "loss": total, "norm": norm_value, "lr": lr}
+        return record, sum(batch.packing.tokens for batch in batches)
+
+    def _run(self, batch: Batch) -> Any:
+        device = self.objective.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
+            return batch.run(self.model)
+
+    def _random(self, batch: int) -> np.random.Generator:
+        """For what a batch of the next step draws: a function of the position, so there is no state to save."""
+        return np.random.default_rng((self.settings.seed, self.state.epoch, self.state.index, batch))
+
+    def _end_epoch(self, losses: IO[str]) -> None:
+        state = self.state
+        state.epoch += 1
+        state.index = 0
+        mine = [record["loss"] for record in state.history if record["epoch"] == state.epoch and "loss" in record]
+        state.metrics = {"epoch": state.epoch, "step": state.step, "train_loss": sum(mine) / len(mine)}
+        measured = self._evaluate()
+        if self.valid is not None:
+            state.metrics |= measured
+            self._record({"step": state.step, "epoch": state.epoch, "valid": measured}, losses)
+        if self.valid is None or self.objective.better(measured, state.best):
+            save(self.model, self.out)
+            state.best, state.stale = {"epoch": state.epoch, **measured}, 0
+        else:
+            state.stale += 1
+        self._write_checkpoint()
+        self._write_metrics(finished=False)
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.valid is None:
+            return {}
+        self.model.eval()
+        with torch.inference_mode():
+            measured = self.objective.evaluate(self._run, self.valid, self.settings.batch_tokens)
+        self.model.train()
+        return measured
+
+    def _out_of_patience(self) -> bool:
+        return self.settings.patience is not None and self.state.stale >= self.settings.patience
+
+    def _record(self, record: dict[str, Any], losses: IO[str]) -> None:
+        self.state.history.append(record)
+        losses.write(_line(record))
+        losses.flush()
+
+    def _write_metrics(self, finished: bool) -> dict[str, Any]:
+        state = self.state
+        metrics = {"task": self.settings.task, **state.metrics, "best": state.best, "seconds": round(state.seconds, 1)}
+        metrics |= {"tokens_per_second": round(state.tokens / state.seconds, 1), "finished": finished}
+        with replacing(self.out / METRICS) as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        return metrics
+
+    def _write_checkpoint(self) -> None:
+        """A whole folder beside its place, renamed when it is on disk; then older ones go."""
+        for leftover in self.out.glob(f".{CHECKPOINT}*"):
+            shutil.rmtree(leftover)
+        older = list(self.out.glob(f"{CHECKPOINT}*"))
+        folder = self.out / f"{CHECKPOINT}{self.state.step}"
+        temporary = self.out / f".{folder.name}"
+        temporary.mkdir()
+        with (temporary / STATE).open("wb") as file:
+            torch.save(
+                {
+                    "identity": self._identity(),
+                    "state": asdict(self.state),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "rng": torch.get_rng_state(),
+                    "cuda_rng": torch.cuda.get_rng_state_all(),
+                },
+                file,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(folder)
+        for old in older:
+            shutil.rmtree(old)
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same for the losses to go on the same."""
+        settings = asdict(self.settings)
+        for free in ("model", "train", "valid", "out", "checkpoint_every"):
+            del settings[free]
+        return {**settings, "device": self.objective.device.type, "the training examples": self._fingerprint()}
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(self.examples.tokens.ids.tobytes())
+        digest.update(self.examples.tokens.offsets.tobytes())
+        if self.examples.targets is not None:
+            digest.update(self.examples.targets.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ArgumentError(str(out), "a file", "a folder, or nothing there yet")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise ArgumentError(
+            str(out), "a folder with files in it", "a new or empty one", "Resume the run in it, or choose another."
+        )
+    if resume and (out / METRICS).exists() and json.loads((out / METRICS).read_bytes())["finished"]:
+        raise ArgumentError(
+            str(out), "a run that is finished", "one to go on with", "Choose another folder to train anew."
+        )
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(CHECKPOINT))
+
+
+def _check(name: str, value: object, right: bool, expected: str, mend: str = "") -> None:
+    if not right:
+        raise ArgumentError(name, value, expected, mend)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _draw(path: Path, history: list[dict[str, Any]]) -> None:
+    """The losses as a picture, if matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        warnings.warn(
+            f"no {path.name}, because matplotlib is not installed (it is in fastbert's extra `train`)", stacklevel=2
+        )
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    trained = [record for record in history if "loss" in record]
+    axes.plot([record["step"] for record in trained], [record["loss"] for record in trained], label="training")
+    measured = [record for record in history if "loss" in record.get("valid", {})]
+    if measured:
+        steps = [record["step"] for record in measured]
+        axes.plot(steps, [record["valid"]["loss"] for record in measured], "o-", label="validation")
+        axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+@contextmanager
+def _bar(wanted: bool, steps: int, done: int) -> Iterator[Callable[[float, int], None]]:
+    """A bar on stderr; what it gives is called with the loss and the tokens of each step."""
+    if not wanted:
+        yield lambda loss, tokens: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=steps, completed=done, loss=math.nan, speed=0.0)
+        begun, seen = time.monotonic(), 0
+
+        def show(loss: float, tokens: int) -> None:
+            nonlocal seen
+            seen += tokens
+            progress.update(bar, advance=1, loss=loss, speed=seen / (time.monotonic() - begun))
+
+        yield show

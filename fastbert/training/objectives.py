@@ -1,0 +1,283 @@
+"""What each task reads, learns and is measured by: classify, tag, mlm."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fastbert.checkpoints import files
+from fastbert.checkpoints.load import load
+from fastbert.config import HeadConfig, ProblemType
+from fastbert.errors import ArgumentError
+from fastbert.heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, HeadModel
+from fastbert.packing import Packing
+from fastbert.text import Tokenizer, Tokens, batches
+from fastbert.training import metrics
+from fastbert.training.data import read_classified, read_documents, read_tagged
+
+MAX_EXPONENT = 700.0  # exp of more is no float64
+IGNORED = -100  # a label that no loss counts, as in torch.nn.functional.cross_entropy
+
+MASKED_SHARE = 0.15  # Devlin et al. 2018: of the tokens, these are predicted;
+MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1  # of those, these are hidden or replaced, and the rest stay as they are
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Tokenised examples.
+
+    Attributes:
+        tokens: a row each.
+        targets: what is to be predicted, int64: `[rows]` for classify, `[tokens]` for tag; None for mlm, whose targets
+            are drawn anew for each batch, and for tags that are measured only.
+        gold: what the file said, for the metrics; None for mlm.
+        words: see `WordTokens.words`; None but for tag.
+    """
+
+    tokens: Tokens
+    targets: npt.NDArray[np.int64] | None = None
+    gold: Sequence[Any] = ()
+    words: npt.NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Packed examples, ready for a model with a head.
+
+    Attributes:
+        ids, types: int64 `[tokens]`; types are None when all are 0.
+        packing: their layout.
+        labels: int64 `[rows]` or `[tokens]`; None where only the logits are asked for.
+        count: labels that the loss is the mean over.
+    """
+
+    ids: Tensor
+    types: Tensor | None
+    packing: Packing
+    labels: Tensor | None
+    count: int
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output, with `.loss` and `.logits`."""
+        device = next(model.parameters()).device
+        types, labels = (None if x is None else x.to(device) for x in (self.types, self.labels))
+        return model(self.ids.to(device), token_type_ids=types, packing=self.packing, labels=labels)
+
+
+class Objective:
+    """A task: its examples, its batches, its metrics, its model. The base of the three."""
+
+    score: str  # the metric that says which epoch is best
+    labels: list[str]  # in the order of the logits
+
+    def __init__(self, folder: Path, max_length: int, device: torch.device) -> None:
+        self.folder, self.max_length, self.device = folder, max_length, device
+        self.tokenizer = Tokenizer.from_folder(folder)
+
+    def read_training(self, path: Path) -> Examples:
+        """The examples to learn from; they decide the labels."""
+        raise NotImplementedError
+
+    def read_validation(self, path: Path) -> Examples:
+        """The examples to measure by."""
+        raise NotImplementedError
+
+    def model(self) -> HeadModel:
+        """The model to train, float32, on the device; of its labels, once the training examples are read."""
+        raise NotImplementedError
+
+    def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
+        """The batch of these rows."""
+        raise NotImplementedError
+
+    def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
+        """The metrics of a model that `run` runs, in eval mode."""
+        raise NotImplementedError
+
+    def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
+        """Whether metrics are better than others, or than none."""
+        return old is None or new[self.score] > old[self.score]
+
+    def _order(self, found: set[str]) -> list[str]:
+        """Labels, sorted; or in the order of a checkpoint that has just these, so that its head goes on learning."""
+        known = HeadConfig.from_hf(files.read_config(self.folder)).labels
+        return list(known) if set(known) == found else sorted(found)
+
+    def _with_classifier(self, kind: type[HeadModel], problem: ProblemType | None) -> HeadModel:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* has no trained")  # that is why it is trained
+            head = HeadConfig(tuple(self.labels), problem)
+            return load(self.folder, kind, head=head, dtype=torch.float32, device=self.device)
+
+    def _packing(self, examples: Examples, rows: list[int]) -> Packing:
+        return Packing.from_lengths(examples.tokens.lengths[rows].tolist(), device=self.device)
+
+
+class Classify(Objective):
+    """One label for each text."""
+
+    score = "accuracy"
+
+    def read_training(self, path: Path) -> Examples:
+        """What `read_classified` reads."""
+        texts, labels = read_classified(path)
+        self.labels = self._order(set(labels))
+        if len(self.labels) < 2:
+            raise ArgumentError(str(path), f"one label, {self.labels[0]!r}", "at least two different labels")
+        return self._examples(path, texts, labels)
+
+    def read_validation(self, path: Path) -> Examples:
+        """What `read_classified` reads; no label that the training file lacks."""
+        texts, labels = read_classified(path)
+        if strangers := sorted(set(labels) - set(self.labels)):
+            raise ArgumentError(str(path), f"the label {strangers[0]!r}", "labels that the training file has too")
+        return self._examples(path, texts, labels)
+
+    def model(self) -> HeadModel:
+        """A sequence classifier; the checkpoint's own head if it has these labels."""
+        return self._with_classifier(BertForSequenceClassification, "single_label_classification")
+
+    def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
+        """A label a row."""
+        assert examples.targets is not None
+        ids, types = examples.tokens.packed(rows)
+        return Batch(ids, types, self._packing(examples, rows), torch.from_numpy(examples.targets[rows]), len(rows))
+
+    def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
+        """`accuracy`, `macro_f1` and the mean `loss`."""
+        predicted = [""] * len(examples.gold)
+        loss = 0.0
+        for rows in batches(examples.tokens.lengths, batch_tokens):
+            out = run(self.batch(examples, rows, np.random.default_rng(0)))
+            loss += out.loss.item() * len(rows)
+            for row, best in zip(rows, out.logits.argmax(1).tolist(), strict=True):
+                predicted[row] = self.labels[best]
+        return {
+            "accuracy": metrics.accuracy(examples.gold, predicted),
+            "macro_f1": metrics.macro_f1(examples.gold, predicted),
+            "loss": loss / len(predicted),
+        }
+
+    def _examples(self, path: Path, texts: list[str], labels: list[str]) -> Examples:
+        tokens = self.tokenizer.encode(texts, self.max_length)
+        if full := tokens.full(self.max_length):
+            warnings.warn(
+                f"{path}: {full} of {len(texts)} texts fill max_length={self.max_length} tokens; what is beyond is not "
+                "read",
+                stacklevel=2,
+            )
+        targets = np.array([self.labels.index(label) for label in labels], dtype=np.int64)
+        return Examples(tokens, targets, labels)
+
+
+class Tag(Objective):
+    """An IOB tag for each word, read at its first piece."""
+
+    score = "f1"
+
+    def read_training(self, path: Path) -> Examples:
+        """What `read_tagged` reads."""
+        sentences, tags = read_tagged(path)
+        self.labels = self._order({tag for sentence in tags for tag in sentence})
+        examples = self._examples(sentences, tags)
+        numbers = {label: i for i, label in enumerate(self.labels)}
+        flat = np.array([*(numbers[tag] for sentence in tags for tag in sentence), IGNORED], dtype=np.int64)
+        return Examples(examples.tokens, flat[examples.words], tags, examples.words)  # flat[-1] is IGNORED
+
+    def read_validation(self, path: Path) -> Examples:
+        """What `read_tagged` reads; tags that the training file lacks count as missed."""
+        return self._examples(*read_tagged(path))
+
+    def model(self) -> HeadModel:
+        """A token classifier; the checkpoint's own head if it has these tags."""
+        return self._with_classifier(BertForTokenClassification, None)
+
+    def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
+        """A label at the first piece of each word."""
+        ids, types = examples.tokens.packed(rows)
+        if examples.targets is None:
+            return Batch(ids, types, self._packing(examples, rows), None, 0)
+        labels = torch.from_numpy(examples.tokens.take(examples.targets, rows))
+        return Batch(ids, types, self._packing(examples, rows), labels, int((labels != IGNORED).sum()))
+
+    def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
+        """`f1`, `precision` and `recall` of entities, and the words' `accuracy`."""
+        assert examples.words is not None
+        flat = [""] * sum(map(len, examples.gold))
+        for rows in batches(examples.tokens.lengths, batch_tokens):
+            words = examples.tokens.take(examples.words, rows)
+            best = run(self.batch(examples, rows, np.random.default_rng(0))).logits.argmax(1).cpu().numpy()
+            for word, label in zip(words[words >= 0].tolist(), best[words >= 0].tolist(), strict=True):
+                flat[word] = self.labels[label]
+        remaining = iter(flat)
+        return metrics.entity_scores(examples.gold, [[next(remaining) for _ in tags] for tags in examples.gold])
+
+    def _examples(self, sentences: list[list[str]], tags: list[list[str]]) -> Examples:
+        encoded = self.tokenizer.encode_words(sentences, self.max_length)
+        return Examples(encoded.tokens, None, tags, encoded.words)
+
+
+class MaskedLM(Objective):
+    """The tokens that were hidden from the model, in documents cut to rows of `max_length`."""
+
+    score = "loss"
+
+    def read_training(self, path: Path) -> Examples:
+        """What `read_documents` reads."""
+        return self.read_validation(path)
+
+    def read_validation(self, path: Path) -> Examples:
+        """What `read_documents` reads."""
+        return Examples(self.tokenizer.encode_documents(read_documents(path), self.max_length))
+
+    def model(self) -> HeadModel:
+        """A masked language model."""
+        return load(self.folder, BertForMaskedLM, dtype=torch.float32, device=self.device)
+
+    def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
+        """Tokens masked by `random`."""
+        ids, types = examples.tokens.packed(rows)
+        ids, labels = self.mask(ids, random)
+        return Batch(ids, types, self._packing(examples, rows), labels, int((labels != IGNORED).sum()))
+
+    def mask(self, ids: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """BERT's masking of int64 `[tokens]`: `(ids, labels)`, at least one token of a batch being predicted."""
+        masked = ids.numpy().copy()
+        candidates = np.flatnonzero(~np.isin(masked, self.tokenizer.special_ids))
+        chosen = candidates[random.random(len(candidates)) < MASKED_SHARE]
+        if not len(chosen):
+            chosen = random.choice(candidates, 1)
+        labels = np.full_like(masked, IGNORED)
+        labels[chosen] = masked[chosen]
+        fate = random.random(len(chosen))
+        hidden = chosen[fate < MASK_TOKEN_SHARE]
+        replaced = chosen[(fate >= MASK_TOKEN_SHARE) & (fate < MASK_TOKEN_SHARE + RANDOM_TOKEN_SHARE)]
+        masked[hidden] = self.tokenizer.mask_id
+        masked[replaced] = random.integers(0, self.tokenizer.size, len(replaced))
+        return torch.from_numpy(masked), torch.from_numpy(labels)
+
+    def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
+        """The mean `loss` over masked tokens, and its `perplexity`."""
+        total, count = 0.0, 0
+        for i, rows in enumerate(batches(examples.tokens.lengths, batch_tokens)):
+            batch = self.batch(examples, rows, np.random.default_rng(i))  # the same masks in every epoch
+            total += run(batch).loss.item() * batch.count
+            count += batch.count
+        return {"loss": total / count, "perplexity": math.exp(min(total / count, MAX_EXPONENT))}
+
+    def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
+        """Whether the loss is lower."""
+        return old is None or new["loss"] < old["loss"]
+
+
+Task = Literal["classify", "tag", "mlm"]
+OBJECTIVES: dict[str, type[Objective]] = {"classify": Classify, "tag": Tag, "mlm": MaskedLM}

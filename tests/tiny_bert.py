@@ -1,0 +1,68 @@
+"""A BERT of a few thousand parameters with its tokenizer, and toy tasks that it learns in seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from fastbert.checkpoints.load import save
+from fastbert.config import EncoderConfig
+from fastbert.models import BertModel
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PLAIN = ["film", "plot", "actor", "scene", "music", "story", "the", "a", "was", "and", "with", "very"]
+GOOD, BAD = ["fine", "great", "lovely"], ["awful", "dull", "weak"]
+PEOPLE, FAMILIES, PLACES = ["ada", "alan", "grace"], ["hopper", "turing"], ["paris", "oslo", "rome"]
+VOCABULARY = [*SPECIAL, *PLAIN, *GOOD, *BAD, *PEOPLE, *FAMILIES, *PLACES, *".,()", "met", "in", "##s", "##burg"]
+
+
+def make(folder: Path, *, dropout: float = 0.1) -> Path:
+    """Write a checkpoint folder, the same one each time."""
+    config = EncoderConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        intermediate_size=48,
+        max_positions=48,
+        hidden_dropout=dropout,
+        attention_dropout=dropout,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        save(BertModel(config), folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    return folder
+
+
+def opinions(path: Path, count: int, seed: int) -> Path:
+    """JSON lines of texts, one word of which gives the label away."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        label = draw.choice(["neg", "pos"])
+        words = [*draw.choices(PLAIN, k=draw.randrange(1, 20)), draw.choice(GOOD if label == "pos" else BAD)]
+        draw.shuffle(words)
+        lines.append(json.dumps({"text": " ".join(words), "label": label}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def names(path: Path, count: int, seed: int) -> Path:
+    """CoNLL columns of sentences with people, of one or two words of several pieces, and places."""
+    draw = random.Random(seed)
+    lines = ["-DOCSTART- O", ""]
+    for _ in range(count):
+        for _ in range(draw.randrange(1, 4)):
+            lines += [f"{word} O" for word in draw.choices(PLAIN, k=draw.randrange(4))]
+            lines += [f"{draw.choice(PEOPLE)}s B-PER", *([f"{draw.choice(FAMILIES)} I-PER"] * draw.randrange(2))]
+            lines += ["met O", "in O"]
+            before, after = draw.choice([[], ["( O"]]), draw.choice([[], [") O"], [". O"], [", O"], [") O", ". O"]])
+            lines += [*before, f"{draw.choice(PLACES)}burg B-LOC", *after]
+        lines.append("")
+    path.write_text("\n".join(lines))
+    return path
