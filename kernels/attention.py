@@ -152,15 +152,18 @@ def attention_forward_kernel(
     begin = tl.load(cu_seqlens_ptr + sequence)
     seqlen = tl.load(cu_seqlens_ptr + sequence + 1) - begin
 
-    rows = first_row + tl.arange(0, BLOCK_M)
+    lanes = tl.arange(0, BLOCK_M)
+    rows = first_row + lanes
     dims = tl.arange(0, BLOCK_D)
     mask_rows = rows < seqlen
     mask_query = mask_rows[:, None]
     if HEAD_DIM != BLOCK_D:
         mask_query = mask_query & (dims < HEAD_DIM)[None, :]
     sequence_ptr = qkv_ptr + begin.to(tl.int64) * qkv_stride_row + head.to(tl.int64) * qkv_stride_head
-    query_ptrs = sequence_ptr + rows.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
-    query = tl.load(query_ptrs, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+    # Only scalar bases are 64-bit: a tile's own offsets fit 32 bits (`target.aligned` sees to it) and save registers.
+    query_ptr = sequence_ptr + first_row.to(tl.int64) * qkv_stride_row
+    query_offsets = lanes[:, None] * qkv_stride_row + dims[None, :]
+    query = tl.load(query_ptr + query_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
 
     if HAS_WINDOW:
         first_key = tl.maximum(first_row - window, 0) // BLOCK_N * BLOCK_N
@@ -168,7 +171,6 @@ def attention_forward_kernel(
     else:
         first_key = seqlen * 0
         end_key = seqlen
-    # Only the scalar base is 64-bit: a tile's own offsets fit 32 bits (`target.aligned` sees to it) and save registers.
     tile_offsets = tl.arange(0, BLOCK_N)[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_N, BLOCK_D]
     key_ptr = sequence_ptr + qkv_stride_part + first_key.to(tl.int64) * qkv_stride_row
     value_ptr = key_ptr + qkv_stride_part
@@ -176,7 +178,7 @@ def attention_forward_kernel(
     if HAS_BIAS:
         bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
         bias_ptr += first_row.to(tl.int64) * bias_stride_row + first_key.to(tl.int64) * bias_stride_column
-        bias_offsets = (rows - first_row)[:, None] * bias_stride_row + (
+        bias_offsets = lanes[:, None] * bias_stride_row + (
             tl.arange(0, BLOCK_N)[None, :] * bias_stride_column
         )  # [BLOCK_M, BLOCK_N]
     seed = seed_ptr
@@ -217,14 +219,10 @@ def attention_forward_kernel(
         inverse = tl.where(row_sum > 0.0, inverse, 0.0)
     if HAS_DROPOUT:
         inverse = inverse * drop_scale
-    out_ptrs = (
-        out_ptr
-        + begin.to(tl.int64) * out_stride_row
-        + head.to(tl.int64) * out_stride_head
-        + rows.to(tl.int64)[:, None] * out_stride_row
-        + dims[None, :]
-    )
-    tl.store(out_ptrs, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask_query)  # [BLOCK_M, BLOCK_D]
+    out_ptr += (begin + first_row).to(tl.int64) * out_stride_row + head.to(tl.int64) * out_stride_head
+    out_offsets = lanes[:, None] * out_stride_row + dims[None, :]
+    out = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_offsets, out, mask=mask_query)  # [BLOCK_M, BLOCK_D]
     if STORE_LSE:
         lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453
         if HAS_BIAS or HAS_WINDOW:

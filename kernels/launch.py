@@ -71,14 +71,20 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
         "extras": AttentionForward(64, 32, 4, 1, SPLIT_TAIL=False),
     },
     ("ampere", "half", 128): {
-        "default": AttentionForward(128, 64, 8, 2),
+        "default": AttentionForward(128, 32, 8, 2),
         "short": AttentionForward(64, 32, 4, 2),
         "padded": AttentionForward(64, 32, 4, 2),
         "extras": AttentionForward(32, 32, 4, 2, SPLIT_TAIL=False),
     },
     ("ampere", "half", 256): {"default": AttentionForward(64, 32, 8, 2, SPLIT_TAIL=False)},
-    ("ampere", "single", 16): {"default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False)},
-    ("ampere", "single", 32): {"default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False)},
+    ("ampere", "single", 16): {
+        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
+    },
+    ("ampere", "single", 32): {
+        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
+    },
     ("ampere", "single", 64): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
     ("ampere", "single", 128): {"default": AttentionForward(32, 16, 8, 1, SPLIT_TAIL=False)},
     ("ampere", "single", 256): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
@@ -99,11 +105,17 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
         "default": AttentionForward(128, 32, 4, 3),
         "short": AttentionForward(64, 32, 4, 2),
         "padded": AttentionForward(64, 32, 4, 2),
-        "extras": AttentionForward(64, 32, 4, 2),
+        "extras": AttentionForward(64, 32, 4, 1),
     },
     ("hopper", "half", 256): {"default": AttentionForward(128, 32, 8, 2)},
-    ("hopper", "single", 16): {"default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False)},
-    ("hopper", "single", 32): {"default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False)},
+    ("hopper", "single", 16): {
+        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
+    },
+    ("hopper", "single", 32): {
+        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
+    },
     ("hopper", "single", 64): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
     ("hopper", "single", 128): {"default": AttentionForward(32, 16, 8, 1, SPLIT_TAIL=False)},
     ("hopper", "single", 256): {"default": AttentionForward(16, 32, 8, 1, SPLIT_TAIL=False)},
@@ -124,6 +136,17 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("rdna", "single", 16): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
     ("rdna", "single", 32): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
     ("rdna", "single", 64): {"default": AttentionForward(16, 16, 8, 1, SPLIT_TAIL=False)},
+}
+
+
+# Blackwell's data-centre chips take Hopper's tiles but for one that spills there.
+ATTENTION_FORWARD |= {
+    ("blackwell", kind, block_d): choices
+    for (family, kind, block_d), choices in ATTENTION_FORWARD.items()
+    if family == "hopper"
+}
+ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half", 64] | {
+    "aligned": AttentionForward(128, 64, 4, 2)
 }
 
 
@@ -279,7 +302,7 @@ def _family(target: Target) -> str:
     """Targets that share a table of tiles."""
     if target.backend == "hip":
         return "cdna" if target.warp_size == 64 else "rdna"
-    return "hopper" if target.arch in ("sm_90", "sm_100") else "ampere"
+    return {"sm_90": "hopper", "sm_100": "blackwell"}.get(target.arch, "ampere")
 
 
 TUNED = read_tuned(Path(__file__).with_name("tuned.json"))

@@ -2,7 +2,6 @@
 
 import contextlib
 
-import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,6 @@ from fastbert.errors import ArgumentError, BackendError
 from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_forward, linear_gelu
 from fastbert.ops.layer_norm import linear_layer_norm
 from fastbert.testing import assert_close
-
-interpreter.install()
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's: exp2 goes to infinity on purpose
 

@@ -1,6 +1,5 @@
 """embedding: both paths against float64, by the error rule."""
 
-import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,6 @@ from fastbert.kernels import embedding as kernel
 from fastbert.kernels import launch
 from fastbert.ops.embedding import embedding, embedding_forward
 from fastbert.testing import assert_close
-
-interpreter.install()
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PATHS = ["triton", "torch"]

@@ -8,8 +8,6 @@ import triton.language as tl
 
 from fastbert.kernels import target
 
-interpreter.install()
-
 pytestmark = pytest.mark.skipif(not target.interpreted(), reason="kernels are compiled here, not interpreted")
 
 

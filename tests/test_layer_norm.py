@@ -2,7 +2,6 @@
 
 import contextlib
 
-import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,6 @@ from fastbert.kernels import launch, target
 from fastbert.kernels import layer_norm as kernel
 from fastbert.ops.layer_norm import layer_norm, layer_norm_forward, linear_layer_norm
 from fastbert.testing import assert_close
-
-interpreter.install()
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PATHS = ["triton", "torch"]

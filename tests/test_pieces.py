@@ -1,6 +1,5 @@
 """pieces: GELU, moments and the dropout mask, each alone in a small kernel."""
 
-import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,6 @@ from fastbert import reference
 from fastbert.kernels import launch
 from fastbert.kernels.pieces import gelu_erf, gelu_erf_half, gelu_tanh, keep_mask, moments, normalise
 from fastbert.testing import assert_close
-
-interpreter.install()
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's: exp2 goes to infinity on purpose
 

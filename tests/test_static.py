@@ -113,14 +113,20 @@ def test_the_exhaustive_cases_reach_every_tile_of_attention(monkeypatch: pytest.
         assert {name for name, choice in regimes.items() if id(choice) not in reached} == set(), key
 
 
+def complaints(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """What offline.py said of kernels that are not sound, and what it said on stderr if it failed."""
+    kernels = [line for line in result.stdout.splitlines() if " registers " in line]
+    crash = result.stderr.splitlines() if result.returncode else []
+    return [line for line in kernels if not line.endswith(" ok")] + crash
+
+
 def test_the_main_shapes_compile_for_every_target_without_a_violation() -> None:
     result = run(STATIC / "offline.py")
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert (result.returncode, complaints(result)) == (0, [])
     assert [arch for arch in ARCHS if f"\n{arch}: " in result.stdout] == ARCHS
-    assert result.stdout.endswith("\n0 with violations\n")
 
 
 @pytest.mark.static
 def test_every_launch_choice_compiles_for_every_target_without_a_violation() -> None:
     result = run(STATIC / "offline.py", "--exhaustive")
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert (result.returncode, complaints(result)) == (0, [])

@@ -66,7 +66,7 @@ def _read_cubin(cubin: bytes) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
+        command = [str(CUOBJDUMP), "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     opcodes = Counter(SASS.findall(text))
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import backend, reference
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.errors import ArgumentError
 from fastbert.kernels import launch, target
+from fastbert.ops.common import check_dropout, refuse_gradients
 from fastbert.packing import Packing
 
 
@@ -86,21 +87,6 @@ def _check(
     check_dropout(dropout, seed, qkv)
 
 
-def check_dropout(dropout: float, seed: Tensor | None, x: Tensor) -> None:
-    """Raise ArgumentError unless `dropout` is a probability and, where it is on, `seed` is one int64 beside `x`."""
-    if not 0.0 <= dropout < 1.0:
-        raise ArgumentError("dropout", dropout, "a probability in [0, 1)")
-    if dropout > 0.0:
-        if seed is None:
-            raise ArgumentError("seed", None, "an int64 tensor of one element", "Dropout needs a seed.")
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
-            raise ArgumentError(
-                "seed",
-                f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}",
-                f"an int64 tensor of one element on {x.device}",
-            )
-
-
 def _attention_torch(
     qkv: Tensor,
     packing: Packing,
@@ -145,10 +131,7 @@ def _attention_triton(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    if torch.is_grad_enabled() and (qkv.requires_grad or (bias is not None and bias.requires_grad)):
-        raise BackendError(
-            "attention", "inputs that require a gradient", "inputs without", "The Triton path has no backward yet."
-        )
+    refuse_gradients("attention", qkv, bias)
     choice = launch.attention_forward(
         qkv.shape[-1],
         qkv.dtype,

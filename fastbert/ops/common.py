@@ -1,4 +1,4 @@
-"""What the row-wise ops share: their checks, and whether oneDNN can fuse a linear layer with what follows."""
+"""What the ops share: their checks, and whether oneDNN can fuse a linear layer with what follows."""
 
 from __future__ import annotations
 
@@ -42,6 +42,21 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _beside(other: Tensor, x: Tensor) -> bool:
     same_dtype = other.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
     return same_dtype and other.device == x.device
+
+
+def check_dropout(dropout: float, seed: Tensor | None, x: Tensor) -> None:
+    """Raise ArgumentError unless `dropout` is a probability and, where it is on, `seed` is one int64 beside `x`."""
+    if not 0.0 <= dropout < 1.0:
+        raise ArgumentError("dropout", dropout, "a probability in [0, 1)")
+    if dropout > 0.0:
+        if seed is None:
+            raise ArgumentError("seed", None, "an int64 tensor of one element", "Dropout needs a seed.")
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+            raise ArgumentError(
+                "seed",
+                f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}",
+                f"an int64 tensor of one element on {x.device}",
+            )
 
 
 def refuse_gradients(op: str, *tensors: Tensor | None) -> None:

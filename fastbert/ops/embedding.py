@@ -9,8 +9,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.ops.attention import check_dropout
-from fastbert.ops.common import check_parameter, check_rows, refuse_gradients
+from fastbert.ops.common import check_dropout, check_parameter, check_rows, refuse_gradients
 from fastbert.ops.layer_norm import check_eps, drop, normalise
 
 

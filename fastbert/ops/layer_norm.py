@@ -9,8 +9,8 @@ from torch import Tensor
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.ops.attention import check_dropout
 from fastbert.ops.common import (
+    check_dropout,
     check_linear,
     check_parameter,
     check_residual,
