@@ -24,7 +24,7 @@ from measure import interleaved
 transformers = pytest.importorskip("transformers", reason="the rival is not installed")
 
 MAX_LENGTH = 256
-ROUNDS = 5
+ROUNDS = 3
 
 
 def texts() -> list[str]:

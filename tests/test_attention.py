@@ -111,6 +111,21 @@ def test_case_01_fully_masked_row_gives_zero(dtype, path, generator):
     assert (out[23] == 0).all()
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_case_05_a_broken_sequence_does_not_break_its_neighbours(bad, path, generator):
+    lengths = [9, 20, 3, 20, 33]
+    packing = Packing.from_lengths(lengths)
+    qkv = random_qkv(packing.tokens, 2, 16, torch.float32, generator)
+    with backend.use_backend(path):
+        whole = attention(qkv, packing).split(lengths)
+        qkv[29:32] = bad
+        broken = attention(qkv, packing).split(lengths)
+    for i in (0, 1, 3, 4):
+        torch.testing.assert_close(broken[i], whole[i])
+    assert broken[2].isnan().all()
+
+
 def test_case_01_fully_masked_row_has_zero_finite_gradients(generator):
     packing = Packing.from_lengths([20, 7])
     qkv = random_qkv(27, 2, 16, torch.float32, generator).requires_grad_()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch, target
-from fastbert.ops.common import check_dropout, refuse_gradients
+from fastbert.ops.common import check_dropout, refuse_gradients, wants_gradient
 from fastbert.packing import Packing
 
 
@@ -97,7 +97,8 @@ def _attention_torch(
     seed: Tensor | None,
 ) -> Tensor:
     if bias is None and window is None and dropout == 0.0 and not torch.compiler.is_compiling():
-        return _attention_runs(qkv, packing, scale)
+        attend = _attention_exact if wants_gradient(qkv) else _attention_in_lanes
+        return attend(qkv, packing, scale)
     keep = None
     if dropout > 0.0 and seed is not None:
         keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, dropout)
@@ -106,20 +107,62 @@ def _attention_torch(
     return out.to(qkv.dtype)
 
 
-def _attention_runs(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
+def _attention_exact(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
     """SDPA on each run of neighbours of one length: no padding, no gather, and few calls on a length-sorted batch."""
-    heads, head_dim = qkv.shape[2:]
+    rows, _, heads, head_dim = qkv.shape
     pieces = []
     begin = 0
     for count, length in packing.runs:
         end = begin + count * length
         query, key, value = qkv[begin:end].view(count, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value, scale=scale)
-        pieces.append(out.transpose(1, 2).reshape(count * length, heads, head_dim))
+        pieces.append(out.transpose(1, 2).flatten(0, 1))
         begin = end
-    if begin < qkv.shape[0]:
-        pieces.append(qkv.new_zeros(qkv.shape[0] - begin, heads, head_dim))
-    return torch.cat(pieces) if pieces else qkv[:, 0]
+    pieces.append(qkv.new_zeros(rows - begin, heads, head_dim))
+    return torch.cat(pieces)
+
+
+# torch's SDPA on a CPU takes the exponentials of the columns beyond the last full vector one by one, which at BERT's
+# lengths is half of its time. 16 floats are the widest vector there is.
+LANES = 16
+
+
+def _attention_in_lanes(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
+    """As `_attention_exact`, each sequence's keys filled up to a multiple of LANES and masked; without gradient.
+
+    What fills them up are the rows that follow in the batch, read where they are. At its end, where none follow, the
+    sequences are copied first. A mask does not stop a neighbour's infinity or NaN, so a result that is not finite is
+    made again without neighbours.
+    """
+    rows, _, heads, head_dim = qkv.shape
+    stride_row, stride_part, stride_head, stride_dim = qkv.stride()
+    context = qkv.new_empty(rows, heads, head_dim)
+    context[packing.tokens :] = 0
+    begin = 0
+    for count, length in packing.runs:
+        width = -(-length // LANES) * LANES
+        mask = qkv.new_zeros(width)
+        mask[length:] = -math.inf
+        followed = min(count, max(0, packing.tokens - begin - width + length) // length)
+        for first, last in ((0, followed), (followed, count)):
+            if first == last:
+                continue
+            start, end = begin + first * length, begin + last * length
+            if last == followed:
+                keys = qkv.as_strided(
+                    (3, last - first, heads, width, head_dim),
+                    (stride_part, length * stride_row, stride_head, stride_row, stride_dim),
+                    qkv.storage_offset() + start * stride_row,
+                )
+            else:
+                copy = qkv.new_zeros(last - first, width, 3, heads, head_dim)
+                copy[:, :length] = qkv[start:end].unflatten(0, (-1, length))
+                keys = copy.permute(2, 0, 3, 1, 4)
+            query, key, value = keys[0, :, :, :length], keys[1], keys[2]
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.expand(1, 1, 1, -1), scale=scale)
+            context[start:end].unflatten(0, (-1, length)).copy_(out.transpose(1, 2))
+        begin += count * length
+    return context if context.sum(dtype=torch.float32).isfinite() else _attention_exact(qkv, packing, scale)
 
 
 def _attention_triton(

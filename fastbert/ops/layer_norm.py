@@ -18,6 +18,7 @@ from fastbert.ops.common import (
     onednn_fuses,
     refuse_gradients,
 )
+from fastbert.ops.linear import packed
 
 
 def layer_norm(
@@ -98,7 +99,7 @@ def linear_layer_norm(
             product, norm_weight, norm_bias, residual=residual, x_bias=x_bias, dropout=dropout, seed=seed, eps=eps
         )
     if dropout == 0.0 and onednn_fuses(x, weight, x_bias, residual, norm_weight, norm_bias):
-        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, x_bias, "add")
+        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed(weight), x_bias, "add")
         return layer_norm(total, norm_weight, norm_bias, eps=eps)
     product = F.linear(x, weight, x_bias)
     return layer_norm(product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps)
