@@ -24,7 +24,7 @@ from measure import interleaved
 transformers = pytest.importorskip("transformers", reason="the rival is not installed")
 
 MAX_LENGTH = 256
-ROUNDS = 3
+ROUNDS = 5
 
 
 def texts() -> list[str]:
