@@ -306,5 +306,6 @@ def attention_forward(
             PRECISION="ieee",
             num_warps=choice.num_warps,
             num_stages=choice.num_stages,
+            **({"maxnreg": choice.maxnreg} if choice.maxnreg else {}),
         )
     return out, lse
