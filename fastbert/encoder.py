@@ -15,6 +15,7 @@ from fastbert.masks import read_mask
 from fastbert.ops.attention import attention
 from fastbert.ops.bias_gelu import linear_gelu
 from fastbert.ops.layer_norm import linear_layer_norm
+from fastbert.ops.linear import linear
 from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers
 from fastbert.packing import Packing
 
@@ -60,7 +61,7 @@ class EncoderLayer(nn.Module):
         drop_hidden = config.hidden_dropout if seeds is not None else 0.0
         seed_weight, seed_context, seed_output = (None, None, None) if seeds is None else seeds.split(1)
 
-        qkv = self.qkv(x).view(-1, 3, config.num_heads, config.head_dim)
+        qkv = linear(x, self.qkv.weight, self.qkv.bias).view(-1, 3, config.num_heads, config.head_dim)
         context = attention(qkv, packing, bias=bias, dropout=drop_weight, seed=seed_weight).flatten(1)
         if read is not None:
             context, x = context.index_select(0, read), x.index_select(0, read)

@@ -602,7 +602,8 @@ def attention_backward_bias_kernel(
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             weights = weights_from_lse(
                 scores, (lse * 1.4426950408889634)[:, None],
-                bias_ptr + tl.cast(sequence, tl.int64) * bias_stride_sequence + tl.cast(head, tl.int64) * bias_stride_head,
+                bias_ptr + tl.cast(sequence, tl.int64) * bias_stride_sequence
+                + tl.cast(head, tl.int64) * bias_stride_head,
                 rows[:, None], columns[None, :], seqlen, scale, window, bias_stride_row, bias_stride_column, True,
                 HAS_WINDOW,
             )  # fmt: skip
@@ -693,6 +694,7 @@ def attention_forward(
             PRECISION="ieee",
             num_warps=choice.num_warps,
             num_stages=choice.num_stages,
+            **({"maxnreg": choice.maxnreg} if choice.maxnreg else {}),
         )
     return out, lse
 

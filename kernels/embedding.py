@@ -297,7 +297,7 @@ def embedding_runs_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The chunks of a long run added in order: program `window` works where one begins in that window of CHUNK places."""
+    """The chunks of a long run added in order: program `window` works where one begins in those CHUNK places."""
     window = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_column = column < HIDDEN

@@ -84,13 +84,18 @@ class EmbeddingBackwardTable:
 
 @dataclass(frozen=True)
 class AttentionForward:
-    """BLOCK_M query rows a program, BLOCK_N keys a step; SPLIT_TAIL: full key blocks unmasked, then a masked tail."""
+    """BLOCK_M query rows a program, BLOCK_N keys a step.
+
+    SPLIT_TAIL runs full key blocks unmasked, then a masked tail. `maxnreg` lets NVIDIA's assembler use that many
+    registers where left alone it would rather spill; 0 leaves it alone.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
     SPLIT_TAIL: bool = True
+    maxnreg: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,8 @@ class AttentionBackwardBias:
     num_stages: int
 
 
+SINGLE = AttentionForward(16, 16, 4, 1, SPLIT_TAIL=False, maxnreg=255)
+
 # (family, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "extras" (bias, window or
 # dropout, which need registers), "padded" (head_dim is no power of two), "short" (max_seqlen <= 64), "aligned" (all
 # sequences equally long, a multiple of 64), "default". Found by compiling each for its targets: the fewest
@@ -133,10 +140,10 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("ampere", "half", 16): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
     ("ampere", "half", 32): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
     ("ampere", "half", 64): {
-        "default": AttentionForward(128, 64, 4, 2),
+        "default": AttentionForward(128, 64, 8, 2),
         "short": AttentionForward(64, 64, 4, 2),
         "padded": AttentionForward(64, 64, 4, 2),
-        "extras": AttentionForward(64, 32, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
     },
     ("ampere", "half", 128): {
         "default": AttentionForward(128, 32, 8, 2),
@@ -145,17 +152,11 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
         "extras": AttentionForward(32, 32, 4, 2, SPLIT_TAIL=False),
     },
     ("ampere", "half", 256): {"default": AttentionForward(64, 32, 8, 2, SPLIT_TAIL=False)},
-    ("ampere", "single", 16): {
-        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
-        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
-    },
-    ("ampere", "single", 32): {
-        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
-        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
-    },
-    ("ampere", "single", 64): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
-    ("ampere", "single", 128): {"default": AttentionForward(32, 16, 8, 1, SPLIT_TAIL=False)},
-    ("ampere", "single", 256): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
+    ("ampere", "single", 16): {"default": SINGLE},
+    ("ampere", "single", 32): {"default": SINGLE},
+    ("ampere", "single", 64): {"default": SINGLE},
+    ("ampere", "single", 128): {"default": SINGLE},
+    ("ampere", "single", 256): {"default": SINGLE},
     ("hopper", "half", 16): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
     ("hopper", "half", 32): {
         "default": AttentionForward(128, 32, 4, 3),
@@ -173,20 +174,14 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
         "default": AttentionForward(128, 32, 4, 3),
         "short": AttentionForward(64, 32, 4, 2),
         "padded": AttentionForward(64, 32, 4, 2),
-        "extras": AttentionForward(64, 32, 4, 1),
+        "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
     },
-    ("hopper", "half", 256): {"default": AttentionForward(128, 32, 8, 2)},
-    ("hopper", "single", 16): {
-        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
-        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
-    },
-    ("hopper", "single", 32): {
-        "default": AttentionForward(32, 32, 4, 1, SPLIT_TAIL=False),
-        "extras": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False),
-    },
-    ("hopper", "single", 64): {"default": AttentionForward(32, 32, 8, 1, SPLIT_TAIL=False)},
-    ("hopper", "single", 128): {"default": AttentionForward(32, 16, 8, 1, SPLIT_TAIL=False)},
-    ("hopper", "single", 256): {"default": AttentionForward(16, 32, 8, 1, SPLIT_TAIL=False)},
+    ("hopper", "half", 256): {"default": AttentionForward(128, 32, 8, 2), "extras": AttentionForward(64, 32, 8, 2)},
+    ("hopper", "single", 16): {"default": SINGLE},
+    ("hopper", "single", 32): {"default": SINGLE},
+    ("hopper", "single", 64): {"default": SINGLE},
+    ("hopper", "single", 128): {"default": SINGLE},
+    ("hopper", "single", 256): {"default": SINGLE},
     ("cdna", "half", 16): {"default": AttentionForward(64, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
     ("cdna", "half", 32): {"default": AttentionForward(128, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
     ("cdna", "half", 64): {"default": AttentionForward(128, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
@@ -207,6 +202,18 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
 }
 
 
+# Blackwell's data-centre chips take Hopper's tiles but for those that spill there.
+ATTENTION_FORWARD |= {
+    ("blackwell", kind, block_d): choices
+    for (family, kind, block_d), choices in ATTENTION_FORWARD.items()
+    if family == "hopper"
+}
+ATTENTION_FORWARD["blackwell", "half", 16] = {"default": AttentionForward(64, 32, 4, 2)}
+ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half", 64] | {
+    "aligned": AttentionForward(128, 64, 4, 2),
+    "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
+}
+
 # (family, kind of dtype, BLOCK_D) -> choice without extras, choice with extras or a padded head_dim.
 ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], tuple[AttentionBackwardQuery, AttentionBackwardQuery]] = {
     key: (AttentionBackwardQuery(64, 32, 4, 1), AttentionBackwardQuery(32, 32, 4, 1)) for key in ATTENTION_FORWARD
@@ -223,17 +230,6 @@ ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = 
 
 ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
     key: AttentionBackwardBias(32, 32, 4, 1) for key in ATTENTION_FORWARD
-}
-
-
-# Blackwell's data-centre chips take Hopper's tiles but for one that spills there.
-ATTENTION_FORWARD |= {
-    ("blackwell", kind, block_d): choices
-    for (family, kind, block_d), choices in ATTENTION_FORWARD.items()
-    if family == "hopper"
-}
-ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half", 64] | {
-    "aligned": AttentionForward(128, 64, 4, 2)
 }
 
 

@@ -2,7 +2,7 @@
 
 One program holds ROWS rows whole, so that the variance takes its second pass over registers. Up to 1024 columns a row
 belongs to one warp: its sums are shuffles, without shared memory or barriers. In the backward a bounded number of
-programs stride over the rows; each writes one row of sums for the parameters, which are added up afterwards: no atomics.
+programs stride over the rows; each writes one row of sums for the parameters, which are then added up: no atomics.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arithmetic on tiles that are already loaded: GELU, LayerNorm, their gradients, the dropout mask. No loads or stores."""
+"""Arithmetic on tiles already loaded: GELU, LayerNorm, their gradients, the dropout mask. No loads or stores."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
             "bias_gelu_forward": {"width=3072,dtype=float32": {"ROWS": 1, "BLOCK": 512, "num_warps": 8}},
             "attention_forward": {
                 "head_dim=64,dtype=float16,regime=short": {
-                    "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 1, "SPLIT_TAIL": False
+                    "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 1, "SPLIT_TAIL": False, "maxnreg": 0
                 }
             },
         }

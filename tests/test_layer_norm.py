@@ -237,9 +237,7 @@ def test_gradients_of_widths_case_14(hidden, dtype, path, device, generator, nan
 @pytest.mark.parametrize("has_x_bias", [False, True])
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("rows", [1, 11])
-def test_gradients_of_each_branch(
-    rows, has_residual, has_x_bias, dropout, device, generator, nan_empty, monkeypatch
-):
+def test_gradients_of_each_branch(rows, has_residual, has_x_bias, dropout, device, generator, nan_empty, monkeypatch):
     """Four rows of 48 halves a step: two programs share 11 rows as 4 + 3 and 4."""
     limit_programs(monkeypatch, "layer_norm_backward", 2)
     x, weight, bias, residual, x_bias = inputs(rows, 48, torch.float16, generator, device)
@@ -326,9 +324,7 @@ def test_ten_backward_runs_are_bit_equal_case_16(device, generator, monkeypatch)
 def test_dropped_elements_get_no_gradient_case_17(device, generator):
     x, weight, bias, residual, _ = inputs(9, 104, torch.float32, generator, device)
     seed = torch.tensor([77], device=device)
-    got = check_backward(
-        "triton", x, weight, bias, upstream(x, generator), residual=residual, dropout=0.3, seed=seed
-    )
+    got = check_backward("triton", x, weight, bias, upstream(x, generator), residual=residual, dropout=0.3, seed=seed)
     keep = reference.hidden_keep_mask(seed, *x.shape, 0.3)
     assert torch.equal(got["x"] != 0, keep)
     assert got["residual"].all()

@@ -38,8 +38,10 @@ def empty_venv(folder: Path) -> Path:
     """A fresh environment with our dependencies in sight and without fastbert; its bin folder."""
     venv.create(folder, symlinks=True)
     site_packages = next(folder.glob("lib/python*/site-packages"))
-    # A .pth line is a plain path entry: the editable fastbert that may be installed over there stays unseen.
-    (site_packages / "dependencies.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
+    for entry in Path(torch.__file__).parent.parent.iterdir():
+        # The editable fastbert that may be installed over there stays out, with its metadata; pip comes with venv.
+        if not entry.name.startswith(("fastbert", "__editable__")) and not (site_packages / entry.name).exists():
+            (site_packages / entry.name).symlink_to(entry)
     return folder / "bin"
 
 

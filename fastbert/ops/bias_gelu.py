@@ -12,6 +12,7 @@ from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
 from fastbert.ops.common import cast_states, check_linear, check_parameter, check_rows, onednn_fuses
+from fastbert.ops.linear import packed
 from fastbert.reference import Approximate
 
 
@@ -64,7 +65,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     if backend.uses_triton("linear_gelu", x, launch.elementwise_unserved(x.dtype)):
         return bias_gelu(F.linear(x, weight), bias, approximate=approximate)
     if onednn_fuses(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
+        return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "gelu", [], approximate)
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
 

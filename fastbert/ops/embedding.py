@@ -11,8 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.ops.attention import check_dropout
-from fastbert.ops.common import check_parameter, check_rows
+from fastbert.ops.common import check_dropout, check_parameter, check_rows
 from fastbert.ops.layer_norm import check_eps, drop, normalise
 
 
@@ -45,8 +44,8 @@ def embedding(
         padding_idx: the entry of `word` that gets no gradient.
 
     Returns:
-        `[tokens, hidden]` in the dtype of `word`. Gradients of the tables are dense. On a GPU a token with an id outside its table gives a row of NaN: to
-        raise, the host would have to wait for the device.
+        `[tokens, hidden]` in the dtype of `word`. Gradients of the tables are dense. On a GPU a token with an id
+        outside its table gives a row of NaN: to raise, the host would have to wait for the device.
 
     Raises:
         ArgumentError: a shape, dtype, device or value is wrong; on the CPU also an id outside its table.

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch
-from fastbert.ops.attention import check_dropout
 from fastbert.ops.common import (
     cast_states,
+    check_dropout,
     check_linear,
     check_parameter,
     check_residual,
@@ -21,6 +21,7 @@ from fastbert.ops.common import (
     onednn_fuses,
     wants_gradient,
 )
+from fastbert.ops.linear import packed
 
 
 def layer_norm(
@@ -106,7 +107,7 @@ def linear_layer_norm(
             product, norm_weight, norm_bias, residual=residual, x_bias=x_bias, dropout=dropout, seed=seed, eps=eps
         )
     if dropout == 0.0 and onednn_fuses(x, weight, x_bias, residual, norm_weight, norm_bias):
-        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, x_bias, "add")
+        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed(weight), x_bias, "add")
         return layer_norm(total, norm_weight, norm_bias, eps=eps)
     product = F.linear(x, weight, x_bias)
     return layer_norm(product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps)
@@ -221,7 +222,7 @@ def layer_norm_backward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton kernel; see `fastbert.kernels.layer_norm.layer_norm_backward`. Returns (dx, dresidual, dparameters)."""
+    """The kernel; see `fastbert.kernels.layer_norm.layer_norm_backward`. Returns (dx, dresidual, dparameters)."""
     from fastbert.kernels import layer_norm as kernel
 
     return kernel.layer_norm_backward(dout, x, weight, residual, x_bias, mean, rstd, dropout=dropout, seed=seed)
