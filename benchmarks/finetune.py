@@ -25,7 +25,7 @@ from torch import nn
 from fastbert.assets import fetch
 from fastbert.training import Settings, train
 from fastbert.training.data import Sampler, read_records
-from fastbert.training.loop import decay_groups, learning_rate
+from fastbert.training.loop import adamw, learning_rate
 from fastbert.training.objectives import IGNORED, OBJECTIVES, Batch
 
 HELD_OUT = 1000
@@ -108,7 +108,7 @@ def train_with_transformers(settings: Settings, device: torch.device) -> dict[st
         "tag": transformers.AutoModelForTokenClassification,
     }[settings.task]
     model = kind.from_pretrained(settings.model, num_labels=len(objective.labels)).to(device).train()
-    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
+    optimizer = adamw(model, settings)
     sampler = Sampler(examples.tokens.lengths, settings.batch_tokens, settings.accumulate, settings.seed)
     total = sum(len(sampler.steps(epoch)) for epoch in range(settings.epochs))
 

@@ -757,7 +757,7 @@ def attention_backward(
     scalars = (scale, 0 if window is None else window, launch.drop_threshold(dropout), launch.drop_scale(dropout))
     with target.guard(qkv):
         if not by_key.ONE_PASS:
-            by_query = launch.attention_backward_query(head_dim, qkv.dtype, extras=extras, target=here)
+            by_query = launch.attention_backward_query(head_dim, qkv.dtype, here)
             attention_backward_query_kernel[(len(query_tiles) * heads,)](
                 qkv, out, dout, lse, delta, dqkv, bias, seed, cu_seqlens, query_tiles,
                 *qkv.stride()[:3], *out.stride()[:2], dqkv.stride(0), dqkv.stride(2), lse.stride(0),

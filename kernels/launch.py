@@ -214,22 +214,52 @@ ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half",
     "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
 }
 
-# (family, kind of dtype, BLOCK_D) -> choice without extras, choice with extras or a padded head_dim.
-ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], tuple[AttentionBackwardQuery, AttentionBackwardQuery]] = {
-    key: (AttentionBackwardQuery(64, 32, 4, 1), AttentionBackwardQuery(32, 32, 4, 1)) for key in ATTENTION_FORWARD
+# (kind of dtype, BLOCK_D) -> choice; the same for every family, with and without extras. Small tiles, because the
+# backward holds more in registers.
+ATTENTION_BACKWARD_QUERY: dict[tuple[str, int], AttentionBackwardQuery] = {
+    ("half", 16): AttentionBackwardQuery(64, 32, 4, 1),
+    ("half", 32): AttentionBackwardQuery(64, 32, 4, 1),
+    ("half", 64): AttentionBackwardQuery(64, 32, 4, 1),
+    ("half", 128): AttentionBackwardQuery(64, 32, 8, 1),
+    ("half", 256): AttentionBackwardQuery(32, 32, 8, 1),
+    ("single", 16): AttentionBackwardQuery(16, 16, 4, 1),
+    ("single", 32): AttentionBackwardQuery(16, 16, 4, 1),
+    ("single", 64): AttentionBackwardQuery(16, 16, 4, 1),
+    ("single", 128): AttentionBackwardQuery(16, 16, 8, 1),
+    ("single", 256): AttentionBackwardQuery(16, 16, 8, 1),
 }
 
-ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], tuple[AttentionBackwardKey, AttentionBackwardKey]] = {
-    key: (AttentionBackwardKey(32, 64, 4, 1), AttentionBackwardKey(32, 32, 4, 1)) for key in ATTENTION_FORWARD
+ATTENTION_BACKWARD_KEY: dict[tuple[str, int], AttentionBackwardKey] = {
+    ("half", 16): AttentionBackwardKey(32, 64, 4, 1),
+    ("half", 32): AttentionBackwardKey(32, 64, 4, 1),
+    ("half", 64): AttentionBackwardKey(32, 64, 4, 1),
+    ("half", 128): AttentionBackwardKey(32, 64, 8, 1),
+    ("half", 256): AttentionBackwardKey(32, 32, 8, 1),
+    ("single", 16): AttentionBackwardKey(16, 16, 4, 1),
+    ("single", 32): AttentionBackwardKey(16, 16, 4, 1),
+    ("single", 64): AttentionBackwardKey(16, 16, 4, 1),
+    ("single", 128): AttentionBackwardKey(16, 16, 8, 1),
+    ("single", 256): AttentionBackwardKey(16, 16, 8, 1),
 }
 
-# Where a tile of every key of a short sequence compiles without spills.
+# (family, kind of dtype, BLOCK_D) -> choice where a tile of every key of a short sequence compiles without spills.
 ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = {
     ("ampere", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
+    ("hopper", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
+    ("hopper", "half", 64): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
 }
 
-ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
-    key: AttentionBackwardBias(32, 32, 4, 1) for key in ATTENTION_FORWARD
+ATTENTION_BACKWARD_BIAS: dict[tuple[str, int], AttentionBackwardBias] = {
+    ("half", 16): AttentionBackwardBias(32, 32, 4, 1),
+    ("half", 32): AttentionBackwardBias(32, 32, 4, 1),
+    ("half", 64): AttentionBackwardBias(32, 32, 4, 1),
+    ("half", 128): AttentionBackwardBias(32, 32, 4, 1),
+    ("half", 256): AttentionBackwardBias(32, 32, 8, 1),
+    ("single", 16): AttentionBackwardBias(16, 16, 4, 1),
+    ("single", 32): AttentionBackwardBias(16, 16, 4, 1),
+    ("single", 64): AttentionBackwardBias(16, 16, 4, 1),
+    ("single", 128): AttentionBackwardBias(16, 16, 8, 1),
+    ("single", 256): AttentionBackwardBias(16, 16, 8, 1),
 }
 
 
@@ -271,14 +301,10 @@ def attention_forward(
     )
 
 
-def attention_backward_query(
-    head_dim: int, dtype: torch.dtype, *, extras: bool, target: Target
-) -> AttentionBackwardQuery:
-    """The choice for the gradient of the queries; `extras` as in `attention_forward`."""
-    choices = ATTENTION_BACKWARD_QUERY[_family(target), _KINDS[dtype], attention_block_d(head_dim)]
-    choice, regime = (choices[1], "extras") if extras or _padded(head_dim) else (choices[0], "default")
-    shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
-    return tuned("attention_backward_query", target, choice, shape)
+def attention_backward_query(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBackwardQuery:
+    """The choice for the gradient of the queries."""
+    choice = ATTENTION_BACKWARD_QUERY[_KINDS[dtype], attention_block_d(head_dim)]
+    return tuned("attention_backward_query", target, choice, f"head_dim={head_dim},dtype={_NAMES[dtype]}")
 
 
 def attention_backward_key(
@@ -290,22 +316,18 @@ def attention_backward_key(
         dbias: the bias needs a gradient, and with it the delta that one pass does not write.
         extras: as in `attention_forward`.
     """
-    key = _family(target), _KINDS[dtype], attention_block_d(head_dim)
-    one_pass = ATTENTION_BACKWARD_ONE_PASS.get(key)
-    choices = ATTENTION_BACKWARD_KEY[key]
-    if extras or _padded(head_dim):
-        choice, regime = choices[1], "extras"
-    elif one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not dbias:
+    kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
+    choice, regime = ATTENTION_BACKWARD_KEY[kind, block_d], "default"
+    one_pass = ATTENTION_BACKWARD_ONE_PASS.get((_family(target), kind, block_d))
+    if one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not (extras or dbias or _padded(head_dim)):
         choice, regime = one_pass, "one_pass"
-    else:
-        choice, regime = choices[0], "default"
     shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
     return tuned("attention_backward_key", target, choice, shape)
 
 
 def attention_backward_bias(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBackwardBias:
     """The choice for the gradient of the bias."""
-    choice = ATTENTION_BACKWARD_BIAS[_family(target), _KINDS[dtype], attention_block_d(head_dim)]
+    choice = ATTENTION_BACKWARD_BIAS[_KINDS[dtype], attention_block_d(head_dim)]
     return tuned("attention_backward_bias", target, choice, f"head_dim={head_dim},dtype={_NAMES[dtype]}")
 
 
@@ -401,7 +423,7 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     """
     rows, warps = _whole_rows(width, dtype, target)
     crowded = dtype == torch.float32 or _family(target) == "rdna"
-    if warps > 1 or (crowded and row_block(width) == 1024):
+    if crowded and 1024 <= row_block(width) < 8192:
         warps *= 2
     return rows, 1024 // warps, warps
 

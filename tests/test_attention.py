@@ -300,7 +300,7 @@ def test_random_ragged_batches(generator):
 
 def backward_blocks(head_dim, dtype, max_seqlen, extras):
     here = target.of(torch.device("cpu"))
-    query = launch.attention_backward_query(head_dim, dtype, extras=extras, target=here)
+    query = launch.attention_backward_query(head_dim, dtype, here)
     key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=extras, extras=extras, target=here)
     return query.BLOCK_M, key.BLOCK_N
 

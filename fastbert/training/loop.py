@@ -176,6 +176,14 @@ def learning_rate(settings: Settings, step: int, steps: int) -> float:
     return settings.lr * (1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """The optimizer: AdamW over `decay_groups`."""
+    # Not fused on a CPU: the fused form changes weights without counting it in their `_version`, by which `ops.linear`
+    # knows that the copy it laid out for inference is out of date; validation would go on with the old weights.
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.lr, fused=fused)
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups of parameters: matrices and tables decay; vectors (biases, LayerNorms) do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -194,7 +202,7 @@ class _Run:
         self.settings, self.objective, self.model = settings, objective, model.train()
         self.examples, self.valid = examples, valid
         self.out = Path(settings.out)
-        self.optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
+        self.optimizer = adamw(model, settings)
         self.sampler = Sampler(examples.tokens.lengths, settings.batch_tokens, settings.accumulate, settings.seed)
         self.steps = sum(len(self.sampler.steps(epoch)) for epoch in range(settings.epochs))
         self.state = State()
