@@ -163,27 +163,28 @@ def bias_gelu_backward(
     rows, width = x.shape
     dout, x = target.aligned(dout), target.aligned(x)
     dx = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    if dx.numel() == 0:
+        return dx, torch.zeros(0 if bias is None else width, dtype=torch.float32, device=x.device)
     choice = launch.bias_gelu_backward(width, x.dtype, target.of(x.device))
     programs = min(choice.PROGRAMS, triton.cdiv(rows, choice.ROWS))
     sums = torch.empty((programs, 0 if bias is None else width), dtype=torch.float32, device=x.device)
-    if dx.numel() > 0:
-        with target.guard(x):
-            bias_gelu_backward_kernel[(programs, triton.cdiv(width, choice.BLOCK))](
-                dout,
-                x,
-                None if bias is None else bias.contiguous(),
-                dx,
-                None if bias is None else sums,
-                dout.stride(0),
-                x.stride(0),
-                dx.stride(0),
-                rows,
-                width,
-                ROWS=choice.ROWS,
-                BLOCK=choice.BLOCK,
-                HAS_BIAS=bias is not None,
-                TANH=approximate == "tanh",
-                MASK_COLUMNS=width % choice.BLOCK != 0,
-                num_warps=choice.num_warps,
-            )
+    with target.guard(x):
+        bias_gelu_backward_kernel[(programs, triton.cdiv(width, choice.BLOCK))](
+            dout,
+            x,
+            None if bias is None else bias.contiguous(),
+            dx,
+            None if bias is None else sums,
+            dout.stride(0),
+            x.stride(0),
+            dx.stride(0),
+            rows,
+            width,
+            ROWS=choice.ROWS,
+            BLOCK=choice.BLOCK,
+            HAS_BIAS=bias is not None,
+            TANH=approximate == "tanh",
+            MASK_COLUMNS=width % choice.BLOCK != 0,
+            num_warps=choice.num_warps,
+        )
     return dx, sums.sum(0)

@@ -15,6 +15,9 @@ import torch
 LAYER_NORM_FLOPS = 7
 # A row: 2 divisions, eps, the root and its reciprocal.
 LAYER_NORM_ROW_FLOPS = 5
+# An element of its gradient: 2 for the normal value again, 1 for the weight, 3 for the two means, 4 for the result, 3
+# for the sums of dweight and dbias.
+LAYER_NORM_BACKWARD_FLOPS = 13
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,50 @@ def layer_norm(
     )
 
 
+def layer_norm_backward(
+    rows: int,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    x_bias: bool = False,
+    dropout: bool = False,
+    parameters: torch.dtype | None = None,
+) -> Cost:
+    """Gradients of x, residual, weight, bias and x_bias; that of residual is that of x where dropout is off.
+
+    Args:
+        parameters: dtype of weight, x_bias and the gradients of all three; `dtype` by default.
+    """
+    per_element = LAYER_NORM_BACKWARD_FLOPS + residual + 2 * x_bias + 2 * dropout
+    states = 3 + residual + (residual and dropout)
+    vectors = 3 + 2 * x_bias
+    return Cost(
+        flops=rows * hidden * per_element + rows * 2,
+        min_bytes=rows * hidden * states * dtype.itemsize
+        + hidden * vectors * (parameters or dtype).itemsize
+        + rows * 2 * 4
+        + (8 if dropout else 0),
+    )
+
+
 def bias_gelu(rows: int, width: int, dtype: torch.dtype, *, bias: bool = True, approximate: str = "none") -> Cost:
     """GELU(x + bias) on `[rows, width]`."""
     per_element = {"none": 5, "tanh": 8}[approximate] + bias
     return Cost(
         flops=rows * width * per_element,
         min_bytes=(rows * width * 2 + (width if bias else 0)) * dtype.itemsize,
+    )
+
+
+def bias_gelu_backward(
+    rows: int, width: int, dtype: torch.dtype, *, bias: bool = True, approximate: str = "none"
+) -> Cost:
+    """Gradients of x and bias."""
+    per_element = {"none": 10, "tanh": 14}[approximate] + 2 * bias
+    return Cost(
+        flops=rows * width * per_element,
+        min_bytes=(rows * width * 3 + (2 * width if bias else 0)) * dtype.itemsize,
     )
 
 
@@ -77,6 +118,32 @@ def embedding(
     return Cost(
         flops=tokens * hidden * (2 + LAYER_NORM_FLOPS + dropout) + tokens * LAYER_NORM_ROW_FLOPS,
         min_bytes=(tokens + entries + 2) * hidden * dtype.itemsize + tokens * ids * 8 + (8 if dropout else 0),
+    )
+
+
+def embedding_backward(
+    tokens: int,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    entries: int,
+    table_entries: int,
+    token_types: bool = True,
+    dropout: bool = False,
+) -> Cost:
+    """Gradients of the three tables, whole, and of weight and bias.
+
+    Args:
+        entries, token_types: as in `embedding`.
+        table_entries: rows of the three tables, all together; each row of their gradients is written once.
+    """
+    ids = 3 if token_types else 2
+    per_element = 2 + LAYER_NORM_FLOPS - 2 + LAYER_NORM_BACKWARD_FLOPS - 2 + 3 + dropout
+    return Cost(
+        flops=tokens * hidden * per_element + tokens * LAYER_NORM_ROW_FLOPS,
+        min_bytes=(tokens + entries + table_entries + 3) * hidden * dtype.itemsize
+        + tokens * ids * 8
+        + (8 if dropout else 0),
     )
 
 

@@ -69,12 +69,18 @@ def gelu_erf_half_gradient(z):
 
 @triton.jit
 def gelu_tanh_gradient(z):
-    """The derivative of gelu_tanh; z is float32. With s the sigmoid and u its argument: s + z s (1 - s) u'."""
-    z = tl.clamp(z, -100.0, 100.0, propagate_nan=tl.PropagateNan.ALL)  # flat there; u' of an infinity would be inf * 0
-    square = z * z
-    sigmoid = 1.0 / (1.0 + tl.exp2(z * tl.fma(square, -0.10294324, -2.3022082)))
-    slope = tl.fma(square, 0.21406859, 1.5957691)  # 2 sqrt(2 / pi), times 3 * 0.044715 and 1
-    return tl.fma(z * slope, sigmoid * (1.0 - sigmoid), sigmoid)
+    """The derivative of gelu_tanh; z is float32.
+
+    With s the sigmoid and u its argument it is s + z s (1 - s) u'. Here it is taken at -|z|, where 1 - s needs no
+    subtraction, and mirrored.
+    """
+    a = tl.minimum(tl.abs(z), 100.0, propagate_nan=tl.PropagateNan.ALL)
+    square = a * a
+    tail = tl.exp2(a * tl.fma(square, -0.10294324, -2.3022082))  # at most 1
+    sigmoid = 1.0 / (1.0 + tail)
+    slope = tl.fma(square, 0.214064449, 1.5957691)  # u': 2 sqrt(2 / pi), times 3 * 0.044715 and 1
+    falling = tail * sigmoid * tl.fma(-a * slope, sigmoid, 1.0)
+    return tl.where(z < 0.0, falling, 1.0 - falling)
 
 
 @triton.jit

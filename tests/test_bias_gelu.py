@@ -5,11 +5,12 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import check_gradients, gradients, limit_programs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_forward, linear_gelu
+from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, bias_gelu_forward, linear_gelu
 from fastbert.ops.layer_norm import linear_layer_norm
 from fastbert.testing import assert_close
 
@@ -116,13 +117,143 @@ def test_gradients_of_the_torch_path(approximate, generator):
     assert torch.autograd.gradcheck(lambda x, bias: bias_gelu(x, bias, approximate=approximate), (x, bias))
 
 
-def test_triton_refuses_gradients(device, generator):
-    x, bias = inputs(2, 8, torch.float32, generator, device)
+def check_backward(path, x, bias, dout, approximate="none"):
+    """Hold both gradients to the error rule; gives them by name."""
+    leaves = {"x": x} if bias is None else {"x": x, "bias": bias}
+    return check_gradients(
+        path,
+        lambda x, bias=None: bias_gelu(x, bias, approximate=approximate),
+        lambda x, bias=None: F.gelu(x if bias is None else x + bias, approximate=approximate),
+        lambda x, bias=None: reference.bias_gelu(x, bias, approximate=approximate),
+        leaves,
+        dout,
+    )
+
+
+def upstream(x, generator):
+    return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 48, 384, 769, 1024, 8192])
+def test_gradients_of_widths_case_14(width, dtype, device, generator, nan_empty):
+    x, bias = inputs(3, width, dtype, generator, device)
+    check_backward("triton", x, bias, upstream(x, generator))
+
+
+@pytest.mark.parametrize("approximate", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(1, 48), (5, 300), (19, 256)])
+def test_gradients_of_each_branch(rows, width, has_bias, dtype, approximate, device, generator, nan_empty, monkeypatch):
+    """Two programs share 19 rows, in steps of 4, as 4 + 4 + 3 and 4 + 4."""
+    limit_programs(monkeypatch, "bias_gelu_backward", 2)
+    x, bias = inputs(rows, width, dtype, generator, device)
+    check_backward("triton", x, bias if has_bias else None, upstream(x, generator), approximate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_of_a_float32_bias_beside_half_rows(dtype, device, generator):
+    x, bias = inputs(3, 96, dtype, generator, device, parameters=torch.float32)
+    check_backward("triton", x, bias, upstream(x, generator))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "odd base"])
+def test_gradients_of_layouts_case_29(layout, device, generator):
+    x, bias = inputs(5, 96, torch.float16, generator, device)
+    store = torch.randn(5 * 96 + 3, generator=generator).to(device, torch.float16)
+    dout = {
+        "transposed": store[3:].view(96, 5).T,
+        "expanded": store[:96].expand(5, -1),
+        "odd base": store[3:].view(5, 96),
+    }[layout]
+    check_backward("triton", x, bias, dout)
+    check_backward("triton", dout, bias, x)
+
+
+@pytest.mark.parametrize("shape", [(0, 48), (3, 0)])
+def test_gradients_of_nothing_case_15(shape, device):
+    x, bias = torch.empty(shape, device=device), torch.ones(shape[1], device=device)
     with backend.use_backend("triton"):
-        with pytest.raises(BackendError, match="require a gradient"):
-            bias_gelu(x, bias.requires_grad_())
-        with torch.no_grad():
-            bias_gelu(x, bias)
+        dx, dbias = gradients(bias_gelu, (x, bias), x)
+    assert dx.shape == shape
+    assert torch.equal(dbias, torch.zeros_like(bias))
+
+
+def test_gradients_leave_slack_alone_case_15(device, generator):
+    x, bias = inputs(6, 48, torch.float32, generator, device)
+    dout = upstream(x, generator)
+    x[[0, 5]], dout[[0, 5]] = torch.nan, torch.nan
+    dout[2] = 0.0
+    assert not check_backward("triton", x[1:5], bias, dout[1:5])["x"][1].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's: the forward of an infinity
+@pytest.mark.parametrize("approximate", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_outliers_case_8(dtype, approximate, device):
+    """Far out the derivative is 0 or 1, where its formula is infinity times 0; NaN stays."""
+    x = torch.tensor([[6e4, -6e4, 30.0, -30.0, torch.inf, -torch.inf, torch.nan]], dtype=dtype, device=device)
+    dout = torch.tensor([[2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 5.0]], dtype=dtype, device=device)
+    with backend.use_backend("triton"):
+        (dx,) = gradients(lambda x: bias_gelu(x, None, approximate=approximate), (x,), dout)
+    assert dx[0, :6].tolist() == [2.0, 0.0, 3.0, 0.0, 4.0, 0.0]
+    assert dx[0, 6].isnan()
+
+
+def test_ten_backward_runs_are_bit_equal_case_16(device, generator, monkeypatch):
+    limit_programs(monkeypatch, "bias_gelu_backward", 3)
+    x, bias = inputs(33, 48, torch.float16, generator, device)
+    dout = upstream(x, generator)
+    with backend.use_backend("triton"):
+        first, *others = (gradients(bias_gelu, (x, bias), dout) for _ in range(10))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_case_27(dtype, path, device, generator):
+    """float32 weights, a product in the dtype of autocast."""
+    leaves = [tensor.to(device) for tensor in projection(5, 32, 48, torch.float32, generator)]
+    dout = torch.randn(5, 48, generator=generator).to(device)
+
+    def cast(run):
+        def under(*tensors):
+            with torch.autocast(device.type, dtype):
+                return run(*tensors)
+
+        return under
+
+    with backend.use_backend(path):
+        assert cast(linear_gelu)(*leaves).dtype == dtype
+        assert cast(bias_gelu)(leaves[0], leaves[0][0]).dtype == dtype
+        ours = gradients(cast(linear_gelu), leaves, dout)
+    rough = gradients(cast(lambda x, weight, bias: F.gelu(F.linear(x, weight, bias))), leaves, dout)
+    wanted = gradients(
+        lambda x, weight, bias: reference.bias_gelu(F.linear(x, weight), bias),
+        [leaf.double() for leaf in leaves],
+        dout.double(),
+    )
+    for got, by_torch, exactly in zip(ours, rough, wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert_close(got, by_torch, exactly, what=path)
+
+
+@pytest.mark.parametrize("approximate", FORMS)
+def test_gradients_of_the_reference(approximate, generator):
+    x, bias = (tensor.requires_grad_() for tensor in inputs(3, 5, torch.float64, generator, "cpu"))
+    assert torch.autograd.gradcheck(lambda x, bias: reference.bias_gelu(x, bias, approximate=approximate), (x, bias))
+
+
+def test_a_step_compiles_to_one_graph(generator):
+    leaves = projection(3, 16, 24, torch.float32, generator)
+    dout = torch.randn(3, 24, generator=generator)
+    torch._dynamo.reset()
+    with backend.use_backend("triton"):
+        compiled = torch.compile(linear_gelu, backend="aot_eager", fullgraph=True)
+        for ours, wanted in zip(gradients(compiled, leaves, dout), gradients(linear_gelu, leaves, dout), strict=True):
+            torch.testing.assert_close(ours, wanted)
 
 
 def test_triton_does_not_serve_float64(device):
@@ -289,7 +420,14 @@ def test_linear_gelu_exports_plain_torch_case_26(generator):
     assert "mkldnn" not in graph
 
 
-def test_opcheck(device, generator):
-    x, bias = inputs(3, 24, torch.float32, generator, device)
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_opcheck(needs_gradient, device, generator):
+    x, bias = (tensor.requires_grad_(needs_gradient) for tensor in inputs(3, 24, torch.float32, generator, device))
     torch.library.opcheck(bias_gelu_forward, (x, bias, "none"))
     torch.library.opcheck(bias_gelu_forward, (x, None, "tanh"))
+
+
+def test_opcheck_of_the_backward(device, generator):
+    x, bias = inputs(3, 24, torch.float32, generator, device)
+    torch.library.opcheck(bias_gelu_backward, (upstream(x, generator), x, bias, "none"))
+    torch.library.opcheck(bias_gelu_backward, (upstream(x, generator), x, None, "tanh"))

@@ -14,9 +14,9 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastbert.kernels.bias_gelu import bias_gelu_forward_kernel
-from fastbert.kernels.embedding import embedding_forward_kernel
-from fastbert.kernels.layer_norm import layer_norm_forward_kernel
+from fastbert.kernels.bias_gelu import bias_gelu_backward_kernel, bias_gelu_forward_kernel
+from fastbert.kernels.embedding import embedding_backward_kernel, embedding_forward_kernel
+from fastbert.kernels.layer_norm import layer_norm_backward_kernel, layer_norm_forward_kernel
 
 kernel = globals()[sys.argv[1]]
 constants = {"HIDDEN": 48, "ROWS": 4, "BLOCK": 64, "HAS_RESIDUAL": True, "HAS_X_BIAS": True, "HAS_DROPOUT": False}
@@ -49,7 +49,14 @@ def compiled(kernel, tmp_path):
 
 @pytest.mark.parametrize(
     ("kernel", "strides"),
-    [("layer_norm_forward_kernel", 3), ("bias_gelu_forward_kernel", 2), ("embedding_forward_kernel", 4)],
+    [
+        ("layer_norm_forward_kernel", 3),
+        ("bias_gelu_forward_kernel", 2),
+        ("embedding_forward_kernel", 4),
+        ("layer_norm_backward_kernel", 4),
+        ("bias_gelu_backward_kernel", 3),
+        ("embedding_backward_kernel", 5),
+    ],
 )
 def test_rows_times_strides_are_64_bit_case_11(kernel, strides, tmp_path):
     products = re.findall(r"arith\.muli .* : (\S+)", compiled(kernel, tmp_path))

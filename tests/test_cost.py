@@ -52,6 +52,45 @@ def test_embedding():
     assert dropped.flops == 7 * (48 * 10 + 5)
 
 
+@pytest.mark.parametrize("parameters", [torch.float16, torch.float32])
+def test_layer_norm_backward(parameters):
+    state, statistic = torch.empty(5, 48, dtype=torch.float16), torch.empty(5)
+    vector, seed = torch.empty(48, dtype=parameters), torch.empty(1, dtype=torch.int64)
+    plain = cost.layer_norm_backward(5, 48, torch.float16, parameters=parameters)
+    assert plain.min_bytes == nbytes(state, state, state, statistic, statistic, vector, vector, vector)
+    assert plain.flops == 5 * (48 * 13 + 2)
+    added = cost.layer_norm_backward(5, 48, torch.float16, residual=True, parameters=parameters)
+    assert added.min_bytes == plain.min_bytes + nbytes(state)
+    full = cost.layer_norm_backward(
+        5, 48, torch.float16, residual=True, x_bias=True, dropout=True, parameters=parameters
+    )
+    assert full.min_bytes == added.min_bytes + nbytes(state, vector, vector, seed)
+    assert full.flops == 5 * (48 * 18 + 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_bias_gelu_backward(dtype):
+    x, bias = torch.empty(5, 48, dtype=dtype), torch.empty(48, dtype=dtype)
+    assert cost.bias_gelu_backward(5, 48, dtype).min_bytes == nbytes(x, x, x, bias, bias)
+    assert cost.bias_gelu_backward(5, 48, dtype, bias=False).min_bytes == nbytes(x, x, x)
+    assert cost.bias_gelu_backward(5, 48, dtype).flops == 5 * 48 * 12
+    assert cost.bias_gelu_backward(5, 48, dtype, bias=False, approximate="tanh").flops == 5 * 48 * 14
+
+
+def test_embedding_backward():
+    dout, used = torch.empty(7, 48, dtype=torch.bfloat16), torch.empty(4 + 3 + 2, 48, dtype=torch.bfloat16)
+    dtables = torch.empty(31 + 17 + 2, 48, dtype=torch.bfloat16)
+    vector, ids = torch.empty(48, dtype=torch.bfloat16), torch.empty(7, dtype=torch.int64)
+    full = cost.embedding_backward(7, 48, torch.bfloat16, entries=9, table_entries=50)
+    assert full.min_bytes == nbytes(dout, used, dtables, vector, vector, vector, ids, ids, ids)
+    assert full.flops == 7 * (48 * 21 + 5)
+    dropped = cost.embedding_backward(
+        7, 48, torch.bfloat16, entries=9, table_entries=50, token_types=False, dropout=True
+    )
+    assert dropped.min_bytes == full.min_bytes - nbytes(ids) + 8
+    assert dropped.flops == 7 * (48 * 22 + 5)
+
+
 def test_nothing_costs_nothing():
     assert cost.bias_gelu(0, 48, torch.float32, bias=False) == cost.Cost(0, 0)
 

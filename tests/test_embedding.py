@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import check_gradients, gradients, limit_programs
 
 from fastbert import backend, reference
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.errors import ArgumentError
 from fastbert.kernels import embedding as kernel
 from fastbert.kernels import launch
-from fastbert.ops.embedding import embedding, embedding_forward
+from fastbert.ops.embedding import embedding, embedding_backward, embedding_forward
 from fastbert.testing import assert_close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -171,14 +172,195 @@ def test_gradients_of_the_torch_path(generator):
     assert torch.autograd.gradcheck(run, leaves)
 
 
-def test_triton_refuses_gradients(device, generator):
-    word, *others = tables(8, torch.float32, generator, device)
-    some_ids = ids(2, generator, device)
+def check_backward(some_ids, some_tables, dout, *, dropout=0.0, seed=None, eps=1e-5, padding_idx=None):
+    """Hold the five gradients of the Triton path to the error rule; gives them by name."""
+    input_ids, position_ids, token_type_ids = some_ids
+    keep = reference.hidden_keep_mask(seed, *dout.shape, dropout) if dropout else None
+
+    def unpadded(word):
+        """`word`, its padding entry without gradient."""
+        padding = torch.arange(len(word), device=word.device) == (-1 if padding_idx is None else padding_idx)
+        return torch.where(padding[:, None], word.detach(), word)
+
+    def plain(word, position, token_type, weight, bias):
+        types = token_type[0] if token_type_ids is None else token_type[token_type_ids]
+        total = unpadded(word)[input_ids] + types + position[position_ids]
+        out = F.layer_norm(total, weight.shape, weight, bias, eps)
+        return out if keep is None else out * keep * launch.drop_scale(dropout)
+
+    def exact(word, *others):
+        return reference.embedding(*some_ids, unpadded(word), *others, keep=keep, dropout=dropout, eps=eps)
+
+    def run(*leaves):
+        return embedding(*some_ids, *leaves, dropout=dropout, seed=seed, eps=eps, padding_idx=padding_idx)
+
+    names = ("word", "position", "token_type", "weight", "bias")
+    return check_gradients("triton", run, plain, exact, dict(zip(names, some_tables, strict=True)), dout)
+
+
+def upstream(tokens, hidden, dtype, generator, device):
+    return torch.randn(tokens, hidden, generator=generator).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 7, 48, 384, 769, 8192])
+def test_gradients_of_widths_case_14(hidden, dtype, device, generator, nan_empty):
+    some_tables = tables(hidden, dtype, generator, device)
+    check_backward(ids(5, generator, device), some_tables, upstream(5, hidden, dtype, generator, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("has_types", [True, False])
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_gradients_of_each_branch(tokens, has_types, dropout, dtype, device, generator, nan_empty, monkeypatch):
+    """Four rows of 48 halves a step: two programs share 19 tokens as 4 + 4 + 3 and 4 + 4."""
+    limit_programs(monkeypatch, "embedding_backward", 2)
+    input_ids, position_ids, token_type_ids = ids(tokens, generator, device)
+    check_backward(
+        (input_ids, position_ids, token_type_ids if has_types else None),
+        tables(48, dtype, generator, device),
+        upstream(tokens, 48, dtype, generator, device),
+        dropout=dropout,
+        seed=torch.tensor([6], device=device) if dropout else None,
+        padding_idx=0,
+    )
+
+
+@pytest.mark.parametrize("counts", [[64], [65], [63, 65], [1, 64, 128], [129, 3, 130], [40, 70, 70, 500], [1] * 31])
+def test_gradient_of_a_table_adds_long_and_short_runs(counts, device, generator, nan_empty):
+    """Runs of equal ids that fill one chunk of 64, just miss it, or take several and several partial sums a window."""
+    run_ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    run_ids = run_ids[torch.randperm(len(run_ids), generator=generator)].to(device)
+    dtotal = upstream(len(run_ids), 40, torch.float32, generator, device)
+    table = torch.empty(len(counts) + 2, 40, device=device)
+    ours = kernel.table_gradient(dtotal, run_ids, table)
+    exact = torch.zeros(table.shape, dtype=torch.float64, device=device).index_add(0, run_ids, dtotal.double())
+    plain = torch.zeros_like(table).index_add(0, run_ids, dtotal)
+    assert_close(ours, plain, exact, what="table")
+    assert not ours[len(counts) :].any()
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_gradient_of_a_table_leaves_out_padding_and_ids_outside(long, device, generator, nan_empty):
+    run_ids = torch.tensor([-1, 0, 2, 3, 7, 2**40, -(2**63), 3]).repeat(70 if long else 1).to(device)
+    dtotal = upstream(len(run_ids), 16, torch.float32, generator, device)
+    ours = kernel.table_gradient(dtotal, run_ids, torch.empty(5, 16, device=device), padding_idx=2)
+    inside = (run_ids == 0) | (run_ids == 3)
+    exact = torch.zeros(5, 16, dtype=torch.float64, device=device)
+    exact = exact.index_add(0, run_ids[inside], dtotal[inside].double())
+    plain = torch.zeros(5, 16, device=device).index_add(0, run_ids[inside], dtotal[inside])
+    assert_close(ours, plain, exact, what="table")
+    assert not ours[[1, 2, 4]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_float32_parameters_beside_half_tables(dtype, device, generator):
+    some_tables = tables(96, dtype, generator, device, parameters=torch.float32)
+    check_backward(ids(4, generator, device), some_tables, upstream(4, 96, dtype, generator, device))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_padding_gets_no_gradient(path, device, generator):
+    some_tables = tables(48, torch.float32, generator, device)
+    input_ids, position_ids, token_type_ids = ids(9, generator, device)
+    input_ids[4:7] = 3
+
+    def run(*leaves):
+        return embedding(input_ids, position_ids, token_type_ids, *leaves, eps=1e-5, padding_idx=3)
+
+    with backend.use_backend(path):
+        dword, dposition, *_ = gradients(run, some_tables, upstream(9, 48, torch.float32, generator, device))
+    assert not dword[3].any()
+    assert dword[input_ids[0]].any() and dposition[position_ids[4]].any()
+
+
+def test_gradients_of_layouts_case_29(device, generator):
+    word, position, *others = tables(48, torch.float16, generator, device)
+    word, position = torch.cat([word, word], 1)[:, 48:], position.T.contiguous().T
+    some_ids = [torch.stack([row, row], 1)[:, 0] for row in ids(5, generator, device)]
+    check_backward(some_ids, (word, position, *others), upstream(48, 5, torch.float16, generator, device).T)
+    check_backward(some_ids, (word, position, *others), upstream(1, 48, torch.float16, generator, device).expand(5, -1))
+
+
+@pytest.mark.parametrize("has_types", [True, False])
+def test_gradients_of_no_tokens_case_15(has_types, device, generator):
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    some_tables = tables(48, torch.float32, generator, device)
     with backend.use_backend("triton"):
-        with pytest.raises(BackendError, match="require a gradient"):
-            embedding(*some_ids, word.requires_grad_(), *others, eps=1e-5)
-        with torch.no_grad():
-            embedding(*some_ids, word, *others, eps=1e-5)
+        got = gradients(
+            lambda *leaves: embedding(none, none, none if has_types else None, *leaves, eps=1e-5),
+            some_tables,
+            torch.empty(0, 48, device=device),
+        )
+    for gradient, table in zip(got, some_tables, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(table))
+
+
+def test_ten_backward_runs_are_bit_equal_case_16(device, generator, monkeypatch):
+    limit_programs(monkeypatch, "embedding_backward", 3)
+    some_tables = tables(48, torch.float16, generator, device)
+    some_ids = ids(150, generator, device)
+    dout = upstream(150, 48, torch.float16, generator, device)
+
+    def run(*leaves):
+        return embedding(*some_ids, *leaves, eps=1e-5)
+
+    with backend.use_backend("triton"):
+        first, *others = (gradients(run, some_tables, dout) for _ in range(10))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_dropped_elements_get_no_gradient_case_17(device, generator):
+    """The bias's gradient adds exactly the upstream gradients of what was kept."""
+    some_tables = tables(104, torch.float32, generator, device)
+    seed = torch.tensor([77], device=device)
+    dout = upstream(1, 104, torch.float32, generator, device)
+    got = check_backward(ids(1, generator, device), some_tables, dout, dropout=0.3, seed=seed)
+    assert torch.equal(got["bias"] != 0, reference.hidden_keep_mask(seed, 1, 104, 0.3)[0])
+
+
+def test_autocast_case_27(device, generator):
+    """Tables are parameters, not states: autocast leaves them, and the result, in float32."""
+    some_tables = tables(48, torch.float32, generator, device)
+    some_ids = ids(5, generator, device)
+    dout = upstream(5, 48, torch.float32, generator, device)
+
+    def run(*leaves):
+        return embedding(*some_ids, *leaves, eps=1e-5)
+
+    with backend.use_backend("triton"):
+        plain = gradients(run, some_tables, dout)
+        with torch.autocast(device.type, torch.bfloat16):
+            ours = gradients(run, some_tables, dout)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_gradients_of_the_reference(generator):
+    some_ids = ids(4, generator, "cpu")
+    leaves = [table.requires_grad_() for table in tables(6, torch.float64, generator, "cpu")]
+    keep = reference.hidden_keep_mask(torch.tensor([3]), 4, 6, 0.3)
+
+    def run(*some_tables):
+        return reference.embedding(*some_ids, *some_tables, keep=keep, dropout=0.3, eps=1e-5)
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_a_step_compiles_to_one_graph(device, generator):
+    some_tables = tables(24, torch.float32, generator, device)
+    some_ids, seed = ids(3, generator, device), torch.tensor([8], device=device)
+    dout = upstream(3, 24, torch.float32, generator, device)
+
+    def run(*leaves):
+        return embedding(*some_ids, *leaves, dropout=0.1, seed=seed, eps=1e-5, padding_idx=0)
+
+    torch._dynamo.reset()
+    with backend.use_backend("triton"):
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        for ours, wanted in zip(gradients(compiled, some_tables, dout), gradients(run, some_tables, dout), strict=True):
+            torch.testing.assert_close(ours, wanted)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +381,8 @@ def test_triton_refuses_gradients(device, generator):
         ("eps", {"eps": -1.0}),
         ("dropout", {"dropout": -0.1}),
         ("seed", {"dropout": 0.1}),
+        ("padding_idx", {"padding_idx": 5}),
+        ("padding_idx", {"padding_idx": -1}),
     ],
 )
 def test_bad_input(argument, changes):
@@ -234,12 +418,23 @@ def test_compiles_to_one_graph(compiler, path, device, generator):
         torch.testing.assert_close(compiled(*some_ids), run(*some_ids))
 
 
-def test_opcheck(device, generator):
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_opcheck(needs_gradient, device, generator):
     input_ids, position_ids, token_type_ids = ids(3, generator, device)
-    some_tables = tables(24, torch.float32, generator, device)
+    some_tables = [table.requires_grad_(needs_gradient) for table in tables(24, torch.float32, generator, device)]
     seed = torch.tensor([8], device=device)
-    torch.library.opcheck(embedding_forward, (input_ids, position_ids, token_type_ids, *some_tables, 0.1, seed, 1e-5))
-    torch.library.opcheck(embedding_forward, (input_ids, position_ids, None, *some_tables, 0.0, None, 1e-5))
+    all_ids, without_types = (input_ids, position_ids, token_type_ids), (input_ids, position_ids, None)
+    torch.library.opcheck(embedding_forward, (*all_ids, *some_tables, 0.1, seed, 1e-5, 0))
+    torch.library.opcheck(embedding_forward, (*without_types, *some_tables, 0.0, None, 1e-5, None))
+
+
+def test_opcheck_of_the_backward(device, generator):
+    input_ids, position_ids, token_type_ids = ids(3, generator, device)
+    some_tables = tables(24, torch.float32, generator, device)[:4]
+    dout, seed = upstream(3, 24, torch.float32, generator, device), torch.tensor([8], device=device)
+    all_ids, without_types = (input_ids, position_ids, token_type_ids), (input_ids, position_ids, None)
+    torch.library.opcheck(embedding_backward, (dout, *all_ids, *some_tables, 0.1, seed, 1e-5, 0))
+    torch.library.opcheck(embedding_backward, (dout, *without_types, *some_tables, 0.0, None, 1e-5, None))
 
 
 def test_the_launcher_without_checks_takes_no_tokens(device, generator):

@@ -46,6 +46,34 @@ def test_bias_gelu(width, block, warps):
     assert choice == launch.BiasGeluForward(ROWS=4, BLOCK=block, num_warps=warps)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("choose", [launch.layer_norm_backward, launch.embedding_backward])
+def test_backward_of_whole_rows(choose, dtype, arch):
+    """1024 warps in all; one for a row of up to 512 columns, more where one would spill."""
+    for hidden in (1, 48, 384, 512, 768, 1024, 1025, 8192):
+        choice = choose(hidden, dtype, KNOWN[arch])
+        assert choice.PROGRAMS * choice.num_warps == 1024
+        crowded = dtype == torch.float32 or arch == "gfx1100"
+        if hidden <= (512 if crowded else 1024):
+            assert choice.num_warps == 1
+    assert choice.num_warps == (16 if arch == "gfx1100" else 8)
+    assert choose(768, torch.float32, KNOWN[arch]).num_warps == 2
+
+
+@pytest.mark.parametrize(("width", "programs"), [(3072, 341), (768, 1365), (300, 512), (1, 4096), (2**23, 1)])
+def test_backward_of_bias_gelu(width, programs):
+    forward = launch.bias_gelu_forward(width, torch.float16, KNOWN["sm_90"])
+    backward = launch.bias_gelu_backward(width, torch.float16, KNOWN["sm_90"])
+    assert backward == launch.BiasGeluBackward(forward.ROWS, forward.BLOCK, programs, forward.num_warps)
+
+
+@pytest.mark.parametrize(("hidden", "block"), [(1, 8), (48, 64), (768, 256), (8192, 256)])
+def test_backward_of_a_table(hidden, block):
+    choice = launch.embedding_backward_table(hidden, torch.float16, KNOWN["sm_90"])
+    assert choice == launch.EmbeddingBackwardTable(ROWS=4, BLOCK=block, num_warps=1)
+
+
 def test_what_the_kernels_do_not_serve():
     assert launch.row_wise_unserved(8192, torch.float16) is None
     assert "8193" in launch.row_wise_unserved(8193, torch.float16)

@@ -8,7 +8,18 @@ import triton.language as tl
 
 from fastbert import reference
 from fastbert.kernels import launch
-from fastbert.kernels.pieces import gelu_erf, gelu_erf_half, gelu_tanh, keep_mask, moments, normalise
+from fastbert.kernels.pieces import (
+    gelu_erf,
+    gelu_erf_gradient,
+    gelu_erf_half,
+    gelu_erf_half_gradient,
+    gelu_tanh,
+    gelu_tanh_gradient,
+    keep_mask,
+    moments,
+    normalise,
+    normalise_gradient,
+)
 from fastbert.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's: exp2 goes to infinity on purpose
@@ -24,6 +35,12 @@ def gelu_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, FORM: tl.constexpr):
         out = gelu_erf(z)
     elif FORM == "erf_half":
         out = gelu_erf_half(z)
+    elif FORM == "erf_gradient":
+        out = gelu_erf_gradient(z)
+    elif FORM == "erf_half_gradient":
+        out = gelu_erf_half_gradient(z)
+    elif FORM == "tanh_gradient":
+        out = gelu_tanh_gradient(z)
     else:
         out = gelu_tanh(z)
     tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty))  # [SIZE]
@@ -93,6 +110,41 @@ def test_gelu_in_float32_by_the_error_rule(form, approximate, device, generator)
         x = (torch.randn(4096, generator=generator) * scale).to(device)
         exact = reference.bias_gelu(x.double(), None, approximate=approximate)
         assert_close(gelu(x, form), reference.bias_gelu(x, None, approximate=approximate), exact, what=f"x{scale}")
+
+
+def derivative(z, approximate):
+    z = z.clone().requires_grad_()
+    return torch.autograd.grad(reference.bias_gelu(z, None, approximate=approximate).sum(), z)[0]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("form", "approximate"), [("erf_half_gradient", "none"), ("tanh_gradient", "tanh")])
+def test_gelu_gradient_of_every_half_value(dtype, form, approximate, device):
+    """In float32 within 6e-7 of the truth, and after rounding within a step of it."""
+    x = every(dtype, device)
+    x = torch.where(x.abs() < 1e4, x, 0)  # beyond, the reference's cube overflows on its way to 0 or 1
+    exact = derivative(x.double(), approximate)
+    assert (gelu(x, form, torch.float32).double() - exact).abs().max() < 6e-7
+    step = torch.finfo(dtype).eps * exact.abs()
+    assert ((gelu(x, form).double() - exact).abs() <= step + 6e-7).all()
+
+
+@pytest.mark.parametrize(("form", "approximate"), [("erf_gradient", "none"), ("tanh_gradient", "tanh")])
+def test_gelu_gradient_in_float32_by_the_error_rule(form, approximate, device, generator):
+    for scale in (0.1, 1.0, 10.0):
+        x = (torch.randn(4096, generator=generator) * scale).to(device)
+        exact = derivative(x.double(), approximate)
+        assert_close(gelu(x, form), derivative(x, approximate), exact, what=f"x{scale}")
+
+
+@pytest.mark.parametrize("form", ["erf_gradient", "erf_half_gradient", "tanh_gradient"])
+def test_gelu_gradient_far_out_is_0_or_1_and_keeps_nan(form, device):
+    x = torch.zeros(1024, device=device)
+    x[:5] = torch.tensor([torch.inf, -torch.inf, 1e30, -1e30, torch.nan])
+    out = gelu(x, form)
+    assert out[:4].tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert out[4].isnan()
+    assert out[5] == 0.5
 
 
 @triton.jit
@@ -212,3 +264,36 @@ def test_normalise(device, generator):
     normalise_kernel[(1,)](x, weight, bias, out, 1e-12, WIDTH=48, BLOCK=64)
     exact = reference.layer_norm(x.double(), weight.double(), bias.double(), eps=1e-12)
     assert_close(out, reference.layer_norm(x, weight, bias, eps=1e-12), exact)
+
+
+@triton.jit
+def normalise_gradient_kernel(
+    dout_ptr, normal_ptr, weight_ptr, rstd_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.arange(0, 2)
+    column = tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    at = row[:, None] * WIDTH + column[None, :]
+    dout = tl.load(dout_ptr + at, mask=mask[None, :], other=0.0)  # [2, BLOCK]
+    normal = tl.load(normal_ptr + at, mask=mask[None, :], other=7.0)  # [2, BLOCK]
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)  # [BLOCK]
+    out = normalise_gradient(dout, normal, weight, tl.load(rstd_ptr + row), WIDTH)
+    tl.store(out_ptr + at, out, mask=mask[None, :])  # [2, BLOCK]
+
+
+def test_normalise_gradient(device, generator):
+    """Columns beyond the width hold 7 in `normal`: whatever is there does not count."""
+    x, dout = torch.randn(2, 2, 48, generator=generator).to(device)
+    weight = torch.randn(48, generator=generator).to(device)
+    centred = x.double() - x.double().mean(1, keepdim=True)
+    rstd = (centred.square().mean(1) + 1e-5).rsqrt()
+    normal = (centred * rstd[:, None]).float()
+    out = torch.full_like(x, torch.nan)
+    normalise_gradient_kernel[(1,)](dout, normal, weight, rstd.float(), out, WIDTH=48, BLOCK=64)
+
+    def by_autograd(dtype):
+        leaf = x.to(dtype).requires_grad_()
+        normed = reference.layer_norm(leaf, weight.to(dtype), torch.zeros(48, dtype=dtype, device=device), eps=1e-5)
+        return torch.autograd.grad(normed, leaf, dout.to(dtype))[0]
+
+    assert_close(out, by_autograd(torch.float32), by_autograd(torch.float64))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.errors import ArgumentError
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -57,17 +57,6 @@ def check_dropout(dropout: float, seed: Tensor | None, x: Tensor) -> None:
                 f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}",
                 f"an int64 tensor of one element on {x.device}",
             )
-
-
-def refuse_gradients(op: str, *tensors: Tensor | None) -> None:
-    """Raise BackendError where autograd would expect a gradient of the Triton path, which has no backward yet."""
-    if wants_gradient(*tensors):
-        raise BackendError(
-            op,
-            "inputs that require a gradient, on the Triton path",
-            "inputs that don't: its backward is not built yet",
-            'Run under torch.no_grad(), or under fastbert.use_backend("torch").',
-        )
 
 
 def cast_states(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:

@@ -61,11 +61,34 @@ def embedding(
     if padding_idx is not None and not 0 <= padding_idx < len(word):
         raise ArgumentError("padding_idx", padding_idx, f"None, or an entry of word, from 0 to {len(word) - 1}")
     if backend.uses_triton("embedding", word, launch.row_wise_unserved(word.shape[1], word.dtype)):
-        run = embedding_forward
-    else:
-        run = _embedding_torch
-    tables = (word, position, token_type, weight, bias)
-    return run(input_ids, position_ids, token_type_ids, *tables, dropout, seed, eps, padding_idx)
+        return embedding_forward(
+            input_ids,
+            position_ids,
+            token_type_ids,
+            word,
+            position,
+            token_type,
+            weight,
+            bias,
+            dropout,
+            seed,
+            eps,
+            padding_idx,
+        )
+    return _embedding_torch(
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word,
+        position,
+        token_type,
+        weight,
+        bias,
+        dropout,
+        seed,
+        eps,
+        padding_idx,
+    )
 
 
 def _check_tables(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> None:
