@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastbert.checkpoints.load import load
 from fastbert.errors import ArgumentError
 from fastbert.models import BertModel
+from fastbert.ops.linear import hold_weights
 from fastbert.packing import Packing
 from fastbert.pooling import pool
 from fastbert.reference import Pooling
@@ -141,7 +142,7 @@ class TextEncoder:
         groups = batches(lengths, BATCH_TOKENS if batch_tokens is None else batch_tokens)
         device = next(self.model.parameters()).device
         embeddings = torch.empty(len(lengths), config.hidden_size, dtype=torch.float32, device=device)
-        with torch.inference_mode():
+        with torch.inference_mode(), hold_weights():
             for rows in _shown(groups) if progress and len(groups) > LONG_WORK else groups:
                 ids, types = tokens.packed(rows)
                 packing = Packing.from_lengths(lengths[rows].tolist(), device=device)
