@@ -18,6 +18,7 @@ from fastbert.checkpoints.load import WithHead, load
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
 from fastbert.models import BertModel
+from fastbert.ops.linear import hold_weights
 from fastbert.packing import Packing
 from fastbert.pooling import pool
 from fastbert.reference import Pooling
@@ -416,7 +417,7 @@ def _outputs(
     for rows in _shown(groups, description) if long else groups:
         ids, types = tokens.packed(rows)
         packing = Packing.from_lengths(lengths[rows].tolist(), device=device)
-        with torch.inference_mode():
+        with torch.inference_mode(), hold_weights():
             out = model(ids.to(device), token_type_ids=None if types is None else types.to(device), packing=packing)
         yield rows, packing, out
 

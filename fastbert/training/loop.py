@@ -178,10 +178,7 @@ def learning_rate(settings: Settings, step: int, steps: int) -> float:
 
 def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """The optimizer: AdamW over `decay_groups`."""
-    # Not fused on a CPU: the fused form changes weights without counting it in their `_version`, by which `ops.linear`
-    # knows that the copy it laid out for inference is out of date; validation would go on with the old weights.
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.lr, fused=fused)
+    return torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
