@@ -140,9 +140,10 @@ class TextEncoder:
         device = next(self.model.parameters()).device
         shape = (len(tokens.lengths), self.model.config.hidden_size)
         embeddings = torch.empty(shape, dtype=torch.float32, device=device)
-        for rows, packing, out in _outputs(self.model, tokens, batch_tokens, "encoding" if progress else None):
-            pooled = pool(out.last_hidden_state, packing, pooling)
-            embeddings[rows] = F.normalize(pooled) if normalize else pooled
+        with hold_weights():
+            for rows, packing, out in _outputs(self.model, tokens, batch_tokens, "encoding" if progress else None):
+                pooled = pool(out.last_hidden_state, packing, pooling)
+                embeddings[rows] = F.normalize(pooled) if normalize else pooled
         return embeddings.cpu().numpy()
 
 
@@ -236,8 +237,9 @@ class TextClassifier:
             )
         labels = self.model.head_config.labels
         probabilities = torch.empty(len(tokens.lengths), len(labels))
-        for rows, _, out in _outputs(self.model, tokens, batch_tokens, "classifying" if progress else None):
-            probabilities[rows] = out.logits.float().softmax(1).cpu()
+        with hold_weights():
+            for rows, _, out in _outputs(self.model, tokens, batch_tokens, "classifying" if progress else None):
+                probabilities[rows] = out.logits.float().softmax(1).cpu()
         found: list[Classification] = []
         for row in probabilities.tolist():
             ranked = sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])
@@ -342,10 +344,11 @@ class TextTagger:
         encoded = self.tokenizer.encode_words(words, max_length)
         tags = np.zeros(sum(map(len, words)), np.int64)
         scores = np.zeros(len(tags), np.float32)
-        for rows, _, out in _outputs(self.model, encoded.tokens, batch_tokens, "tagging" if progress else None):
-            best, label = out.logits.float().softmax(1).cpu().max(1)
-            at = encoded.tokens.take(encoded.words, rows)
-            tags[at[at >= 0]], scores[at[at >= 0]] = label.numpy()[at >= 0], best.numpy()[at >= 0]
+        with hold_weights():
+            for rows, _, out in _outputs(self.model, encoded.tokens, batch_tokens, "tagging" if progress else None):
+                best, label = out.logits.float().softmax(1).cpu().max(1)
+                at = encoded.tokens.take(encoded.words, rows)
+                tags[at[at >= 0]], scores[at[at >= 0]] = label.numpy()[at >= 0], best.numpy()[at >= 0]
         labels = self.model.head_config.labels
         found: list[list[Entity]] = []
         first = 0
@@ -417,7 +420,7 @@ def _outputs(
     for rows in _shown(groups, description) if long else groups:
         ids, types = tokens.packed(rows)
         packing = Packing.from_lengths(lengths[rows].tolist(), device=device)
-        with torch.inference_mode(), hold_weights():
+        with torch.inference_mode():
             out = model(ids.to(device), token_type_ids=None if types is None else types.to(device), packing=packing)
         yield rows, packing, out
 

@@ -160,6 +160,7 @@ def layer_norm_backward_kernel(
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_X_BIAS: tl.constexpr,
+    SUM_X_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
     """See `layer_norm_backward`. dweight, dbias and dx_bias are the sums of each program, `[programs, HIDDEN]`."""
@@ -167,10 +168,11 @@ def layer_norm_backward_kernel(
     mask_column = column < HIDDEN
     acc_dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     acc_dbias = tl.zeros([ROWS, BLOCK], tl.float32)
-    if HAS_X_BIAS:
+    if SUM_X_BIAS:
         acc_dx_bias = tl.zeros([ROWS, BLOCK], tl.float32)
 
-    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    # What stays the same from row to row is cheaper to compute again than to keep: no loop-invariant code motion.
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, disable_licm=True):
         row = first + tl.arange(0, ROWS)
         mask_row = row < rows
         mask = mask_row[:, None] & mask_column[None, :]
@@ -184,12 +186,12 @@ def layer_norm_backward_kernel(
         if HAS_RESIDUAL:
             residual_ptrs = residual_ptr + row_offset * residual_stride_row + column[None, :]
             z += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-        dout_ptrs = dout_ptr + row_offset * dout_stride_row + column[None, :]
-        dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         mean = tl.load(mean_ptr + row, mask=mask_row, other=0.0)  # [ROWS]
         rstd = tl.load(rstd_ptr + row, mask=mask_row, other=0.0)  # [ROWS]; 0 makes a masked row's gradient 0
 
         normal = (z - mean[:, None]) * rstd[:, None]
+        dout_ptrs = dout_ptr + row_offset * dout_stride_row + column[None, :]
+        dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         acc_dweight = tl.fma(dout, normal, acc_dweight)
         acc_dbias += dout
         # Parameters are read again for each row, from the cache: the sums leave no registers to keep them in.
@@ -200,14 +202,14 @@ def layer_norm_backward_kernel(
             if HAS_RESIDUAL:
                 tl.store(dresidual_ptr + dx_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
             dx = tl.where(keep, dx * drop_scale, 0.0)
-        if HAS_X_BIAS:
+        if SUM_X_BIAS:
             acc_dx_bias += dx
         tl.store(dx_ptr + dx_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
 
     sums = tl.program_id(0) * HIDDEN + column
     tl.store(dweight_ptr + sums, tl.sum(acc_dweight, 0), mask=mask_column)  # [BLOCK]
     tl.store(dbias_ptr + sums, tl.sum(acc_dbias, 0), mask=mask_column)  # [BLOCK]
-    if HAS_X_BIAS:
+    if SUM_X_BIAS:
         tl.store(dx_bias_ptr + sums, tl.sum(acc_dx_bias, 0), mask=mask_column)  # [BLOCK]
 
 
@@ -242,7 +244,10 @@ def layer_norm_backward(
     dresidual = torch.empty_like(dx) if residual is not None and dropout > 0.0 else dx.new_empty(0)
     choice = launch.layer_norm_backward(hidden, x.dtype, target.of(x.device))
     programs = min(choice.PROGRAMS, triton.cdiv(rows, choice.ROWS))
-    sums = torch.empty((3 if x_bias is not None else 2, programs, hidden), dtype=torch.float32, device=x.device)
+    # float32 rows this wide leave no registers for a third sum: torch adds up their dx, which nothing has rounded.
+    too_wide = x.dtype == torch.float32 and hidden > 4096
+    sum_x_bias = x_bias is not None and not too_wide
+    sums = torch.empty((3 if sum_x_bias else 2, programs, hidden), dtype=torch.float32, device=x.device)
     if rows > 0:
         with target.guard(x):
             layer_norm_backward_kernel[(programs,)](
@@ -258,7 +263,7 @@ def layer_norm_backward(
                 dx,
                 sums[0],
                 sums[1],
-                None if x_bias is None else sums[2],
+                sums[2] if sum_x_bias else None,
                 dout.stride(0),
                 x.stride(0),
                 0 if residual is None else residual.stride(0),
@@ -271,7 +276,11 @@ def layer_norm_backward(
                 BLOCK=launch.row_block(hidden),
                 HAS_RESIDUAL=residual is not None,
                 HAS_X_BIAS=x_bias is not None,
+                SUM_X_BIAS=sum_x_bias,
                 HAS_DROPOUT=dropout > 0.0,
                 num_warps=choice.num_warps,
             )
-    return dx, dresidual, sums.sum(1)
+    dparameters = sums.sum(1)
+    if x_bias is not None and too_wide:
+        dparameters = torch.cat([dparameters, dx.sum(0, keepdim=True)])
+    return dx, dresidual, dparameters

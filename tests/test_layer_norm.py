@@ -353,6 +353,7 @@ def test_autocast_case_27(dtype, path, device, generator):
     run = cast(partial(linear_layer_norm, eps=1e-5))
     with backend.use_backend(path):
         assert run(*leaves).dtype == dtype
+        assert run(leaves[0].to(dtype), *leaves[1:]).dtype == dtype  # half rows beside a float32 residual
         ours = gradients(run, leaves, dout)
     rough = gradients(cast(plain), leaves, dout)
     wanted = gradients(exact, [leaf.double() for leaf in leaves], dout.double())
