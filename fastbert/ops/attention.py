@@ -48,8 +48,8 @@ def attention(
         ArgumentError: a shape, dtype, device or value is wrong.
         BackendError: the Triton path was forced and can't serve this call.
     """
-    (qkv,) = cast_states(qkv)
     _check(qkv, packing, scale, bias, window, dropout, seed)
+    (qkv,) = cast_states(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     unserved = launch.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device))
     if backend.uses_triton("attention", qkv, unserved):
