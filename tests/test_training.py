@@ -364,7 +364,7 @@ def command(given: Settings, *more: str) -> subprocess.Popen[bytes]:
         "--max-length", str(given.max_length), "--checkpoint-every", str(given.checkpoint_every),
         "--accumulate", str(given.accumulate), *more,
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "fastbert", "train", given.task, *options],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment,
