@@ -163,18 +163,30 @@ def keep_mask(
     return ((word >> (lane % 2 * 16)) & 0xFFFF) >= drop_threshold(dropout)
 
 
+def keep_groups(
+    seed: Tensor, row: Tensor, group: Tensor, dropout: float, *, head: Tensor | int = 0, sequence: Tensor | int = 0
+) -> Tensor:
+    """`keep_mask` of the columns `8 * group` to `8 * group + 7`, which share a draw: bool, `[8]` more at the end."""
+    words = _philox(seed.view(()), row, group, torch.as_tensor(head), torch.as_tensor(sequence))
+    draws = torch.stack(torch.broadcast_tensors(*words), -1).to(torch.int32).view(torch.int16)
+    shifted = draws.bitwise_xor_(-(2**15))  # torch compares no unsigned integers; this keeps their order
+    return shifted >= drop_threshold(dropout) - 2**15
+
+
 def hidden_keep_mask(seed: Tensor, rows: int, hidden: int, dropout: float) -> Tensor:
     """bool `[rows, hidden]`: the elements that dropout keeps of a hidden state."""
     row = torch.arange(rows, device=seed.device)[:, None]
-    return keep_mask(seed, row, torch.arange(hidden, device=seed.device), dropout)
+    group = torch.arange(-(-hidden // 8), device=seed.device)
+    return keep_groups(seed, row, group, dropout).flatten(1)[:, :hidden]
 
 
 def attention_keep_mask(seed: Tensor, batch: int, heads: int, seqlen: int, dropout: float) -> Tensor:
     """bool `[batch, heads, seqlen, seqlen]`: the attention weights that dropout keeps."""
-    position = torch.arange(seqlen, device=seed.device)
+    position = torch.arange(seqlen, device=seed.device)[:, None]
+    group = torch.arange(-(-seqlen // 8), device=seed.device)
     sequence = torch.arange(batch, device=seed.device)[:, None, None, None]
     head = torch.arange(heads, device=seed.device)[:, None, None]
-    return keep_mask(seed, position[:, None], position, dropout, head=head, sequence=sequence)
+    return keep_groups(seed, position, group, dropout, head=head, sequence=sequence).flatten(-2)[..., :seqlen]
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

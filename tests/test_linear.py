@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert.errors import ArgumentError
-from fastbert.ops.linear import hold_weights, linear, packed
+from fastbert.ops.linear import hold_weights, linear, packed, transposed
 from fastbert.testing import assert_close
 
 
@@ -24,15 +24,21 @@ def test_linear(has_bias, held, dtype, generator):
         assert_close(linear(x, weight, bias), plain, exact)
 
 
-def test_weights_are_laid_out_once_inside_the_block_and_never_outside():
-    weight = torch.nn.Parameter(torch.randn(32, 64))
-    assert packed(weight) is weight
+@pytest.mark.parametrize(
+    ("layout", "bare", "dtype"),
+    [(packed, lambda weight: weight, torch.bfloat16), (transposed, torch.Tensor.t, torch.float32)],
+    ids=["packed", "transposed"],
+)
+def test_weights_are_laid_out_once_inside_the_block_and_never_outside(layout, bare, dtype):
+    weight = torch.nn.Parameter(torch.randn(32, 64).to(dtype))
+    assert layout(weight).data_ptr() == weight.data_ptr()
     with torch.no_grad(), hold_weights():
-        assert packed(weight) is packed(weight)
-        assert packed(weight) is not weight
+        held = layout(weight)
+        assert held is layout(weight)
+        assert held.layout != weight.layout or held.stride() != bare(weight).stride()
         with hold_weights():
-            assert packed(weight) is not weight
-    assert packed(weight) is weight
+            assert layout(weight) is not held
+    assert layout(weight).data_ptr() == weight.data_ptr()
 
 
 @pytest.mark.parametrize("change", ["data", "fused optimizer"])

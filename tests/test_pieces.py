@@ -221,6 +221,19 @@ def test_keep_mask_has_the_bits_of_the_reference(
     assert torch.equal(keep, expected.to(torch.int8))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 2**-16, 0.1, 0.5, 0.99999])
+@pytest.mark.parametrize("width", [1, 7, 8, 29])
+def test_masks_of_whole_rows_have_the_bits_of_keep_mask(width, dropout):
+    seed = torch.tensor([-(2**62) + 12345])
+    row, column = torch.arange(5)[:, None], torch.arange(width)
+    assert torch.equal(
+        reference.hidden_keep_mask(seed, 5, width, dropout), reference.keep_mask(seed, row, column, dropout)
+    )
+    sequence, head, place = torch.arange(3)[:, None], torch.arange(2)[:, None, None], torch.arange(width)[:, None]
+    expected = reference.keep_mask(seed, place, column, dropout, head=head, sequence=sequence[..., None, None])
+    assert torch.equal(reference.attention_keep_mask(seed, 3, 2, width, dropout), expected)
+
+
 def test_keep_mask_does_not_depend_on_the_tile(device):
     seed = torch.tensor([42], device=device)
     whole = drawn(seed, 0, 0, 2, 3, 0.4, 32, 64)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
@@ -99,7 +100,9 @@ def _attention_torch(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    if bias is None and window is None and dropout == 0.0 and not torch.compiler.is_compiling():
+    if bias is None and window is None and not torch.compiler.is_compiling():
+        if dropout > 0.0 and seed is not None:
+            return _DroppedAttention.apply(qkv, packing, scale, dropout, seed)  # type: ignore[no-untyped-call]
         attend = _attention_exact if wants_gradient(qkv) else _attention_in_lanes
         return attend(qkv, packing, scale)
     keep = None
@@ -113,16 +116,90 @@ def _attention_torch(
 def _attention_exact(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
     """SDPA on each run of neighbours of one length: no padding, no gather, and few calls on a length-sorted batch."""
     rows, _, heads, head_dim = qkv.shape
+    slack = rows - packing.tokens
+    *parts, _ = qkv.split([count * length for count, length in packing.runs] + [slack])
     pieces = []
-    begin = 0
-    for count, length in packing.runs:
-        end = begin + count * length
-        query, key, value = qkv[begin:end].view(count, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    for part, (count, length) in zip(parts, packing.runs, strict=True):
+        query, key, value = part.view(count, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value, scale=scale)
         pieces.append(out.transpose(1, 2).flatten(0, 1))
-        begin = end
-    pieces.append(qkv.new_zeros(rows - begin, heads, head_dim))
+    pieces.append(qkv.new_zeros(slack, heads, head_dim))
     return torch.cat(pieces)
+
+
+class _DroppedAttention(torch.autograd.Function):
+    """Attention with dropout on each run of neighbours of one length.
+
+    Of the weights, `[heads, seqlen]` for a token, only which are kept is saved; the backward makes them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, packing: Packing, scale: float, dropout: float, seed: Tensor) -> Tensor:
+        kept = _kept(packing, qkv.shape[2], dropout, seed)
+        ctx.save_for_backward(qkv, *kept)
+        ctx.options = packing, scale, dropout
+        out = torch.zeros_like(qkv[:, 0], memory_format=torch.contiguous_format)
+        runs = zip(_runs(qkv, packing), _runs(out, packing), kept, strict=True)
+        for run, run_out, keep in runs:
+            query, key, value = _exact(run)
+            weights = (query * scale @ key.transpose(-1, -2)).softmax(-1)
+            run_out.copy_((weights.mul_(keep) @ value).mul_(launch.drop_scale(dropout)).transpose(1, 2))
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, *kept = ctx.saved_tensors
+        packing, scale, dropout = ctx.options
+        dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+        runs = zip(_runs(qkv, packing), _runs(dqkv, packing), _runs(dout, packing), kept, strict=True)
+        for run, run_dqkv, run_dout, keep in runs:
+            query, key, value = _exact(run)
+            dcontext = run_dout.to(query.dtype).transpose(1, 2) * launch.drop_scale(dropout)
+            weights = (query * scale @ key.transpose(-1, -2)).softmax(-1)
+            dropped = weights * keep
+            dweights = dcontext @ value.transpose(-1, -2)
+            # softmax's gradient, w * (dw - sum(dw * w)), where dw is 0 at a dropped weight
+            total = (dweights * dropped).sum(-1, keepdim=True)
+            dscores = dweights.mul_(keep).sub_(total).mul_(weights).mul_(scale)
+            dquery, dkey, dvalue = (
+                dscores @ key,
+                dscores.transpose(-1, -2) @ query,
+                dropped.transpose(-1, -2) @ dcontext,
+            )
+            for part, gradient in zip(run_dqkv.unbind(2), (dquery, dkey, dvalue), strict=True):
+                part.copy_(gradient.transpose(1, 2))
+        return dqkv, None, None, None, None
+
+
+def _runs(x: Tensor, packing: Packing) -> list[Tensor]:
+    """`[rows, ...]` -> a view `[count, length, ...]` for each run of `packing`."""
+    sizes = [count * length for count, length in packing.runs]
+    parts = x[: packing.tokens].split(sizes) if sizes else ()
+    return [part.unflatten(0, run) for part, run in zip(parts, packing.runs, strict=True)]
+
+
+def _exact(run: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value `[count, heads, length, head_dim]`, at least float32, of `[count, length, 3, ...]`."""
+    return run.to(torch.promote_types(run.dtype, torch.float32)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _kept(packing: Packing, heads: int, dropout: float, seed: Tensor) -> list[Tensor]:
+    """The weights that dropout keeps of each run, bool `[count, heads, length, length]`, by one draw for the batch."""
+    lengths, device = packing.lengths, seed.device
+    sequence = torch.arange(packing.batch, device=device).repeat_interleave(lengths)
+    position = torch.arange(packing.tokens, device=device) - packing.cu_seqlens[:-1][sequence]
+    groups = (lengths[sequence] + 7) // 8
+    token = torch.arange(packing.tokens, device=device).repeat_interleave(groups)
+    group = torch.arange(len(token), device=device) - (groups.cumsum(0) - groups)[token]
+    head = torch.arange(heads, device=device)[:, None]
+    drawn = reference.keep_groups(seed, position[token], group, dropout, head=head, sequence=sequence[token])
+    shapes = [(count, length, -(-length // 8)) for count, length in packing.runs]
+    parts = drawn.split([math.prod(shape) for shape in shapes], 1) if shapes else ()
+    return [
+        part.view(heads, *shape, 8).flatten(-2)[..., : shape[1]].transpose(0, 1)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
 # torch's SDPA on a CPU takes the exponentials of the columns beyond the last full vector one by one, which at BERT's

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.ops.common import cast_states, check_linear, check_parameter, check_rows, onednn_fuses
-from fastbert.ops.linear import packed
+from fastbert.ops.common import cast_states, check_linear, check_parameter, check_rows, onednn_fuses, runs_bare
+from fastbert.ops.linear import linear, packed
 from fastbert.reference import Approximate
 
 
@@ -47,7 +47,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: Approximate = "none") -> Tensor:
     """GELU(x @ weight^T + bias): the first half of the feed-forward.
 
-    On a GPU bias and GELU are one kernel after the GEMM; on the CPU, without gradient, oneDNN applies both inside it.
+    On a GPU bias and GELU are one kernel after the GEMM; on the CPU, without gradient, oneDNN applies both inside it in
+    bfloat16, and GELU overwrites the product in float32.
 
     Args:
         x: floating `[rows, in]`.
@@ -66,7 +67,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
         return bias_gelu(F.linear(x, weight), bias, approximate=approximate)
     if onednn_fuses(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "gelu", [], approximate)
-    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+    product = linear(x, weight, bias)
+    if runs_bare(x, weight, bias):
+        return torch.ops.aten.gelu_(product, approximate=approximate)
+    return F.gelu(product, approximate=approximate)
 
 
 def _check_approximate(approximate: str) -> None:

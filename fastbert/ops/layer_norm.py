@@ -19,9 +19,10 @@ from fastbert.ops.common import (
     check_residual,
     check_rows,
     onednn_fuses,
+    runs_bare,
     wants_gradient,
 )
-from fastbert.ops.linear import packed
+from fastbert.ops.linear import packed, transposed
 
 
 def layer_norm(
@@ -82,7 +83,7 @@ def linear_layer_norm(
     """LN(residual + dropout(x @ weight^T + x_bias)): the end of each half of an encoder layer.
 
     On a GPU bias, dropout, residual and LayerNorm are one kernel after the GEMM; on the CPU, without gradient and
-    dropout, oneDNN adds bias and residual inside the GEMM.
+    dropout, the GEMM adds to bias and residual.
 
     Args:
         x: floating `[rows, in]`.
@@ -106,8 +107,12 @@ def linear_layer_norm(
         return layer_norm(
             product, norm_weight, norm_bias, residual=residual, x_bias=x_bias, dropout=dropout, seed=seed, eps=eps
         )
-    if dropout == 0.0 and onednn_fuses(x, weight, x_bias, residual, norm_weight, norm_bias):
+    tensors = (x, weight, x_bias, residual, norm_weight, norm_bias)
+    if dropout == 0.0 and onednn_fuses(*tensors):
         total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed(weight), x_bias, "add")
+        return layer_norm(total, norm_weight, norm_bias, eps=eps)
+    if dropout == 0.0 and x.dtype == torch.float32 and x_bias is not None and runs_bare(*tensors):
+        total = (residual + x_bias).addmm_(x, transposed(weight))
         return layer_norm(total, norm_weight, norm_bias, eps=eps)
     product = F.linear(x, weight, x_bias)
     return layer_norm(product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps)

@@ -1,4 +1,4 @@
-"""linear: a matrix product, and weights laid out once for oneDNN while a long piece of work holds them still."""
+"""linear: a matrix product, and weights laid out once for it while a long piece of work holds them still."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastbert.ops.common import check_linear, onednn_fuses
+from fastbert.ops.common import check_linear, onednn_fuses, runs_bare
 
-# weight -> its copy in oneDNN's layout, inside `hold_weights` of this thread. There is no cache beyond such a block,
-# because nothing tells for sure that a weight was changed: `.data` and fused optimizers leave its version as it was.
+# weight -> its copy in the layout its product likes best, inside `hold_weights` of this thread. There is no cache past
+# such a block, because nothing tells for sure that a weight was changed: `.data` and fused optimizers leave its version
+# as it was.
 _held: ContextVar[MutableMapping[Tensor, Tensor] | None] = ContextVar("held", default=None)
 
 
 @contextmanager
 def hold_weights() -> Iterator[None]:
-    """Inside the block each weight is laid out for oneDNN when it is first used, and not again.
+    """Inside the block each weight is laid out for its CPU product when it is first used, and not again.
 
     Worth it for many batches on a CPU. No weight may be changed inside; it costs their memory once more.
     """
@@ -32,12 +33,22 @@ def hold_weights() -> Iterator[None]:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """`weight` for oneDNN's products: the copy laid out for them inside `hold_weights`, else as it is."""
+    """bfloat16 `weight` for oneDNN's products: the copy laid out for them inside `hold_weights`, else as it is."""
     held = _held.get()
     if held is None:
         return weight
     if weight not in held:
         held[weight] = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return held[weight]
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """`weight^T`, `[in, out]`: a copy in that order inside `hold_weights`, which BLAS reads faster; else a view."""
+    held = _held.get()
+    if held is None:
+        return weight.t()
+    if weight not in held:
+        held[weight] = weight.detach().t().contiguous()
     return held[weight]
 
 
@@ -48,6 +59,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ArgumentError: a shape, dtype or device is wrong.
     """
     check_linear(x, weight, bias)
-    if onednn_fuses(x, weight, bias) and packed(weight) is not weight:
+    if onednn_fuses(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "none", [], "")
+    if x.dtype == torch.float32 and bias is not None and runs_bare(x, weight, bias):
+        return torch.addmm(bias, x, transposed(weight))
     return F.linear(x, weight, bias)
