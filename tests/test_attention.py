@@ -292,6 +292,18 @@ def test_reference_gradients_against_finite_differences(generator):
     assert torch.autograd.gradcheck(run, (qkv, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_on_the_torch_path_with_slack_and_empty_sequences(dtype, generator):
+    packing = Packing.from_lengths([9, 0, 9, 1, 23])
+    qkv = random_qkv(48, 2, 16, dtype, generator)
+    qkv[packing.tokens :] = math.nan
+    options = {"dropout": 0.3, "seed": torch.tensor([11])}
+    torch.full((48, 2, 16), math.nan, dtype=dtype)  # freed at once: memory that is not filled shows NaN
+    out = check("torch", qkv, packing, **options)
+    assert (out[packing.tokens :] == 0).all()
+    check_gradients("torch", qkv, packing, generator, **options)
+
+
 def test_random_ragged_batches(generator):
     for _ in range(5):
         packing = Packing.from_lengths(random_lengths(6, 90, generator))

@@ -147,7 +147,7 @@ class _DroppedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, *kept = ctx.saved_tensors
         packing, scale, dropout = ctx.options
