@@ -23,10 +23,12 @@ import torch
 from torch import nn
 
 from fastbert.assets import fetch
+from fastbert.backend import first_device
+from fastbert.ops.cross_entropy import IGNORED
 from fastbert.training import Settings, train
 from fastbert.training.data import Sampler, read_records
 from fastbert.training.loop import adamw, learning_rate
-from fastbert.training.objectives import IGNORED, OBJECTIVES, Batch
+from fastbert.training.objectives import OBJECTIVES, Batch
 
 HELD_OUT = 1000
 SPLIT_SEED = 2018  # the split is the same for every seed of the training
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--limit", type=int, help="train on so many examples only: for a quick try")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = first_device()
     chosen: dict[str, Any] = dict(TASKS[options.task])
     chosen |= {name: given for name in ("lr", "batch_tokens") if (given := getattr(options, name)) is not None}
     with tempfile.TemporaryDirectory() as temporary:

@@ -49,6 +49,11 @@ def use_backend(path: Path) -> Iterator[None]:
         _forced = before
 
 
+def first_device() -> torch.device:
+    """Where to compute if nobody says: the first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def decide(device: torch.device) -> Decision:
     """The path for tensors on `device`, were the call one that the kernels serve."""
     if _forced == "torch":

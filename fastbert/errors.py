@@ -35,3 +35,7 @@ class BackendError(FastbertError, RuntimeError):
 
 class CheckpointError(FastbertError, ValueError):
     """A checkpoint folder or file is missing, damaged or not understood."""
+
+
+class UntrainedWarning(UserWarning):
+    """A part of a model was not in its checkpoint and begins untrained."""

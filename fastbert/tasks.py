@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastbert.backend import first_device
 from fastbert.checkpoints.load import WithHead, load
-from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
 from fastbert.models import BertModel
 from fastbert.ops.linear import hold_weights
@@ -102,7 +103,7 @@ class TextEncoder:
             ArgumentError: `dtype` is neither.
             CheckpointError: the folder is not a checkpoint fastbert reads.
         """
-        model = load(folder, dtype=_dtype(dtype), device=device or _first_device())
+        model = load(folder, dtype=_dtype(dtype), device=device or first_device())
         return cls(model, Tokenizer.from_folder(folder))
 
     @property
@@ -385,19 +386,15 @@ def _dtype(name: DTypeName) -> torch.dtype:
     return DTYPES[name]
 
 
-def _first_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _with_trained_head(
     kind: type[WithHead], folder: str | os.PathLike[str], dtype: DTypeName, device: torch.device | str | None
 ) -> WithHead:
     """As `load`, but a head that would begin untrained is an error: its answers would mean nothing."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".* has no trained", category=UserWarning)
-            return load(folder, kind, dtype=_dtype(dtype), device=device or _first_device())
-    except UserWarning as warning:
+            warnings.simplefilter("error", UntrainedWarning)
+            return load(folder, kind, dtype=_dtype(dtype), device=device or first_device())
+    except UntrainedWarning as warning:
         raise CheckpointError(
             str(folder), f"no trained {kind.__name__}", "a checkpoint with its head", "Train one: fastbert train --help"
         ) from warning

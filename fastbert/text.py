@@ -284,9 +284,14 @@ def batches(lengths: Sequence[int] | npt.NDArray[np.int64], batch_tokens: int) -
     if batch_tokens < 1:
         raise ArgumentError("batch_tokens", batch_tokens, "a positive number of tokens")
     lengths = np.asarray(lengths, dtype=np.int64)
+    return cut(np.argsort(-lengths, kind="stable").tolist(), lengths, batch_tokens)
+
+
+def cut(rows: list[int], lengths: npt.NDArray[np.int64], batch_tokens: int) -> list[list[int]]:
+    """`rows` in their order, cut where a batch would exceed `batch_tokens`; a longer text is a batch of its own."""
     groups: list[list[int]] = []
     room = 0
-    for row in np.argsort(-lengths, kind="stable").tolist():
+    for row in rows:
         length = int(lengths[row])
         if not groups or length > room:
             groups.append([])

@@ -17,7 +17,7 @@ from fastbert.checkpoints.architectures import FAMILIES, Dialect, recognise, spl
 from fastbert.checkpoints.mapping import head_rules, to_ours, to_theirs
 from fastbert.config import HeadConfig
 from fastbert.encoder import initialise
-from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
 from fastbert.heads import HeadModel
 from fastbert.models import BertModel
 
@@ -131,7 +131,8 @@ def load(
         module.to(device, next(iter(ours.values())).dtype)
     if fresh:
         names = ", ".join(part.removeprefix("bert.") for part in fresh)
-        warnings.warn(f"{folder} has no trained {names} for {kind.__name__}: train the model before use", stacklevel=2)
+        message = f"{folder} has no trained {names} for {kind.__name__}: train the model before use"
+        warnings.warn(message, UntrainedWarning, stacklevel=2)
 
     tied = {
         key: to

@@ -115,15 +115,12 @@ def _attention_torch(
 
 def _attention_exact(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
     """SDPA on each run of neighbours of one length: no padding, no gather, and few calls on a length-sorted batch."""
-    rows, _, heads, head_dim = qkv.shape
-    slack = rows - packing.tokens
-    *parts, _ = qkv.split([count * length for count, length in packing.runs] + [slack])
     pieces = []
-    for part, (count, length) in zip(parts, packing.runs, strict=True):
-        query, key, value = part.view(count, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    for run in _runs(qkv, packing):
+        query, key, value = run.permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value, scale=scale)
         pieces.append(out.transpose(1, 2).flatten(0, 1))
-    pieces.append(qkv.new_zeros(slack, heads, head_dim))
+    pieces.append(qkv.new_zeros(len(qkv) - packing.tokens, *qkv.shape[2:]))
     return torch.cat(pieces)
 
 
@@ -187,8 +184,8 @@ def _exact(run: Tensor) -> tuple[Tensor, ...]:
 def _kept(packing: Packing, heads: int, dropout: float, seed: Tensor) -> list[Tensor]:
     """The weights that dropout keeps of each run, bool `[count, heads, length, length]`, by one draw for the batch."""
     lengths, device = packing.lengths, seed.device
-    sequence = torch.arange(packing.batch, device=device).repeat_interleave(lengths)
-    position = torch.arange(packing.tokens, device=device) - packing.cu_seqlens[:-1][sequence]
+    width = max(packing.max_seqlen, 1)
+    sequence, position = packing.grid // width, packing.grid % width
     groups = (lengths[sequence] + 7) // 8
     token = torch.arange(packing.tokens, device=device).repeat_interleave(groups)
     group = torch.arange(len(token), device=device) - (groups.cumsum(0) - groups)[token]

@@ -60,22 +60,7 @@ def embedding(
     check_eps(eps)
     if padding_idx is not None and not 0 <= padding_idx < len(word):
         raise ArgumentError("padding_idx", padding_idx, f"None, or an entry of word, from 0 to {len(word) - 1}")
-    if backend.uses_triton("embedding", word, launch.row_wise_unserved(word.shape[1], word.dtype)):
-        return embedding_forward(
-            input_ids,
-            position_ids,
-            token_type_ids,
-            word,
-            position,
-            token_type,
-            weight,
-            bias,
-            dropout,
-            seed,
-            eps,
-            padding_idx,
-        )
-    return _embedding_torch(
+    arguments = (
         input_ids,
         position_ids,
         token_type_ids,
@@ -89,6 +74,9 @@ def embedding(
         eps,
         padding_idx,
     )
+    if backend.uses_triton("embedding", word, launch.row_wise_unserved(word.shape[1], word.dtype)):
+        return embedding_forward(*arguments)
+    return _embedding_torch(*arguments)
 
 
 def _check_tables(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> None:

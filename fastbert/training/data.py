@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbert.errors import ArgumentError
+from fastbert.text import cut
 from fastbert.training.metrics import split_tag
 
 WINDOW_BATCHES = 50  # lengths are sorted inside windows of this many batches: alike in a batch, random over an epoch
@@ -48,20 +49,7 @@ def read_tagged(path: Path) -> tuple[list[list[str]], list[list[str]]]:
         ArgumentError: the file is missing or not UTF-8, a line has no tag, a tag is not O, B-TYPE or I-TYPE, or there
             are not as many tags as tokens.
     """
-    if path.suffix not in (".json", ".jsonl"):
-        return _read_conll(path)
-    sentences: list[list[str]] = []
-    tags: list[list[str]] = []
-    for number, record in read_records(path):
-        for name, kept in (("tokens", sentences), ("tags", tags)):
-            strings = _field(path, number, record, name, list)
-            if not all(isinstance(string, str) for string in strings):
-                raise ArgumentError(f"{path}, line {number}", f"{name} {strings!r:.80}", "a list of strings")
-            kept.append(strings)
-        _check_tags(path, number, tags[-1])
-        if len(sentences[-1]) != len(tags[-1]):
-            got = f"{len(sentences[-1])} tokens and {len(tags[-1])} tags"
-            raise ArgumentError(f"{path}, line {number}", got, "as many tags as tokens")
+    sentences, tags = (_read_tagged_records if path.suffix in (".json", ".jsonl") else _read_conll)(path)
     return _some(path, [words for words in sentences if words]), [marks for marks in tags if marks]
 
 
@@ -148,21 +136,25 @@ class Sampler:
             part = order[start : start + window]
             part = part[np.argsort(self.lengths[part], kind="stable")]
             rows += (part if i % 2 == 0 else part[::-1]).tolist()
-        batches = self._cut(rows)
+        batches = cut(rows, self.lengths, self.batch_tokens)
         shuffled = [batches[i] for i in random.permutation(len(batches)).tolist()]
         return [shuffled[i : i + self.accumulate] for i in range(0, len(shuffled), self.accumulate)]
 
-    def _cut(self, rows: list[int]) -> list[list[int]]:
-        batches: list[list[int]] = []
-        room = 0
-        for row in rows:
-            length = int(self.lengths[row])
-            if not batches or length > room:
-                batches.append([])
-                room = self.batch_tokens
-            batches[-1].append(row)
-            room -= length
-        return batches
+
+def _read_tagged_records(path: Path) -> tuple[list[list[str]], list[list[str]]]:
+    sentences: list[list[str]] = []
+    tags: list[list[str]] = []
+    for number, record in read_records(path):
+        for name, kept in (("tokens", sentences), ("tags", tags)):
+            strings = _field(path, number, record, name, list)
+            if not all(isinstance(string, str) for string in strings):
+                raise ArgumentError(f"{path}, line {number}", f"{name} {strings!r:.80}", "a list of strings")
+            kept.append(strings)
+        _check_tags(path, number, tags[-1])
+        if len(sentences[-1]) != len(tags[-1]):
+            got = f"{len(sentences[-1])} tokens and {len(tags[-1])} tags"
+            raise ArgumentError(f"{path}, line {number}", got, "as many tags as tokens")
+    return sentences, tags
 
 
 def _read_conll(path: Path) -> tuple[list[list[str]], list[list[str]]]:
@@ -181,7 +173,7 @@ def _read_conll(path: Path) -> tuple[list[list[str]], list[list[str]]]:
         _check_tags(path, number, columns[-1:])
         sentences[-1].append(columns[0])
         tags[-1].append(columns[-1])
-    return _some(path, [words for words in sentences if words]), [marks for marks in tags if marks]
+    return sentences, tags
 
 
 def _check_tags(path: Path, number: int, tags: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert.backend import first_device
 from fastbert.checkpoints.files import replacing
 from fastbert.checkpoints.load import save
 from fastbert.errors import ArgumentError
@@ -150,7 +151,7 @@ def train(
         ArgumentError: a file or setting is wrong, the folder holds another run, or the loss is no longer finite.
         CheckpointError: the folder of the model is not a checkpoint fastbert reads.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or first_device())
     out = Path(settings.out)
     _check_out(out, resume)
     torch.manual_seed(settings.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 from fastbert.checkpoints import files
 from fastbert.checkpoints.load import load
 from fastbert.config import HeadConfig, ProblemType
-from fastbert.errors import ArgumentError
+from fastbert.errors import ArgumentError, UntrainedWarning
 from fastbert.heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, HeadModel
+from fastbert.ops.cross_entropy import IGNORED
 from fastbert.packing import Packing
 from fastbert.text import Tokenizer, Tokens, batches
 from fastbert.training import metrics
 from fastbert.training.data import read_classified, read_documents, read_tagged
 
 MAX_EXPONENT = 700.0  # exp of more is no float64
-IGNORED = -100  # a label that no loss counts, as in torch.nn.functional.cross_entropy
 
 MASKED_SHARE = 0.15  # Devlin et al. 2018: of the tokens, these are predicted;
 MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1  # of those, these are hidden or replaced, and the rest stay as they are
@@ -73,7 +74,7 @@ class Batch:
         return model(self.ids.to(device), token_type_ids=types, packing=self.packing, labels=labels)
 
 
-class Objective:
+class Objective(ABC):
     """A task: its examples, its batches, its metrics, its model. The base of the three."""
 
     score: str  # the metric that says which epoch is best
@@ -83,25 +84,25 @@ class Objective:
         self.folder, self.max_length, self.device = folder, max_length, device
         self.tokenizer = Tokenizer.from_folder(folder)
 
+    @abstractmethod
     def read_training(self, path: Path) -> Examples:
         """The examples to learn from; they decide the labels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_validation(self, path: Path) -> Examples:
         """The examples to measure by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model(self) -> HeadModel:
         """The model to train, float32, on the device; of its labels, once the training examples are read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
         """The batch of these rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
         """The metrics of a model that `run` runs, in eval mode."""
-        raise NotImplementedError
 
     def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
         """Whether metrics are better than others, or than none."""
@@ -114,7 +115,7 @@ class Objective:
 
     def _with_classifier(self, kind: type[HeadModel], problem: ProblemType | None) -> HeadModel:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* has no trained")  # that is why it is trained
+            warnings.simplefilter("ignore", UntrainedWarning)  # that is why it is trained
             head = HeadConfig(tuple(self.labels), problem)
             return load(self.folder, kind, head=head, dtype=torch.float32, device=self.device)
 
