@@ -228,6 +228,11 @@ class Tokenizer:
         """The ids of the tokens that no text is made of."""
         return [i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
 
+    def id_of_word(self, word: str) -> int | None:
+        """The id of a word that is one token once it is normalised as texts are; None where it is not."""
+        normalizer = self._tokenizer.normalizer
+        return self._tokenizer.token_to_id(word if normalizer is None else normalizer.normalize_str(word))
+
     @property
     def size(self) -> int:
         """Tokens in the vocabulary."""
