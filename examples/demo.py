@@ -24,6 +24,7 @@ from rich.table import Table
 
 import fastbert
 from fastbert.assets import fetch
+from fastbert.backend import first_device
 from fastbert.tasks import DTYPES
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
@@ -83,7 +84,7 @@ class Transformers:
         logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(first_device())
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """The token ids of each text."""

@@ -32,6 +32,8 @@ ENCODING_CHARACTERS = 10
 # A text longer than this many characters per token asked for is first tried by its beginning alone.
 HEAD_CHARACTERS_PER_TOKEN = 32
 
+BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _IDEOGRAPHS = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
 
@@ -361,8 +363,7 @@ def _word_piece(folder: Path) -> tokenizers.Tokenizer:
     except UnicodeDecodeError as error:
         raise CheckpointError(str(path), f"{error}", "one word a line, in UTF-8") from error
     vocabulary = {word.removesuffix("\r"): i for i, word in enumerate(words)}
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    for token in special[1:4]:
+    for token in BERT_SPECIAL_TOKENS[1:4]:
         if token not in vocabulary:
             raise CheckpointError(str(path), f"no {token}", "BERT's special tokens among the words")
     settings_path = folder / "tokenizer_config.json"
@@ -379,7 +380,9 @@ def _word_piece(folder: Path) -> tokenizers.Tokenizer:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special if token in vocabulary])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True) for token in BERT_SPECIAL_TOKENS if token in vocabulary]
+    )
     return tokenizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from fastbert.training.from_scratch import initialise_embedding, read_word_vectors, scratch
 from fastbert.training.loop import Settings, train
-from fastbert.training.scratch import initialise_embedding, read_word_vectors, scratch
 
 __all__ = ["Settings", "initialise_embedding", "read_word_vectors", "scratch", "train"]

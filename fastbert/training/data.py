@@ -107,8 +107,7 @@ class Sampler:
     Attributes:
         lengths: int64 `[examples]`, tokens of each.
         batch_tokens: most tokens of a batch.
-        accumulate: batches of a step. They hold about equal numbers of tokens, so more processes can share a step:
-            `step[rank::processes]`.
+        accumulate: batches of a step.
         seed: of the shuffles.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.heads import BertForPreTraining, HeadModel
 from fastbert.models import BertModel
-from fastbert.text import Tokenizer
+from fastbert.text import BERT_SPECIAL_TOKENS, Tokenizer
 
 
 def scratch(
@@ -51,7 +52,7 @@ def scratch(
         raise ArgumentError(
             "vocabulary", "two of one word, or a word with a line's end", "different words, a line each"
         )
-    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
+    for token in BERT_SPECIAL_TOKENS:
         if token not in words:
             raise ArgumentError("vocabulary", f"no {token}", "BERT's special tokens among the words")
     if config.vocab_size != len(words):
@@ -118,17 +119,10 @@ def read_word_vectors(path: str | os.PathLike[str], size: int) -> Iterator[tuple
                     line = raw.decode().removesuffix("\n").removesuffix("\r").rstrip(" ")
                 except UnicodeDecodeError as error:
                     raise ArgumentError(place, str(error), "text in UTF-8") from error
-                fields = line.split(" ")
-                if (
-                    number == 1
-                    and len(fields) == 2
-                    and all(f.isascii() and f.isdigit() and len(f) < 16 for f in fields)
-                ):
-                    promised = int(fields[0])
-                    if int(fields[1]) != size:
-                        raise ArgumentError(
-                            place, f"vectors of {fields[1]} numbers", f"{size}, the model's hidden_size"
-                        )
+                if number == 1 and (header := re.fullmatch("([0-9]{1,15}) ([0-9]{1,15})", line)):
+                    promised, width = map(int, header.groups())
+                    if width != size:
+                        raise ArgumentError(place, f"vectors of {width} numbers", f"{size}, the model's hidden_size")
                     continue
                 word, vector = _vector(place, line, size)
                 count += 1
@@ -148,10 +142,12 @@ def _vector(place: str, line: str, size: int) -> tuple[str, npt.NDArray[np.float
         raise ArgumentError(place, f"{line!r:.80}", expected)
     if " " in word and _is_number(word.rsplit(" ", 1)[1]):
         raise ArgumentError(place, f"more than {size} numbers", expected)
-    if not all(map(_is_number, numbers)):
-        raise ArgumentError(place, f"{line!r:.80}", expected)
+    try:
+        exact = np.array([float(text) for text in numbers])
+    except ValueError as error:
+        raise ArgumentError(place, f"{line!r:.80}", expected) from error
     with np.errstate(over="ignore"):
-        vector = np.array([float(text) for text in numbers]).astype(np.float32)
+        vector = exact.astype(np.float32)
     if not np.isfinite(vector).all():
         raise ArgumentError(place, f"{line!r:.80}", f"{expected}, finite in float32")
     return word, vector
