@@ -103,8 +103,11 @@ def encode(
 @app.command()
 def train(
     task: Annotated[
-        Literal["classify", "tag", "mlm"],
-        typer.Argument(metavar="TASK", help="classify texts, tag words, or mlm: predict masked tokens."),
+        Literal["classify", "tag", "mlm", "pretrain"],
+        typer.Argument(
+            metavar="TASK",
+            help="classify texts, tag words, mlm: predict masked tokens, pretrain: that and the next sentence.",
+        ),
     ],
     model: Annotated[Path, typer.Option(help="The Hugging Face checkpoint folder to start from.")],
     train: Annotated[Path, typer.Option(help="Examples to learn from; see docs/training.md for the formats.")],

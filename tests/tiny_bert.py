@@ -52,6 +52,18 @@ def opinions(path: Path, count: int, seed: int) -> Path:
     return path
 
 
+def stories(path: Path, count: int, seed: int) -> Path:
+    """Documents of one to seven sentences a line, an empty line between them; each document is full of one word."""
+    draw = random.Random(seed)
+    documents = []
+    for _ in range(count):
+        topic = draw.choice([*GOOD, *BAD, *PEOPLE])
+        sentences = [[*draw.choices([*PLAIN, topic, topic], k=draw.randrange(1, 9)), topic] for _ in range(7)]
+        documents.append("".join(" ".join(words) + "\n" for words in sentences[: draw.randrange(1, 8)]))
+    path.write_text("\n".join(documents))
+    return path
+
+
 def names(path: Path, count: int, seed: int) -> Path:
     """CoNLL columns of sentences with people, of one or two words of several pieces, and places."""
     draw = random.Random(seed)

@@ -19,6 +19,8 @@ from fastbert.text import cut
 from fastbert.training.metrics import split_tag
 
 WINDOW_BATCHES = 50  # lengths are sorted inside windows of this many batches: alike in a batch, random over an epoch
+RECORDS = (".csv", ".json", ".jsonl")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|[\r\n]+")
 CSV_FIELD_CHARACTERS = 2**31 - 1  # csv's own limit is 131072, and documents are longer
 
 
@@ -59,11 +61,33 @@ def read_documents(path: Path) -> list[str]:
     Raises:
         ArgumentError: the file is missing or not UTF-8, has no document, or a row lacks a text.
     """
-    if path.suffix in (".csv", ".json", ".jsonl"):
+    if path.suffix in RECORDS:
         documents = [_field(path, number, record, "text", str) for number, record in read_records(path)]
     else:
         documents = _lines(path)
     return _some(path, [document for document in documents if document.strip()])
+
+
+def read_sentences(path: Path) -> list[list[str]]:
+    """Documents as lists of sentences. Empty ones are left out.
+
+    Of a .csv (column text) or JSON lines (key text), a document a row, cut at the ends of lines and after `.`, `!` and
+    `?` before a space; of any other ending, a sentence a line, and an empty line between documents.
+
+    Raises:
+        ArgumentError: the file is missing or not UTF-8, has no sentence, or a row lacks a text.
+    """
+    if path.suffix in RECORDS:
+        documents = [SENTENCE_END.split(document) for document in read_documents(path)]
+    else:
+        documents = [[]]
+        for line in _lines(path):
+            if line.strip():
+                documents[-1].append(line)
+            else:
+                documents.append([])
+    sentences = [[sentence for sentence in document if sentence.strip()] for document in documents]
+    return _some(path, [document for document in sentences if document])
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

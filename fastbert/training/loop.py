@@ -38,14 +38,14 @@ class Settings:
     """Everything that decides a training run.
 
     Attributes:
-        task: "classify", "tag" or "mlm".
+        task: "classify", "tag", "mlm" or "pretrain".
         model: the checkpoint folder to start from.
         train, valid: files of examples; see `training.data` for their formats. Without `valid` nothing is measured.
         out: the folder to write; see `train`.
         epochs: how often each example is seen.
         lr: the highest learning rate.
         batch_tokens: most tokens of a batch; a longer example is a batch of its own.
-        accumulate: batches of a step; the loss is the mean over all their labels.
+        accumulate: batches of a step; each loss is the mean over all their labels.
         max_length: most tokens of an example, special ones included.
         dtype: "fp32", or "bf16" for autocast over float32 weights.
         warmup: the share of all steps over which the learning rate rises from 0.
@@ -54,7 +54,7 @@ class Settings:
         clip: most norm of the gradient.
         patience: stop after this many epochs in a row that were not the best; None to go on.
         checkpoint_every: steps between checkpoints, besides the one after each epoch.
-        seed: of the new head, the order of the examples, dropout and masking.
+        seed: of the new head, the order of the examples, dropout, masking and pairs.
 
     Raises:
         ArgumentError: a value is none of these.
@@ -250,13 +250,15 @@ class _Run:
         torch.cuda.set_rng_state_all(saved["cuda_rng"])
 
     def _step(self, groups: list[list[int]]) -> tuple[dict[str, Any], int]:
-        """One step of the optimizer: `(its record, its tokens)`; the loss is the mean over all batches' labels."""
+        """One step of the optimizer: `(its record, its tokens)`; a loss is the mean over all batches' labels."""
         state = self.state
         batches = [self.objective.batch(self.examples, rows, self._random(i)) for i, rows in enumerate(groups)]
-        count = sum(batch.count for batch in batches)
+        counts = np.sum([batch.counts for batch in batches], axis=0)
         losses: list[Tensor] = []
         for batch in batches:
-            loss = self._run(batch).loss * (batch.count / count)
+            shares = (batch.counts / counts).tolist()
+            parts = batch.losses(self._run(batch))
+            loss = torch.stack([part * share for part, share in zip(parts, shares, strict=True)]).sum()
             loss.backward()
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
@@ -366,6 +368,9 @@ class _Run:
         digest.update(self.examples.tokens.offsets.tobytes())
         if self.examples.targets is not None:
             digest.update(self.examples.targets.tobytes())
+        if self.examples.sentences is not None:
+            digest.update(self.examples.sentences.starts.tobytes())
+            digest.update(self.examples.sentences.documents.tobytes())
         return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""What each task reads, learns and is measured by: classify, tag, mlm."""
+"""What each task reads, learns and is measured by: classify, tag, mlm, pretrain."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ from fastbert.checkpoints import files
 from fastbert.checkpoints.load import load
 from fastbert.config import HeadConfig, ProblemType
 from fastbert.errors import ArgumentError, UntrainedWarning
-from fastbert.heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, HeadModel
-from fastbert.ops.cross_entropy import IGNORED
+from fastbert.heads import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    HeadModel,
+)
+from fastbert.ops.cross_entropy import IGNORED, cross_entropy
 from fastbert.packing import Packing
-from fastbert.text import Tokenizer, Tokens, batches
+from fastbert.text import SentenceTokens, Tokenizer, Tokens, batches
 from fastbert.training import metrics
-from fastbert.training.data import read_classified, read_documents, read_tagged
+from fastbert.training.data import read_classified, read_documents, read_sentences, read_tagged
 
 MAX_EXPONENT = 700.0  # exp of more is no float64
 
 MASKED_SHARE = 0.15  # Devlin et al. 2018: of the tokens, these are predicted;
 MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1  # of those, these are hidden or replaced, and the rest stay as they are
+STRANGER_SHARE = 0.5  # the same: of the pairs, these have a second text from another document
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +45,18 @@ class Examples:
 
     Attributes:
         tokens: a row each.
-        targets: what is to be predicted, int64: `[rows]` for classify, `[tokens]` for tag; None for mlm, whose targets
-            are drawn anew for each batch, and for tags that are measured only.
-        gold: what the file said, for the metrics; None for mlm.
+        targets: what is to be predicted, int64: `[rows]` for classify, `[tokens]` for tag; None for mlm and pretrain,
+            whose targets are drawn anew for each batch, and for tags that are measured only.
+        gold: what the file said, for the metrics; nothing for mlm and pretrain.
         words: see `WordTokens.words`; None but for tag.
+        sentences: where they begin, and the tokens once more; None but for pretrain.
     """
 
     tokens: Tokens
     targets: npt.NDArray[np.int64] | None = None
     gold: Sequence[Any] = ()
     words: npt.NDArray[np.int64] | None = None
+    sentences: SentenceTokens | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,24 +67,33 @@ class Batch:
         ids, types: int64 `[tokens]`; types are None when all are 0.
         packing: their layout.
         labels: int64 `[rows]` or `[tokens]`; None where only the logits are asked for.
-        count: labels that the loss is the mean over.
+        counts: of each loss, the labels that it is the mean over.
+        next_sentence: int64 `[rows]`, 1 where the second text is from elsewhere; None but for pretrain.
     """
 
     ids: Tensor
     types: Tensor | None
     packing: Packing
     labels: Tensor | None
-    count: int
+    counts: tuple[int, ...]
+    next_sentence: Tensor | None = None
 
     def run(self, model: nn.Module) -> Any:
-        """The model's output, with `.loss` and `.logits`."""
+        """The model's output, with the loss of `labels`."""
         device = next(model.parameters()).device
         types, labels = (None if x is None else x.to(device) for x in (self.types, self.labels))
         return model(self.ids.to(device), token_type_ids=types, packing=self.packing, labels=labels)
 
+    def losses(self, out: Any) -> list[Tensor]:
+        """The losses of the model's output, as many as `counts`."""
+        if self.next_sentence is None:
+            return [out.loss]
+        logits = out.seq_relationship_logits
+        return [out.loss, cross_entropy(logits, self.next_sentence.to(logits.device))]
+
 
 class Objective(ABC):
-    """A task: its examples, its batches, its metrics, its model. The base of the three."""
+    """A task: its examples, its batches, its metrics, its model. The base of the four."""
 
     score: str  # the metric that says which epoch is best
     labels: list[str]  # in the order of the logits
@@ -151,7 +169,7 @@ class Classify(Objective):
         """A label a row."""
         assert examples.targets is not None
         ids, types = examples.tokens.packed(rows)
-        return Batch(ids, types, self._packing(examples, rows), torch.from_numpy(examples.targets[rows]), len(rows))
+        return Batch(ids, types, self._packing(examples, rows), torch.from_numpy(examples.targets[rows]), (len(rows),))
 
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
         """`accuracy`, `macro_f1` and the mean `loss`."""
@@ -206,9 +224,9 @@ class Tag(Objective):
         """A label at the first piece of each word."""
         ids, types = examples.tokens.packed(rows)
         if examples.targets is None:
-            return Batch(ids, types, self._packing(examples, rows), None, 0)
+            return Batch(ids, types, self._packing(examples, rows), None, (0,))
         labels = torch.from_numpy(examples.tokens.take(examples.targets, rows))
-        return Batch(ids, types, self._packing(examples, rows), labels, int((labels != IGNORED).sum()))
+        return Batch(ids, types, self._packing(examples, rows), labels, (_labels(labels),))
 
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
         """`f1`, `precision` and `recall` of entities, and the words' `accuracy`."""
@@ -248,7 +266,7 @@ class MaskedLM(Objective):
         """Tokens masked by `random`."""
         ids, types = examples.tokens.packed(rows)
         ids, labels = self.mask(ids, random)
-        return Batch(ids, types, self._packing(examples, rows), labels, int((labels != IGNORED).sum()))
+        return Batch(ids, types, self._packing(examples, rows), labels, (_labels(labels),))
 
     def mask(self, ids: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """BERT's masking of int64 `[tokens]`: `(ids, labels)`, at least one token of a batch being predicted."""
@@ -271,14 +289,97 @@ class MaskedLM(Objective):
         total, count = 0.0, 0
         for i, rows in enumerate(batches(examples.tokens.lengths, batch_tokens)):
             batch = self.batch(examples, rows, np.random.default_rng(i))  # the same masks in every epoch
-            total += run(batch).loss.item() * batch.count
-            count += batch.count
-        return {"loss": total / count, "perplexity": math.exp(min(total / count, MAX_EXPONENT))}
+            total += run(batch).loss.item() * batch.counts[0]
+            count += batch.counts[0]
+        return {"loss": total / count, "perplexity": _perplexity(total / count)}
 
     def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
         """Whether the loss is lower."""
         return old is None or new["loss"] < old["loss"]
 
 
-Task = Literal["classify", "tag", "mlm"]
-OBJECTIVES: dict[str, type[Objective]] = {"classify": Classify, "tag": Tag, "mlm": MaskedLM}
+class Pretrain(MaskedLM):
+    """The hidden tokens of pairs of texts, and whether the second text follows the first.
+
+    A row is neighbouring sentences of one document. For each batch it is cut in two anew, between two of its sentences;
+    of half of the pairs the second text is then replaced by one of at most its length from another document.
+    """
+
+    def read_validation(self, path: Path) -> Examples:
+        """What `read_sentences` reads."""
+        documents = read_sentences(path)
+        sentences = self.tokenizer.encode_sentences(documents, self.max_length)
+        read = len(np.unique(sentences.documents))
+        if read < 2:
+            got = f"{read} of {len(documents)} documents with two sentences or more"
+            raise ArgumentError(str(path), got, "two such documents", "Half of the pairs take their second text there.")
+        if read < len(documents):
+            alone = len(documents) - read
+            warnings.warn(
+                f"{path}: {alone} of {len(documents)} documents have less than two sentences and are not read",
+                stacklevel=2,
+            )
+        return Examples(sentences.tokens, sentences=sentences)
+
+    def model(self) -> HeadModel:
+        """A masked language model that also predicts the next sentence."""
+        return load(self.folder, BertForPreTraining, dtype=torch.float32, device=self.device)
+
+    def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
+        """Pairs cut and masked by `random`, at most as long as their rows."""
+        assert examples.sentences is not None
+        pairs = [_pair(examples.sentences, row, random) for row in rows]
+        ids, labels = self.mask(torch.from_numpy(np.concatenate([ids for ids, _, _ in pairs])), random)
+        types = torch.cat([torch.arange(len(ids)) >= second for ids, second, _ in pairs]).long()
+        packing = Packing.from_lengths([len(ids) for ids, _, _ in pairs], device=self.device)
+        next_sentence = torch.tensor([int(stranger) for _, _, stranger in pairs])
+        return Batch(ids, types, packing, labels, (_labels(labels), len(rows)), next_sentence)
+
+    def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
+        """`mlm_loss` and its `perplexity`, `next_sentence_loss` and -`_accuracy`, and the sum of the losses, `loss`."""
+        totals, counts, right = np.zeros(2), np.zeros(2), 0
+        for i, rows in enumerate(batches(examples.tokens.lengths, batch_tokens)):
+            batch = self.batch(examples, rows, np.random.default_rng(i))  # the same pairs and masks in every epoch
+            assert batch.next_sentence is not None
+            out = run(batch)
+            totals += [loss.item() * count for loss, count in zip(batch.losses(out), batch.counts, strict=True)]
+            counts += batch.counts
+            right += int((out.seq_relationship_logits.argmax(1).cpu() == batch.next_sentence).sum())
+        mlm, next_sentence = (totals / counts).tolist()
+        return {
+            "loss": mlm + next_sentence,
+            "mlm_loss": mlm,
+            "perplexity": _perplexity(mlm),
+            "next_sentence_loss": next_sentence,
+            "next_sentence_accuracy": right / counts[1].item(),
+        }
+
+
+def _pair(sentences: SentenceTokens, row: int, random: np.random.Generator) -> tuple[npt.NDArray[np.int64], int, bool]:
+    """A row as a pair: `(ids, the place where the second text begins, whether that is from another document)`."""
+    ids, offsets, starts = sentences.tokens.ids, sentences.tokens.offsets, sentences.starts
+    begin, end = offsets[row], offsets[row + 1]
+    first, last = np.searchsorted(starts, [begin, end])
+    second = starts[random.integers(first + 1, last)]
+    text = ids[second : end - 2]
+    stranger = bool(random.random() < STRANGER_SHARE)
+    if stranger:
+        low, high = np.searchsorted(sentences.documents, sentences.documents[first] + np.array([0, 1]))
+        other = random.integers(len(starts) - (high - low))  # any sentence that is not in this document
+        start = starts[other if other < low else other + high - low]
+        text = ids[start : min(start + len(text), offsets[np.searchsorted(offsets, start, "right")] - 2)]
+    separator = ids[end - 1 : end]
+    pair = np.concatenate([ids[begin:second], separator, text, separator], dtype=np.int64)
+    return pair, int(second - begin) + 1, stranger
+
+
+def _labels(labels: Tensor) -> int:
+    return int((labels != IGNORED).sum())
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, MAX_EXPONENT))
+
+
+Task = Literal["classify", "tag", "mlm", "pretrain"]
+OBJECTIVES: dict[str, type[Objective]] = {"classify": Classify, "tag": Tag, "mlm": MaskedLM, "pretrain": Pretrain}
