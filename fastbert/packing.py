@@ -18,6 +18,12 @@ from torch import Tensor
 
 from fastbert.errors import ArgumentError
 
+# Of a head's scores, how many at padding take as long as the calls of one more block, measured on a 2-core CPU.
+BLOCK_PADDING = 8192
+# torch's kernels on a CPU take the exponentials of the columns beyond the last full vector one by one, which at BERT's
+# lengths is half of a softmax's time. 16 floats are the widest vector there is.
+LANES = 16
+
 
 @dataclass(frozen=True, eq=False)
 class Packing:
@@ -152,6 +158,25 @@ class Packing:
         lengths = [length for length in self.lengths.tolist() if length]
         return [(len(list(run)), length) for length, run in groupby(lengths)]
 
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The sequences in blocks of neighbours, those without tokens left out; a host sync on a GPU."""
+        blocks: list[Block] = []
+        lengths = self.lengths.tolist()
+        first = begin = 0
+        while first < len(lengths):
+            last, longest, needed = first, 0, 0
+            while last < len(lengths) and lengths[last]:
+                longest, needed = max(longest, lengths[last]), needed + lengths[last] ** 2
+                if (last + 1 - first) * longest**2 - needed > BLOCK_PADDING:
+                    break
+                last += 1
+            if last > first:
+                blocks.append(Block.of(first, begin, lengths[first:last], self.cu_seqlens.device))
+                begin += sum(lengths[first:last])
+            first = max(last, first + 1)
+        return blocks
+
     @property
     def grid(self) -> Tensor:
         """int64 `[tokens]`: where each token sits in the flattened compact `[batch, max_seqlen]` grid."""
@@ -199,6 +224,45 @@ class Packing:
             sequence = torch.where(sequence < self.batch, sequence, -1)
             self._made[block_m] = torch.stack([sequence, (tile - starts) * block_m], dim=1).to(torch.int32)
         return self._made[block_m]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Neighbouring sequences in a padded grid of their own, as wide as the longest of them, rounded up.
+
+    For what is made of matrix products, of which a few large ones are faster than many small ones.
+
+    Attributes:
+        first: index of the first sequence.
+        batch, seqlen: the shape of the grid.
+        shortest: length of the shortest sequence.
+        begin: the first row in the packed tensor.
+        rows: int64 `[batch, seqlen]`: the packed row of each place; at padding a row of the same sequence.
+        places: int64 `[tokens]`: the place in the flattened grid of each row.
+        is_token: bool `[batch, seqlen]`.
+    """
+
+    first: int
+    batch: int
+    seqlen: int
+    shortest: int
+    begin: int
+    rows: Tensor
+    places: Tensor
+    is_token: Tensor
+
+    @classmethod
+    def of(cls, first: int, begin: int, lengths: list[int], device: torch.device) -> Block:
+        """The block of sequences of these lengths, none of them 0, at this place of a packing."""
+        size = torch.tensor(lengths)[:, None]
+        seqlen = -(-max(lengths) // LANES) * LANES
+        column = torch.arange(seqlen)
+        rows = begin + size.cumsum(0) - size + torch.minimum(column, size - 1)
+        is_token = column < size
+        places = is_token.flatten().nonzero().flatten()
+        return cls(
+            first, len(lengths), seqlen, min(lengths), begin, rows.to(device), places.to(device), is_token.to(device)
+        )
 
 
 def _cumulate(lengths: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Packing: from every form of mask, lengths and ragged lists; pack and unpack as exact inverses."""
 
+import random
+
 import pytest
 import torch
 
 from fastbert.errors import ArgumentError
-from fastbert.packing import Packing
+from fastbert.packing import BLOCK_PADDING, LANES, Packing
 
 RIGHT = [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
 LEFT = [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
@@ -109,6 +111,29 @@ def test_tiles_cover_every_row_once(lengths, block_m):
     seen = [(s, r) for s, first in tiles.tolist() if s >= 0 for r in range(first, min(first + block_m, lengths[s]))]
     assert seen == [(s, r) for s, length in enumerate(lengths) for r in range(length)]
     assert packing.tiles(block_m) is tiles
+
+
+def test_blocks_hold_every_token_once_and_little_padding():
+    draw = random.Random(0)
+    for _ in range(50):
+        lengths = [draw.choice([0, 1, draw.randrange(20), draw.randrange(20, 300)]) for _ in range(draw.randrange(20))]
+        packing = Packing.from_lengths(lengths)
+        ids = torch.arange(packing.tokens)
+        seen = []
+        for block in packing.blocks:
+            mine = lengths[block.first : block.first + block.batch]
+            assert block.begin == sum(lengths[: block.first]) and block.shortest == min(mine) > 0
+            assert block.seqlen % LANES == 0 and 0 <= block.seqlen - max(mine) < LANES
+            assert block.batch * max(mine) ** 2 - sum(length**2 for length in mine) <= BLOCK_PADDING
+            tokens = ids[block.begin : block.begin + sum(mine)]
+            assert torch.equal(ids[block.rows].flatten()[block.places], tokens)
+            assert torch.equal(block.is_token.sum(1), torch.tensor(mine))
+            for rows, sequence in zip(block.rows, tokens.split(mine), strict=True):
+                assert set(rows.tolist()) == set(sequence.tolist())  # padding reads no other sequence
+            seen += tokens.tolist()
+        assert seen == ids.tolist()
+    assert len(Packing.from_lengths([30] * 9 + [31] * 9).blocks) == 1
+    assert len(Packing.from_lengths([256, 8, 256]).blocks) == 3
 
 
 def test_runs_group_neighbours_of_one_length():

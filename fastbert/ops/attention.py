@@ -15,7 +15,8 @@ from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.ops.common import cast_states, check_dropout, wants_gradient
-from fastbert.packing import Packing
+from fastbert.ops.dropout import keep_lines
+from fastbert.packing import LANES, Block, Packing
 
 
 def attention(
@@ -124,23 +125,31 @@ def _attention_exact(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
     return torch.cat(pieces)
 
 
+def _runs(x: Tensor, packing: Packing) -> list[Tensor]:
+    """`[rows, ...]` -> a view `[count, length, ...]` for each run of `packing`."""
+    sizes = [count * length for count, length in packing.runs]
+    parts = x[: packing.tokens].split(sizes) if sizes else ()
+    return [part.unflatten(0, run) for part, run in zip(parts, packing.runs, strict=True)]
+
+
 class _DroppedAttention(torch.autograd.Function):
-    """Attention with dropout on each run of neighbours of one length.
+    """Attention with dropout, by matrix products over each of the packing's blocks.
 
     Of the weights, `[heads, seqlen]` for a token, only which are kept is saved; the backward makes them again.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, packing: Packing, scale: float, dropout: float, seed: Tensor) -> Tensor:
-        kept = _kept(packing, qkv.shape[2], dropout, seed)
+        out = torch.zeros_like(qkv[:, 0], memory_format=torch.contiguous_format)
+        kept = []
+        for block in packing.blocks:
+            query, key, value = _on_grid(qkv, block)
+            keep = _keep(block, qkv.shape[2], dropout, seed)
+            weights = _weights(query, key, block, scale).mul_(keep)
+            _from_grid(_product(weights, value, launch.drop_scale(dropout)), block, out)
+            kept.append(keep)
         ctx.save_for_backward(qkv, *kept)
         ctx.options = packing, scale, dropout
-        out = torch.zeros_like(qkv[:, 0], memory_format=torch.contiguous_format)
-        runs = zip(_runs(qkv, packing), _runs(out, packing), kept, strict=True)
-        for run, run_out, keep in runs:
-            query, key, value = _exact(run)
-            weights = (query * scale @ key.transpose(-1, -2)).softmax(-1)
-            run_out.copy_((weights.mul_(keep) @ value).mul_(launch.drop_scale(dropout)).transpose(1, 2))
         return out
 
     @staticmethod
@@ -149,59 +158,73 @@ class _DroppedAttention(torch.autograd.Function):
         qkv, *kept = ctx.saved_tensors
         packing, scale, dropout = ctx.options
         dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
-        runs = zip(_runs(qkv, packing), _runs(dqkv, packing), _runs(dout, packing), kept, strict=True)
-        for run, run_dqkv, run_dout, keep in runs:
-            query, key, value = _exact(run)
-            dcontext = run_dout.to(query.dtype).transpose(1, 2) * launch.drop_scale(dropout)
-            weights = (query * scale @ key.transpose(-1, -2)).softmax(-1)
+        for block, keep in zip(packing.blocks, kept, strict=True):
+            query, key, value = _on_grid(qkv, block)
+            [dcontext] = _on_grid(dout[:, None], block)
+            dcontext.view(block.batch, -1, *dcontext.shape[1:]).mul_(block.is_token[:, None, :, None])
+            weights = _weights(query, key, block, scale)
             dropped = weights * keep
-            dweights = dcontext @ value.transpose(-1, -2)
-            # softmax's gradient, w * (dw - sum(dw * w)), where dw is 0 at a dropped weight
-            total = (dweights * dropped).sum(-1, keepdim=True)
-            dscores = dweights.mul_(keep).sub_(total).mul_(weights).mul_(scale)
-            dquery, dkey, dvalue = (
-                dscores @ key,
-                dscores.transpose(-1, -2) @ query,
-                dropped.transpose(-1, -2) @ dcontext,
+            dweights = _product(dcontext, value.transpose(1, 2), launch.drop_scale(dropout)).mul_(keep)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            gradient = torch.stack(
+                (
+                    _product(dscores, key, scale),
+                    _product(dscores.transpose(1, 2), query, scale),
+                    _product(dropped.transpose(1, 2), dcontext, launch.drop_scale(dropout)),
+                )
             )
-            for part, gradient in zip(run_dqkv.unbind(2), (dquery, dkey, dvalue), strict=True):
-                part.copy_(gradient.transpose(1, 2))
+            _from_grid(gradient, block, dqkv)
         return dqkv, None, None, None, None
 
 
-def _runs(x: Tensor, packing: Packing) -> list[Tensor]:
-    """`[rows, ...]` -> a view `[count, length, ...]` for each run of `packing`."""
-    sizes = [count * length for count, length in packing.runs]
-    parts = x[: packing.tokens].split(sizes) if sizes else ()
-    return [part.unflatten(0, run) for part, run in zip(parts, packing.runs, strict=True)]
+def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """`factor * (a @ b)` in one pass, of `[batch, m, k]` and `[batch, k, n]`."""
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
 
 
-def _exact(run: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value `[count, heads, length, head_dim]`, at least float32, of `[count, length, 3, ...]`."""
-    return run.to(torch.promote_types(run.dtype, torch.float32)).permute(2, 0, 3, 1, 4).unbind(0)
+def _on_grid(x: Tensor, block: Block) -> Tensor:
+    """Packed `[rows, parts, heads, head_dim]` -> `[parts, batch * heads, seqlen, head_dim]`, at least float32."""
+    _, parts, heads, head_dim = x.shape
+    exact = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    part = torch.arange(parts, device=x.device)[:, None, None, None]
+    head = torch.arange(heads, device=x.device)[:, None]
+    index = (block.rows[:, None] * parts + part) * heads + head  # [parts, batch, heads, seqlen]
+    grid = exact.view(-1, head_dim).index_select(0, index.flatten())
+    return grid.view(parts, block.batch * heads, block.seqlen, head_dim)
 
 
-def _kept(packing: Packing, heads: int, dropout: float, seed: Tensor) -> list[Tensor]:
-    """The weights that dropout keeps of each run, bool `[count, heads, length, length]`, by one draw for the batch."""
-    lengths, device = packing.lengths, seed.device
-    width = max(packing.max_seqlen, 1)
-    sequence, position = packing.grid // width, packing.grid % width
-    groups = (lengths[sequence] + 7) // 8
-    token = torch.arange(packing.tokens, device=device).repeat_interleave(groups)
-    group = torch.arange(len(token), device=device) - (groups.cumsum(0) - groups)[token]
-    head = torch.arange(heads, device=device)[:, None]
-    drawn = reference.keep_groups(seed, position[token], group, dropout, head=head, sequence=sequence[token])
-    shapes = [(count, length, -(-length // 8)) for count, length in packing.runs]
-    parts = drawn.split([math.prod(shape) for shape in shapes], 1) if shapes else ()
-    return [
-        part.view(heads, *shape, 8).flatten(-2)[..., : shape[1]].transpose(0, 1)
-        for part, shape in zip(parts, shapes, strict=True)
-    ]
+def _from_grid(grid: Tensor, block: Block, x: Tensor) -> None:
+    """Write `[parts, batch * heads, seqlen, head_dim]`, or one part, to the block's rows of packed `x`."""
+    heads, head_dim = x.shape[-2:]
+    parts = grid.numel() // (block.batch * heads * block.seqlen * head_dim)
+    part, head = torch.arange(parts, device=x.device)[:, None], torch.arange(heads, device=x.device)
+    sequence, column = block.places[:, None, None] // block.seqlen, block.places[:, None, None] % block.seqlen
+    index = ((part * block.batch + sequence) * heads + head) * block.seqlen + column  # [tokens, parts, heads]
+    tokens = grid.view(-1, head_dim).index_select(0, index.flatten())
+    mine = x[block.begin : block.begin + len(block.places)]
+    mine.copy_(tokens.view_as(mine))
 
 
-# torch's SDPA on a CPU takes the exponentials of the columns beyond the last full vector one by one, which at BERT's
-# lengths is half of its time. 16 floats are the widest vector there is.
-LANES = 16
+def _weights(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
+    """`[batch * heads, seqlen, seqlen]`, 0 for keys that are padding."""
+    scores = _product(query, key.transpose(1, 2), scale)
+    if block.shortest < block.seqlen:
+        hidden = torch.where(block.is_token[:, None, None, block.shortest :], 0.0, -math.inf).to(scores.dtype)
+        scores.view(block.batch, -1, *scores.shape[1:])[..., block.shortest :].add_(hidden)
+    return scores.softmax(-1)
+
+
+def _keep(block: Block, heads: int, dropout: float, seed: Tensor) -> Tensor:
+    """int8 `[batch * heads, seqlen, seqlen]`, 1 for the weights that dropout keeps."""
+    sequence, head, row = torch.meshgrid(
+        torch.arange(block.first, block.first + block.batch, device=seed.device),
+        torch.arange(heads, device=seed.device),
+        torch.arange(block.seqlen, device=seed.device),
+        indexing="ij",
+    )
+    keep = keep_lines(seed, row.flatten(), head.flatten(), sequence.flatten(), block.seqlen, dropout)
+    return keep.view(-1, block.seqlen, block.seqlen)
 
 
 def _attention_in_lanes(qkv: Tensor, packing: Packing, scale: float) -> Tensor:

@@ -12,7 +12,8 @@ from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
 from fastbert.ops.common import check_dropout, check_parameter, check_rows
-from fastbert.ops.layer_norm import check_eps, drop, normalise
+from fastbert.ops.dropout import drop
+from fastbert.ops.layer_norm import check_eps, normalise
 
 
 def embedding(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert import backend, reference
+from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch
 from fastbert.ops.common import (
@@ -22,6 +22,7 @@ from fastbert.ops.common import (
     runs_bare,
     wants_gradient,
 )
+from fastbert.ops.dropout import drop
 from fastbert.ops.linear import packed, transposed
 
 
@@ -163,12 +164,6 @@ def _layer_norm_torch(
 def normalise(total: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """torch's LayerNorm of `total`, its parameters in the same dtype, the result in `dtype`."""
     return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(dtype)
-
-
-def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
-    """Dropout of a `[rows, hidden]` state by the same mask as the kernels'."""
-    keep = reference.hidden_keep_mask(seed, x.shape[0], x.shape[1], dropout)
-    return x * keep * launch.drop_scale(dropout)
 
 
 @torch.library.custom_op("fastbert::layer_norm_forward", mutates_args=())

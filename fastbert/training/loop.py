@@ -24,6 +24,7 @@ from fastbert.backend import first_device
 from fastbert.checkpoints.files import replacing
 from fastbert.checkpoints.load import save
 from fastbert.errors import ArgumentError
+from fastbert.training.allocator import keep_freed_memory
 from fastbert.training.data import Sampler
 from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective, Task
 
@@ -136,6 +137,8 @@ def train(
     checkpoint with its tokenizer; metrics.json, the metrics after the last epoch; losses.jsonl, a line for each step;
     losses.png, the same as a curve, where matplotlib is installed; and while the training goes on, a checkpoint.
 
+    The process keeps the memory that it frees from then on; see `keep_freed_memory`.
+
     Args:
         settings: what to do.
         resume: go on from the checkpoint in the folder, bit for bit as if the run had never stopped; from the
@@ -162,6 +165,7 @@ def train(
     positions = model.config.max_positions
     _check("max_length", settings.max_length, settings.max_length <= positions, f"at most the {positions} positions")
     out.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     run = _Run(settings, objective, model, examples, valid)
     if resume:
         run.restore()

@@ -1,0 +1,65 @@
+"""Dropout of plain torch: the mask of `reference.keep_mask`, made in place and a piece at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert import reference
+from fastbert.kernels import launch
+
+GROUPS_AT_ONCE = (
+    2**16
+)  # draws of eight columns: their int64 counters and products fill half a MiB each, a CPU's L2 together
+LOW = 0xFFFFFFFF
+
+
+def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    """Dropout of a `[rows, hidden]` state by the same mask as the kernels'."""
+    rows, hidden = x.shape
+    if torch.compiler.is_compiling():
+        keep = reference.hidden_keep_mask(seed, rows, hidden, dropout)
+    else:
+        row = torch.arange(rows, device=x.device)
+        keep = keep_lines(seed, row, row.new_zeros(()), row.new_zeros(()), hidden, dropout)
+    return x * keep * launch.drop_scale(dropout)
+
+
+def keep_lines(seed: Tensor, row: Tensor, head: Tensor, sequence: Tensor, columns: int, dropout: float) -> Tensor:
+    """`reference.keep_mask` of whole lines: int8 `[lines, columns]`, as torch multiplies slowly by bool on a CPU.
+
+    Args:
+        seed: int64, one element.
+        row, head, sequence: int64, of shapes that broadcast to `[lines]`.
+    """
+    row, head, sequence = torch.broadcast_tensors(row, head, sequence)
+    groups = -(-columns // 8)
+    kept = torch.empty(len(row), groups, 8, dtype=torch.bool, device=row.device)
+    threshold = launch.drop_threshold(dropout) - 2**15
+    lines = max(1, GROUPS_AT_ONCE // max(groups, 1))
+    for start in range(0, len(row), lines):
+        part = slice(start, start + lines)
+        counters = (row[part, None], torch.arange(groups, device=row.device), head[part, None], sequence[part, None])
+        words = _philox(seed.view(()), *counters)
+        draws = torch.stack([word.to(torch.int32) for word in words], -1).view(torch.int16)
+        draws.bitwise_xor_(-(2**15))  # torch compares no unsigned integers; this keeps their order
+        torch.ge(draws, threshold, out=kept[part])
+    return kept.view(torch.int8).flatten(1)[:, :columns]
+
+
+def _philox(seed: Tensor, *counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference._philox` in place. A word that is the low half of a product keeps its high half until the next xor."""
+    c0, c1, c2, c3 = (
+        counter.clone(memory_format=torch.contiguous_format) for counter in torch.broadcast_tensors(*counters)
+    )
+    product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
+    k0, k1 = seed & LOW, (seed >> 32) & LOW
+    for _ in range(7):
+        torch.mul(c0, 0xD2511F53, out=product0)
+        torch.mul(c2, 0xCD9E8D57, out=product1)
+        torch.bitwise_right_shift(product1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(LOW)
+        torch.bitwise_right_shift(product0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(LOW)
+        c1, product1 = product1, c1
+        c3, product0 = product0, c3
+        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
+    return c0, c1, c2, c3

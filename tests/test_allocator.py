@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Page faults of ten blocks of 64 MiB, one after the other.
+FAULTS = """
+import resource, sys, torch
+if sys.argv[1] == "keep":
+    from fastbert.training.allocator import keep_freed_memory
+    assert keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.empty(2**24).fill_(1.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is meant")
+def test_freed_memory_is_used_again() -> None:
+    faults = {}
+    for how in ("keep", "default"):
+        run = subprocess.run(
+            [sys.executable, "-P", "-c", FAULTS, how], cwd=ROOT, capture_output=True, text=True, check=True,
+            env={"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
+        )  # fmt: skip
+        faults[how] = int(run.stdout)
+    assert 5 * faults["keep"] < faults["default"]
