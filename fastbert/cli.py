@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import os
 import platform
 import sys
 import warnings
@@ -129,6 +130,9 @@ def train(
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs that were not the best.")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints, beside one an epoch.")] = 500,
     seed: Annotated[int, typer.Option(help="Of the new head, the order, dropout and masks.")] = 0,
+    parallel: Annotated[
+        Literal["ddp", "fsdp"], typer.Option(help="Under torchrun: a whole model a process, or one sharded over all.")
+    ] = "ddp",
 ) -> None:
     """Train a model; the last metrics go to stdout and to metrics.json in the out folder.
 
@@ -155,9 +159,11 @@ def train(
         patience=patience,
         checkpoint_every=checkpoint_every,
         seed=seed,
+        parallel=parallel,
     )
     metrics = training.train(settings, resume=resume, progress=sys.stderr.isatty(), say=_say)
-    print(json.dumps(metrics))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(metrics))
 
 
 @app.command()

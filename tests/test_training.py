@@ -37,6 +37,7 @@ from fastbert.training import Settings, loop, objectives, train
 from fastbert.training.data import read_classified, read_tagged
 from fastbert.training.metrics import entity_scores
 from fastbert.training.objectives import Classify, Examples, MaskedLM, Pretrain, Tag
+from fastbert.training.parallel import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -202,7 +203,7 @@ def test_pairs_follow_or_are_strangers(pairs: tuple[Pretrain, Examples]) -> None
     rows = [*range(len(examples.tokens.lengths))] * 200
     batch = objective.batch(examples, rows, np.random.default_rng(0))
     assert batch.types is not None and batch.labels is not None and batch.next_sentence is not None
-    assert batch.counts == (int((batch.labels != -100).sum()), len(rows))
+    assert batch.counts == [int((batch.labels != -100).sum()), len(rows)]
     whole = torch.where(batch.labels == -100, batch.ids, batch.labels)
     lengths = batch.packing.lengths.tolist()
     strangers = set()
@@ -298,7 +299,7 @@ def test_accumulation_is_one_mean_over_all_labels(
     torch.manual_seed(0)
     objective = kind(Path(given.model), 48, CPU)
     examples = objective.read_training(Path(given.train))
-    run = loop._Run(given, objective, objective.model(), examples, None)
+    run = loop._Run(given, objective, objective.model(), examples, None, Processes())
     assert run.model.training
     grads: dict[str, Tensor] = {}
     monkeypatch.setattr(
@@ -331,7 +332,7 @@ def test_accumulated_pretraining_weighs_each_loss_by_its_own_labels(settings: Ma
     given = settings("pretrain", model=str(undropped))
     objective = Pretrain(undropped, 48, CPU)
     examples = objective.read_training(Path(given.train))
-    run = loop._Run(given, objective, objective.model(), examples, None)
+    run = loop._Run(given, objective, objective.model(), examples, None, Processes())
     groups = [[0, 1, 2, 3, 4], [5]]
     batches = [objective.batch(examples, rows, run._random(i)) for i, rows in enumerate(groups)]
     with torch.no_grad():

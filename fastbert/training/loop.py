@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -13,25 +14,34 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
-from fastbert.backend import first_device
 from fastbert.checkpoints.files import replacing
 from fastbert.checkpoints.load import save
 from fastbert.errors import ArgumentError
 from fastbert.training.allocator import keep_freed_memory
 from fastbert.training.data import Sampler
 from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective, Task
+from fastbert.training.parallel import Parallel, Processes, joined, own_device, shares, spread
 
 Schedule = Literal["linear", "cosine"]
 
 METRICS, LOSSES, CURVE, STATE = "metrics.json", "losses.jsonl", "losses.png", "state.pt"
 CHECKPOINT = "checkpoint-"  # and the number of the step
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process, wherever the shards are
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Settings:
         patience: stop after this many epochs in a row that were not the best; None to go on.
         checkpoint_every: steps between checkpoints, besides the one after each epoch.
         seed: of the new head, the order of the examples, dropout, masking and pairs.
+        parallel: with several processes, "ddp" for a whole model in each, "fsdp" for one model sharded over them.
 
     Raises:
         ArgumentError: a value is none of these.
@@ -79,11 +90,13 @@ class Settings:
     patience: int | None = None
     checkpoint_every: int = 500
     seed: int = 0
+    parallel: Parallel = "ddp"
 
     def __post_init__(self) -> None:
         _check("task", self.task, self.task in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         _check("dtype", self.dtype, self.dtype in ("fp32", "bf16"), "fp32 or bf16")
         _check("schedule", self.schedule, self.schedule in get_args(Schedule), "linear or cosine")
+        _check("parallel", self.parallel, self.parallel in get_args(Parallel), "ddp or fsdp")
         for name in ("epochs", "batch_tokens", "accumulate", "checkpoint_every"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip"):
@@ -137,15 +150,18 @@ def train(
     checkpoint with its tokenizer; metrics.json, the metrics after the last epoch; losses.jsonl, a line for each step;
     losses.png, the same as a curve, where matplotlib is installed; and while the training goes on, a checkpoint.
 
+    Under torchrun all its processes train the one model. A batch is shared out among them by tokens, so the losses are
+    those of one process but for rounding and dropout. The first process writes, all of them measure.
+
     The process keeps the memory that it frees from then on; see `keep_freed_memory`.
 
     Args:
         settings: what to do.
         resume: go on from the checkpoint in the folder, bit for bit as if the run had never stopped; from the
             beginning if it stopped before its first checkpoint.
-        device: where to compute; the first GPU, or the CPU where there is none.
-        progress: show a bar on stderr.
-        say: takes a line after each epoch.
+        device: where to compute; a GPU for each process, or the CPU where there is none.
+        progress: show a bar on stderr, in the first process.
+        say: takes a line after each epoch, in the first process.
 
     Returns:
         What metrics.json has.
@@ -154,7 +170,21 @@ def train(
         ArgumentError: a file or setting is wrong, the folder holds another run, or the loss is no longer finite.
         CheckpointError: the folder of the model is not a checkpoint fastbert reads.
     """
-    device = torch.device(device or first_device())
+    with joined() as processes:
+        run = partial(_train, settings, resume, torch.device(device or own_device()), processes)
+        if processes.rank > 0:
+            return run(progress=False, say=lambda line: None)
+        return run(progress=progress, say=say or (lambda line: None))
+
+
+def _train(
+    settings: Settings,
+    resume: bool,
+    device: torch.device,
+    processes: Processes,
+    progress: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     out = Path(settings.out)
     _check_out(out, resume)
     torch.manual_seed(settings.seed)
@@ -164,12 +194,13 @@ def train(
     model = objective.model()
     positions = model.config.max_positions
     _check("max_length", settings.max_length, settings.max_length <= positions, f"at most the {positions} positions")
+    processes.wait()  # nobody writes before everybody has looked
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
-    run = _Run(settings, objective, model, examples, valid)
+    run = _Run(settings, objective, model, examples, valid, processes)
     if resume:
         run.restore()
-    return run.go(progress, say or (lambda line: None))
+    return run.go(progress, say)
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
@@ -199,22 +230,40 @@ class _Run:
     """One run: its model, optimizer and state."""
 
     def __init__(
-        self, settings: Settings, objective: Objective, model: Any, examples: Examples, valid: Examples | None
+        self,
+        settings: Settings,
+        objective: Objective,
+        model: Any,
+        examples: Examples,
+        valid: Examples | None,
+        processes: Processes,
     ) -> None:
         self.settings, self.objective, self.model = settings, objective, model.train()
         self.examples, self.valid = examples, valid
+        self.processes = processes
         self.out = Path(settings.out)
+        self.whole = copy.deepcopy(model).to("meta")  # what is saved, without weights of its own
+        self.forward = model if processes.count == 1 else spread(model, settings.parallel)
+        if processes.rank > 0:
+            torch.manual_seed(settings.seed + processes.rank)  # or all would drop the same
         self.optimizer = adamw(model, settings)
         self.sampler = Sampler(examples.tokens.lengths, settings.batch_tokens, settings.accumulate, settings.seed)
         self.steps = sum(len(self.sampler.steps(epoch)) for epoch in range(settings.epochs))
         self.state = State()
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return self.processes.rank == 0
+
     def go(self, progress: bool, say: Callable[[str], None]) -> dict[str, Any]:
         """All that is left to do."""
         settings, state = self.settings, self.state
-        with replacing(self.out / LOSSES) as temporary:
-            temporary.write_text("".join(map(_line, state.history)), encoding="utf-8")
-        with (self.out / LOSSES).open("a", encoding="utf-8") as losses, _bar(progress, self.steps, state.step) as show:
+        if self.writes:
+            with replacing(self.out / LOSSES) as temporary:
+                temporary.write_text("".join(map(_line, state.history)), encoding="utf-8")
+        path = self.out / LOSSES if self.writes else Path(os.devnull)
+        with path.open("a", encoding="utf-8") as losses, _bar(progress, self.steps, state.step) as show:
             while state.epoch < settings.epochs and not self._out_of_patience():
                 steps = self.sampler.steps(state.epoch)
                 while state.index < len(steps):
@@ -230,10 +279,12 @@ class _Run:
                         self._write_checkpoint()
                 self._end_epoch(losses)
                 say(", ".join(f"{name} {_shown(value)}" for name, value in state.metrics.items()))
-        _draw(self.out / CURVE, state.history)
+        if self.writes:
+            _draw(self.out / CURVE, state.history)
         metrics = self._write_metrics(finished=True)
-        for folder in self.out.glob(f"{CHECKPOINT}*"):
-            shutil.rmtree(folder)
+        if self.writes:
+            for folder in self.out.glob(f"{CHECKPOINT}*"):
+                shutil.rmtree(folder)
         return metrics
 
     def restore(self) -> None:
@@ -247,27 +298,40 @@ class _Run:
             if saved["identity"].get(name) != ours:
                 got = f"{ours!r} where the run began with {saved['identity'].get(name)!r}"
                 raise ArgumentError(name, got, "what it was", "Resume with the same settings, files and version.")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
         self.state = State(**saved["state"])
-        torch.set_rng_state(saved["rng"])
-        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        rng, cuda_rng = saved["rng"][self.processes.rank]
+        torch.set_rng_state(rng)
+        torch.cuda.set_rng_state_all(cuda_rng)
 
     def _step(self, groups: list[list[int]]) -> tuple[dict[str, Any], int]:
         """One step of the optimizer: `(its record, its tokens)`; a loss is the mean over all batches' labels."""
         state = self.state
         batches = [self.objective.batch(self.examples, rows, self._random(i)) for i, rows in enumerate(groups)]
         counts = np.sum([batch.counts for batch in batches], axis=0)
+        processes = self.processes
+        mine = batches
+        if processes.count > 1:
+            places = shares([batch.packing.lengths.tolist() for batch in batches], processes.count)[processes.rank]
+            mine = [batch.take(some) for batch, some in zip(batches, places, strict=True)]
         losses: list[Tensor] = []
-        for batch in batches:
-            shares = (batch.counts / counts).tolist()
-            parts = batch.losses(self._run(batch))
-            loss = torch.stack([part * share for part, share in zip(parts, shares, strict=True)]).sum()
-            loss.backward()
+        for batch in mine:
+            weights = (batch.counts / counts).tolist()
+            parts = batch.losses(self._run(batch, self.forward))
+            loss = torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum()
+            (loss * processes.count).backward()  # gradients become the mean over the processes
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         lr = learning_rate(self.settings, state.step, self.steps)
-        total, norm_value = torch.stack([torch.stack(losses).sum(), norm]).tolist()  # one sync
+        total, norm_value = torch.stack([processes.sum(torch.stack(losses).sum()), norm]).tolist()  # one sync
         if not (math.isfinite(total) and math.isfinite(norm_value)):
             raise ArgumentError(
                 "loss",
@@ -282,10 +346,10 @@ class _Run:
         record = {"step": state.step + 1, "epoch": state.epoch + 1, "loss": total, "norm": norm_value, "lr": lr}
         return record, sum(batch.packing.tokens for batch in batches)
 
-    def _run(self, batch: Batch) -> Any:
+    def _run(self, batch: Batch, model: nn.Module) -> Any:
         device = self.objective.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
-            return batch.run(self.model)
+            return batch.run(model)
 
     def _random(self, batch: int) -> np.random.Generator:
         """For what a batch of the next step draws: a function of the position, so there is no state to save."""
@@ -302,7 +366,7 @@ class _Run:
             state.metrics |= measured
             self._record({"step": state.step, "epoch": state.epoch, "valid": measured}, losses)
         if self.valid is None or self.objective.better(measured, state.best):
-            save(self.model, self.out)
+            self._save()
             state.best, state.stale = {"epoch": state.epoch, **measured}, 0
         else:
             state.stale += 1
@@ -313,10 +377,18 @@ class _Run:
         if self.valid is None:
             return {}
         self.model.eval()
-        with torch.inference_mode():
-            measured = self.objective.evaluate(self._run, self.valid, self.settings.batch_tokens)
+        with torch.no_grad():
+            run = partial(self._run, model=self.model)
+            measured = self.objective.evaluate(run, self.valid, self.settings.batch_tokens)
         self.model.train()
-        return measured
+        return self.processes.first_of(measured)
+
+    def _save(self) -> None:
+        """The model, as a checkpoint of Hugging Face."""
+        weights = get_model_state_dict(self.model, options=WHOLE)
+        if self.writes:
+            self.whole.load_state_dict(weights, assign=True)
+            save(self.whole, self.out)
 
     def _out_of_patience(self) -> bool:
         return self.settings.patience is not None and self.state.stale >= self.settings.patience
@@ -330,12 +402,17 @@ class _Run:
         state = self.state
         metrics = {"task": self.settings.task, **state.metrics, "best": state.best, "seconds": round(state.seconds, 1)}
         metrics |= {"tokens_per_second": round(state.tokens / state.seconds, 1), "finished": finished}
-        with replacing(self.out / METRICS) as temporary:
-            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        if self.writes:
+            with replacing(self.out / METRICS) as temporary:
+                temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         return metrics
 
     def _write_checkpoint(self) -> None:
         """A whole folder beside its place, renamed when it is on disk; then older ones go."""
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=WHOLE)
+        rng = self.processes.collect((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
+        if not self.writes:
+            return
         for leftover in self.out.glob(f".{CHECKPOINT}*"):
             shutil.rmtree(leftover)
         older = list(self.out.glob(f"{CHECKPOINT}*"))
@@ -347,10 +424,9 @@ class _Run:
                 {
                     "identity": self._identity(),
                     "state": asdict(self.state),
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "rng": torch.get_rng_state(),
-                    "cuda_rng": torch.cuda.get_rng_state_all(),
+                    "model": model,
+                    "optimizer": optimizer,
+                    "rng": rng,
                 },
                 file,
             )
@@ -365,7 +441,8 @@ class _Run:
         settings = asdict(self.settings)
         for free in ("model", "train", "valid", "out", "checkpoint_every"):
             del settings[free]
-        return {**settings, "device": self.objective.device.type, "the training examples": self._fingerprint()}
+        settings |= {"device": self.objective.device.type, "processes": self.processes.count}
+        return {**settings, "the training examples": self._fingerprint()}
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.examples.tokens.ids.tobytes())

@@ -67,7 +67,6 @@ class Batch:
         ids, types: int64 `[tokens]`; types are None when all are 0.
         packing: their layout.
         labels: int64 `[rows]` or `[tokens]`; None where only the logits are asked for.
-        counts: of each loss, the labels that it is the mean over.
         next_sentence: int64 `[rows]`, 1 where the second text is from elsewhere; None but for pretrain.
     """
 
@@ -75,8 +74,30 @@ class Batch:
     types: Tensor | None
     packing: Packing
     labels: Tensor | None
-    counts: tuple[int, ...]
     next_sentence: Tensor | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Of each loss, the labels that it is the mean over."""
+        labels = (self.labels, self.next_sentence)
+        return [int((part != IGNORED).sum()) for part in labels if part is not None]
+
+    def take(self, places: list[int]) -> Batch:
+        """The batch of the sequences at these places; of the first one, without labels, if there is no place.
+
+        Processes run in step, so one that has nothing to learn from a batch still has to run its model.
+        """
+        ends = self.packing.cu_seqlens.tolist()
+        spans = [(ends[place], ends[place + 1]) for place in places or [0]]
+        rows, tokens = torch.tensor(places or [0]), torch.cat([torch.arange(*span) for span in spans])
+        by_label = tokens if self.labels is not None and len(self.labels) == len(self.ids) else rows
+        parts = (self.types, tokens), (self.labels, by_label), (self.next_sentence, rows)
+        types, labels, next_sentence = (None if x is None else x[index] for x, index in parts)
+        for x in (labels, next_sentence):
+            if x is not None and not places:
+                x.fill_(IGNORED)
+        packing = Packing.from_lengths([end - begin for begin, end in spans], device=self.packing.cu_seqlens.device)
+        return Batch(self.ids[tokens], types, packing, labels, next_sentence)
 
     def run(self, model: nn.Module) -> Any:
         """The model's output, with the loss of `labels`."""
@@ -169,7 +190,7 @@ class Classify(Objective):
         """A label a row."""
         assert examples.targets is not None
         ids, types = examples.tokens.packed(rows)
-        return Batch(ids, types, self._packing(examples, rows), torch.from_numpy(examples.targets[rows]), (len(rows),))
+        return Batch(ids, types, self._packing(examples, rows), torch.from_numpy(examples.targets[rows]))
 
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
         """`accuracy`, `macro_f1` and the mean `loss`."""
@@ -224,9 +245,9 @@ class Tag(Objective):
         """A label at the first piece of each word."""
         ids, types = examples.tokens.packed(rows)
         if examples.targets is None:
-            return Batch(ids, types, self._packing(examples, rows), None, (0,))
+            return Batch(ids, types, self._packing(examples, rows), None)
         labels = torch.from_numpy(examples.tokens.take(examples.targets, rows))
-        return Batch(ids, types, self._packing(examples, rows), labels, (_labels(labels),))
+        return Batch(ids, types, self._packing(examples, rows), labels)
 
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
         """`f1`, `precision` and `recall` of entities, and the words' `accuracy`."""
@@ -266,7 +287,7 @@ class MaskedLM(Objective):
         """Tokens masked by `random`."""
         ids, types = examples.tokens.packed(rows)
         ids, labels = self.mask(ids, random)
-        return Batch(ids, types, self._packing(examples, rows), labels, (_labels(labels),))
+        return Batch(ids, types, self._packing(examples, rows), labels)
 
     def mask(self, ids: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """BERT's masking of int64 `[tokens]`: `(ids, labels)`, at least one token of a batch being predicted."""
@@ -289,8 +310,9 @@ class MaskedLM(Objective):
         total, count = 0.0, 0
         for i, rows in enumerate(batches(examples.tokens.lengths, batch_tokens)):
             batch = self.batch(examples, rows, np.random.default_rng(i))  # the same masks in every epoch
-            total += run(batch).loss.item() * batch.counts[0]
-            count += batch.counts[0]
+            [labels] = batch.counts
+            total += run(batch).loss.item() * labels
+            count += labels
         return {"loss": total / count, "perplexity": _perplexity(total / count)}
 
     def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
@@ -333,7 +355,7 @@ class Pretrain(MaskedLM):
         types = torch.cat([torch.arange(len(ids)) >= second for ids, second, _ in pairs]).long()
         packing = Packing.from_lengths([len(ids) for ids, _, _ in pairs], device=self.device)
         next_sentence = torch.tensor([int(stranger) for _, _, stranger in pairs])
-        return Batch(ids, types, packing, labels, (_labels(labels), len(rows)), next_sentence)
+        return Batch(ids, types, packing, labels, next_sentence)
 
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
         """`mlm_loss` and its `perplexity`, `next_sentence_loss` and -`_accuracy`, and the sum of the losses, `loss`."""
@@ -371,10 +393,6 @@ def _pair(sentences: SentenceTokens, row: int, random: np.random.Generator) -> t
     separator = ids[end - 1 : end]
     pair = np.concatenate([ids[begin:second], separator, text, separator], dtype=np.int64)
     return pair, int(second - begin) + 1, stranger
-
-
-def _labels(labels: Tensor) -> int:
-    return int((labels != IGNORED).sum())
 
 
 def _perplexity(loss: float) -> float:
