@@ -110,39 +110,53 @@ def train_with_transformers(settings: Settings, device: torch.device) -> dict[st
         "tag": transformers.AutoModelForTokenClassification,
     }[settings.task]
     model = kind.from_pretrained(settings.model, num_labels=len(objective.labels)).to(device).train()
-    optimizer = adamw(model, settings)
     sampler = Sampler(examples.tokens.lengths, settings.batch_tokens, settings.accumulate, settings.seed)
     total = sum(len(sampler.steps(epoch)) for epoch in range(settings.epochs))
+    training = PaddedTraining(settings, model, total)
 
-    def run(batch: Batch) -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
-            return run_padded(model, batch, device)
-
-    step, tokens, seconds = 0, 0, 0.0
+    tokens, seconds = 0, 0.0
     metrics: dict[str, Any] = {}
     for epoch in range(settings.epochs):
         losses = []
         begun = time.monotonic()
         for [rows] in sampler.steps(epoch):
             batch = objective.batch(examples, rows, np.random.default_rng(0))
-            loss = run(batch).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step, total)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            step += 1
+            losses.append(training.step(batch))
             tokens += batch.packing.tokens
         seconds += time.monotonic() - begun
         model.eval()
         with torch.inference_mode():
-            measured = objective.evaluate(run, held_out, settings.batch_tokens)
+            measured = objective.evaluate(training.run, held_out, settings.batch_tokens)
         model.train()
-        metrics = {"epoch": epoch + 1, "step": step, "train_loss": sum(losses) / len(losses), **measured}
+        metrics = {"epoch": epoch + 1, "step": training.done, "train_loss": sum(losses) / len(losses), **measured}
         print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
     return {**metrics, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
+
+
+class PaddedTraining:
+    """Training steps of a transformers model as fastbert takes them, on its batches padded."""
+
+    def __init__(self, settings: Settings, model: nn.Module, steps: int) -> None:
+        self.settings, self.model, self.steps = settings, model, steps
+        self.optimizer = adamw(model, settings)
+        self.done = 0
+
+    def run(self, batch: Batch) -> Any:
+        device = batch.packing.cu_seqlens.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
+            return run_padded(self.model, batch, device)
+
+    def step(self, batch: Batch) -> float:
+        """The loss before the step."""
+        loss = self.run(batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, self.done, self.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        return loss.item()
 
 
 def run_padded(model: nn.Module, batch: Batch, device: torch.device) -> Any:
