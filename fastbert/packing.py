@@ -20,6 +20,8 @@ from fastbert.errors import ArgumentError
 
 # Of a head's scores, how many at padding take as long as the calls of one more block, measured on a 2-core CPU.
 BLOCK_PADDING = 8192
+# And how many of them a block may have at most, so that a dozen heads' fit the caches.
+BLOCK_AREA = 2**16
 # torch's kernels on a CPU take the exponentials of the columns beyond the last full vector one by one, which at BERT's
 # lengths is half of a softmax's time. 16 floats are the widest vector there is.
 LANES = 16
@@ -168,7 +170,8 @@ class Packing:
             last, longest, needed = first, 0, 0
             while last < len(lengths) and lengths[last]:
                 longest, needed = max(longest, lengths[last]), needed + lengths[last] ** 2
-                if (last + 1 - first) * longest**2 - needed > BLOCK_PADDING:
+                area = (last + 1 - first) * longest**2
+                if last > first and (area > BLOCK_AREA or area - needed > BLOCK_PADDING):
                     break
                 last += 1
             if last > first:
@@ -250,6 +253,7 @@ class Block:
     rows: Tensor
     places: Tensor
     is_token: Tensor
+    _made: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, first: int, begin: int, lengths: list[int], device: torch.device) -> Block:
@@ -263,6 +267,29 @@ class Block:
         return cls(
             first, len(lengths), seqlen, min(lengths), begin, rows.to(device), places.to(device), is_token.to(device)
         )
+
+    def to_grid(self, parts: int, heads: int) -> Tensor:
+        """int64 `[parts * batch * heads * seqlen]`: where each place's head is in packed `[rows, parts, heads]`, flat.
+
+        Kept for the next layer.
+        """
+        key = ("to", parts, heads)
+        if key not in self._made:
+            part = torch.arange(parts, device=self.rows.device)[:, None, None, None]
+            head = torch.arange(heads, device=self.rows.device)[:, None]
+            self._made[key] = ((self.rows[:, None] * parts + part) * heads + head).flatten()
+        return self._made[key]
+
+    def from_grid(self, parts: int, heads: int) -> Tensor:
+        """int64 `[tokens * parts * heads]`: where each token's head is in `[parts, batch, heads, seqlen]`, flat."""
+        key = ("from", parts, heads)
+        if key not in self._made:
+            part = torch.arange(parts, device=self.rows.device)[:, None]
+            head = torch.arange(heads, device=self.rows.device)
+            sequence, column = self.places[:, None, None] // self.seqlen, self.places[:, None, None] % self.seqlen
+            index = ((part * self.batch + sequence) * heads + head) * self.seqlen + column
+            self._made[key] = index.flatten()
+        return self._made[key]
 
 
 def _cumulate(lengths: Tensor) -> Tensor:

@@ -134,6 +134,7 @@ def test_blocks_hold_every_token_once_and_little_padding():
         assert seen == ids.tolist()
     assert len(Packing.from_lengths([30] * 9 + [31] * 9).blocks) == 1
     assert len(Packing.from_lengths([256, 8, 256]).blocks) == 3
+    assert [block.batch for block in Packing.from_lengths([128] * 9 + [300]).blocks] == [4, 4, 1, 1]
 
 
 def test_runs_group_neighbours_of_one_length():

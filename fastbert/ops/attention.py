@@ -145,7 +145,7 @@ class _DroppedAttention(torch.autograd.Function):
         for block in packing.blocks:
             query, key, value = _on_grid(qkv, block)
             keep = _keep(block, qkv.shape[2], dropout, seed)
-            weights = _weights(query, key, block, scale).mul_(keep)
+            weights = _weights(query, key, block, scale).mul_(keep.to(query.dtype))
             _from_grid(_product(weights, value, launch.drop_scale(dropout)), block, out)
             kept.append(keep)
         ctx.save_for_backward(qkv, *kept)
@@ -163,6 +163,7 @@ class _DroppedAttention(torch.autograd.Function):
             [dcontext] = _on_grid(dout[:, None], block)
             dcontext.view(block.batch, -1, *dcontext.shape[1:]).mul_(block.is_token[:, None, :, None])
             weights = _weights(query, key, block, scale)
+            keep = keep.to(weights.dtype)
             dropped = weights * keep
             dweights = _product(dcontext, value.transpose(1, 2), launch.drop_scale(dropout)).mul_(keep)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
@@ -187,10 +188,7 @@ def _on_grid(x: Tensor, block: Block) -> Tensor:
     """Packed `[rows, parts, heads, head_dim]` -> `[parts, batch * heads, seqlen, head_dim]`, at least float32."""
     _, parts, heads, head_dim = x.shape
     exact = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    part = torch.arange(parts, device=x.device)[:, None, None, None]
-    head = torch.arange(heads, device=x.device)[:, None]
-    index = (block.rows[:, None] * parts + part) * heads + head  # [parts, batch, heads, seqlen]
-    grid = exact.view(-1, head_dim).index_select(0, index.flatten())
+    grid = exact.view(-1, head_dim).index_select(0, block.to_grid(parts, heads))
     return grid.view(parts, block.batch * heads, block.seqlen, head_dim)
 
 
@@ -198,10 +196,7 @@ def _from_grid(grid: Tensor, block: Block, x: Tensor) -> None:
     """Write `[parts, batch * heads, seqlen, head_dim]`, or one part, to the block's rows of packed `x`."""
     heads, head_dim = x.shape[-2:]
     parts = grid.numel() // (block.batch * heads * block.seqlen * head_dim)
-    part, head = torch.arange(parts, device=x.device)[:, None], torch.arange(heads, device=x.device)
-    sequence, column = block.places[:, None, None] // block.seqlen, block.places[:, None, None] % block.seqlen
-    index = ((part * block.batch + sequence) * heads + head) * block.seqlen + column  # [tokens, parts, heads]
-    tokens = grid.view(-1, head_dim).index_select(0, index.flatten())
+    tokens = grid.view(-1, head_dim).index_select(0, block.from_grid(parts, heads))
     mine = x[block.begin : block.begin + len(block.places)]
     mine.copy_(tokens.view_as(mine))
 
