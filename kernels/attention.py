@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 import triton
@@ -682,19 +681,14 @@ def attention_forward(
             launch.drop_threshold(dropout),
             launch.drop_scale(dropout),
             HEAD_DIM=head_dim,
-            BLOCK_M=choice.BLOCK_M,
-            BLOCK_N=choice.BLOCK_N,
             BLOCK_D=launch.attention_block_d(head_dim),
-            SPLIT_TAIL=choice.SPLIT_TAIL,
             HAS_BIAS=bias is not None,
             HAS_WINDOW=window is not None,
             HAS_DROPOUT=dropout > 0.0,
             STORE_LSE=store_lse,
             VECTOR=16 // qkv.element_size(),
             PRECISION="ieee",
-            num_warps=choice.num_warps,
-            num_stages=choice.num_stages,
-            **({"maxnreg": choice.maxnreg} if choice.maxnreg else {}),
+            **launch.arguments(choice),
         )
     return out, lse
 
@@ -761,12 +755,12 @@ def attention_backward(
             attention_backward_query_kernel[(len(query_tiles) * heads,)](
                 qkv, out, dout, lse, delta, dqkv, bias, seed, cu_seqlens, query_tiles,
                 *qkv.stride()[:3], *out.stride()[:2], dqkv.stride(0), dqkv.stride(2), lse.stride(0),
-                *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **asdict(by_query),
+                *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_query),
             )  # fmt: skip
         attention_backward_key_kernel[(len(key_tiles) * heads,)](
             qkv, out, dout, lse, delta, dqkv, bias, seed, cu_seqlens, key_tiles,
             *qkv.stride()[:3], *out.stride()[:2], *dqkv.stride()[:3], lse.stride(0),
-            *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **asdict(by_key),
+            *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_key),
         )  # fmt: skip
         if bias is not None and dbias is not None:
             by_bias = launch.attention_backward_bias(head_dim, qkv.dtype, here)
@@ -776,7 +770,7 @@ def attention_backward(
                 qkv, dout, lse, delta, full, bias, seed, cu_seqlens,
                 *qkv.stride()[:3], *out.stride()[:2], lse.stride(0), *strides_bias,
                 len(cu_seqlens) - 1, heads, max_seqlen, *scalars,
-                ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **asdict(by_bias),
+                ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **launch.arguments(by_bias),
             )  # fmt: skip
             dbias = full.sum_to_size(dbias.shape)
     return dqkv, dbias

@@ -440,11 +440,10 @@ def embedding_backward(
                 launch.drop_threshold(dropout),
                 launch.drop_scale(dropout),
                 HIDDEN=hidden,
-                ROWS=choice.ROWS,
                 BLOCK=launch.row_block(hidden),
                 HAS_TYPES=has_types,
                 HAS_DROPOUT=dropout > 0.0,
-                num_warps=choice.num_warps,
+                **launch.arguments(choice),
             )
     totals = sums.sum(1)
     if token_type_ids is None:

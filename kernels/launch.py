@@ -7,7 +7,7 @@ were measured on a real GPU and comes first.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,11 +30,12 @@ class LayerNormForward:
 
 @dataclass(frozen=True)
 class LayerNormBackward:
-    """As LayerNormForward, in at most PROGRAMS programs that stride over the rows."""
+    """As LayerNormForward, in at most PROGRAMS programs that stride over the rows; `maxnreg` as in AttentionForward."""
 
     ROWS: int
     PROGRAMS: int
     num_warps: int
+    maxnreg: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class EmbeddingBackward:
     ROWS: int
     PROGRAMS: int
     num_warps: int
+    maxnreg: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,23 +112,28 @@ class AttentionBackwardQuery:
 
 @dataclass(frozen=True)
 class AttentionBackwardKey:
-    """BLOCK_N keys a program, BLOCK_M query rows a step; ONE_PASS where BLOCK_N holds every key of a sequence."""
+    """BLOCK_N keys a program, BLOCK_M query rows a step; ONE_PASS where BLOCK_N holds every key of a sequence.
+
+    `maxnreg` as in AttentionForward.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
     ONE_PASS: bool = False
+    maxnreg: int = 0
 
 
 @dataclass(frozen=True)
 class AttentionBackwardBias:
-    """A tile of BLOCK_M rows and BLOCK_N columns of the bias a program."""
+    """A tile of BLOCK_M rows and BLOCK_N columns of the bias a program; `maxnreg` as in AttentionForward."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 0
 
 
 SINGLE = AttentionForward(16, 16, 4, 1, SPLIT_TAIL=False, maxnreg=255)
@@ -418,8 +425,17 @@ def _whole_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, in
     return max(1, target.warp_size * 16 // dtype.itemsize // columns), max(1, columns // 1024)
 
 
-def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, int, int]:
-    """(ROWS, PROGRAMS, num_warps) of a backward: as `_whole_rows`, in 1024 warps, 8 on each of 128 multiprocessors.
+def arguments(choice: Any) -> dict[str, Any]:
+    """A choice as keyword arguments of a launch: without PROGRAMS, which is the grid's, and without a `maxnreg` of 0."""
+    given = asdict(choice)
+    given.pop("PROGRAMS", None)
+    if given.get("maxnreg") == 0:
+        del given["maxnreg"]
+    return given
+
+
+def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, int, int, int]:
+    """(ROWS, PROGRAMS, num_warps, maxnreg) of a backward: as `_whole_rows`, in 1024 warps, 8 on 128 multiprocessors.
 
     The sums for the parameters take registers too. Where one warp for 1024 columns would spill, in float32 and on RDNA,
     there are two; not for 8192 columns on NVIDIA, where 16 warps have fewer registers a lane.
@@ -428,7 +444,7 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     columns = row_block(width)
     if columns >= 1024 and (_family(target) == "rdna" or (dtype == torch.float32 and columns < 8192)):
         warps *= 2
-    return rows, 1024 // warps, warps
+    return rows, 1024 // warps, warps, 255 if target.backend == "cuda" and columns >= 4096 else 0
 
 
 def drop_threshold(dropout: float) -> int:

@@ -272,13 +272,12 @@ def layer_norm_backward(
                 launch.drop_threshold(dropout),
                 launch.drop_scale(dropout),
                 HIDDEN=hidden,
-                ROWS=choice.ROWS,
                 BLOCK=launch.row_block(hidden),
                 HAS_RESIDUAL=residual is not None,
                 HAS_X_BIAS=x_bias is not None,
                 SUM_X_BIAS=sum_x_bias,
                 HAS_DROPOUT=dropout > 0.0,
-                num_warps=choice.num_warps,
+                **launch.arguments(choice),
             )
     dparameters = sums.sum(1)
     if x_bias is not None and too_wide:

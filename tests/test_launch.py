@@ -1,6 +1,7 @@
 """launch: choices are pure, fit what they are for, and give way to measured ones."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_backward_of_whole_rows(choose, dtype, arch):
         if hidden <= (512 if crowded else 1024):
             assert choice.num_warps == 1
     assert choice.num_warps == (16 if arch == "gfx1100" else 8)
+    assert choice.maxnreg == (255 if KNOWN[arch].backend == "cuda" else 0)
     assert choose(768, torch.float32, KNOWN[arch]).num_warps == 2
 
 
@@ -66,6 +68,12 @@ def test_backward_of_bias_gelu(width, programs):
     forward = launch.bias_gelu_forward(width, torch.float16, KNOWN["sm_90"])
     backward = launch.bias_gelu_backward(width, torch.float16, KNOWN["sm_90"])
     assert backward == launch.BiasGeluBackward(forward.ROWS, forward.BLOCK, programs, forward.num_warps)
+
+
+def test_a_launch_takes_what_is_the_kernel_s():
+    choice = launch.LayerNormBackward(ROWS=2, PROGRAMS=9, num_warps=4)
+    assert launch.arguments(choice) == {"ROWS": 2, "num_warps": 4}
+    assert launch.arguments(replace(choice, maxnreg=255)) == {"ROWS": 2, "num_warps": 4, "maxnreg": 255}
 
 
 @pytest.mark.parametrize(("hidden", "block"), [(1, 8), (48, 64), (768, 256), (8192, 256)])

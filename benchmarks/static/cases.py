@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from fastbert.kernels import launch
-from fastbert.kernels.attention import attention_forward
+from fastbert.kernels.attention import attention_backward, attention_forward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
@@ -56,6 +56,12 @@ def main(target: Target) -> Iterator[Case]:
     yield from attention(64, torch.float32, target, "ragged")
     for option in ("bias", "window", "dropout"):
         yield from attention(64, torch.float16, target, "ragged", **{option: True})
+    for head_dim in (32, 64, 128):
+        for lengths in ("ragged", "short"):
+            yield from attention_gradient(head_dim, torch.float16, target, lengths)
+    yield from attention_gradient(64, torch.float32, target, "ragged")
+    for option in ("bias", "window", "dropout"):
+        yield from attention_gradient(64, torch.float16, target, "ragged", **{option: True})
     for width in (384, 768, 1024):
         yield layer_norm(width, torch.float16, residual=True, x_bias=True)
     yield layer_norm(768, torch.float16, residual=True, x_bias=True, dropout=True)
@@ -83,6 +89,10 @@ def exhaustive(target: Target) -> Iterator[Case]:
                 yield from attention(head_dim, dtype, target, lengths, store_lse=True)
             for options in ({"bias"}, {"window"}, {"dropout"}, {"bias", "window", "dropout", "store_lse"}):
                 yield from attention(head_dim, dtype, target, "ragged", **dict.fromkeys(options, True))
+            for lengths in LENGTHS:
+                yield from attention_gradient(head_dim, dtype, target, lengths)
+            for options in ({"bias"}, {"window"}, {"dropout"}, {"bias", "window", "dropout"}):
+                yield from attention_gradient(head_dim, dtype, target, "ragged", **dict.fromkeys(options, True))
         for width in WIDTHS:
             yield layer_norm(width, dtype)
             yield layer_norm(width, dtype, residual=True, x_bias=True)
@@ -141,6 +151,44 @@ def attention(
         f"attention head_dim {head_dim} {lengths}", dtype, bias=bias, window=window, dropout=dropout, lse=store_lse
     )
     yield Case(name, run, matrix=dtype != torch.float32)
+
+
+def attention_gradient(
+    head_dim: int,
+    dtype: torch.dtype,
+    target: Target,
+    lengths: str,
+    *,
+    bias: bool = False,
+    window: bool = False,
+    dropout: bool = False,
+) -> Iterator[Case]:
+    """The backward of `attention`, with the gradient of the bias where there is one."""
+    if launch.attention_unserved(head_dim, dtype, target) is not None:
+        return
+    rows, max_seqlen = LENGTHS[lengths]
+    out = torch.empty(rows, HEADS, head_dim, dtype=dtype)
+    shape = (1, HEADS, max_seqlen, max_seqlen)
+    run = partial(
+        attention_backward,
+        out,
+        torch.empty(rows, 3, HEADS, head_dim, dtype=dtype),
+        out,
+        torch.empty(HEADS, rows),
+        torch.empty(BATCH + 1, dtype=torch.int32),
+        torch.empty(BATCH, 2, dtype=torch.int32),
+        torch.empty(BATCH, 2, dtype=torch.int32),
+        max_seqlen,
+        tokens=rows,
+        scale=head_dim**-0.5,
+        bias=torch.empty(shape, dtype=dtype).expand(BATCH, -1, -1, -1) if bias else None,
+        dbias_shape=shape if bias else None,
+        window=WINDOW if window else None,
+        dropout=DROPOUT if dropout else 0.0,
+        seed=_seed() if dropout else None,
+    )
+    name = f"attention backward head_dim {head_dim} {lengths}"
+    yield Case(_name(name, dtype, bias=bias, window=window, dropout=dropout), run, matrix=dtype != torch.float32)
 
 
 def layer_norm(
