@@ -224,52 +224,66 @@ ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half",
     "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
 }
 
-# (kind of dtype, BLOCK_D) -> choice; the same for every family, with and without extras. Small tiles, because the
-# backward holds more in registers.
-ATTENTION_BACKWARD_QUERY: dict[tuple[str, int], AttentionBackwardQuery] = {
-    ("half", 16): AttentionBackwardQuery(64, 32, 4, 1),
-    ("half", 32): AttentionBackwardQuery(64, 32, 4, 1),
-    ("half", 64): AttentionBackwardQuery(64, 32, 4, 1),
-    ("half", 128): AttentionBackwardQuery(64, 32, 8, 1),
-    ("half", 256): AttentionBackwardQuery(32, 32, 8, 1),
-    ("single", 16): AttentionBackwardQuery(16, 16, 4, 1),
-    ("single", 32): AttentionBackwardQuery(16, 16, 4, 1),
-    ("single", 64): AttentionBackwardQuery(16, 16, 4, 1),
-    ("single", 128): AttentionBackwardQuery(16, 16, 8, 1),
-    ("single", 256): AttentionBackwardQuery(16, 16, 8, 1),
+# (family, kind of dtype, BLOCK_D) -> choice, with and without extras; ANY stands for the families without an entry of
+# their own. Small tiles, because the backward holds more in registers; None where no tile fits them.
+ANY = "any"
+ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
+    (ANY, "half", 16): AttentionBackwardQuery(64, 32, 4, 1),
+    (ANY, "half", 32): AttentionBackwardQuery(64, 32, 4, 1),
+    (ANY, "half", 64): AttentionBackwardQuery(64, 32, 4, 1),
+    (ANY, "half", 128): AttentionBackwardQuery(64, 32, 8, 1),
+    (ANY, "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
+    (ANY, "single", 16): AttentionBackwardQuery(16, 16, 4, 1),
+    (ANY, "single", 32): AttentionBackwardQuery(16, 16, 4, 1),
+    (ANY, "single", 64): AttentionBackwardQuery(16, 16, 4, 1),
+    (ANY, "single", 128): AttentionBackwardQuery(16, 16, 8, 1),
+    (ANY, "single", 256): AttentionBackwardQuery(16, 16, 8, 1),
+    ("rdna", "half", 64): AttentionBackwardQuery(64, 32, 8, 1),
 }
-
-ATTENTION_BACKWARD_KEY: dict[tuple[str, int], AttentionBackwardKey] = {
-    ("half", 16): AttentionBackwardKey(32, 64, 4, 1),
-    ("half", 32): AttentionBackwardKey(32, 64, 4, 1),
-    ("half", 64): AttentionBackwardKey(32, 64, 4, 1),
-    ("half", 128): AttentionBackwardKey(32, 64, 8, 1),
-    ("half", 256): AttentionBackwardKey(32, 32, 8, 1),
-    ("single", 16): AttentionBackwardKey(16, 16, 4, 1),
-    ("single", 32): AttentionBackwardKey(16, 16, 4, 1),
-    ("single", 64): AttentionBackwardKey(16, 16, 4, 1),
-    ("single", 128): AttentionBackwardKey(16, 16, 8, 1),
-    ("single", 256): AttentionBackwardKey(16, 16, 8, 1),
+ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] = {
+    (ANY, "half", 16): AttentionBackwardKey(32, 64, 4, 1),
+    (ANY, "half", 32): AttentionBackwardKey(32, 64, 4, 1),
+    (ANY, "half", 64): AttentionBackwardKey(32, 64, 4, 1),
+    (ANY, "half", 128): AttentionBackwardKey(32, 64, 8, 1),
+    (ANY, "half", 256): AttentionBackwardKey(32, 32, 8, 1),
+    (ANY, "single", 16): AttentionBackwardKey(16, 16, 4, 1),
+    (ANY, "single", 32): AttentionBackwardKey(16, 16, 4, 1),
+    (ANY, "single", 64): AttentionBackwardKey(16, 16, 4, 1),
+    (ANY, "single", 128): AttentionBackwardKey(16, 16, 8, 1),
+    (ANY, "single", 256): AttentionBackwardKey(16, 16, 8, 1),
+    ("ampere", "half", 32): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
+    ("cdna", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
+    ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1),
+    ("rdna", "half", 128): None,
+    ("rdna", "single", 64): None,
 }
-
-# (family, kind of dtype, BLOCK_D) -> choice where a tile of every key of a short sequence compiles without spills.
 ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = {
     ("ampere", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
     ("hopper", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
     ("hopper", "half", 64): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
 }
 
-ATTENTION_BACKWARD_BIAS: dict[tuple[str, int], AttentionBackwardBias] = {
-    ("half", 16): AttentionBackwardBias(32, 32, 4, 1),
-    ("half", 32): AttentionBackwardBias(32, 32, 4, 1),
-    ("half", 64): AttentionBackwardBias(32, 32, 4, 1),
-    ("half", 128): AttentionBackwardBias(32, 32, 4, 1),
-    ("half", 256): AttentionBackwardBias(32, 32, 8, 1),
-    ("single", 16): AttentionBackwardBias(16, 16, 4, 1),
-    ("single", 32): AttentionBackwardBias(16, 16, 4, 1),
-    ("single", 64): AttentionBackwardBias(16, 16, 4, 1),
-    ("single", 128): AttentionBackwardBias(16, 16, 8, 1),
-    ("single", 256): AttentionBackwardBias(16, 16, 8, 1),
+ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
+    (ANY, "half", 16): AttentionBackwardBias(32, 32, 4, 1),
+    (ANY, "half", 32): AttentionBackwardBias(32, 32, 4, 1),
+    (ANY, "half", 64): AttentionBackwardBias(32, 32, 4, 1),
+    (ANY, "half", 128): AttentionBackwardBias(32, 32, 4, 1),
+    (ANY, "half", 256): AttentionBackwardBias(32, 32, 8, 1),
+    (ANY, "single", 16): AttentionBackwardBias(16, 16, 4, 1),
+    (ANY, "single", 32): AttentionBackwardBias(16, 16, 4, 1),
+    (ANY, "single", 64): AttentionBackwardBias(16, 16, 4, 1),
+    (ANY, "single", 128): AttentionBackwardBias(16, 16, 8, 1),
+    (ANY, "single", 256): AttentionBackwardBias(16, 16, 8, 1),
+    ("hopper", "half", 16): AttentionBackwardBias(64, 32, 4, 1),
+    ("hopper", "half", 32): AttentionBackwardBias(64, 32, 4, 1),
+    ("hopper", "half", 64): AttentionBackwardBias(64, 32, 4, 1),
+    ("hopper", "half", 128): AttentionBackwardBias(64, 32, 8, 1),
+    ("hopper", "half", 256): AttentionBackwardBias(64, 32, 8, 1),
+    ("blackwell", "half", 16): AttentionBackwardBias(64, 32, 4, 1),
+    ("blackwell", "half", 32): AttentionBackwardBias(64, 32, 4, 1),
+    ("blackwell", "half", 64): AttentionBackwardBias(64, 32, 4, 1),
+    ("blackwell", "half", 128): AttentionBackwardBias(64, 32, 8, 1),
+    ("blackwell", "half", 256): AttentionBackwardBias(64, 32, 8, 1),
 }
 
 
@@ -278,14 +292,17 @@ def attention_block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def attention_unserved(head_dim: int, dtype: torch.dtype, target: Target) -> str | None:
-    """Why the attention kernel can't serve this shape on this target, or None when it can."""
+def attention_unserved(head_dim: int, dtype: torch.dtype, target: Target, *, gradient: bool) -> str | None:
+    """Why the attention kernels can't serve this shape on this target, with its gradient or without, or None."""
     if head_dim % 8 or not 8 <= head_dim <= 256:
         return f"head_dim {head_dim} is not a multiple of 8 from 8 to 256"
     if dtype not in _KINDS:
         return f"{dtype} is not float16, bfloat16 or float32"
-    if (_family(target), _KINDS[dtype], attention_block_d(head_dim)) not in ATTENTION_FORWARD:
+    kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
+    if (_family(target), kind, block_d) not in ATTENTION_FORWARD:
         return f"head_dim {head_dim} in {dtype} does not fit the registers of {target.arch}"
+    if gradient and _of_family(ATTENTION_BACKWARD_KEY, target, kind, block_d) is None:
+        return f"the gradient of head_dim {head_dim} in {dtype} does not fit the registers of {target.arch}"
     return None
 
 
@@ -313,7 +330,7 @@ def attention_forward(
 
 def attention_backward_query(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBackwardQuery:
     """The choice for the gradient of the queries."""
-    choice = ATTENTION_BACKWARD_QUERY[_KINDS[dtype], attention_block_d(head_dim)]
+    choice = _of_family(ATTENTION_BACKWARD_QUERY, target, _KINDS[dtype], attention_block_d(head_dim))
     return tuned("attention_backward_query", target, choice, f"head_dim={head_dim},dtype={_NAMES[dtype]}")
 
 
@@ -327,7 +344,8 @@ def attention_backward_key(
         extras: as in `attention_forward`.
     """
     kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
-    choice, regime = ATTENTION_BACKWARD_KEY[kind, block_d], "default"
+    choice, regime = _of_family(ATTENTION_BACKWARD_KEY, target, kind, block_d), "default"
+    assert choice is not None  # `attention_unserved` has said so
     one_pass = ATTENTION_BACKWARD_ONE_PASS.get((_family(target), kind, block_d))
     if one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not (extras or dbias or _padded(head_dim)):
         choice, regime = one_pass, "one_pass"
@@ -337,7 +355,7 @@ def attention_backward_key(
 
 def attention_backward_bias(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBackwardBias:
     """The choice for the gradient of the bias."""
-    choice = ATTENTION_BACKWARD_BIAS[_KINDS[dtype], attention_block_d(head_dim)]
+    choice = _of_family(ATTENTION_BACKWARD_BIAS, target, _KINDS[dtype], attention_block_d(head_dim))
     return tuned("attention_backward_bias", target, choice, f"head_dim={head_dim},dtype={_NAMES[dtype]}")
 
 
@@ -426,7 +444,7 @@ def _whole_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, in
 
 
 def arguments(choice: Any) -> dict[str, Any]:
-    """A choice as keyword arguments of a launch: without PROGRAMS, which is the grid's, and without a `maxnreg` of 0."""
+    """A choice as keyword arguments of a launch, without PROGRAMS, which is the grid's, and a `maxnreg` of 0."""
     given = asdict(choice)
     given.pop("PROGRAMS", None)
     if given.get("maxnreg") == 0:
@@ -520,6 +538,12 @@ def _family(target: Target) -> str:
     if target.backend == "hip":
         return "cdna" if target.warp_size == 64 else "rdna"
     return {"sm_90": "hopper", "sm_100": "blackwell"}.get(target.arch, "ampere")
+
+
+def _of_family(table: dict[tuple[str, str, int], Choice], target: Target, kind: str, block_d: int) -> Choice:
+    """The entry of the target's family, or that of any."""
+    own = (_family(target), kind, block_d)
+    return table[own if own in table else (ANY, kind, block_d)]
 
 
 TUNED = read_tuned(Path(__file__).with_name("tuned.json"))

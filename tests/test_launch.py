@@ -108,6 +108,17 @@ def write(path, tuned):
     return path
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_attention_on_rdna_runs_without_a_gradient_where_that_spills(head_dim):
+    rdna, served = KNOWN["gfx1100"], head_dim == 64
+    assert launch.attention_unserved(head_dim, torch.float16, rdna, gradient=False) is None
+    said = launch.attention_unserved(head_dim, torch.float16, rdna, gradient=True)
+    assert said is None if served else "the gradient of head_dim" in said
+    assert launch.attention_unserved(head_dim, torch.float16, KNOWN["sm_90"], gradient=True) is None
+    if served:
+        assert launch.attention_backward_query(64, torch.float16, rdna).num_warps == 8
+
+
 def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
     measured = {
         "sm_90": {

@@ -93,24 +93,35 @@ def load_cases() -> ModuleType:
 
 
 def test_the_exhaustive_cases_reach_every_tile_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = []
-    choose = launch.attention_forward
+    reached: set[int] = set()
 
-    def remember(*args: Any, **options: Any) -> launch.AttentionForward:
-        chosen.append(choose(*args, **options))
-        return chosen[-1]
+    def remember(choose: Any) -> Any:
+        def choice(*args: Any, **options: Any) -> Any:
+            made = choose(*args, **options)
+            reached.add(id(made))
+            return made
+
+        return choice
 
     monkeypatch.setattr(launch, "TUNED", {})
-    monkeypatch.setattr(launch, "attention_forward", remember)
-    monkeypatch.setattr(attention, "attention_forward_kernel", MagicMock())
+    for name in ("attention_forward", *(f"attention_backward_{part}" for part in ("query", "key", "bias"))):
+        monkeypatch.setattr(launch, name, remember(getattr(launch, name)))
+        monkeypatch.setattr(attention, f"{name}_kernel", MagicMock())
     for arch in ARCHS:
         with pretend(KNOWN[arch]):
             for case in load_cases().exhaustive(KNOWN[arch]):
                 if case.name.startswith("attention"):
                     case.run()
-    reached = {id(choice) for choice in chosen}
     for key, regimes in launch.ATTENTION_FORWARD.items():
         assert {name for name, choice in regimes.items() if id(choice) not in reached} == set(), key
+    backward: list[dict[Any, Any]] = [
+        launch.ATTENTION_BACKWARD_QUERY,
+        launch.ATTENTION_BACKWARD_KEY,
+        launch.ATTENTION_BACKWARD_ONE_PASS,
+        launch.ATTENTION_BACKWARD_BIAS,
+    ]
+    for table in backward:
+        assert {key for key, choice in table.items() if choice is not None and id(choice) not in reached} == set()
 
 
 def complaints(result: subprocess.CompletedProcess[str]) -> list[str]:

@@ -131,7 +131,7 @@ def attention(
     store_lse: bool = False,
 ) -> Iterator[Case]:
     """One case, or none where the kernel does not serve this shape on `target`."""
-    if launch.attention_unserved(head_dim, dtype, target) is not None:
+    if launch.attention_unserved(head_dim, dtype, target, gradient=store_lse) is not None:
         return
     rows, max_seqlen = LENGTHS[lengths]
     run = partial(
@@ -164,7 +164,7 @@ def attention_gradient(
     dropout: bool = False,
 ) -> Iterator[Case]:
     """The backward of `attention`, with the gradient of the bias where there is one."""
-    if launch.attention_unserved(head_dim, dtype, target) is not None:
+    if launch.attention_unserved(head_dim, dtype, target, gradient=True) is not None:
         return
     rows, max_seqlen = LENGTHS[lengths]
     out = torch.empty(rows, HEADS, head_dim, dtype=dtype)

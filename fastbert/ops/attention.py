@@ -53,7 +53,8 @@ def attention(
     _check(qkv, packing, scale, bias, window, dropout, seed)
     (qkv,) = cast_states(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    unserved = launch.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device))
+    gradient = wants_gradient(qkv, bias)
+    unserved = launch.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device), gradient=gradient)
     if backend.uses_triton("attention", qkv, unserved):
         return _attention_triton(qkv, packing, scale, bias, window, dropout, seed)
     return _attention_torch(qkv, packing, scale, bias, window, dropout, seed)
