@@ -456,13 +456,16 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     """(ROWS, PROGRAMS, num_warps, maxnreg) of a backward: as `_whole_rows`, in 1024 warps, 8 on 128 multiprocessors.
 
     The sums for the parameters take registers too. Where one warp for 1024 columns would spill, in float32 and on RDNA,
-    there are two; not for 8192 columns on NVIDIA, where 16 warps have fewer registers a lane.
+    there are two; not for 8192 columns on NVIDIA, where 16 warps have fewer registers a lane. So too for 4096 columns
+    on Blackwell. At 4096 NVIDIA's assembler would rather spill than take more than 128 registers.
     """
     rows, warps = _whole_rows(width, dtype, target)
     columns = row_block(width)
     if columns >= 1024 and (_family(target) == "rdna" or (dtype == torch.float32 and columns < 8192)):
         warps *= 2
-    return rows, 1024 // warps, warps, 255 if target.backend == "cuda" and columns >= 4096 else 0
+    if columns == 4096 and _family(target) == "blackwell" and dtype != torch.float32:
+        warps *= 2
+    return rows, 1024 // warps, warps, 255 if columns == 4096 and target.backend == "cuda" else 0
 
 
 def drop_threshold(dropout: float) -> int:

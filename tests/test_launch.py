@@ -1,7 +1,6 @@
 """launch: choices are pure, fit what they are for, and give way to measured ones."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -59,7 +58,6 @@ def test_backward_of_whole_rows(choose, dtype, arch):
         if hidden <= (512 if crowded else 1024):
             assert choice.num_warps == 1
     assert choice.num_warps == (16 if arch == "gfx1100" else 8)
-    assert choice.maxnreg == (255 if KNOWN[arch].backend == "cuda" else 0)
     assert choose(768, torch.float32, KNOWN[arch]).num_warps == 2
 
 
@@ -71,9 +69,10 @@ def test_backward_of_bias_gelu(width, programs):
 
 
 def test_a_launch_takes_what_is_the_kernel_s():
-    choice = launch.LayerNormBackward(ROWS=2, PROGRAMS=9, num_warps=4)
-    assert launch.arguments(choice) == {"ROWS": 2, "num_warps": 4}
-    assert launch.arguments(replace(choice, maxnreg=255)) == {"ROWS": 2, "num_warps": 4, "maxnreg": 255}
+    assert launch.arguments(launch.LayerNormBackward(ROWS=2, PROGRAMS=9, num_warps=4)) == {"ROWS": 2, "num_warps": 4}
+    tile = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    assert launch.arguments(launch.AttentionBackwardBias(**tile)) == tile
+    assert launch.arguments(launch.AttentionBackwardBias(**tile, maxnreg=255)) == {**tile, "maxnreg": 255}
 
 
 @pytest.mark.parametrize(("hidden", "block"), [(1, 8), (48, 64), (768, 256), (8192, 256)])
