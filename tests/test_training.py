@@ -249,6 +249,18 @@ def test_pairs_need_two_documents(settings: Make, tmp_path: Path) -> None:
         Pretrain(Path(settings().model), 20, CPU).read_training(tmp_path / "three.txt")
 
 
+def test_the_fingerprint_sees_where_sentences_end(settings: Make, tmp_path: Path) -> None:
+    """The tokens of a row are the same however it is cut into sentences; the pairs are not."""
+    prints = set()
+    for name, text in (("a", "the film\na plot\n"), ("b", "the film a\nplot\n")):
+        (tmp_path / name).write_text(text + "\nmusic\nstory\n")
+        given = settings("pretrain", train=str(tmp_path / name))
+        objective = Pretrain(Path(given.model), 20, CPU)
+        examples = objective.read_training(Path(given.train))
+        prints.add(loop._Run(given, objective, objective.model(), examples, None, Processes())._fingerprint())
+    assert len(prints) == 2
+
+
 def test_learning_rate() -> None:
     given = Settings("mlm", "", "", "", lr=1.0, warmup=0.2)
     rates = [loop.learning_rate(given, step, 10) for step in range(10)]
