@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import sys
 import warnings
@@ -139,6 +138,7 @@ def train(
     A run that was interrupted goes on with --resume, bit for bit as if it never stopped.
     """
     from fastbert import training
+    from fastbert.training.parallel import is_first
 
     settings = training.Settings(
         task=task,
@@ -162,7 +162,7 @@ def train(
         parallel=parallel,
     )
     metrics = training.train(settings, resume=resume, progress=sys.stderr.isatty(), say=_say)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(json.dumps(metrics))
 
 

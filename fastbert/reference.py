@@ -19,6 +19,12 @@ from fastbert.packing import Packing
 Approximate = Literal["none", "tanh"]
 Pooling = Literal["cls", "mean", "max"]
 
+# Philox-4x32's multipliers and the steps of its key, from Salmon et al. 2011, table 2 and their Random123 library.
+PHILOX_ROUNDS = 7
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+LOW = 0xFFFFFFFF  # the low 32 bits
+
 
 def attention(
     qkv: Tensor,
@@ -190,16 +196,15 @@ def attention_keep_mask(seed: Tensor, batch: int, heads: int, seqlen: int, dropo
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-7 in int64 arithmetic; constants from Salmon et al. 2011, table 2 and their Random123 library."""
-    low = 0xFFFFFFFF
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(7):
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrapping int64 keeps all 64 bits of the product
+    """Philox-4x32-7 in int64 arithmetic."""
+    k0, k1 = seed & LOW, (seed >> 32) & LOW
+    for _ in range(PHILOX_ROUNDS):
+        product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1  # wrapping int64 keeps all 64 bits of the product
         c0, c1, c2, c3 = (
-            ((product1 >> 32) & low) ^ c1 ^ k0,
-            product1 & low,
-            ((product0 >> 32) & low) ^ c3 ^ k1,
-            product0 & low,
+            ((product1 >> 32) & LOW) ^ c1 ^ k0,
+            product1 & LOW,
+            ((product0 >> 32) & LOW) ^ c3 ^ k1,
+            product0 & LOW,
         )
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+        k0, k1 = (k0 + PHILOX_W0) & LOW, (k1 + PHILOX_W1) & LOW
     return c0, c1, c2, c3

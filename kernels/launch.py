@@ -262,7 +262,6 @@ ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = 
     ("hopper", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
     ("hopper", "half", 64): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
 }
-
 ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
     (ANY, "half", 16): AttentionBackwardBias(32, 32, 4, 1),
     (ANY, "half", 32): AttentionBackwardBias(32, 32, 4, 1),
@@ -279,11 +278,11 @@ ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
     ("hopper", "half", 64): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 128): AttentionBackwardBias(64, 32, 8, 1),
     ("hopper", "half", 256): AttentionBackwardBias(64, 32, 8, 1),
-    ("blackwell", "half", 16): AttentionBackwardBias(64, 32, 4, 1),
-    ("blackwell", "half", 32): AttentionBackwardBias(64, 32, 4, 1),
-    ("blackwell", "half", 64): AttentionBackwardBias(64, 32, 4, 1),
-    ("blackwell", "half", 128): AttentionBackwardBias(64, 32, 8, 1),
-    ("blackwell", "half", 256): AttentionBackwardBias(64, 32, 8, 1),
+}
+ATTENTION_BACKWARD_BIAS |= {
+    ("blackwell", kind, block_d): choice
+    for (family, kind, block_d), choice in ATTENTION_BACKWARD_BIAS.items()
+    if family == "hopper"
 }
 
 

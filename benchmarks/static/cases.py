@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -140,12 +141,8 @@ def attention(
         torch.empty(BATCH + 1, dtype=torch.int32),
         torch.empty(BATCH, 2, dtype=torch.int32),
         max_seqlen,
-        scale=head_dim**-0.5,
-        bias=torch.empty(1, HEADS, max_seqlen, max_seqlen, dtype=dtype).expand(BATCH, -1, -1, -1) if bias else None,
-        window=WINDOW if window else None,
-        dropout=DROPOUT if dropout else 0.0,
-        seed=_seed() if dropout else None,
         store_lse=store_lse,
+        **_attention_options(head_dim, dtype, max_seqlen, bias, window, dropout),
     )
     name = _name(
         f"attention head_dim {head_dim} {lengths}", dtype, bias=bias, window=window, dropout=dropout, lse=store_lse
@@ -168,7 +165,6 @@ def attention_gradient(
         return
     rows, max_seqlen = LENGTHS[lengths]
     out = torch.empty(rows, HEADS, head_dim, dtype=dtype)
-    shape = (1, HEADS, max_seqlen, max_seqlen)
     run = partial(
         attention_backward,
         out,
@@ -180,15 +176,25 @@ def attention_gradient(
         torch.empty(BATCH, 2, dtype=torch.int32),
         max_seqlen,
         tokens=rows,
-        scale=head_dim**-0.5,
-        bias=torch.empty(shape, dtype=dtype).expand(BATCH, -1, -1, -1) if bias else None,
-        dbias_shape=shape if bias else None,
-        window=WINDOW if window else None,
-        dropout=DROPOUT if dropout else 0.0,
-        seed=_seed() if dropout else None,
+        dbias_shape=(1, HEADS, max_seqlen, max_seqlen) if bias else None,
+        **_attention_options(head_dim, dtype, max_seqlen, bias, window, dropout),
     )
     name = f"attention backward head_dim {head_dim} {lengths}"
     yield Case(_name(name, dtype, bias=bias, window=window, dropout=dropout), run, matrix=dtype != torch.float32)
+
+
+def _attention_options(
+    head_dim: int, dtype: torch.dtype, max_seqlen: int, bias: bool, window: bool, dropout: bool
+) -> dict[str, Any]:
+    """What forward and backward take alike; one bias for all sequences."""
+    one_bias = torch.empty(1, HEADS, max_seqlen, max_seqlen, dtype=dtype)
+    return {
+        "scale": head_dim**-0.5,
+        "bias": one_bias.expand(BATCH, -1, -1, -1) if bias else None,
+        "window": WINDOW if window else None,
+        "dropout": DROPOUT if dropout else 0.0,
+        "seed": _seed() if dropout else None,
+    }
 
 
 def layer_norm(

@@ -56,7 +56,7 @@ def attention(
     gradient = wants_gradient(qkv, bias)
     unserved = launch.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device), gradient=gradient)
     if backend.uses_triton("attention", qkv, unserved):
-        return _attention_triton(qkv, packing, scale, bias, window, dropout, seed)
+        return _attention_triton(qkv, packing, scale, bias, window, dropout, seed, gradient)
     return _attention_torch(qkv, packing, scale, bias, window, dropout, seed)
 
 
@@ -162,17 +162,18 @@ class _DroppedAttention(torch.autograd.Function):
         for block, keep in zip(packing.blocks, kept, strict=True):
             query, key, value = _on_grid(qkv, block)
             [dcontext] = _on_grid(dout[:, None], block)
+            # Nothing comes from rows of padding, where `_on_grid` repeats a row of the sequence.
             dcontext.view(block.batch, -1, *dcontext.shape[1:]).mul_(block.is_token[:, None, :, None])
             weights = _weights(query, key, block, scale)
             keep = keep.to(weights.dtype)
-            dropped = weights * keep
+            kept_weights = weights * keep
             dweights = _product(dcontext, value.transpose(1, 2), launch.drop_scale(dropout)).mul_(keep)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             gradient = torch.stack(
                 (
                     _product(dscores, key, scale),
                     _product(dscores.transpose(1, 2), query, scale),
-                    _product(dropped.transpose(1, 2), dcontext, launch.drop_scale(dropout)),
+                    _product(kept_weights.transpose(1, 2), dcontext, launch.drop_scale(dropout)),
                 )
             )
             _from_grid(gradient, block, dqkv)
@@ -269,6 +270,7 @@ def _attention_triton(
     window: int | None,
     dropout: float,
     seed: Tensor | None,
+    gradient: bool,
 ) -> Tensor:
     head_dim, dtype, max_seqlen = qkv.shape[-1], qkv.dtype, packing.max_seqlen
     extras = bias is not None or window is not None or dropout > 0.0
@@ -277,7 +279,7 @@ def _attention_triton(
         head_dim, dtype, max_seqlen, rows=qkv.shape[0], batch=packing.batch, extras=extras, target=here
     )
     tiles = [packing.tiles(forward.BLOCK_M)]
-    if wants_gradient(qkv, bias):
+    if gradient:
         dbias = bias is not None and bias.requires_grad
         by_query = launch.attention_backward_query(head_dim, dtype, here)
         by_key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=dbias, extras=extras, target=here)

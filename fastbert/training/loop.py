@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import json
@@ -171,10 +170,9 @@ def train(
         CheckpointError: the folder of the model is not a checkpoint fastbert reads.
     """
     with joined() as processes:
-        run = partial(_train, settings, resume, torch.device(device or own_device()), processes)
-        if processes.rank > 0:
-            return run(progress=False, say=lambda line: None)
-        return run(progress=progress, say=say or (lambda line: None))
+        speaks = processes.rank == 0
+        say = say if say is not None and speaks else lambda line: None
+        return _train(settings, resume, torch.device(device or own_device()), processes, progress and speaks, say)
 
 
 def _train(
@@ -242,7 +240,9 @@ class _Run:
         self.examples, self.valid = examples, valid
         self.processes = processes
         self.out = Path(settings.out)
-        self.whole = copy.deepcopy(model).to("meta")  # what is saved, without weights of its own
+        with torch.device("meta"):
+            self.whole = type(model)(model.config, model.head_config)  # what is saved, without weights of its own
+        self.whole.origin = model.origin
         self.forward = model if processes.count == 1 else spread(model, settings.parallel)
         if processes.rank > 0:
             torch.manual_seed(settings.seed + processes.rank)  # or all would drop the same

@@ -72,6 +72,11 @@ def joined() -> Iterator[Processes]:
         yield Processes()
 
 
+def is_first() -> bool:
+    """Whether this process is the first that torchrun started, or one alone."""
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+
+
 def own_device() -> torch.device:
     """Where this process computes if nobody says: a GPU of its own, or the CPU where there is none."""
     device = first_device()
