@@ -65,7 +65,9 @@ def encode(
     normalize: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = True,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What the model computes in.")] = "fp32",
     max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
-    batch_tokens: Annotated[int | None, typer.Option(help="Most tokens of a batch; 4096 by default.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, 4096 in bf16.")
+    ] = None,
 ) -> None:
     """Embed texts, one a line: row i of the result is line i of the input.
 
@@ -175,7 +177,9 @@ def classify(
     output: Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What the model computes in.")] = "fp32",
     max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
-    batch_tokens: Annotated[int | None, typer.Option(help="Most tokens of a batch; 4096 by default.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, 4096 in bf16.")
+    ] = None,
 ) -> None:
     """Label texts, one a line; JSON lines with text, label and the probability of every label."""
     from fastbert.tasks import TextClassifier
@@ -202,7 +206,9 @@ def tag(
     output: Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What the model computes in.")] = "fp32",
     max_length: Annotated[int, typer.Option(help="Most tokens of a window; longer texts are several.")] = 256,
-    batch_tokens: Annotated[int | None, typer.Option(help="Most tokens of a batch; 4096 by default.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, 4096 in bf16.")
+    ] = None,
 ) -> None:
     """Find entities in texts, one a line; JSON lines with text and its entities.
 

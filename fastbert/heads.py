@@ -68,7 +68,7 @@ class HeadModel(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The last layer's output at packed rows, `[len(rows), hidden]`; and all hidden states, if asked for."""
         nothing = inputs.packing.tokens == 0
-        states = self.bert.run(inputs, None if output_hidden_states or nothing else rows)
+        states = self.bert.run(inputs, None if output_hidden_states or nothing else rows, every=output_hidden_states)
         at_rows = states[-1]
         if nothing:
             at_rows = at_rows.new_zeros(len(rows), self.config.hidden_size)
@@ -82,7 +82,7 @@ class HeadModel(nn.Module):
         return self.bert.pool(_zero_where_empty(first, inputs.packing)), hidden_states
 
     def _all_states(self, inputs: Inputs, output_hidden_states: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        states = self.bert.run(inputs)
+        states = self.bert.run(inputs, every=output_hidden_states)
         return states[-1], tuple(map(inputs.layout, states)) if output_hidden_states else None
 
 

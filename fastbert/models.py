@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastbert import folding
 from fastbert.config import EncoderConfig
 from fastbert.embeddings import Embeddings
 from fastbert.encoder import Encoder, initialise
 from fastbert.errors import ArgumentError
 from fastbert.masks import read_mask
+from fastbert.ops.linear import held
 from fastbert.outputs import ModelOutput
 from fastbert.packing import Packing
 from fastbert.pooling import first_tokens
@@ -86,7 +88,7 @@ class BertModel(nn.Module):
             ArgumentError: a wrong shape, mask or id, or a sequence longer than the position table.
         """
         inputs = self.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
-        states = self.run(inputs)
+        states = self.run(inputs, every=output_hidden_states)
         pooled = None if self.pooler is None else self.pool(first_tokens(states[-1], inputs.packing))
         hidden_states = tuple(inputs.layout(state) for state in (states if output_hidden_states else states[-1:]))
         return ModelOutput(hidden_states[-1], pooled, hidden_states if output_hidden_states else None)
@@ -129,9 +131,16 @@ class BertModel(nn.Module):
         pack, layout = (packing.pack, packing.unpack) if given is None else (_as_it_is, _as_it_is)
         return Inputs(input_ids, position_ids, token_type_ids, packing, bias, pack, layout)
 
-    def run(self, inputs: Inputs, read: Tensor | None = None) -> list[Tensor]:
-        """The packed embeddings and the packed output of each layer; `read` as in `Encoder.run`."""
+    def run(self, inputs: Inputs, read: Tensor | None = None, *, every: bool = True) -> list[Tensor]:
+        """The packed embeddings and the packed output of each layer; `read` as in `Encoder.run`.
+
+        Without `every` only the last of them need be there.
+        """
         x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids)
+        if not every and inputs.bias is None and folding.serves(self.encoder, x):
+            folded = held(self, lambda: folding.fold(self.encoder, self.embeddings.norm))
+            if folded is not None:
+                return [folded.run(x, inputs.packing, read)]
         return self.encoder.run(x, inputs.packing, inputs.bias, read)
 
     def pool(self, first: Tensor) -> Tensor:

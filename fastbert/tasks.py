@@ -30,7 +30,8 @@ DTypeName = Literal["fp32", "bf16"]
 
 DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-BATCH_TOKENS = 4096  # the fastest of 512 to 16384 with MiniLM on a 2-core CPU: fills the cores, stays near the caches
+# The fastest of 512 to 16384 with MiniLM on a 2-core CPU: fills the cores, stays near the caches.
+BATCH_TOKENS = {torch.float32: 2048, torch.bfloat16: 4096}
 LONG_WORK = 16  # batches; less is done before a progress bar could be read
 
 
@@ -128,7 +129,8 @@ class TextEncoder:
             pooling: how the rows of a text become one: their mean, their maximum, or the first one ("cls").
             normalize: scale each embedding to length 1 (a zero embedding stays zero).
             max_length: most tokens of a text, special ones included; the rest is cut off.
-            batch_tokens: most tokens of a batch (a longer text is a batch of its own); 4096 by default.
+            batch_tokens: most tokens of a batch (a longer text is a batch of its own); by default 2048 in fp32
+                and 4096 in bf16.
             progress: show a bar on stderr, if the work is long.
 
         Raises:
@@ -224,7 +226,8 @@ class TextClassifier:
             texts: strings, or pairs of strings.
             max_length: most tokens of a text, special ones included; the rest is cut off, and a warning counts the
                 texts that were this long.
-            batch_tokens: most tokens of a batch (a longer text is a batch of its own); 4096 by default.
+            batch_tokens: most tokens of a batch (a longer text is a batch of its own); by default 2048 in fp32
+                and 4096 in bf16.
             progress: show a bar on stderr, if the work is long.
 
         Raises:
@@ -332,7 +335,8 @@ class TextTagger:
         Args:
             texts: strings.
             max_length: most tokens of a window, special ones included.
-            batch_tokens: most tokens of a batch (a longer window is a batch of its own); 4096 by default.
+            batch_tokens: most tokens of a batch (a longer window is a batch of its own); by default 2048 in fp32
+                and 4096 in bf16.
             progress: show a bar on stderr, if the work is long.
 
         Raises:
@@ -411,8 +415,9 @@ def _outputs(
 ) -> Iterator[tuple[list[int], Packing, Any]]:
     """`(rows, packing, output)` of each batch of texts; `description` is shown beside a bar if the work is long."""
     lengths = tokens.lengths
-    groups = batches(lengths, BATCH_TOKENS if batch_tokens is None else batch_tokens)
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    groups = batches(lengths, BATCH_TOKENS[parameter.dtype] if batch_tokens is None else batch_tokens)
+    device = parameter.device
     long = description is not None and len(groups) > LONG_WORK
     for rows in _shown(groups, description) if long else groups:
         ids, types = tokens.packed(rows)

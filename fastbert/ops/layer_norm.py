@@ -23,7 +23,7 @@ from fastbert.ops.common import (
     wants_gradient,
 )
 from fastbert.ops.dropout import drop
-from fastbert.ops.linear import packed, transposed
+from fastbert.ops.linear import packed
 
 
 def layer_norm(
@@ -113,7 +113,7 @@ def linear_layer_norm(
         total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed(weight), x_bias, "add")
         return layer_norm(total, norm_weight, norm_bias, eps=eps)
     if dropout == 0.0 and x.dtype == torch.float32 and x_bias is not None and runs_bare(*tensors):
-        total = (residual + x_bias).addmm_(x, transposed(weight))
+        total = (residual + x_bias).addmm_(x, weight.t())
         return layer_norm(total, norm_weight, norm_bias, eps=eps)
     product = F.linear(x, weight, x_bias)
     return layer_norm(product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastbert.ops.common import check_linear, onednn_fuses, runs_bare
+from fastbert.ops.common import check_linear, onednn_fuses
 
-# weight -> its copy in the layout its product likes best, inside `hold_weights` of this thread. There is no cache past
-# such a block, because nothing tells for sure that a weight was changed: `.data` and fused optimizers leave its version
-# as it was.
-_held: ContextVar[MutableMapping[Tensor, Tensor] | None] = ContextVar("held", default=None)
+T = TypeVar("T")
+
+# What was made of a weight or a module inside `hold_weights` of this thread. There is no cache past such a block,
+# because nothing tells for sure that a weight was changed: `.data` and fused optimizers leave its version as it was.
+_held: ContextVar[MutableMapping[Any, Any] | None] = ContextVar("held", default=None)
 
 
 @contextmanager
@@ -32,24 +34,20 @@ def hold_weights() -> Iterator[None]:
         _held.reset(token)
 
 
+def held(source: Tensor | nn.Module, make: Callable[[], T]) -> T | None:
+    """What `make()` makes of `source`: once inside `hold_weights`; None outside, where it would not pay."""
+    made = _held.get()
+    if made is None:
+        return None
+    if source not in made:
+        made[source] = make()
+    return cast(T, made[source])
+
+
 def packed(weight: Tensor) -> Tensor:
     """bfloat16 `weight` for oneDNN's products: the copy laid out for them inside `hold_weights`, else as it is."""
-    held = _held.get()
-    if held is None:
-        return weight
-    if weight not in held:
-        held[weight] = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    return held[weight]
-
-
-def transposed(weight: Tensor) -> Tensor:
-    """`weight^T`, `[in, out]`: a copy in that order inside `hold_weights`, which BLAS reads faster; else a view."""
-    held = _held.get()
-    if held is None:
-        return weight.t()
-    if weight not in held:
-        held[weight] = weight.detach().t().contiguous()
-    return held[weight]
+    laid_out = held(weight, lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+    return weight if laid_out is None else laid_out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,6 +59,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_linear(x, weight, bias)
     if onednn_fuses(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "none", [], "")
-    if x.dtype == torch.float32 and bias is not None and runs_bare(x, weight, bias):
-        return torch.addmm(bias, x, transposed(weight))
     return F.linear(x, weight, bias)

@@ -1,0 +1,148 @@
+"""The encoder folded for much text on a CPU in float32: no bias is left to add, and no large buffer is made twice.
+
+A row that LayerNorm makes is y = z * w + b, and its z add up to 0. So with any shift of b, the same for all rows,
+
+    probe . (y + shift) = sum of z / n + sum of (b + shift) / (n * w) = 1        with probe = 1 / (n * w),
+
+once the shift is such that the second sum is 1. A matrix that multiplies these rows may then hold its own bias: as the
+outer product of bias and probe. It is an identity of the weights, no approximation; only the rounding differs.
+
+The shift is the bias of the next linear layer that ends in a residual sum, so that this layer adds to its residual in
+place; and one constant for all columns, which the LayerNorm after that sum takes out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.config import Activation, EncoderConfig
+from fastbert.encoder import Encoder, EncoderLayer
+from fastbert.ops.attention import SCORES, attend
+from fastbert.ops.common import runs_bare
+from fastbert.packing import Packing
+
+_ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
+    "relu": torch.relu_,
+    "silu": torch.ops.aten.silu_,
+}
+
+
+def serves(encoder: Encoder, x: Tensor) -> bool:
+    """Whether folding is meant for this run of `encoder` on `x`: float32 on a CPU, inference."""
+    bare = x.dtype == torch.float32 and runs_bare(x, *encoder.parameters())
+    return bare and not encoder.training and len(encoder.layers) > 0
+
+
+@dataclass(frozen=True, eq=False)
+class _FoldedLayer:
+    """An `EncoderLayer`'s parts under their names; matrices are `[in, out]`, the order that BLAS reads fastest."""
+
+    qkv: Tensor
+    attention_output: Tensor
+    attention_norm: Callable[[Tensor], Tensor]
+    intermediate: Tensor
+    output: Tensor
+    output_norm: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedEncoder:
+    """An encoder's weights, folded by `fold`. It does not see them change, and one thread at a time may run it.
+
+    Attributes:
+        shift: `[hidden]`, added to the rows that come in.
+        scores, buffers: memory that is used again by every batch and layer, so that it stays in the caches.
+    """
+
+    config: EncoderConfig
+    shift: Tensor
+    layers: list[_FoldedLayer]
+    scores: Tensor = field(default_factory=lambda: torch.empty(SCORES))
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
+        """The last of what `Encoder.run` returns for these arguments; `x` is overwritten."""
+        config = self.config
+        heads, head_dim = config.num_heads, config.head_dim
+        x.add_(self.shift)
+        for layer in self.layers:
+            qkv = torch.mm(x, layer.qkv, out=self._buffer("qkv", x, layer.qkv)).view(-1, 3, heads, head_dim)
+            context = self._buffer("context", x, layer.attention_output)
+            attend(qkv, packing, head_dim**-0.5, context.view(-1, heads, head_dim), self.scores)
+            if read is not None and layer is self.layers[-1]:
+                context, x = context.index_select(0, read), x.index_select(0, read)
+            x = layer.attention_norm(x.addmm_(context, layer.attention_output))
+            wide = torch.mm(x, layer.intermediate, out=self._buffer("intermediate", x, layer.intermediate))
+            x = layer.output_norm(x.addmm_(_ACTIVATE[config.activation](wide), layer.output))
+        return x
+
+    def _buffer(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
+        """Room for `x @ weight`."""
+        buffer = self.buffers.get(name)
+        if buffer is None or len(buffer) < len(x):
+            buffer = self.buffers[name] = x.new_empty(len(x), weight.shape[1])
+        return buffer[: len(x)]
+
+
+def fold(encoder: Encoder, norm: nn.LayerNorm) -> FoldedEncoder | None:
+    """`encoder`, whose input `norm` makes, folded; None where its rounding would suffer.
+
+    That is where weights of a LayerNorm are so near 0 that the 1 which the probe reads comes from numbers that cancel:
+    their magnitudes must not add up to more than 4, which is two bits. They are at 1.0 to 1.3 in MiniLM and in a BERT.
+    """
+    layers = cast(list[EncoderLayer], list(encoder.layers))
+    norms = [norm]  # the last of them makes the rows that come out, which are not shifted
+    for layer in layers:
+        norms += [layer.attention_norm, layer.output_norm]
+    products = [product for layer in layers for product in (layer.attention_output, layer.output)]
+    shifts = [_shift(made, product) for made, product in zip(norms, products, strict=False)]
+    for made, shift in zip(norms, shifts, strict=False):
+        if not (_probe(made).abs() * (made.bias.abs() + shift.abs())).sum() <= 4.0:
+            return None
+    shifts.append(torch.zeros_like(norms[-1].bias))
+    folded = [
+        _FoldedLayer(
+            qkv=_absorb(layer.qkv, norms[2 * i], shifts[2 * i]),
+            attention_output=_transposed(layer.attention_output.weight),
+            attention_norm=_shifted(layer.attention_norm, shifts[2 * i + 1]),
+            intermediate=_absorb(layer.intermediate, layer.attention_norm, shifts[2 * i + 1]),
+            output=_transposed(layer.output.weight),
+            output_norm=_shifted(layer.output_norm, shifts[2 * i + 2]),
+        )
+        for i, layer in enumerate(layers)
+    ]
+    return FoldedEncoder(encoder.config, shifts[0].float(), folded)
+
+
+def _shift(norm: nn.LayerNorm, product: nn.Linear) -> Tensor:
+    """float64 `[hidden]`, added to the rows that `norm` makes, to which then `product` is added."""
+    probe, bias = _probe(norm), product.bias.double()
+    return bias + (1 - probe @ (norm.bias + bias)) / probe.sum()
+
+
+def _probe(norm: nn.LayerNorm) -> Tensor:
+    return 1 / (norm.weight.numel() * norm.weight.double())
+
+
+def _absorb(linear: nn.Linear, norm: nn.LayerNorm, shift: Tensor) -> Tensor:
+    """The matrix, `[in, out]`, that gives on shifted rows what `linear` gives on the rows that `norm` makes."""
+    weight = linear.weight.double()
+    bias = linear.bias.double() - weight @ shift
+    return _transposed((weight + torch.outer(bias, _probe(norm))).float())
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.detach().t().contiguous()
+
+
+def _shifted(norm: nn.LayerNorm, shift: Tensor) -> Callable[[Tensor], Tensor]:
+    bias = (norm.bias.double() + shift).float()
+    return lambda x: F.layer_norm(x, bias.shape, norm.weight, bias, norm.eps)

@@ -1,0 +1,151 @@
+"""The folded encoder: against float64 by the error rule, and used only where it may be."""
+
+import copy
+
+import pytest
+import torch
+
+from fastbert import folding
+from fastbert.config import EncoderConfig
+from fastbert.heads import BertForSequenceClassification
+from fastbert.models import BertModel
+from fastbert.ops.linear import hold_weights
+from fastbert.packing import Packing
+from fastbert.testing import assert_close
+
+
+def random_model(generator, **options):
+    """A model whose every parameter is random, LayerNorm's weights between 0.2 and 1.7."""
+    sizes = {"vocab_size": 50, "hidden_size": 48, "num_layers": 3, "num_heads": 3, "intermediate_size": 72}
+    model = BertModel(EncoderConfig(**sizes, max_positions=256, **options)).eval()
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.dim() == 1 else 0.2)
+        if "norm.weight" in name:
+            values = 0.2 + 1.5 * torch.rand(parameter.shape, generator=generator)
+        parameter.data.copy_(values)
+    return model
+
+
+def norms(model):
+    layers = model.encoder.layers
+    return [model.embeddings.norm, *(norm for layer in layers for norm in (layer.attention_norm, layer.output_norm))]
+
+
+def batch(lengths, generator):
+    packing = Packing.from_lengths(lengths)
+    return torch.randint(50, (packing.tokens,), generator=generator), packing
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Grows by one item with each run of a folded encoder."""
+    seen = []
+    run = folding.FoldedEncoder.run
+
+    def counted(self, *args):
+        seen.append(self)
+        return run(self, *args)
+
+    monkeypatch.setattr(folding.FoldedEncoder, "run", counted)
+    return seen
+
+
+def check(model, ids, packing):
+    """Hold the folded run to the error rule; returns its hidden state."""
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        plain = model(ids, packing=packing).last_hidden_state
+        with hold_weights():
+            folded = model(ids, packing=packing).last_hidden_state
+        assert_close(folded, plain, exact(ids, packing=packing).last_hidden_state, factor=3.0)
+    return folded
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("lengths", [[7], [1, 30, 30, 129, 5], [250, 3, 96]], ids=str)
+def test_against_float64(lengths, activation, generator, runs, nan_empty):
+    model = random_model(generator, activation=activation)
+    check(model, *batch(lengths, generator))
+    assert len(runs) == 1
+
+
+def test_buffers_of_one_batch_do_not_reach_the_next(generator, runs):
+    model = random_model(generator)
+    batches = [batch(lengths, generator) for lengths in ([120, 40], [3], [100, 100, 2], [])]
+    with torch.inference_mode(), hold_weights():
+        together = [model(ids, packing=packing).last_hidden_state for ids, packing in batches]
+    for (ids, packing), hidden in zip(batches, together, strict=True):
+        assert torch.equal(check(model, ids, packing), hidden)
+    assert runs[0] is runs[1] is runs[2]
+
+
+def test_only_rows_that_are_read(generator, runs):
+    model = BertForSequenceClassification(random_model(generator).config).eval()
+    model.bert.load_state_dict(random_model(generator).state_dict(), strict=False)
+    ids, packing = batch([4, 110, 1, 9], generator)
+    with torch.no_grad():
+        plain = model(ids, packing=packing).logits
+        with hold_weights():
+            torch.testing.assert_close(model(ids, packing=packing).logits, plain, rtol=1e-4, atol=1e-5)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("where", range(7))
+@pytest.mark.parametrize("weight", [0.0, 1e-6, -1e-9])
+def test_weights_near_zero_are_not_folded_where_their_rows_are_probed(weight, where, generator):
+    """A zero has no reciprocal, and a large one leaves little of the 1. No product reads the rows of the last norm."""
+    model = random_model(generator)
+    norms(model)[where].weight.data[3] = weight
+    folded = folding.fold(model.encoder, model.embeddings.norm)
+    assert (folded is not None) == (where == 6)
+
+
+@pytest.mark.parametrize("weight", [0.05, -1.2])
+def test_a_small_weight_or_a_negative_one_does_not_hurt(weight, generator, runs):
+    model = random_model(generator)
+    for i, norm in enumerate(norms(model)):
+        norm.weight.data[i] = weight
+    check(model, *batch([33, 100], generator))
+    assert len(runs) == 1
+
+
+def test_a_model_that_is_not_folded_runs_as_it_is(generator, runs):
+    model = random_model(generator)
+    norms(model)[2].weight.data.zero_()
+    ids, packing = batch([33, 100], generator)
+    with torch.no_grad():
+        plain = model(ids, packing=packing).last_hidden_state
+        with hold_weights():
+            torch.testing.assert_close(model(ids, packing=packing).last_hidden_state, plain)
+    assert not runs
+
+
+@pytest.mark.parametrize("case", ["outside", "gradient", "training", "bfloat16", "hidden states", "bias", "autocast"])
+def test_where_it_does_not_run(case, generator, runs):
+    model = random_model(generator, hidden_dropout=0.0, attention_dropout=0.0)
+    ids = torch.randint(50, (2, 6), generator=generator)
+    options = {}
+    if case == "training":
+        model.train()
+    if case == "bfloat16":
+        model.bfloat16()
+    if case == "hidden states":
+        options["output_hidden_states"] = True
+    if case == "bias":
+        options["attention_mask"] = torch.randn(2, 1, 6, 6, generator=generator)
+    with torch.set_grad_enabled(case == "gradient"), torch.autocast("cpu", enabled=case == "autocast"):
+        if case == "outside":
+            model(ids, **options)
+        else:
+            with hold_weights():
+                model(ids, **options)
+    assert not runs
+
+
+def test_changed_weights_are_seen_by_the_next_block(generator):
+    model = random_model(generator)
+    ids, packing = batch([20, 4], generator)
+    first = check(model, ids, packing)
+    model.encoder.layers[1].output.bias.data.add_(1.0)
+    model.encoder.layers[2].qkv.weight.data.mul_(2.0)
+    assert not torch.allclose(check(model, ids, packing), first)
