@@ -99,3 +99,14 @@ def test_vocabularies_have_to_fit(words: list[str], message: str, tmp_path: Path
     with pytest.raises(ArgumentError, match=message):
         scratch(tmp_path / "m", words, CONFIG)
     assert not (tmp_path / "m").exists()
+
+
+def test_an_error_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "v.txt").write_text("a 1 2\n")
+    with pytest.raises(ArgumentError, match="line 1"):
+        scratch(tmp_path / "m", WORDS, CONFIG, word_vectors=tmp_path / "v.txt")
+    assert not (tmp_path / "m").exists()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArgumentError, match="tokenizer.json"):
+        scratch(tmp_path, WORDS, CONFIG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "v.txt"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def scratch(
     """Write a checkpoint folder of an untrained BertForPreTraining, for `train` to start from.
 
     Args:
-        folder: where to; made if missing.
+        folder: where to; made if missing. After an error it is as it was.
         vocabulary: WordPieces in the order of their ids, BERT's special tokens among them.
         config: the sizes; `vocab_size` is that of the vocabulary and `pad_token_id` the place of [PAD].
         lower_case: whether the tokenizer lower-cases texts.
@@ -45,7 +46,7 @@ def scratch(
 
     Raises:
         ArgumentError: the vocabulary has two of one word, one that is no line, or lacks a special token; it does not
-            fit the config; or see `read_word_vectors`.
+            fit the config; the folder has a tokenizer of its own; or see `read_word_vectors`.
     """
     words = list(vocabulary)
     if len(set(words)) < len(words) or any(set(word) & set("\r\n") for word in words):
@@ -60,18 +61,31 @@ def scratch(
     if config.pad_token_id != words.index("[PAD]"):
         raise ArgumentError("config.pad_token_id", config.pad_token_id, f"{words.index('[PAD]')}, the place of [PAD]")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "vocab.txt") as temporary:
-        temporary.write_text("".join(f"{word}\n" for word in words), encoding="utf-8", newline="\n")
+    if (folder / "tokenizer.json").exists():
+        raise ArgumentError("folder", f"{folder} with a tokenizer.json", "a folder without one", "It would be read.")
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case}
-    with replacing(folder / "tokenizer_config.json") as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    files = {
+        "vocab.txt": "".join(f"{word}\n" for word in words),
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BertForPreTraining(config)
-    found = 0 if word_vectors is None else initialise_embedding(model, Tokenizer.from_folder(folder), word_vectors)
+    found = 0
+    if word_vectors is not None:
+        with tempfile.TemporaryDirectory() as draft:  # an error in the vectors leaves nothing in the folder
+            _write(Path(draft), files)
+            found = initialise_embedding(model, Tokenizer.from_folder(draft), word_vectors)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, files)
     save(model, folder)
     return found
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def initialise_embedding(model: BertModel | HeadModel, tokenizer: Tokenizer, path: str | os.PathLike[str]) -> int:
