@@ -157,7 +157,9 @@ class Tokenizer:
         if max_length <= special:
             raise ArgumentError("max_length", max_length, f"more than the {special} special tokens of each text")
         texts = _checked(texts, pairs)
-        ids, types, lengths = [np.empty(0, np.int32)], [np.empty(0, np.uint8)], [0]
+        ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
+        types: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)]
+        lengths = [0]
         with self._lock:
             self._tokenizer.enable_truncation(max_length, strategy="longest_first")
             for chunk in _chunks(texts):

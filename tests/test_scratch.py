@@ -107,6 +107,6 @@ def test_an_error_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
         scratch(tmp_path / "m", WORDS, CONFIG, word_vectors=tmp_path / "v.txt")
     assert not (tmp_path / "m").exists()
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ArgumentError, match="tokenizer.json"):
+    with pytest.raises(ArgumentError, match=r"tokenizer\.json"):
         scratch(tmp_path, WORDS, CONFIG)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "v.txt"]
