@@ -232,6 +232,20 @@ def test_load_in_another_dtype(folder: Path) -> None:
         load(folder, dtype=torch.int8)
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_what_was_loaded_in_another_dtype_is_saved_and_named_in_it(key: str | None, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    named = config.pop("dtype")
+    assert named == "float32"
+    (folder / "config.json").write_text(json.dumps(config if key is None else {**config, key: named}))
+    save(load(folder, dtype=torch.bfloat16), folder / "half")
+    saved = files.read_config(folder / "half")
+    assert (saved.get("dtype"), saved.get("torch_dtype")) == tuple(
+        "bfloat16" if name == key else None for name in ("dtype", "torch_dtype")
+    )
+    assert transformers.BertModel.from_pretrained(folder / "half", dtype="auto").dtype == torch.bfloat16
+
+
 def test_tiny_matches_transformers(folder: Path) -> None:
     assert_matches_transformers(folder, [19, 1, 8])
 
