@@ -1,6 +1,6 @@
 """Real text to embeddings: fastbert.encode against transformers on 1,000 ragged texts, MiniLM, on the CPU.
 
-`python -P -m pytest benchmarks/bench_text.py -s` prints real tokens/s of each and the ratio. Both tokenise, both see
+`pytest benchmarks/bench_text.py -s` prints real tokens/s of each and the ratio. Both tokenise, both see
 the same texts; transformers gets batches of 32 sorted by length and SDPA attention.
 """
 

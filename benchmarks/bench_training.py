@@ -1,6 +1,6 @@
 """Training on ragged real text: tokens/s and memory of fastbert and of transformers on the very same batches, MiniLM.
 
-`python -P -m pytest benchmarks/bench_training.py -s` prints both for batches of 32 drawn at random, as transformers'
+`pytest benchmarks/bench_training.py -s` prints both for batches of 32 drawn at random, as transformers'
 Trainer draws them, and for batches of lengths as near as may be, of as many tokens. transformers pads both. Each has a
 process, so that their memory can be told apart; they take turns, and the other sleeps.
 """
@@ -132,7 +132,7 @@ def test_training(order: str, dtype: str, folder: Path) -> None:
     pytest.importorskip("transformers", reason="the rival is not installed")
     processes = {
         name: subprocess.Popen(
-            [sys.executable, "-P", __file__, name, order, dtype, str(folder)],
+            [sys.executable, __file__, name, order, dtype, str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )
         for name in ("fastbert", "transformers")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import PYTHON
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +27,7 @@ def test_freed_memory_is_used_again() -> None:
     faults = {}
     for how in ("keep", "default"):
         run = subprocess.run(
-            [sys.executable, "-P", "-c", FAULTS, how], cwd=ROOT, capture_output=True, text=True, check=True,
+            [*PYTHON, "-c", FAULTS, how], cwd=ROOT, capture_output=True, text=True, check=True,
             env={"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
         )  # fmt: skip
         faults[how] = int(run.stdout)

@@ -326,7 +326,7 @@ def saved(tmp_path: Path, name: str, **fields: Any) -> tuple[transformers.PreTra
 
 def read_by_transformers(name: str, folder: Path) -> transformers.PreTrainedModel:
     """What transformers reads there, if it finds all it wants and nothing else."""
-    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    model, info = getattr(transformers, name).from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_bert
+from processes import PYTHON
 
 from fastbert import cli
 from fastbert.tasks import TextEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "COLUMNS": "200"}
-COMMAND = [sys.executable, "-P", "-m", "fastbert"]
+COMMAND = [*PYTHON, "-m", "fastbert"]
 
 
 class Result:

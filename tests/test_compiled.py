@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import PYTHON
 
 COMPILE = """
 import sys, triton
@@ -41,9 +42,7 @@ def compiled(kernel, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", COMPILE, kernel], env=environment, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([*PYTHON, "-c", COMPILE, kernel], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from processes import PYTHON
 
 from fastbert.kernels import attention, launch
 from fastbert.kernels.target import KNOWN, pretend
@@ -25,7 +26,7 @@ ARCHS = [arch for arch, target in KNOWN.items() if target.backend != "interprete
 def run(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A script in a process of its own, where Triton compiles unless `environment` says otherwise."""
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", str(script), *arguments]
+    command = [*PYTHON, str(script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=clean | {"OMP_NUM_THREADS": "1"} | environment)
 
 

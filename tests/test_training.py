@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import tiny_bert
 import torch
 import torch.nn.functional as F
 import transformers
+from processes import PYTHON
 from torch import Tensor
 
 from fastbert.checkpoints.load import load
@@ -479,7 +479,7 @@ def command(given: Settings, *more: str) -> subprocess.Popen[bytes]:
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "fastbert", "train", given.task, *options],
+        [*PYTHON, "-m", "fastbert", "train", given.task, *options],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment,
     )  # fmt: skip
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -18,6 +17,7 @@ import pytest
 import safetensors.torch
 import tiny_bert
 import torch
+from processes import PYTHON
 
 from fastbert.errors import ArgumentError
 from fastbert.training import Settings, train
@@ -55,7 +55,7 @@ def settings(data: Path, task: Any, out: Path, model: str = "undropped", **more:
 def torchrun(given: Settings, *more: str) -> subprocess.Popen[str]:
     values = {name.replace("_", "-"): value for name, value in vars(given).items() if name != "task"}
     options = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    launcher = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*launcher, "fastbert", "train", given.task, *options, *more], env=environment, text=True,

@@ -1,6 +1,6 @@
 """Compile every kernel for every GPU we know, as its launcher would, on a machine without one.
 
-    python -P benchmarks/static/offline.py [--arch sm_90 ...] [--exhaustive]
+    python benchmarks/static/offline.py [--arch sm_90 ...] [--exhaustive]
 
 The project's own launchers run on CPU tensors under a Triton driver that answers for the target and launches nothing,
 so that each kernel is specialised exactly as on the real device. A kernel that does not compile, does not fit shared
