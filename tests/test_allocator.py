@@ -9,15 +9,16 @@ from processes import PYTHON
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Page faults of ten blocks of 64 MiB, one after the other.
+# Page faults of ten blocks of about 64 MiB, one after the other. Each is smaller than the last by more than what small
+# blocks may take of its place, or what aligning it needs.
 FAULTS = """
 import resource, sys, torch
 if sys.argv[1] == "keep":
     from fastbert.training.allocator import keep_freed_memory
     assert keep_freed_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.empty(2**24).fill_(1.0)
+for i in range(10):
+    torch.empty(2**24 - i * 2**14).fill_(1.0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
