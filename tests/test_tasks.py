@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 import fastbert.tasks
+from fastbert.checkpoints.load import load
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.tasks import TextEncoder, encode
 from fastbert.testing import assert_close
@@ -127,6 +128,12 @@ def test_pairs_have_types(minilm: Path, encoder: TextEncoder) -> None:
 def test_no_texts(encoder: TextEncoder) -> None:
     embeddings = encode([], encoder)
     assert embeddings.shape == (0, 384) and embeddings.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_of_any_dtype_encodes(dtype: torch.dtype, minilm: Path, encoder: TextEncoder) -> None:
+    other = TextEncoder(load(minilm, dtype=dtype), encoder.tokenizer).encode(["a film", "a play of some length"])
+    assert np.abs(other - encoder.encode(["a film", "a play of some length"])).max() < 2e-3
 
 
 def test_a_zero_embedding_stays_zero(encoder: TextEncoder) -> None:
