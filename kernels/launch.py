@@ -196,7 +196,7 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("cdna", "half", 32): {"default": AttentionForward(128, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
     ("cdna", "half", 64): {"default": AttentionForward(128, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
     ("cdna", "half", 128): {"default": AttentionForward(128, 32, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
-    ("cdna", "half", 256): {"default": AttentionForward(64, 32, 4, 1)},
+    ("cdna", "half", 256): {"default": AttentionForward(64, 32, 4, 1, SPLIT_TAIL=False)},
     ("cdna", "single", 16): {"default": AttentionForward(32, 32, 4, 1)},
     ("cdna", "single", 32): {"default": AttentionForward(32, 32, 4, 1)},
     ("cdna", "single", 64): {"default": AttentionForward(32, 32, 4, 1)},
