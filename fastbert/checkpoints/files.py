@@ -104,7 +104,12 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, content in others.items():
+    write_bytes(folder, others)
+
+
+def write_bytes(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files by name into `folder`, each whole or not at all."""
+    for name, content in contents.items():
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastbert.checkpoints.files import replacing
+from fastbert.checkpoints.files import write_bytes
 from fastbert.checkpoints.load import save
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
@@ -64,9 +64,9 @@ def scratch(
     if (folder / "tokenizer.json").exists():
         raise ArgumentError("folder", f"{folder} with a tokenizer.json", "a folder without one", "It would be read.")
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case}
-    files = {
-        "vocab.txt": "".join(f"{word}\n" for word in words),
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    tokenizer = {
+        "vocab.txt": "".join(f"{word}\n" for word in words).encode(),
+        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -74,18 +74,12 @@ def scratch(
     found = 0
     if word_vectors is not None:
         with tempfile.TemporaryDirectory() as draft:  # an error in the vectors leaves nothing in the folder
-            _write(Path(draft), files)
+            write_bytes(Path(draft), tokenizer)
             found = initialise_embedding(model, Tokenizer.from_folder(draft), word_vectors)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, files)
+    write_bytes(folder, tokenizer)
     save(model, folder)
     return found
-
-
-def _write(folder: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def initialise_embedding(model: BertModel | HeadModel, tokenizer: Tokenizer, path: str | os.PathLike[str]) -> int:
