@@ -36,8 +36,8 @@ _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def serves(encoder: Encoder, x: Tensor) -> bool:
-    """Whether folding is meant for this run of `encoder` on `x`: float32 on a CPU, inference."""
-    bare = x.dtype == torch.float32 and runs_bare(x, *encoder.parameters())
+    """Whether folding is meant for this run of `encoder` on `x`: float32 on a CPU, no gradient, no dropout."""
+    bare = x.dtype == torch.float32 and not torch.is_grad_enabled() and runs_bare(x)
     return bare and not encoder.training and len(encoder.layers) > 0
 
 

@@ -120,11 +120,16 @@ def test_a_model_that_is_not_folded_runs_as_it_is(generator, runs):
     assert not runs
 
 
-@pytest.mark.parametrize("case", ["outside", "gradient", "training", "bfloat16", "hidden states", "bias", "autocast"])
+@pytest.mark.parametrize(
+    "case",
+    ["outside", "gradient", "frozen embeddings", "training", "bfloat16", "hidden states", "bias", "autocast"],
+)
 def test_where_it_does_not_run(case, generator, runs):
     model = random_model(generator, hidden_dropout=0.0, attention_dropout=0.0)
     ids = torch.randint(50, (2, 6), generator=generator)
     options = {}
+    if case == "frozen embeddings":
+        model.embeddings.requires_grad_(False)
     if case == "training":
         model.train()
     if case == "bfloat16":
@@ -133,7 +138,10 @@ def test_where_it_does_not_run(case, generator, runs):
         options["output_hidden_states"] = True
     if case == "bias":
         options["attention_mask"] = torch.randn(2, 1, 6, 6, generator=generator)
-    with torch.set_grad_enabled(case == "gradient"), torch.autocast("cpu", enabled=case == "autocast"):
+    with (
+        torch.set_grad_enabled(case in ("gradient", "frozen embeddings")),
+        torch.autocast("cpu", enabled=case == "autocast"),
+    ):
         if case == "outside":
             model(ids, **options)
         else:
