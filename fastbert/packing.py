@@ -22,9 +22,9 @@ from fastbert.errors import ArgumentError
 BLOCK_PADDING = 8192
 # And how many of them a block may have at most, so that a dozen heads' fit the caches.
 BLOCK_AREA = 2**16
-# torch's kernels on a CPU take the exponentials of the columns beyond the last full vector one by one, which at BERT's
-# lengths is half of a softmax's time. 16 floats are the widest vector there is.
-LANES = 16
+# The narrowest block: 16 floats are the widest vector there is, and torch's softmax on a CPU takes a row that fills none
+# element by element, which is ten times slower.
+NARROWEST = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +231,7 @@ class Packing:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Neighbouring sequences in a padded grid of their own, as wide as the longest of them, rounded up.
+    """Neighbouring sequences in a padded grid of their own, as wide as the longest of them, `NARROWEST` at least.
 
     For what is made of matrix products, of which a few large ones are faster than many small ones.
 
@@ -254,12 +254,13 @@ class Block:
     places: Tensor
     is_token: Tensor
     _made: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
+    _lines: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, first: int, begin: int, lengths: list[int], device: torch.device) -> Block:
         """The block of sequences of these lengths, none of them 0, at this place of a packing."""
         size = torch.tensor(lengths)[:, None]
-        seqlen = -(-max(lengths) // LANES) * LANES
+        seqlen = max(*lengths, NARROWEST)
         column = torch.arange(seqlen)
         rows = begin + size.cumsum(0) - size + torch.minimum(column, size - 1)
         is_token = column < size
@@ -290,6 +291,21 @@ class Block:
             index = ((part * self.batch + sequence) * heads + head) * self.seqlen + column
             self._made[key] = index.flatten()
         return self._made[key]
+
+    def lines(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """int64 `[batch * heads * seqlen]` each: the row, the head and the sequence of each line of the scores.
+
+        Kept for the next layer.
+        """
+        if heads not in self._lines:
+            sequence, head, row = torch.meshgrid(
+                torch.arange(self.first, self.first + self.batch, device=self.rows.device),
+                torch.arange(heads, device=self.rows.device),
+                torch.arange(self.seqlen, device=self.rows.device),
+                indexing="ij",
+            )
+            self._lines[heads] = (row.flatten(), head.flatten(), sequence.flatten())
+        return self._lines[heads]
 
 
 def _cumulate(lengths: Tensor) -> Tensor:

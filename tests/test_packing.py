@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastbert.errors import ArgumentError
-from fastbert.packing import BLOCK_PADDING, LANES, Packing
+from fastbert.packing import BLOCK_PADDING, NARROWEST, Packing
 
 RIGHT = [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
 LEFT = [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
@@ -123,7 +123,7 @@ def test_blocks_hold_every_token_once_and_little_padding():
         for block in packing.blocks:
             mine = lengths[block.first : block.first + block.batch]
             assert block.begin == sum(lengths[: block.first]) and block.shortest == min(mine) > 0
-            assert block.seqlen % LANES == 0 and 0 <= block.seqlen - max(mine) < LANES
+            assert block.seqlen == max(*mine, NARROWEST)
             assert block.batch * max(mine) ** 2 - sum(length**2 for length in mine) <= BLOCK_PADDING
             tokens = ids[block.begin : block.begin + sum(mine)]
             assert torch.equal(ids[block.rows].flatten()[block.places], tokens)

@@ -149,7 +149,8 @@ class _DroppedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, packing: Packing, scale: float, dropout: float, seed: Tensor) -> Tensor:
-        out = torch.zeros_like(qkv[:, 0], memory_format=torch.contiguous_format)
+        out = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
+        out[packing.tokens :] = 0
         kept = []
         for block in packing.blocks:
             query, key, value = _on_grid(qkv, block)
@@ -166,31 +167,30 @@ class _DroppedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, *kept = ctx.saved_tensors
         packing, scale, dropout = ctx.options
-        dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        dqkv[packing.tokens :] = 0
         for block, keep in zip(packing.blocks, kept, strict=True):
             query, key, value = _on_grid(qkv, block)
             [dcontext] = _on_grid(dout[:, None], block)
-            # Nothing comes from rows of padding, where `_on_grid` repeats a row of the sequence.
-            dcontext.view(block.batch, -1, *dcontext.shape[1:]).mul_(block.is_token[:, None, :, None])
+            if block.shortest < block.seqlen:  # nothing comes from padding, where `_on_grid` repeats a row
+                dcontext.view(block.batch, -1, *dcontext.shape[1:]).mul_(block.is_token[:, None, :, None])
             weights = _weights(query, key, block, scale)
             keep = keep.to(weights.dtype)
             kept_weights = weights * keep
             dweights = _product(dcontext, value.transpose(1, 2), launch.drop_scale(dropout)).mul_(keep)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            gradient = torch.stack(
-                (
-                    _product(dscores, key, scale),
-                    _product(dscores.transpose(1, 2), query, scale),
-                    _product(kept_weights.transpose(1, 2), dcontext, launch.drop_scale(dropout)),
-                )
-            )
+            gradient = query.new_empty(3, *query.shape)
+            _product(dscores, key, scale, out=gradient[0])
+            _product(dscores.transpose(1, 2), query, scale, out=gradient[1])
+            _product(kept_weights.transpose(1, 2), dcontext, launch.drop_scale(dropout), out=gradient[2])
             _from_grid(gradient, block, dqkv)
         return dqkv, None, None, None, None
 
 
-def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """`factor * (a @ b)` in one pass, of `[batch, m, k]` and `[batch, k, n]`."""
-    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+    """`factor * (a @ b)` in one pass, of `[batch, m, k]` and `[batch, k, n]`; written to `out` where it is given."""
+    if out is None:
+        out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
 
 
@@ -206,9 +206,11 @@ def _from_grid(grid: Tensor, block: Block, x: Tensor) -> None:
     """Write `[parts, batch * heads, seqlen, head_dim]`, or one part, to the block's rows of packed `x`."""
     heads, head_dim = x.shape[-2:]
     parts = grid.numel() // (block.batch * heads * block.seqlen * head_dim)
-    tokens = grid.view(-1, head_dim).index_select(0, block.from_grid(parts, heads))
-    mine = x[block.begin : block.begin + len(block.places)]
-    mine.copy_(tokens.view_as(mine))
+    mine = x[block.begin : block.begin + len(block.places)].view(-1, head_dim)
+    if grid.dtype == x.dtype:
+        torch.index_select(grid.view(-1, head_dim), 0, block.from_grid(parts, heads), out=mine)
+    else:
+        mine.copy_(grid.view(-1, head_dim).index_select(0, block.from_grid(parts, heads)))
 
 
 def _weights(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
@@ -222,13 +224,7 @@ def _weights(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
 
 def _keep(block: Block, heads: int, dropout: float, seed: Tensor) -> Tensor:
     """int8 `[batch * heads, seqlen, seqlen]`, 1 for the weights that dropout keeps."""
-    sequence, head, row = torch.meshgrid(
-        torch.arange(block.first, block.first + block.batch, device=seed.device),
-        torch.arange(heads, device=seed.device),
-        torch.arange(block.seqlen, device=seed.device),
-        indexing="ij",
-    )
-    keep = keep_lines(seed, row.flatten(), head.flatten(), sequence.flatten(), block.seqlen, dropout)
+    keep = keep_lines(seed, *block.lines(heads), block.seqlen, dropout)
     return keep.view(-1, block.seqlen, block.seqlen)
 
 

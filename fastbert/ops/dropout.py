@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,18 +11,32 @@ from fastbert import reference
 from fastbert.kernels import launch
 from fastbert.reference import LOW, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
 
-GROUPS_AT_ONCE = 2**17  # draws of eight columns: the fastest on a 2-core CPU, by its caches
+GROUPS_AT_ONCE = 2**16  # draws of eight columns: the fastest on a 2-core CPU, by its caches
 
 
 def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
     """Dropout of a `[rows, hidden]` state by the same mask as the kernels'."""
     rows, hidden = x.shape
     if torch.compiler.is_compiling():
-        keep = reference.hidden_keep_mask(seed, rows, hidden, dropout)
-    else:
-        row = torch.arange(rows, device=x.device)
-        keep = keep_lines(seed, row, row.new_zeros(()), row.new_zeros(()), hidden, dropout)
-    return x * keep * launch.drop_scale(dropout)
+        return x * reference.hidden_keep_mask(seed, rows, hidden, dropout) * launch.drop_scale(dropout)
+    row = torch.arange(rows, device=x.device)
+    keep = keep_lines(seed, row, row.new_zeros(()), row.new_zeros(()), hidden, dropout)
+    return _Dropped.apply(x, keep, launch.drop_scale(dropout))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Dropped(torch.autograd.Function):
+    """x * keep * scale, that saves the mask a byte an element, though torch multiplies fast by its own dtype alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return keep.to(x.dtype).mul_(x).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return dout * keep.to(dout.dtype).mul_(ctx.scale), None, None
 
 
 def keep_lines(seed: Tensor, row: Tensor, head: Tensor, sequence: Tensor, columns: int, dropout: float) -> Tensor:
@@ -33,36 +49,61 @@ def keep_lines(seed: Tensor, row: Tensor, head: Tensor, sequence: Tensor, column
     row, head, sequence = torch.broadcast_tensors(row, head, sequence)
     groups = -(-columns // 8)
     group = torch.arange(groups, device=row.device)
-    kept = torch.empty(len(row), groups, 8, dtype=torch.bool, device=row.device)
+    kept = torch.empty(len(row), groups * 8, dtype=torch.int8, device=row.device)
     threshold = launch.drop_threshold(dropout) - 2**15
     lines = max(1, GROUPS_AT_ONCE // max(groups, 1))
-    key = int(seed)
+    keys = _keys(int(seed))
     for start in range(0, len(row), lines):
         part = slice(start, start + lines)
-        words = _philox(key, row[part, None], group, head[part, None], sequence[part, None])
-        draws = torch.empty(*words[0].shape, 4, dtype=torch.int32, device=row.device)
-        for i, word in enumerate(words):
-            draws[..., i].copy_(word)
-        signed = draws.view(torch.int16).bitwise_xor_(-(2**15))  # torch compares no unsigned integers; the order stays
-        torch.ge(signed, threshold, out=kept[part])
-    return kept.view(torch.int8).flatten(1)[:, :columns]
+        words = _philox(keys, row[part, None], group, head[part, None], sequence[part, None])
+        draws = words.view(torch.int16).flatten(1).bitwise_xor_(-(2**15))  # torch compares no unsigned integers
+        kept[part] = torch.ge(draws, threshold, out=draws)  # into its own dtype: torch is slow at any other
+    return kept[:, :columns]
 
 
-def _philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference._philox` but for the bits above the low 32 of its words; one of the counters is of another shape."""
+def _keys(seed: int) -> list[tuple[int, int]]:
+    """Philox's two key words in each of its rounds."""
     k0, k1 = seed & LOW, (seed >> 32) & LOW
+    return [((k0 + i * PHILOX_W0) & LOW, (k1 + i * PHILOX_W1) & LOW) for i in range(PHILOX_ROUNDS)]
+
+
+def _philox(keys: list[tuple[int, int]], row: Tensor, group: Tensor, head: Tensor, sequence: Tensor) -> Tensor:
+    """The draws of `reference._philox`, two of its four words in an int64: `[lines, groups, 2]`.
+
+    Only `group` differs within a line, and it reaches all four words after three rounds. Until then what is the same in
+    a line is made once for it, `[lines, 1]`. A word at the low end of a product keeps the high end until the next xor.
+    """
+    (k0, k1), *keys = keys
+    product0, product1 = row * PHILOX_M0, head * PHILOX_M1
+    c0, c1 = (_high(product1) ^ k0) ^ group, product1 & LOW  # only c0 is [lines, groups] yet
+    c2, c3 = _high(product0) ^ sequence ^ k1, product0 & LOW
+
+    (k0, k1), *keys = keys
     product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1
-    c0, c1 = ((product1 >> 32) & LOW) ^ k0 ^ c1, product1
-    c2, c3 = ((product0 >> 32) & LOW) ^ k1 ^ c3, product0
-    # From here on all are of full size, and written over. A low half keeps its high half until the next xor.
-    c0, c1, c2, c3 = (c.clone(memory_format=torch.contiguous_format) for c in torch.broadcast_tensors(c0, c1, c2, c3))
-    product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
-    for _ in range(PHILOX_ROUNDS - 1):
-        k0, k1 = (k0 + PHILOX_W0) & LOW, (k1 + PHILOX_W1) & LOW
+    spare, c0 = c0, _high(product1) ^ c1 ^ k0
+    c1 = product1 & LOW
+    c2, c3 = (product0 >> 32).bitwise_xor_(c3 ^ k1).bitwise_and_(LOW), product0
+
+    (k0, k1), *keys = keys
+    product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1
+    c0 = torch.bitwise_right_shift(product1, 32, out=spare).bitwise_xor_(c1 ^ k0).bitwise_and_(LOW)
+    spare, c1 = c3, product1
+    c2, c3 = torch.bitwise_xor(c3, _high(product0) ^ k1, out=c2).bitwise_and_(LOW), product0 & LOW
+
+    product0, product1 = spare, torch.empty_like(c0)
+    for k0, k1 in keys:
         torch.mul(c0, PHILOX_M0, out=product0)
         torch.mul(c2, PHILOX_M1, out=product1)
         torch.bitwise_right_shift(product1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(LOW)
         torch.bitwise_right_shift(product0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(LOW)
         c1, product1 = product1, c1
-        c3, product0 = product0, c3
-    return c0, c1, c2, c3
+        c3, product0 = product0, c3 if c3.shape == c2.shape else torch.empty_like(c2)
+    words = torch.empty(*c0.shape, 2, dtype=torch.int64, device=c0.device)
+    torch.add(c0, c1, alpha=2**32, out=words[..., 0])
+    torch.add(c2, c3, alpha=2**32, out=words[..., 1])
+    return words
+
+
+def _high(product: Tensor) -> Tensor:
+    """The high 32 bits."""
+    return (product >> 32) & LOW
