@@ -39,4 +39,5 @@ class Embeddings(nn.Module):
             seed=seed,
             eps=self.norm.eps,
             padding_idx=self.config.pad_token_id,
+            sparse=self.word.sparse,
         )

@@ -30,6 +30,7 @@ def embedding(
     seed: Tensor | None = None,
     eps: float,
     padding_idx: int | None = None,
+    sparse: bool = False,
 ) -> Tensor:
     """dropout(LN(word[input_ids] + position[position_ids] + token_type[token_type_ids])), rounded once.
 
@@ -43,9 +44,10 @@ def embedding(
         seed: int64 tensor of one element beside the tables; needed when `dropout > 0`.
         eps: added to the variance.
         padding_idx: the entry of `word` that gets no gradient.
+        sparse: on the CPU the gradient of `word` is a sparse tensor, as that of `nn.Embedding(sparse=True)`.
 
     Returns:
-        `[tokens, hidden]` in the dtype of `word`. Gradients of the tables are dense. On a GPU a token with an id
+        `[tokens, hidden]` in the dtype of `word`. Gradients of the other tables are dense. On a GPU a token with an id
         outside its table gives a row of NaN: to raise, the host would have to wait for the device.
 
     Raises:
@@ -77,7 +79,7 @@ def embedding(
     )
     if backend.uses_triton("embedding", word, launch.row_wise_unserved(word.shape[1], word.dtype)):
         return embedding_forward(*arguments)
-    return _embedding_torch(*arguments)
+    return _embedding_torch(*arguments, sparse)
 
 
 def _check_tables(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -124,10 +126,11 @@ def _embedding_torch(
     seed: Tensor | None,
     eps: float,
     padding_idx: int | None,
+    sparse: bool,
 ) -> Tensor:
     _check_inside("input_ids", input_ids, word)
     _check_inside("position_ids", position_ids, position)
-    total = F.embedding(input_ids, word, padding_idx=padding_idx)
+    total = F.embedding(input_ids, word, padding_idx=padding_idx, sparse=sparse)
     total = total.to(torch.promote_types(word.dtype, torch.float32))  # half types are summed in float32, rounded once
     total = total + F.embedding(position_ids, position)
     if token_type_ids is None:

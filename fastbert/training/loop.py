@@ -35,6 +35,7 @@ from fastbert.training.allocator import keep_freed_memory
 from fastbert.training.data import Sampler
 from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective, Task
 from fastbert.training.parallel import Parallel, Processes, joined, own_device, shares, spread
+from fastbert.training.word_gradient import WordGradient
 
 Schedule = Literal["linear", "cosine"]
 
@@ -246,6 +247,7 @@ class _Run:
         self.forward = model if processes.count == 1 else spread(model, settings.parallel)
         if processes.rank > 0:
             torch.manual_seed(settings.seed + processes.rank)  # or all would drop the same
+        self.word = WordGradient(model.bert.embeddings.word) if processes.count == 1 else None
         self.optimizer = adamw(model, settings)
         self.sampler = Sampler(examples.tokens.lengths, settings.batch_tokens, settings.accumulate, settings.seed)
         self.steps = sum(len(self.sampler.steps(epoch)) for epoch in range(settings.epochs))
@@ -327,7 +329,7 @@ class _Run:
             loss = torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum()
             (loss * processes.count).backward()  # gradients become the mean over the processes
             losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = self._clip()
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         lr = learning_rate(self.settings, state.step, self.steps)
@@ -343,8 +345,16 @@ class _Run:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.word is not None:
+            self.word.clear()
         record = {"step": state.step + 1, "epoch": state.epoch + 1, "loss": total, "norm": norm_value, "lr": lr}
         return record, sum(batch.packing.tokens for batch in batches)
+
+    def _clip(self) -> Tensor:
+        parameters = self.model.parameters()
+        if self.word is None:
+            return nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        return self.word.clip(parameters, self.settings.clip)
 
     def _run(self, batch: Batch, model: nn.Module) -> Any:
         device = self.objective.device.type
