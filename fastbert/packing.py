@@ -22,8 +22,8 @@ from fastbert.errors import ArgumentError
 BLOCK_PADDING = 8192
 # And how many of them a block may have at most, so that a dozen heads' fit the caches.
 BLOCK_AREA = 2**16
-# The narrowest block: 16 floats are the widest vector there is, and torch's softmax on a CPU takes a row that fills none
-# element by element, which is ten times slower.
+# The narrowest block: 16 floats are the widest vector there is, and torch's softmax on a CPU takes ten times as long
+# for a row that fills none.
 NARROWEST = 16
 
 

@@ -21,7 +21,7 @@ def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
         return x * reference.hidden_keep_mask(seed, rows, hidden, dropout) * launch.drop_scale(dropout)
     row = torch.arange(rows, device=x.device)
     keep = keep_lines(seed, row, row.new_zeros(()), row.new_zeros(()), hidden, dropout)
-    return _Dropped.apply(x, keep, launch.drop_scale(dropout))  # type: ignore[no-any-return, no-untyped-call]
+    return _Dropped.apply(x, keep, launch.drop_scale(dropout))  # type: ignore[no-untyped-call]
 
 
 class _Dropped(torch.autograd.Function):
@@ -70,34 +70,33 @@ def _keys(seed: int) -> list[tuple[int, int]]:
 def _philox(keys: list[tuple[int, int]], row: Tensor, group: Tensor, head: Tensor, sequence: Tensor) -> Tensor:
     """The draws of `reference._philox`, two of its four words in an int64: `[lines, groups, 2]`.
 
-    Only `group` differs within a line, and it reaches all four words after three rounds. Until then what is the same in
-    a line is made once for it, `[lines, 1]`. A word at the low end of a product keeps the high end until the next xor.
+    Only `group` differs within a line, and it takes three rounds to reach all four words: until then a word that is the
+    same in the whole line is made once for it, `[lines, 1]`. The low half of a product keeps the high half above it
+    until the next xor. Large tensors are written over.
     """
     (k0, k1), *keys = keys
     product0, product1 = row * PHILOX_M0, head * PHILOX_M1
-    c0, c1 = (_high(product1) ^ k0) ^ group, product1 & LOW  # only c0 is [lines, groups] yet
+    c0, c1 = (_high(product1) ^ k0) ^ group, product1 & LOW  # c0 alone is [lines, groups]
     c2, c3 = _high(product0) ^ sequence ^ k1, product0 & LOW
 
     (k0, k1), *keys = keys
-    product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1
-    spare, c0 = c0, _high(product1) ^ c1 ^ k0
-    c1 = product1 & LOW
-    c2, c3 = (product0 >> 32).bitwise_xor_(c3 ^ k1).bitwise_and_(LOW), product0
+    spare, product0, product1 = c0, c0 * PHILOX_M0, c2 * PHILOX_M1
+    c0, c1 = _high(product1) ^ c1 ^ k0, product1 & LOW
+    c2, c3 = (product0 >> 32).bitwise_xor_(c3 ^ k1).bitwise_and_(LOW), product0  # c2 and c3 are
 
     (k0, k1), *keys = keys
     product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1
-    c0 = torch.bitwise_right_shift(product1, 32, out=spare).bitwise_xor_(c1 ^ k0).bitwise_and_(LOW)
-    spare, c1 = c3, product1
-    c2, c3 = torch.bitwise_xor(c3, _high(product0) ^ k1, out=c2).bitwise_and_(LOW), product0 & LOW
+    c0, c1 = torch.bitwise_right_shift(product1, 32, out=spare).bitwise_xor_(c1 ^ k0).bitwise_and_(LOW), product1
+    c2, c3 = torch.bitwise_xor(c3, _high(product0) ^ k1, out=c2).bitwise_and_(LOW), c3.copy_(product0)  # all are
 
-    product0, product1 = spare, torch.empty_like(c0)
+    product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     for k0, k1 in keys:
         torch.mul(c0, PHILOX_M0, out=product0)
         torch.mul(c2, PHILOX_M1, out=product1)
         torch.bitwise_right_shift(product1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(LOW)
         torch.bitwise_right_shift(product0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(LOW)
         c1, product1 = product1, c1
-        c3, product0 = product0, c3 if c3.shape == c2.shape else torch.empty_like(c2)
+        c3, product0 = product0, c3
     words = torch.empty(*c0.shape, 2, dtype=torch.int64, device=c0.device)
     torch.add(c0, c1, alpha=2**32, out=words[..., 0])
     torch.add(c2, c3, alpha=2**32, out=words[..., 1])
