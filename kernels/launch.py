@@ -238,6 +238,7 @@ ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
     (ANY, "single", 64): AttentionBackwardQuery(16, 16, 4, 1),
     (ANY, "single", 128): AttentionBackwardQuery(16, 16, 8, 1),
     (ANY, "single", 256): AttentionBackwardQuery(16, 16, 8, 1),
+    ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
     ("rdna", "half", 64): AttentionBackwardQuery(64, 32, 8, 1),
 }
 ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] = {
@@ -252,6 +253,8 @@ ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] 
     (ANY, "single", 128): AttentionBackwardKey(16, 16, 8, 1),
     (ANY, "single", 256): AttentionBackwardKey(16, 16, 8, 1),
     ("ampere", "half", 32): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
+    ("blackwell", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
+    ("blackwell", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
     ("cdna", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
     ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1),
     ("rdna", "half", 128): None,
@@ -277,7 +280,7 @@ ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
     ("hopper", "half", 32): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 64): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 128): AttentionBackwardBias(64, 32, 8, 1),
-    ("hopper", "half", 256): AttentionBackwardBias(64, 32, 8, 1),
+    ("hopper", "half", 256): AttentionBackwardBias(64, 16, 8, 1),
 }
 ATTENTION_BACKWARD_BIAS |= {
     ("blackwell", kind, block_d): choice

@@ -160,15 +160,16 @@ def layer_norm_backward_kernel(
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_X_BIAS: tl.constexpr,
-    SUM_X_BIAS: tl.constexpr,
+    SUM_BIASES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
     """See `layer_norm_backward`. dweight, dbias and dx_bias are the sums of each program, `[programs, HIDDEN]`."""
     column = tl.arange(0, BLOCK)
     mask_column = column < HIDDEN
     acc_dweight = tl.zeros([ROWS, BLOCK], tl.float32)
-    acc_dbias = tl.zeros([ROWS, BLOCK], tl.float32)
-    if SUM_X_BIAS:
+    if SUM_BIASES:
+        acc_dbias = tl.zeros([ROWS, BLOCK], tl.float32)
+    if SUM_BIASES and HAS_X_BIAS:
         acc_dx_bias = tl.zeros([ROWS, BLOCK], tl.float32)
 
     # What stays the same from row to row is cheaper to compute again than to keep: no loop-invariant code motion.
@@ -193,7 +194,8 @@ def layer_norm_backward_kernel(
         dout_ptrs = dout_ptr + row_offset * dout_stride_row + column[None, :]
         dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         acc_dweight = tl.fma(dout, normal, acc_dweight)
-        acc_dbias += dout
+        if SUM_BIASES:
+            acc_dbias += dout
         # Parameters are read again for each row, from the cache: the sums leave no registers to keep them in.
         weight = tl.load(weight_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
         dx = normalise_gradient(dout, normal, weight, rstd, HIDDEN)  # [ROWS, BLOCK]
@@ -202,14 +204,15 @@ def layer_norm_backward_kernel(
             if HAS_RESIDUAL:
                 tl.store(dresidual_ptr + dx_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
             dx = tl.where(keep, dx * drop_scale, 0.0)
-        if SUM_X_BIAS:
+        if SUM_BIASES and HAS_X_BIAS:
             acc_dx_bias += dx
         tl.store(dx_ptr + dx_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
 
     sums = tl.program_id(0) * HIDDEN + column
     tl.store(dweight_ptr + sums, tl.sum(acc_dweight, 0), mask=mask_column)  # [BLOCK]
-    tl.store(dbias_ptr + sums, tl.sum(acc_dbias, 0), mask=mask_column)  # [BLOCK]
-    if SUM_X_BIAS:
+    if SUM_BIASES:
+        tl.store(dbias_ptr + sums, tl.sum(acc_dbias, 0), mask=mask_column)  # [BLOCK]
+    if SUM_BIASES and HAS_X_BIAS:
         tl.store(dx_bias_ptr + sums, tl.sum(acc_dx_bias, 0), mask=mask_column)  # [BLOCK]
 
 
@@ -244,10 +247,9 @@ def layer_norm_backward(
     dresidual = torch.empty_like(dx) if residual is not None and dropout > 0.0 else dx.new_empty(0)
     choice = launch.layer_norm_backward(hidden, x.dtype, target.of(x.device))
     programs = min(choice.PROGRAMS, triton.cdiv(rows, choice.ROWS))
-    # float32 rows this wide leave no registers for a third sum: torch adds up their dx, which nothing has rounded.
-    too_wide = x.dtype == torch.float32 and hidden > 4096
-    sum_x_bias = x_bias is not None and not too_wide
-    sums = torch.empty((3 if sum_x_bias else 2, programs, hidden), dtype=torch.float32, device=x.device)
+    sum_biases = hidden <= 4096  # wider rows leave registers for one sum, so torch adds up dout and dx
+    parameters = 1 if not sum_biases else 2 if x_bias is None else 3
+    sums = torch.empty((parameters, programs, hidden), dtype=torch.float32, device=x.device)
     if rows > 0:
         with target.guard(x):
             layer_norm_backward_kernel[(programs,)](
@@ -262,8 +264,8 @@ def layer_norm_backward(
                 dresidual,
                 dx,
                 sums[0],
-                sums[1],
-                sums[2] if sum_x_bias else None,
+                sums[1] if sum_biases else None,
+                sums[2] if sum_biases and x_bias is not None else None,
                 dout.stride(0),
                 x.stride(0),
                 0 if residual is None else residual.stride(0),
@@ -275,11 +277,13 @@ def layer_norm_backward(
                 BLOCK=launch.row_block(hidden),
                 HAS_RESIDUAL=residual is not None,
                 HAS_X_BIAS=x_bias is not None,
-                SUM_X_BIAS=sum_x_bias,
+                SUM_BIASES=sum_biases,
                 HAS_DROPOUT=dropout > 0.0,
                 **launch.arguments(choice),
             )
     dparameters = sums.sum(1)
-    if x_bias is not None and too_wide:
-        dparameters = torch.cat([dparameters, dx.sum(0, keepdim=True)])
+    if not sum_biases:
+        gradients = [dout] if x_bias is None else [dout, dx]
+        wide = [gradient.sum(0, keepdim=True, dtype=torch.float32) for gradient in gradients]
+        dparameters = torch.cat([dparameters, *wide])
     return dx, dresidual, dparameters
