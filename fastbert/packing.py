@@ -254,7 +254,6 @@ class Block:
     places: Tensor
     is_token: Tensor
     _made: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
-    _lines: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, first: int, begin: int, lengths: list[int], device: torch.device) -> Block:
@@ -292,20 +291,18 @@ class Block:
             self._made[key] = index.flatten()
         return self._made[key]
 
-    def lines(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """int64 `[batch * heads * seqlen]` each: the row, the head and the sequence of each line of the scores.
-
-        Kept for the next layer.
-        """
-        if heads not in self._lines:
+    def lines(self, heads: int) -> Tensor:
+        """int64 `[3, batch * heads * seqlen]`: the row, the head and the sequence of each line of the scores."""
+        key = ("lines", 1, heads)
+        if key not in self._made:
             sequence, head, row = torch.meshgrid(
                 torch.arange(self.first, self.first + self.batch, device=self.rows.device),
                 torch.arange(heads, device=self.rows.device),
                 torch.arange(self.seqlen, device=self.rows.device),
                 indexing="ij",
             )
-            self._lines[heads] = (row.flatten(), head.flatten(), sequence.flatten())
-        return self._lines[heads]
+            self._made[key] = torch.stack((row, head, sequence)).flatten(1)
+        return self._made[key]
 
 
 def _cumulate(lengths: Tensor) -> Tensor:

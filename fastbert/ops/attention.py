@@ -224,7 +224,8 @@ def _weights(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
 
 def _keep(block: Block, heads: int, dropout: float, seed: Tensor) -> Tensor:
     """int8 `[batch * heads, seqlen, seqlen]`, 1 for the weights that dropout keeps."""
-    keep = keep_lines(seed, *block.lines(heads), block.seqlen, dropout)
+    row, head, sequence = block.lines(heads)
+    keep = keep_lines(seed, row, head, sequence, block.seqlen, dropout)
     return keep.view(-1, block.seqlen, block.seqlen)
 
 

@@ -247,7 +247,7 @@ class _Run:
         self.forward = model if processes.count == 1 else spread(model, settings.parallel)
         if processes.rank > 0:
             torch.manual_seed(settings.seed + processes.rank)  # or all would drop the same
-        self.word = WordGradient(model.bert.embeddings.word) if processes.count == 1 else None
+        self.word = WordGradient(model.bert.embeddings.word, sparse=processes.count == 1)
         self.optimizer = adamw(model, settings)
         self.sampler = Sampler(examples.tokens.lengths, settings.batch_tokens, settings.accumulate, settings.seed)
         self.steps = sum(len(self.sampler.steps(epoch)) for epoch in range(settings.epochs))
@@ -329,7 +329,7 @@ class _Run:
             loss = torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum()
             (loss * processes.count).backward()  # gradients become the mean over the processes
             losses.append(loss.detach())
-        norm = self._clip()
+        norm = self.word.clip(self.model.parameters(), self.settings.clip)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         lr = learning_rate(self.settings, state.step, self.steps)
@@ -345,16 +345,9 @@ class _Run:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.word is not None:
-            self.word.clear()
+        self.word.clear()
         record = {"step": state.step + 1, "epoch": state.epoch + 1, "loss": total, "norm": norm_value, "lr": lr}
         return record, sum(batch.packing.tokens for batch in batches)
-
-    def _clip(self) -> Tensor:
-        parameters = self.model.parameters()
-        if self.word is None:
-            return nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-        return self.word.clip(parameters, self.settings.clip)
 
     def _run(self, batch: Batch, model: nn.Module) -> Any:
         device = self.objective.device.type

@@ -15,15 +15,14 @@ class WordGradient:
     step of 640 tokens on a CPU. On a GPU, and where a head shares the table, gradients are dense and stay so.
     """
 
-    def __init__(self, word: nn.Embedding) -> None:
-        word.sparse = True
+    def __init__(self, word: nn.Embedding, sparse: bool) -> None:
+        word.sparse = sparse
         self.weight = word.weight
-        self.table = torch.zeros_like(word.weight)
-        self.rows = torch.empty(0, dtype=torch.int64, device=word.weight.device)
+        self.table: Tensor | None = None
+        self.rows = torch.empty(0, dtype=torch.int64)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Clip all gradients to `max_norm` together, and make that of the table dense; their norm before."""
-        parameters = list(parameters)
         gradient = self.weight.grad
         if gradient is None or not gradient.is_sparse:
             return nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -32,10 +31,13 @@ class WordGradient:
         touched.grad = gradient.values()
         others = [parameter for parameter in parameters if parameter is not self.weight]
         norm = nn.utils.clip_grad_norm_([*others, touched], max_norm)
+        if self.table is None:
+            self.table = torch.zeros_like(self.weight)
         self.rows = gradient.indices()[0]
         self.weight.grad = self.table.index_copy_(0, self.rows, touched.grad)
         return norm
 
     def clear(self) -> None:
         """After the optimizer's step: zeros again."""
-        self.table.index_fill_(0, self.rows, 0.0)
+        if self.table is not None:
+            self.table.index_fill_(0, self.rows, 0.0)
