@@ -1,0 +1,103 @@
+"""Evidence about the kernels that needs no GPU: machine code, traffic, launches and wasted work, as one JSON.
+
+    python benchmarks/static/evidence.py [--arch sm_90 ...] [--only TEXT] [--json FILE]
+
+docs/static.md says what each figure means. The same tree and the same Triton give the same file, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))
+import cases
+import machine_code
+import main_loop
+import rivals
+import tiles
+from offline import ARCHS, Launch, offline
+
+from fastbert.kernels.target import KNOWN
+
+# A100, H100, MI300X.
+MAIN_ARCHS = ("sm_80", "sm_90", "gfx942")
+
+Evidence = dict[str, Any]
+
+
+def unit_of(launch: Launch) -> int:
+    """Units of work in one trip of the main loop of one of our kernels: scores of attention, else result elements."""
+    constexprs = launch.constexprs
+    if launch.kernel.startswith("attention"):
+        return constexprs["BLOCK_M"] * constexprs["BLOCK_N"]
+    block = constexprs["BLOCK"]
+    return constexprs["ROWS"] * min(block, constexprs.get("HIDDEN", block))
+
+
+def kernels(arch: str, only: str) -> dict[str, Any]:
+    """Figures of each kernel that the main cases launch on `arch`, by the case's name and the kernel's."""
+    target = KNOWN[arch]
+    found: dict[str, Any] = {}
+    with offline(target) as launches:
+        for case in cases.main(target):
+            if only in case.name:
+                case.run()
+                for launch in launches:
+                    name = f"{case.name}: {launch.kernel.removesuffix('_kernel')}"
+                    if name not in found:  # the sums for three tables are one kernel
+                        found[name] = main_loop.figures(
+                            machine_code.read(launch.assembly),
+                            target,
+                            warps=launch.num_warps,
+                            shared=launch.shared,
+                            unit=unit_of(launch),
+                        )
+                launches.clear()
+    return found
+
+
+def interpreted(script: str, only: str) -> dict[str, Any]:
+    """What traffic.py or launches.py prints, from a process where Triton interprets."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / script), only]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def collect(archs: tuple[str, ...] = MAIN_ARCHS, only: str = "") -> Evidence:
+    """All evidence about our own kernels, or that whose names hold `only`."""
+    # Fresh processes: Triton's compiler is not safe to fork.
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        by_arch = pool.map(kernels, archs, itertools.repeat(only))
+        traffic = pool.submit(interpreted, "traffic.py", only)
+        launches = pool.submit(interpreted, "launches.py", only)
+        return {
+            "triton": importlib.metadata.version("triton"),
+            "kernels": dict(zip(archs, by_arch, strict=True)),
+            "traffic": traffic.result(),
+            "launches": launches.result(),
+            "tiles": {name: figures for name, figures in tiles.waste(archs).items() if only in name},
+        }
+
+
+def dump(evidence: Evidence) -> str:
+    """Its JSON: sorted, so that the same evidence is the same text."""
+    return json.dumps(evidence, indent=1, sort_keys=True) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
