@@ -101,3 +101,65 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def compared(archs: tuple[str, ...]) -> dict[str, Any]:
+    """Figures of the rivals' kernels that are installed, and of ours for the same calls."""
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        by_arch = list(pool.map(rivals.compare, archs, itertools.repeat(unit_of)))
+    return {"versions": rivals.versions(), "kernels": dict(zip(archs, by_arch, strict=True))}
+
+
+def kernel_table(by_name: dict[str, Any]) -> list[str]:
+    """Lines of text: a kernel each. The last column is predicted, and only for the targets whose rates we know."""
+    lines = [f"{'':80} regs spill shared /SM  instr   math tensor access bits      ps (predicted)"]
+    for name, found in sorted(by_name.items()):
+        per_unit, widths = found["per_unit"], found["global_bits"]
+        access = " ".join(f"{count}x{bits}" for bits, count in sorted(widths.items(), key=lambda item: int(item[0])))
+        predicted = found.get("predicted")
+        time = f"{predicted['picoseconds_per_unit']:7.3f} {predicted['bound']}" if predicted else ""
+        lines.append(
+            f"{name:80} {found['registers']:4} {found['spills']:5} {found['shared']:6} "
+            f"{found['programs_per_multiprocessor']:3} {per_unit['all']:6.2f} {per_unit['math']:6.2f} "
+            f"{per_unit.get('tensor', 0):6.2f} {access:16} {time}"
+        )
+    return lines
+
+
+def table(evidence: Evidence) -> str:
+    """All of it as text; docs/static.md explains the columns."""
+    lines = []
+    for arch, by_name in evidence["kernels"].items():
+        lines += [f"{arch}: for a unit of work (a score, an element of the result)", *kernel_table(by_name), ""]
+    for arch, by_name in evidence.get("rivals", {}).get("kernels", {}).items():
+        lines += [f"{arch}, beside rivals: {evidence['rivals']['versions']}", *kernel_table(by_name), ""]
+    for section in ("traffic", "launches", "tiles"):
+        lines += [section, *(f"{name:80} {_in_words(found)}" for name, found in evidence[section].items()), ""]
+    return "\n".join(lines)
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    return ", ".join(f"{figure} {value}" for figure, value in found.items() if not isinstance(value, dict))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Collect the static evidence about the kernels.")
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="a target, may be repeated; default: the main 3")
+    parser.add_argument("--only", default="", metavar="TEXT", help="what has TEXT in its name, and no rivals")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    arguments = parser.parse_args()
+    archs = tuple(arguments.arch or MAIN_ARCHS)
+    evidence = collect(archs, arguments.only)
+    if not arguments.only:
+        evidence["rivals"] = compared(archs)
+        missing = set(rivals.PACKAGES) - set(evidence["rivals"]["versions"])
+        for package in sorted(missing):
+            print(f"{package} is not installed: its kernels are left out", file=sys.stderr)
+    print(table(evidence))
+    if arguments.json:
+        write(arguments.json, dump(evidence))
+
+
+if __name__ == "__main__":
+    main()
