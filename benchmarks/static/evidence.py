@@ -1,6 +1,6 @@
 """Evidence about the kernels that needs no GPU: machine code, traffic, launches and wasted work, as one JSON.
 
-    python benchmarks/static/evidence.py [--arch sm_90 ...] [--only TEXT] [--json FILE]
+    python benchmarks/static/evidence.py [--arch sm_90 ...] [--only REGEX] [--json FILE]
 
 docs/static.md says what each figure means. The same tree and the same Triton give the same file, byte for byte.
 """
@@ -8,19 +8,20 @@ docs/static.md says what each figure means. The same tree and the same Triton gi
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE))
+import triton
+
+sys.path.append(str(Path(__file__).resolve().parent))
 import cases
 import machine_code
 import main_loop
@@ -29,6 +30,8 @@ import tiles
 from offline import ARCHS, Launch, offline
 
 from fastbert.kernels.target import KNOWN
+
+INTERPRETED = Path(__file__).resolve().with_name("interpreted.py")
 
 # A100, H100, MI300X.
 MAIN_ARCHS = ("sm_80", "sm_90", "gfx942")
@@ -51,7 +54,7 @@ def kernels(arch: str, only: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with offline(target) as launches:
         for case in cases.main(target):
-            if only in case.name:
+            if re.search(only, case.name):
                 case.run()
                 for launch in launches:
                     name = f"{case.name}: {launch.kernel.removesuffix('_kernel')}"
@@ -67,27 +70,28 @@ def kernels(arch: str, only: str) -> dict[str, Any]:
     return found
 
 
-def interpreted(script: str, only: str) -> dict[str, Any]:
-    """What traffic.py or launches.py prints, from a process where Triton interprets."""
+def interpreted(only: str) -> dict[str, Any]:
+    """Traffic and launches, from a process where Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / script), only]
+    command = [sys.executable, str(INTERPRETED), only]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
 def collect(archs: tuple[str, ...] = MAIN_ARCHS, only: str = "") -> Evidence:
-    """All evidence about our own kernels, or that whose names hold `only`."""
+    """All evidence about our own kernels, or that whose names match `only`."""
     # Fresh processes: Triton's compiler is not safe to fork.
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
         by_arch = pool.map(kernels, archs, itertools.repeat(only))
-        traffic = pool.submit(interpreted, "traffic.py", only)
-        launches = pool.submit(interpreted, "launches.py", only)
+        counted = pool.submit(interpreted, only)
         return {
-            "triton": importlib.metadata.version("triton"),
+            "triton": triton.__version__,
             "kernels": dict(zip(archs, by_arch, strict=True)),
-            "traffic": traffic.result(),
-            "launches": launches.result(),
-            "tiles": {name: figures for name, figures in tiles.waste(archs).items() if only in name},
+            "tiles": {
+                arch: {name: figures for name, figures in tiles.waste(arch).items() if re.search(only, name)}
+                for arch in archs
+            },
+            **counted.result(),
         }
 
 
@@ -133,8 +137,10 @@ def table(evidence: Evidence) -> str:
         lines += [f"{arch}: for a unit of work (a score, an element of the result)", *kernel_table(by_name), ""]
     for arch, by_name in evidence.get("rivals", {}).get("kernels", {}).items():
         lines += [f"{arch}, beside rivals: {evidence['rivals']['versions']}", *kernel_table(by_name), ""]
-    for section in ("traffic", "launches", "tiles"):
-        lines += [section, *(f"{name:80} {_in_words(found)}" for name, found in evidence[section].items()), ""]
+    sections = {section: evidence[section] for section in ("traffic", "launches")}
+    sections |= {f"tiles, {arch}": by_name for arch, by_name in evidence["tiles"].items()}
+    for section, by_name in sections.items():
+        lines += [section, *(f"{name:80} {_in_words(found)}" for name, found in sorted(by_name.items())), ""]
     return "\n".join(lines)
 
 
@@ -146,7 +152,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Collect the static evidence about the kernels.")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="a target, may be repeated; default: the main 3")
-    parser.add_argument("--only", default="", metavar="TEXT", help="what has TEXT in its name, and no rivals")
+    parser.add_argument("--only", default="", metavar="REGEX", help="what has such a name, and no rivals")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     arguments = parser.parse_args()
     archs = tuple(arguments.arch or MAIN_ARCHS)

@@ -1,15 +1,11 @@
 """Launches of one encoder layer, by running `fastbert.Encoder` on Triton's interpreter, which here only counts them.
 
-    TRITON_INTERPRET=1 python benchmarks/static/launches.py [TEXT]
-
-prints a JSON of those passes whose names hold TEXT. A layer is the difference between a stack of two and one of one.
-Launch choices are those of an H100.
+Run by interpreted.py. A layer is the difference between a stack of two and one of one. Launch choices are those of an
+H100.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -115,9 +111,3 @@ def passes() -> dict[str, dict[str, Any]]:
             for name, figures in layer(dropout, lengths).items():
                 found[f"encoder layer {name} {batch}{' +dropout' if dropout else ''}"] = figures
     return found
-
-
-if __name__ == "__main__":
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
-    found = passes() if only in "encoder layer" else {}
-    print(json.dumps({name: figures for name, figures in found.items() if only in name}))

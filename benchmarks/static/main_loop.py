@@ -94,7 +94,9 @@ def loops(code: Sequence[Instruction]) -> list[range]:
             if len(body) >= (16 if waits else 6):
                 ends[instruction.target] = i + 1
     found = [range(first, end) for first, end in sorted(ends.items())]
-    return [one for one in found if not any(other != one and one[0] <= other[0] <= other[-1] <= one[-1] for other in found)]
+    return [
+        one for one in found if not any(other != one and one[0] <= other[0] <= other[-1] <= one[-1] for other in found)
+    ]
 
 
 def main_loop(code: Sequence[Instruction]) -> range:
@@ -176,7 +178,9 @@ def cycles(instruction: Instruction, rates: Rates) -> float:
         return matrix_flops(instruction) / (rates.matrix * rates.mma * half)
     if kind in ("shared", "global", "local"):
         return 4.0 * _words(instruction)
-    return {"fp32": rates.fp32, "fp16": 1.0, "imad": 2.0, "alu": 2.0, "cvt": 2.0, "mufu": 8.0, "shfl": 4.0}.get(kind, 2.0)
+    return {"fp32": rates.fp32, "fp16": 1.0, "imad": 2.0, "alu": 2.0, "cvt": 2.0, "mufu": 8.0, "shfl": 4.0}.get(
+        kind, 2.0
+    )
 
 
 def _words(instruction: Instruction) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from fastbert.kernels import launch
@@ -28,18 +26,13 @@ def scores(table: torch.Tensor, lengths: list[int], own: int, other: int) -> tup
     return sum(blocks), sum(blocks) * own * other
 
 
-def waste(archs: Iterable[str]) -> dict[str, dict[str, float]]:
-    """For each target, head_dim and batch: tiles run, tiles that would do if rows were packed densely, and the ratios.
-
-    `scores_over_needed` is scores computed for each score that is needed, `padded_over_needed` the same for a padded
-    batch without waste of its own, and `spare_programs` those that find nothing to do.
-    """
+def waste(arch: str) -> dict[str, dict[str, float]]:
+    """For each pass, head_dim and batch what `figures` finds with the tiles that `arch` gets."""
     found = {}
-    for arch in archs:
-        for batch, lengths in BATCHES.items():
-            for head_dim in HEAD_DIMS:
-                for name, own, other in _passes(KNOWN[arch], head_dim, lengths):
-                    found[f"tiles {arch} {name} head_dim {head_dim} {batch}"] = figures(lengths, own, other)
+    for batch, lengths in BATCHES.items():
+        for head_dim in HEAD_DIMS:
+            for name, own, other in _passes(KNOWN[arch], head_dim, lengths):
+                found[f"{name} head_dim {head_dim} {batch}"] = figures(lengths, own, other)
     return found
 
 
@@ -59,7 +52,11 @@ def _passes(target: Target, head_dim: int, lengths: tuple[int, ...]) -> list[tup
 
 
 def figures(lengths: tuple[int, ...], own: int, other: int) -> dict[str, float]:
-    """As `waste` says, for programs that own `own` rows and walk by `other`."""
+    """Waste of programs that own `own` rows and walk by `other`.
+
+    Tiles run, and how many would hold the scores that are needed; scores computed for each that is needed, and the same
+    for a padded batch that wastes nothing else; programs that find nothing to do.
+    """
     table = Packing.from_lengths(torch.tensor(lengths)).tiles(own)
     run, computed = scores(table, list(lengths), own, other)
     needed = sum(length * length for length in lengths)

@@ -1,14 +1,11 @@
 """Bytes that each op's kernels load and store on a small ragged batch, beside the least there can be.
 
-    TRITON_INTERPRET=1 python benchmarks/static/traffic.py [TEXT]
-
-prints a JSON of those cases whose names hold TEXT. Launch choices are those of an H100. Torch's own kernels between
-ours (the last sums of a gradient) are not seen.
+Run by interpreted.py. Launch choices are those of an H100. Torch's own kernels between ours (the last sums of a
+gradient) are not seen.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from fastbert.packing import Packing
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from interpreted import Launch, recorded
+from recorder import Launch, recorded
 
 TARGET = target.KNOWN["sm_90"]
 DTYPE = torch.float16
@@ -69,7 +66,9 @@ def attention(name: str, lengths: tuple[int, ...]) -> Iterator[Case]:
         HEAD_DIM, DTYPE, packing.max_seqlen, rows=rows, batch=packing.batch, extras=False, target=TARGET
     )
     by_query = launch.attention_backward_query(HEAD_DIM, DTYPE, TARGET)
-    by_key = launch.attention_backward_key(HEAD_DIM, DTYPE, packing.max_seqlen, dbias=False, extras=False, target=TARGET)
+    by_key = launch.attention_backward_key(
+        HEAD_DIM, DTYPE, packing.max_seqlen, dbias=False, extras=False, target=TARGET
+    )
     batch = (packing.cu_seqlens, packing.tiles(forward.BLOCK_M), packing.max_seqlen)
     run = partial(attention_forward, qkv, *batch, scale=HEAD_DIM**-0.5, store_lse=True)
     minimum = cost.attention(lengths, HEADS, HEAD_DIM, DTYPE, lse=True).min_bytes
@@ -177,8 +176,3 @@ def past_tokens(launch: Launch, tokens: int, rows: int) -> int:
             inside |= own
         count += int((~inside).sum()) * size
     return count
-
-
-if __name__ == "__main__":
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
-    print(json.dumps({case.name: figures(case) for case in calls() if only in case.name}))
