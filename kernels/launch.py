@@ -268,7 +268,7 @@ ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] 
 }
 # In place of those above where a bias, a window or dropout needs registers.
 ATTENTION_BACKWARD_KEY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardKey] = {
-    ("ampere", "half", 64): AttentionBackwardKey(16, 64, 4, 1),
+    ("ampere", "half", 64): AttentionBackwardKey(16, 64, 4, 1, maxnreg=255),
     ("ampere", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
     ("rdna", "half", 32): AttentionBackwardKey(16, 64, 4, 1),
 }
