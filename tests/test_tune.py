@@ -37,12 +37,14 @@ def in_force_now() -> BiasGeluForward:
     return launch.bias_gelu_forward(3072, torch.float16, H100)
 
 
-def problem(wrong: tuple[Any, ...] = (), broken: tuple[Any, ...] = ()) -> Problem:
+def problem(
+    wrong: tuple[Any, ...] = (), broken: tuple[Any, ...] = (), error: type[Exception] = RuntimeError
+) -> Problem:
     """Its call gives the right answer but for these choices."""
 
     def run() -> list[torch.Tensor]:
         if in_force_now() in broken:
-            raise RuntimeError("PassManager::run failed")
+            raise error("PassManager::run failed")
         return [torch.tensor([2.0 if in_force_now() in wrong else 1.0])]
 
     def expected() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -126,12 +128,12 @@ def test_one_that_does_not_run_is_passed_over(tuned: Path) -> None:
 
 
 def test_a_lost_device_ends_the_search(tuned: Path) -> None:
-    class Lost(FakeDevice):
-        def time(self, run: Callable[[], object]) -> float:
-            raise torch.AcceleratorError("an illegal memory access was encountered")
-
+    """After an illegal access every call fails; the candidates to come are not to blame."""
     with pytest.raises(torch.AcceleratorError):
-        search(Lost(), tuned, [problem()])
+        search(FakeDevice(), tuned, [problem(broken=(FAST,), error=torch.AcceleratorError)])
+    device = FakeDevice()
+    search(device, tuned, [problem()])
+    assert device.timed[:3] == [FAST, FASTER, OTHER]
 
 
 def test_the_choice_in_force_is_never_asked_of_the_compiler(tuned: Path) -> None:
