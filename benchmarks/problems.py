@@ -57,10 +57,10 @@ def _evenly(batch: int, shortest: int, longest: int) -> tuple[int, ...]:
 # As serving and training see them. No ragged total is a multiple of 16, on which Triton would specialise.
 FULL = Sizes(
     {
-        "default": (*_evenly(31, 64, 512), 33),
+        "default": (*_evenly(15, 64, 512), 33),
         "short": (*_evenly(127, 8, 64), 35),
         "aligned": (512,) * 16,
-        "extras": (*_evenly(31, 64, 512), 33),
+        "extras": (*_evenly(15, 64, 512), 33),
         "one_pass": (*_evenly(63, 16, 128), 35),
     },
     rows=8191,
