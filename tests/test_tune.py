@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +332,28 @@ def test_the_compiler_tells_which_candidates_spill(tmp_path: Path) -> None:
     assert sound == []
     assert any("spills" in said for said in spilling)
     assert list(tmp_path.rglob("*.cubin")), "compiled kernels are not left for the process that times them"
+
+
+def test_a_gpu_whose_machine_code_nobody_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    class Unknown(FakeDevice):
+        name = "A GPU of 2031"
+        target = replace(H100, arch="sm_137")
+
+        def time(self, run: Callable[[], object]) -> float:
+            run()
+            self.timed.append(launch.bias_gelu_forward(3072, torch.float16, self.target))
+            return self.seconds[self.timed[-1]]
+
+    monkeypatch.setattr("folders.RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tune, "KERNELS", tmp_path)
+    monkeypatch.setattr(tune, "problems", lambda target: [problem()])
+    (tmp_path / "tuned.json").write_text("{}")
+    device = Unknown()
+    assert not tune.tune(device, 1.0, anew=False).broken
+    assert set(device.timed) == set(SECONDS)
+    assert "sm_137: nobody reads its machine code here" in capsys.readouterr().out
+    assert launch.read_tuned(tmp_path / "tuned.json") == {("sm_137", "bias_gelu_forward", SHAPE): FASTER}
+    assert (tmp_path / "results" / "a-gpu-of-2031" / "tune.jsonl").exists()
 
 
 def tune_in_a_process(*options: str) -> subprocess.CompletedProcess[str]:
