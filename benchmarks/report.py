@@ -258,13 +258,17 @@ def static_section(evidence: Any) -> str:
         "whole GPU kept at that bound. A unit is a score of attention, else an element of the result. "
         "Nothing here was timed.\n"
     )
-    for key, title in (("kernels", "All kernels"), ("rivals", "Beside rivals' Triton kernels")):
-        if key in evidence:
-            by_arch = evidence[key]
-            names = sorted({name for kernels in by_arch.values() for name in kernels})
-            rows = [[name, *(_cell(by_arch[arch].get(name)) for arch in by_arch)] for name in names]
-            text += f"\n### {title}\n\n{table(['kernel', *by_arch], rows)}"
+    text += f"\n### All kernels\n\n{_by_target(evidence['kernels'])}"
+    if "rivals" in evidence:
+        versions = ", ".join(f"{name} {version}" for name, version in evidence["rivals"]["versions"].items())
+        text += f"\n### Beside rivals' Triton kernels\n\n{versions}.\n\n{_by_target(evidence['rivals']['kernels'])}"
     return text
+
+
+def _by_target(kernels: Any) -> str:
+    names = sorted({name for by_name in kernels.values() for name in by_name})
+    rows = [[name, *(_cell(by_name.get(name)) for by_name in kernels.values())] for name in names]
+    return table(["kernel", *kernels], rows)
 
 
 def _cell(figures: Any) -> str:

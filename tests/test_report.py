@@ -51,19 +51,13 @@ LATENCY = [
         op="latency", workload="minilm b1 s16 full", provider="transformers", median_ms=5.0, p20_ms=4.5, p80_ms=6.0
     ),
 ]
-STATIC = {
-    "kernels": {
-        "sm_80": {"layer_norm 768 float16: layer_norm_forward": {}},
-        "gfx942": {"layer_norm 768 float16: layer_norm_forward": {}},
-    },
-    "rivals": {"sm_80": {"liger-kernel: layer_norm: _layer_norm_forward_kernel": {}}},
-}
 FIGURES = {"registers": 40, "spills": 0, "per_unit": {"all": 1.2345}}
-STATIC["kernels"]["sm_80"]["layer_norm 768 float16: layer_norm_forward"] = FIGURES | {
-    "predicted": {"bound": "issue", "picoseconds_per_unit": 0.5}
+PREDICTED = {"predicted": {"bound": "issue", "picoseconds_per_unit": 0.5}}
+OURS, THEIRS = "layer_norm 768 float16: layer_norm_forward", "liger-kernel: layer_norm: _layer_norm_forward_kernel"
+STATIC = {
+    "kernels": {"sm_80": {OURS: FIGURES | PREDICTED}, "gfx942": {OURS: FIGURES | {"spills": 3}}},
+    "rivals": {"versions": {"liger-kernel": "1.2.3"}, "kernels": {"sm_80": {THEIRS: FIGURES}}},
 }
-STATIC["kernels"]["gfx942"]["layer_norm 768 float16: layer_norm_forward"] = FIGURES | {"spills": 3}
-STATIC["rivals"]["sm_80"]["liger-kernel: layer_norm: _layer_norm_forward_kernel"] = FIGURES
 
 
 @pytest.fixture
@@ -174,11 +168,11 @@ def test_the_same_results_give_the_same_bytes(root: Path) -> None:
 def test_machine_code_by_kernel_and_target(root: Path) -> None:
     text = render(root, STATIC)
     assert (
-        "| kernel | sm_80 | gfx942 |\n| --- | ---: | ---: |\n"
-        "| layer_norm 768 float16: layer_norm_forward | 1.23, 40 registers, 0.5 ps (issue) | "
-        "1.23, 40 registers, 3 spills |\n"
+        "### All kernels\n\n| kernel | sm_80 | gfx942 |\n| --- | ---: | ---: |\n"
+        f"| {OURS} | 1.23, 40 registers, 0.5 ps (issue) | 1.23, 40 registers, 3 spills |\n"
     ) in text
-    assert "| liger-kernel: layer_norm: _layer_norm_forward_kernel | 1.23, 40 registers |\n" in text
+    assert f"liger-kernel 1.2.3.\n\n| kernel | sm_80 |\n| --- | ---: |\n| {THEIRS} | 1.23, 40 registers |\n" in text
+    assert "Beside rivals" not in render(root, {"kernels": STATIC["kernels"]})
     assert "**predicted** picoseconds" in text and "Nothing here was timed." in text
 
 
