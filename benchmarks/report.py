@@ -103,7 +103,7 @@ class Machine:
     @property
     def title(self) -> str:
         """The name of what ran it."""
-        return str(self.info["device"] if self.has_gpu else self.info["cpu"])
+        return str(self.info["device"] if self.has_gpu else self.info["cpu name"])
 
 
 def read_json(path: Path) -> Any:
@@ -130,7 +130,7 @@ def read_machine(path: Path) -> Machine:
     if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
         raise ArgumentError(str(path), "JSON without a list of benchmarks", "a file of --benchmark-json")
     info = content.get("machine_info", {})
-    for key in ("cpu", "device", "threads", "torch", "commit"):
+    for key in ("cpu name", "device", "threads", "torch", "commit"):
         if not isinstance(info.get(key), str):
             raise ArgumentError(f"{path}: machine_info", f"no text for {key!r}", "what environment.py stamps")
     return Machine(path.parent.name, info, [_result(path, benchmark) for benchmark in content["benchmarks"]])

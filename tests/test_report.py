@@ -13,7 +13,13 @@ from report import BEGIN, END, between_markers, read_machine
 
 from fastbert.errors import ArgumentError
 
-CPU = {"cpu": "Made-up CPU 9000", "device": "cpu", "threads": "2", "torch": "2.13.0", "commit": "0123456789abcdef"}
+CPU = {
+    "cpu name": "Made-up CPU 9000",
+    "device": "cpu",
+    "threads": "2",
+    "torch": "2.13.0",
+    "commit": "0123456789abcdef",
+}
 GPU = CPU | {"device": "Made-up GPU"}
 FACTS = {
     "op": "encoder",
@@ -182,7 +188,7 @@ def test_machine_code_by_kernel_and_target(root: Path) -> None:
         ("{", "got no JSON"),
         ("[]", "got JSON without a list of benchmarks"),
         ('{"benchmarks": {}}', "got JSON without a list of benchmarks"),
-        ('{"benchmarks": []}', "machine_info: got no text for 'cpu'"),
+        ('{"benchmarks": []}', "machine_info: got no text for 'cpu name'"),
         (json.dumps({"machine_info": CPU, "benchmarks": [3]}), "3: extra_info['op']: got None"),
         (
             json.dumps({"machine_info": CPU, "benchmarks": [{"name": "test_a"}]}),
