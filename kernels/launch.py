@@ -6,8 +6,9 @@ were measured on a real GPU and comes first.
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,12 +103,13 @@ class AttentionForward:
 
 @dataclass(frozen=True)
 class AttentionBackwardQuery:
-    """BLOCK_M query rows a program, BLOCK_N keys a step."""
+    """BLOCK_M query rows a program, BLOCK_N keys a step; `maxnreg` as in AttentionForward."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 0
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half",
     "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
 }
 
-# (family, kind of dtype, BLOCK_D) -> choice, with and without extras; ANY stands for the families without an entry of
-# their own. Small tiles, because the backward holds more in registers; None where no tile fits them.
+# (family, kind of dtype, BLOCK_D) -> choice; ANY stands for the families without an entry of their own. Small tiles,
+# because the backward holds more in registers; None where no tile fits them.
 ANY = "any"
 ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
     (ANY, "half", 16): AttentionBackwardQuery(64, 32, 4, 1),
@@ -237,8 +239,10 @@ ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
     (ANY, "single", 32): AttentionBackwardQuery(16, 16, 4, 1),
     (ANY, "single", 64): AttentionBackwardQuery(16, 16, 4, 1),
     (ANY, "single", 128): AttentionBackwardQuery(16, 16, 8, 1),
-    (ANY, "single", 256): AttentionBackwardQuery(16, 16, 8, 1),
+    ("ampere", "half", 32): AttentionBackwardQuery(64, 32, 4, 1, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
+    ("cdna", "half", 128): AttentionBackwardQuery(64, 16, 8, 1),
+    ("cdna", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
     ("rdna", "half", 64): AttentionBackwardQuery(64, 32, 8, 1),
 }
 ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] = {
@@ -251,14 +255,22 @@ ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] 
     (ANY, "single", 32): AttentionBackwardKey(16, 16, 4, 1),
     (ANY, "single", 64): AttentionBackwardKey(16, 16, 4, 1),
     (ANY, "single", 128): AttentionBackwardKey(16, 16, 8, 1),
-    (ANY, "single", 256): AttentionBackwardKey(16, 16, 8, 1),
+    (ANY, "single", 256): None,
+    ("ampere", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("ampere", "half", 32): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("blackwell", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
     ("cdna", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
+    ("cdna", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
     ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1),
     ("rdna", "half", 128): None,
     ("rdna", "single", 64): None,
+}
+# In place of those above where a bias, a window or dropout needs registers.
+ATTENTION_BACKWARD_KEY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardKey] = {
+    ("ampere", "half", 64): AttentionBackwardKey(16, 64, 4, 1),
+    ("ampere", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
+    ("rdna", "half", 32): AttentionBackwardKey(16, 64, 4, 1),
 }
 ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = {
     ("ampere", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
@@ -266,27 +278,33 @@ ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = 
     ("hopper", "half", 64): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
 }
 ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
-    (ANY, "half", 16): AttentionBackwardBias(32, 32, 4, 1),
-    (ANY, "half", 32): AttentionBackwardBias(32, 32, 4, 1),
-    (ANY, "half", 64): AttentionBackwardBias(32, 32, 4, 1),
-    (ANY, "half", 128): AttentionBackwardBias(32, 32, 4, 1),
-    (ANY, "half", 256): AttentionBackwardBias(32, 32, 8, 1),
+    (ANY, "half", 16): AttentionBackwardBias(64, 16, 4, 1),
+    (ANY, "half", 32): AttentionBackwardBias(64, 16, 4, 1),
+    (ANY, "half", 64): AttentionBackwardBias(64, 16, 4, 1),
+    (ANY, "half", 128): AttentionBackwardBias(64, 16, 4, 1),
+    (ANY, "half", 256): AttentionBackwardBias(64, 16, 8, 1),
     (ANY, "single", 16): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 32): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 64): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 128): AttentionBackwardBias(16, 16, 8, 1),
-    (ANY, "single", 256): AttentionBackwardBias(16, 16, 8, 1),
     ("hopper", "half", 16): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 32): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 64): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 128): AttentionBackwardBias(64, 32, 8, 1),
-    ("hopper", "half", 256): AttentionBackwardBias(64, 16, 8, 1),
 }
 ATTENTION_BACKWARD_BIAS |= {
     ("blackwell", kind, block_d): choice
     for (family, kind, block_d), choice in ATTENTION_BACKWARD_BIAS.items()
     if family == "hopper"
 }
+# In float32 NVIDIA's assembler would rather spill a few registers than take all there are.
+_BACKWARD: list[dict[tuple[str, str, int], Any]] = [
+    ATTENTION_BACKWARD_QUERY,
+    ATTENTION_BACKWARD_KEY,
+    ATTENTION_BACKWARD_BIAS,
+]
+for _table, _nvidia, _block_d in itertools.product(_BACKWARD, ("ampere", "hopper", "blackwell"), (16, 32, 64, 128)):
+    _table[_nvidia, "single", _block_d] = replace(_table[ANY, "single", _block_d], maxnreg=255)
 
 
 def attention_block_d(head_dim: int) -> int:
@@ -345,12 +363,16 @@ def attention_backward_key(
         dbias: the bias needs a gradient, and with it the delta that one pass does not write.
         extras: as in `attention_forward`.
     """
-    kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
-    choice, regime = _of_family(ATTENTION_BACKWARD_KEY, target, kind, block_d), "default"
-    assert choice is not None  # `attention_unserved` has said so
-    one_pass = ATTENTION_BACKWARD_ONE_PASS.get((family(target), kind, block_d))
+    key = (family(target), _KINDS[dtype], attention_block_d(head_dim))
+    one_pass = ATTENTION_BACKWARD_ONE_PASS.get(key)
     if one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not (extras or dbias or _padded(head_dim)):
         choice, regime = one_pass, "one_pass"
+    elif extras and key in ATTENTION_BACKWARD_KEY_EXTRAS:
+        choice, regime = ATTENTION_BACKWARD_KEY_EXTRAS[key], "extras"
+    else:
+        found, regime = _of_family(ATTENTION_BACKWARD_KEY, target, *key[1:]), "default"
+        assert found is not None  # `attention_unserved` has said so
+        choice = found
     shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
     return tuned("attention_backward_key", target, choice, shape)
 
