@@ -208,12 +208,13 @@ def problems(target: Target, sizes: Sizes = FULL) -> list[Problem]:
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             if launch.attention_unserved(head_dim, dtype, target, gradient=True) is None:
-                for regime in ("default", "one_pass"):
-                    call = AttentionCall(sizes.lengths[regime], sizes.heads, head_dim, dtype)
+                # With dropout first: where a key covers calls with it and without, its choice must have room for it.
+                for regime in ("extras", "default", "one_pass"):
+                    dropout = regime == "extras"
+                    call = AttentionCall(sizes.lengths[regime], sizes.heads, head_dim, dtype, dropout=dropout)
                     backward = partial(call.backward, target=target)
                     add(partial(call.key_choice, target), backward, matrix=True)
-                    if regime == "default":
-                        add(partial(launch.attention_backward_query, head_dim, dtype, target), backward, matrix=True)
+                    add(partial(launch.attention_backward_query, head_dim, dtype, target), backward, matrix=True)
     for hidden, width in zip(HIDDEN, INTERMEDIATE, strict=True):
         for dtype in DTYPES:
             rows = partial(_layer_norm_gradient, sizes.rows, hidden, dtype)
@@ -330,8 +331,8 @@ class AttentionCall:
         qkv = _randn(device, self.dtype, packing.tokens, 3, self.heads, self.head_dim)
         dout = _randn(device, self.dtype, packing.tokens, self.heads, self.head_dim)
         bias = _randn(device, self.dtype, 1, self.heads, longest, longest) if self.bias else None
-        out, lse = reference.attention(qkv.float(), packing, bias=bias)
-        out = out.to(self.dtype)
+        out = self._by_reference(device)(qkv.float(), bias).to(self.dtype)
+        _, lse = reference.attention(qkv.float(), packing, bias=bias)
 
         def run() -> list[Tensor]:
             by_query = launch.attention_backward_query(self.head_dim, self.dtype, target)
@@ -348,6 +349,7 @@ class AttentionCall:
                 scale=self.head_dim**-0.5,
                 bias=None if bias is None else bias.expand(packing.batch, -1, -1, -1),
                 dbias_shape=None if bias is None else bias.shape,
+                **self._options(device),
             )
             return [dqkv] if dbias is None else [dqkv, dbias.to(self.dtype)]
 
@@ -363,18 +365,25 @@ class AttentionCall:
 
 
 def _layer_norm(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Work:
-    """Bias, residual and LayerNorm, as at the end of each half of a layer."""
+    """Bias, residual and LayerNorm, as at the end of each half of a layer: without dropout, then with it."""
     x, residual = _randn(device, dtype, 2, rows, hidden)
     weight, bias, x_bias = _randn(device, dtype, 3, hidden)
+    options = {"residual": residual, "x_bias": x_bias, "eps": EPS}
+    seed = _seed(device)
 
-    def exactly(dtype: torch.dtype) -> Tensor:
-        total = x.to(dtype) + x_bias.to(dtype) + residual.to(dtype)
-        return F.layer_norm(total, (hidden,), weight.to(dtype), bias.to(dtype), EPS)
+    def run() -> list[Tensor]:
+        dry, _, _ = layer_norm_forward(x, weight, bias, **options)
+        dropped, _, _ = layer_norm_forward(x, weight, bias, **options, dropout=DROPOUT, seed=seed)
+        return [dry, dropped]
 
-    return Work(
-        lambda: [layer_norm_forward(x, weight, bias, residual=residual, x_bias=x_bias, eps=EPS)[0]],
-        lambda: ([exactly(dtype)], [exactly(torch.float64)]),
-    )
+    def exactly(dtype: torch.dtype) -> list[Tensor]:
+        keep = reference.hidden_keep_mask(seed, rows, hidden, DROPOUT)
+        total = x.to(dtype) + x_bias.to(dtype)
+        totals = (total, total * keep * launch.drop_scale(DROPOUT))
+        parameters = ((hidden,), weight.to(dtype), bias.to(dtype), EPS)
+        return [F.layer_norm(total + residual.to(dtype), *parameters) for total in totals]
+
+    return Work(run, lambda: (exactly(dtype), exactly(torch.float64)))
 
 
 def _layer_norm_gradient(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Work:
@@ -441,27 +450,34 @@ def _tables(
 
 
 def _embedding(rows: int, words: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """Without dropout, then with it."""
     ids, tables = _tables(rows, words, hidden, dtype, device)
+    seed = _seed(device)
 
-    def exactly(dtype: torch.dtype) -> Tensor:
-        return reference.embedding(*ids, *(table.to(dtype) for table in tables), eps=EPS)
+    def run() -> list[Tensor]:
+        dropped = embedding_forward(*ids, *tables, dropout=DROPOUT, seed=seed, eps=EPS)
+        return [embedding_forward(*ids, *tables, eps=EPS), dropped]
 
-    return Work(
-        lambda: [embedding_forward(*ids, *tables, eps=EPS)],
-        lambda: ([exactly(dtype)], [exactly(torch.float64)]),
-    )
+    def exactly(dtype: torch.dtype) -> list[Tensor]:
+        keep = reference.hidden_keep_mask(seed, rows, hidden, DROPOUT)
+        out = reference.embedding(*ids, *(table.to(dtype) for table in tables), eps=EPS)
+        return [out, out * keep * launch.drop_scale(DROPOUT)]
+
+    return Work(run, lambda: (exactly(dtype), exactly(torch.float64)))
 
 
 def _embedding_gradient(rows: int, words: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """With dropout, as in training."""
     ids, tables = _tables(rows, words, hidden, dtype, device)
-    dout = _randn(device, dtype, rows, hidden)
+    dout, seed = _randn(device, dtype, rows, hidden), _seed(device)
+    keep = reference.hidden_keep_mask(seed, rows, hidden, DROPOUT)
 
     def run() -> list[Tensor]:
-        *dtables, parameters = embedding_backward(dout, *ids, *tables[:4], eps=EPS)
+        *dtables, parameters = embedding_backward(dout, *ids, *tables[:4], dropout=DROPOUT, seed=seed, eps=EPS)
         return [*dtables, *parameters.to(dtype)]
 
     def exactly(*tables: Tensor) -> Tensor:
-        return reference.embedding(*ids, *tables, eps=EPS)
+        return reference.embedding(*ids, *tables, keep=keep, dropout=DROPOUT, eps=EPS)
 
     return Work(
         run,

@@ -274,6 +274,20 @@ def test_one_pass_keeps_the_block_that_holds_every_key() -> None:
     assert found and all(choice.ONE_PASS and choice.BLOCK_N == 128 for choice in found)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_key_of_calls_with_and_without_dropout_is_tuned_with_it(arch: str) -> None:
+    """A choice that only fits the registers without dropout would spill in training."""
+    for found in problems(KNOWN[arch]):
+        if found.op == "attention_backward_query" or (found.op, found.shape[-7:]) == (
+            "attention_backward_key",
+            "default",
+        ):
+            has_its_own = "regime" in found.shape and (found.op, found.shape[:-7] + "extras") in {
+                (other.op, other.shape) for other in problems(KNOWN[arch])
+            }
+            assert found.prepare.func.__self__.dropout != has_its_own
+
+
 def test_small_calls_are_specialised_as_the_full_ones() -> None:
     """Triton specialises on multiples of 16: the machine code that was inspected is that which is timed."""
     for regime, lengths in FULL.lengths.items():
