@@ -319,7 +319,7 @@ def attention_unserved(head_dim: int, dtype: torch.dtype, target: Target, *, gra
     if dtype not in _KINDS:
         return f"{dtype} is not float16, bfloat16 or float32"
     kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
-    if (_family(target), kind, block_d) not in ATTENTION_FORWARD:
+    if (family(target), kind, block_d) not in ATTENTION_FORWARD:
         return f"head_dim {head_dim} in {dtype} does not fit the registers of {target.arch}"
     if gradient and _of_family(ATTENTION_BACKWARD_KEY, target, kind, block_d) is None:
         return f"the gradient of head_dim {head_dim} in {dtype} does not fit the registers of {target.arch}"
@@ -335,7 +335,7 @@ def attention_forward(
         rows, batch: tokens and sequences; together with `max_seqlen` they tell a ragged batch.
         extras: a bias, a window or dropout is on.
     """
-    choices = ATTENTION_FORWARD[_family(target), _KINDS[dtype], attention_block_d(head_dim)]
+    choices = ATTENTION_FORWARD[family(target), _KINDS[dtype], attention_block_d(head_dim)]
     regimes = {
         "extras": extras,
         "padded": _padded(head_dim),
@@ -363,7 +363,7 @@ def attention_backward_key(
         dbias: the bias needs a gradient, and with it the delta that one pass does not write.
         extras: as in `attention_forward`.
     """
-    key = (_family(target), _KINDS[dtype], attention_block_d(head_dim))
+    key = (family(target), _KINDS[dtype], attention_block_d(head_dim))
     one_pass = ATTENTION_BACKWARD_ONE_PASS.get(key)
     if one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not (extras or dbias or _padded(head_dim)):
         choice, regime = one_pass, "one_pass"
@@ -485,9 +485,9 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     """
     rows, warps = _whole_rows(width, dtype, target)
     columns = row_block(width)
-    if columns >= 1024 and (_family(target) == "rdna" or (dtype == torch.float32 and columns < 8192)):
+    if columns >= 1024 and (family(target) == "rdna" or (dtype == torch.float32 and columns < 8192)):
         warps *= 2
-    if columns == 4096 and _family(target) == "blackwell" and dtype != torch.float32:
+    if columns == 4096 and family(target) == "blackwell" and dtype != torch.float32:
         warps *= 2
     return rows, 1024 // warps, warps, 255 if columns == 4096 and target.backend == "cuda" else 0
 
@@ -560,7 +560,7 @@ _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 _KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single"}
 
 
-def _family(target: Target) -> str:
+def family(target: Target) -> str:
     """Targets that share a table of tiles."""
     if target.backend == "hip":
         return "cdna" if target.warp_size == 64 else "rdna"
@@ -569,7 +569,7 @@ def _family(target: Target) -> str:
 
 def _of_family(table: dict[tuple[str, str, int], Choice], target: Target, kind: str, block_d: int) -> Choice:
     """The entry of the target's family, or that of any."""
-    own = (_family(target), kind, block_d)
+    own = (family(target), kind, block_d)
     return table[own if own in table else (ANY, kind, block_d)]
 
 
