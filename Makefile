@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 
 INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
-.PHONY: demo test check static bench gate clean
+.PHONY: demo test check static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
@@ -38,6 +38,15 @@ gate: $(INSTALLED)
 
 bench: $(INSTALLED)
 	.venv/bin/pytest benchmarks
+
+# On a machine with a GPU: correctness, tuning, all benchmarks, report. See docs/benchmarks.md.
+gpu: $(INSTALLED)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[bench]'
+	.venv/bin/python benchmarks/gpu.py
+
+# What was measured, as tables and pictures in docs/performance.md and README.md.
+report: $(INSTALLED)
+	.venv/bin/python benchmarks/report.py
 
 clean:
 	rm -rf .venv build dist fastbert.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache

@@ -32,6 +32,8 @@ BASELINE = Path(__file__).resolve().parent / "baselines" / "static.json"
 # Of these more is better, or they only describe the case; of all other figures less is better.
 MORE_IS_BETTER = {"programs_per_multiprocessor"}
 DESCRIBE = {"unit", "warps", "has_loop", "minimum", "tiles_needed", "padded_over_needed"}
+# Counts for a trip of the main loop, which say nothing of another tile's.
+PER_TRIP = ("instructions", "matrix.", "global_bits")
 
 ANEW = "Make the baseline anew with `make gate UPDATE=1`."
 
@@ -41,17 +43,26 @@ Figures = dict[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Change:
-    """A figure that differs from the baseline's; None where one of the two does not know what was measured."""
+    """A figure that differs from the baseline's.
+
+    Attributes:
+        name, figure: what was measured, and which of its figures.
+        before, after: None where one of the two does not know what was measured.
+        retiled: whether a trip of the main loop now does another amount of work.
+    """
 
     name: str
     figure: str
     before: float | None
     after: float | None
+    retiled: bool = False
 
     @property
     def verdict(self) -> str:
         """ "worse", "better", or "different" where neither can be said."""
         if self.before is None or self.after is None or self.figure in DESCRIBE:
+            return "different"
+        if self.retiled and self.figure.startswith(PER_TRIP):
             return "different"
         return "better" if (self.after > self.before) == (self.figure in MORE_IS_BETTER) else "worse"
 
@@ -130,7 +141,8 @@ def compare(before: Figures, after: Figures) -> list[Change]:
     for key in sorted(before.keys() | after.keys()):
         name, figure = key
         if name in names_before and name in names_after and before.get(key, 0) != after.get(key, 0):
-            changes.append(Change(name, figure, before.get(key, 0), after.get(key, 0)))
+            retiled = before.get((name, "unit")) != after.get((name, "unit"))
+            changes.append(Change(name, figure, before.get(key, 0), after.get(key, 0), retiled))
     gone = [Change(name, "everything", 1, None) for name in sorted(names_before - names_after)]
     new = [Change(name, "everything", None, 1) for name in sorted(names_after - names_before)]
     return changes + gone + new
@@ -155,6 +167,7 @@ def static(arguments: argparse.Namespace) -> list[str]:
     found = evidence.collect(archs, arguments.only)
     figures = flatten(found, archs, arguments.only)
     if before is None:
+        found |= rivals_section(arguments.baseline, archs)
         evidence.write(arguments.baseline, evidence.dump(found))
         print(f"{arguments.baseline}: {len(figures)} figures written")
         changes = []
@@ -178,6 +191,16 @@ def static(arguments: argparse.Namespace) -> list[str]:
         + [f"changed: {change.figure} of {change.name}" for change in changes if change.verdict != "worse"]
         + exceeded
     )
+
+
+def rivals_section(baseline: Path, archs: tuple[str, ...]) -> Evidence:
+    """What a new baseline shows of rivals, which are not gated: measured, or kept where they are not installed."""
+    if evidence.rivals.installed():
+        return {"rivals": evidence.compared(archs)}
+    try:
+        return {"rivals": read_baseline(baseline)["rivals"]}
+    except (ArgumentError, KeyError):
+        return {}
 
 
 def _everywhere(names: set[str]) -> Limits:

@@ -6,8 +6,9 @@ were measured on a real GPU and comes first.
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,12 +103,13 @@ class AttentionForward:
 
 @dataclass(frozen=True)
 class AttentionBackwardQuery:
-    """BLOCK_M query rows a program, BLOCK_N keys a step."""
+    """BLOCK_M query rows a program, BLOCK_N keys a step; `maxnreg` as in AttentionForward."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 0
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half",
     "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
 }
 
-# (family, kind of dtype, BLOCK_D) -> choice, with and without extras; ANY stands for the families without an entry of
-# their own. Small tiles, because the backward holds more in registers; None where no tile fits them.
+# (family, kind of dtype, BLOCK_D) -> choice; ANY stands for the families without an entry of their own. Small tiles,
+# because the backward holds more in registers; None where no tile fits them.
 ANY = "any"
 ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
     (ANY, "half", 16): AttentionBackwardQuery(64, 32, 4, 1),
@@ -237,8 +239,10 @@ ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
     (ANY, "single", 32): AttentionBackwardQuery(16, 16, 4, 1),
     (ANY, "single", 64): AttentionBackwardQuery(16, 16, 4, 1),
     (ANY, "single", 128): AttentionBackwardQuery(16, 16, 8, 1),
-    (ANY, "single", 256): AttentionBackwardQuery(16, 16, 8, 1),
+    ("ampere", "half", 32): AttentionBackwardQuery(64, 32, 4, 1, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
+    ("cdna", "half", 128): AttentionBackwardQuery(64, 16, 8, 1),
+    ("cdna", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
     ("rdna", "half", 64): AttentionBackwardQuery(64, 32, 8, 1),
 }
 ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] = {
@@ -251,14 +255,22 @@ ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] 
     (ANY, "single", 32): AttentionBackwardKey(16, 16, 4, 1),
     (ANY, "single", 64): AttentionBackwardKey(16, 16, 4, 1),
     (ANY, "single", 128): AttentionBackwardKey(16, 16, 8, 1),
-    (ANY, "single", 256): AttentionBackwardKey(16, 16, 8, 1),
+    (ANY, "single", 256): None,
+    ("ampere", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("ampere", "half", 32): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("blackwell", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
     ("cdna", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
+    ("cdna", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
     ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1),
     ("rdna", "half", 128): None,
     ("rdna", "single", 64): None,
+}
+# In place of those above where a bias, a window or dropout needs registers.
+ATTENTION_BACKWARD_KEY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardKey] = {
+    ("ampere", "half", 64): AttentionBackwardKey(16, 64, 4, 1, maxnreg=255),
+    ("ampere", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
+    ("rdna", "half", 32): AttentionBackwardKey(16, 64, 4, 1),
 }
 ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = {
     ("ampere", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
@@ -266,27 +278,33 @@ ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = 
     ("hopper", "half", 64): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
 }
 ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
-    (ANY, "half", 16): AttentionBackwardBias(32, 32, 4, 1),
-    (ANY, "half", 32): AttentionBackwardBias(32, 32, 4, 1),
-    (ANY, "half", 64): AttentionBackwardBias(32, 32, 4, 1),
-    (ANY, "half", 128): AttentionBackwardBias(32, 32, 4, 1),
-    (ANY, "half", 256): AttentionBackwardBias(32, 32, 8, 1),
+    (ANY, "half", 16): AttentionBackwardBias(64, 16, 4, 1),
+    (ANY, "half", 32): AttentionBackwardBias(64, 16, 4, 1),
+    (ANY, "half", 64): AttentionBackwardBias(64, 16, 4, 1),
+    (ANY, "half", 128): AttentionBackwardBias(64, 16, 4, 1),
+    (ANY, "half", 256): AttentionBackwardBias(64, 16, 8, 1),
     (ANY, "single", 16): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 32): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 64): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 128): AttentionBackwardBias(16, 16, 8, 1),
-    (ANY, "single", 256): AttentionBackwardBias(16, 16, 8, 1),
     ("hopper", "half", 16): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 32): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 64): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 128): AttentionBackwardBias(64, 32, 8, 1),
-    ("hopper", "half", 256): AttentionBackwardBias(64, 16, 8, 1),
 }
 ATTENTION_BACKWARD_BIAS |= {
     ("blackwell", kind, block_d): choice
     for (family, kind, block_d), choice in ATTENTION_BACKWARD_BIAS.items()
     if family == "hopper"
 }
+# In float32 NVIDIA's assembler would rather spill a few registers than take all there are.
+_BACKWARD: list[dict[tuple[str, str, int], Any]] = [
+    ATTENTION_BACKWARD_QUERY,
+    ATTENTION_BACKWARD_KEY,
+    ATTENTION_BACKWARD_BIAS,
+]
+for _table, _nvidia, _block_d in itertools.product(_BACKWARD, ("ampere", "hopper", "blackwell"), (16, 32, 64, 128)):
+    _table[_nvidia, "single", _block_d] = replace(_table[ANY, "single", _block_d], maxnreg=255)
 
 
 def attention_block_d(head_dim: int) -> int:
@@ -301,7 +319,7 @@ def attention_unserved(head_dim: int, dtype: torch.dtype, target: Target, *, gra
     if dtype not in _KINDS:
         return f"{dtype} is not float16, bfloat16 or float32"
     kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
-    if (_family(target), kind, block_d) not in ATTENTION_FORWARD:
+    if (family(target), kind, block_d) not in ATTENTION_FORWARD:
         return f"head_dim {head_dim} in {dtype} does not fit the registers of {target.arch}"
     if gradient and _of_family(ATTENTION_BACKWARD_KEY, target, kind, block_d) is None:
         return f"the gradient of head_dim {head_dim} in {dtype} does not fit the registers of {target.arch}"
@@ -317,7 +335,7 @@ def attention_forward(
         rows, batch: tokens and sequences; together with `max_seqlen` they tell a ragged batch.
         extras: a bias, a window or dropout is on.
     """
-    choices = ATTENTION_FORWARD[_family(target), _KINDS[dtype], attention_block_d(head_dim)]
+    choices = ATTENTION_FORWARD[family(target), _KINDS[dtype], attention_block_d(head_dim)]
     regimes = {
         "extras": extras,
         "padded": _padded(head_dim),
@@ -345,12 +363,16 @@ def attention_backward_key(
         dbias: the bias needs a gradient, and with it the delta that one pass does not write.
         extras: as in `attention_forward`.
     """
-    kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
-    choice, regime = _of_family(ATTENTION_BACKWARD_KEY, target, kind, block_d), "default"
-    assert choice is not None  # `attention_unserved` has said so
-    one_pass = ATTENTION_BACKWARD_ONE_PASS.get((_family(target), kind, block_d))
+    key = (family(target), _KINDS[dtype], attention_block_d(head_dim))
+    one_pass = ATTENTION_BACKWARD_ONE_PASS.get(key)
     if one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not (extras or dbias or _padded(head_dim)):
         choice, regime = one_pass, "one_pass"
+    elif extras and key in ATTENTION_BACKWARD_KEY_EXTRAS:
+        choice, regime = ATTENTION_BACKWARD_KEY_EXTRAS[key], "extras"
+    else:
+        found, regime = _of_family(ATTENTION_BACKWARD_KEY, target, *key[1:]), "default"
+        assert found is not None  # `attention_unserved` has said so
+        choice = found
     shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
     return tuned("attention_backward_key", target, choice, shape)
 
@@ -463,9 +485,9 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     """
     rows, warps = _whole_rows(width, dtype, target)
     columns = row_block(width)
-    if columns >= 1024 and (_family(target) == "rdna" or (dtype == torch.float32 and columns < 8192)):
+    if columns >= 1024 and (family(target) == "rdna" or (dtype == torch.float32 and columns < 8192)):
         warps *= 2
-    if columns == 4096 and _family(target) == "blackwell" and dtype != torch.float32:
+    if columns == 4096 and family(target) == "blackwell" and dtype != torch.float32:
         warps *= 2
     return rows, 1024 // warps, warps, 255 if columns == 4096 and target.backend == "cuda" else 0
 
@@ -538,7 +560,7 @@ _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 _KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single"}
 
 
-def _family(target: Target) -> str:
+def family(target: Target) -> str:
     """Targets that share a table of tiles."""
     if target.backend == "hip":
         return "cdna" if target.warp_size == 64 else "rdna"
@@ -547,7 +569,7 @@ def _family(target: Target) -> str:
 
 def _of_family(table: dict[tuple[str, str, int], Choice], target: Target, kind: str, block_d: int) -> Choice:
     """The entry of the target's family, or that of any."""
-    own = (_family(target), kind, block_d)
+    own = (family(target), kind, block_d)
     return table[own if own in table else (ANY, kind, block_d)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,29 @@ from real_weights import fetched
 interpreter.install()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run kernels, which are those whose answer a GPU may change."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            if params.get("path") == "triton" or "device" in item.fixturenames:
+                item.add_marker(pytest.mark.kernels)
+
+
+@pytest.fixture(autouse=True)
+def where_kernels_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Make tensors on the GPU, if there is one, in tests that run kernels and don't ask for `device`."""
+    elsewhere = request.node.get_closest_marker("kernels") is None or "device" in request.fixturenames
+    if elsewhere or not torch.cuda.is_available():
+        yield
+        return
+    torch.set_default_device("cuda")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where kernels run: a GPU if there is one, else the CPU under Triton's interpreter."""
@@ -26,8 +50,8 @@ def device() -> torch.device:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A CPU generator of random numbers, seeded the same for each test."""
-    return torch.Generator().manual_seed(2018)
+    """A generator of random numbers on the default device, seeded the same for each test."""
+    return torch.Generator(torch.get_default_device()).manual_seed(2018)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from fastbert.kernels.target import KNOWN
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "static"))
 from cases import Case
+from machine_code import MATRIX
 from offline import inspect, offline
 
 
@@ -63,14 +64,15 @@ def add(size: int, grid: tuple[int, ...] = (1,)) -> None:
 def toys(arch: str) -> list[Case]:
     """The toys; the one that spills has more than 512 accumulators a lane on AMD, 256 on NVIDIA."""
     warps = 1 if KNOWN[arch].backend == "hip" else 4
+    matrix = (MATRIX[arch],)
     return [
-        Case("good", partial(matmul, (64, 64, 32), 4, 2), matrix=True),
-        Case("spills", partial(matmul, (256, 128, 32), warps, 1), matrix=True),
-        Case("no dot", partial(add, 1000), matrix=True),
-        Case("row-wise", partial(add, 1000), matrix=False),
-        Case("too much shared", partial(matmul, (128, 128, 128), 8, 5), matrix=True),
-        Case("idle", int, matrix=False),
-        Case("wrong", partial(wrong_kernel[(1,)], torch.empty(64), BLOCK=64), matrix=False),
+        Case("good", partial(matmul, (64, 64, 32), 4, 2), matrix),
+        Case("spills", partial(matmul, (256, 128, 32), warps, 1), matrix),
+        Case("no dot", partial(add, 1000), matrix),
+        Case("row-wise", partial(add, 1000)),
+        Case("too much shared", partial(matmul, (128, 128, 128), 8, 5), matrix),
+        Case("idle", int),
+        Case("wrong", partial(wrong_kernel[(1,)], torch.empty(64), BLOCK=64)),
     ]
 
 

@@ -24,6 +24,7 @@ def test_a_gpu_tensor_takes_triton_unless_torch_is_forced():
         assert backend.decide(torch.device("cuda", 0)).path == "torch"
 
 
+@pytest.mark.skipif(not target.interpreted(), reason="kernels are compiled here, not interpreted")
 def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
     with backend.use_backend("triton"):
         assert backend.uses_triton("op", CPU)
@@ -32,6 +33,7 @@ def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
             backend.uses_triton("op", CPU)
 
 
+@pytest.mark.skipif(not target.interpreted(), reason="kernels are compiled here, not interpreted")
 def test_use_backend_nests_and_is_undone_by_an_error():
     with backend.use_backend("triton"):
         with pytest.raises(RuntimeError), backend.use_backend("torch"):

@@ -246,6 +246,7 @@ def test_gradients_of_the_reference(approximate, generator):
     assert torch.autograd.gradcheck(lambda x, bias: reference.bias_gelu(x, bias, approximate=approximate), (x, bias))
 
 
+@pytest.mark.kernels
 def test_a_step_compiles_to_one_graph(generator):
     leaves = projection(3, 16, 24, torch.float32, generator)
     dout = torch.randn(3, 24, generator=generator)
@@ -293,6 +294,7 @@ def check_linear(path, x, weight, bias, approximate, context):
     assert_close(out, plain, reference.bias_gelu(wide, None, approximate=approximate), what=path)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("approximate", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [True, False])

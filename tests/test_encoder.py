@@ -295,6 +295,7 @@ def test_bad_input_names_the_argument(argument, call):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.kernels
 def test_the_triton_path_trains_as_the_torch_path(dropout, generator):
     """One step of each from the same seed: the same loss and the same gradients, whatever dropout draws."""
     config = EncoderConfig(

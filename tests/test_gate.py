@@ -172,6 +172,18 @@ def test_every_difference_fails_and_says_which_way(
     assert verdict(evidence_of(**figures)) == [reason]
 
 
+def test_counts_for_a_trip_are_not_judged_where_the_tile_is_another(verdict: Callable[..., list[str]]) -> None:
+    halved = evidence_of(instructions=100, unit=384)
+    assert verdict(halved, before=evidence_of(instructions=200)) == [
+        "changed: instructions of sm_90 toy: toy",
+        "changed: unit of sm_90 toy: toy",
+    ]
+    assert verdict(evidence_of(instructions=200, unit=384), before=evidence_of(instructions=100))[0].startswith(
+        "changed"
+    )
+    assert verdict(evidence_of(instructions=200), before=evidence_of(instructions=100))[0].startswith("worse")
+
+
 def test_a_gain_asks_to_take_it_over(verdict: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     verdict(evidence_of(registers=48))
     said = capsys.readouterr().out
@@ -232,18 +244,33 @@ def test_a_baseline_that_is_no_use_is_named_with_the_mend(
     assert said in error and "make gate UPDATE=1" in error
 
 
-def test_update_writes_the_file_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_update_writes_the_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     path = tmp_path / "static.json"
     path.write_text("spoilt")
+    theirs: dict[str, Any] = {"versions": {"liger-kernel": "1"}, "kernels": {}}
     monkeypatch.setattr(gate.evidence, "collect", lambda archs, only: evidence_of())
+    monkeypatch.setattr(gate.evidence, "compared", lambda archs: theirs)
+    monkeypatch.setattr(gate.evidence.rivals, "installed", lambda: installed)
     monkeypatch.setattr(sys, "argv", ["gate.py", "--update", "--baseline", str(path)])
     assert gate.main() == 0
-    assert path.read_text() == gate.evidence.dump(evidence_of())
+    assert path.read_text() == gate.evidence.dump(evidence_of() | ({"rivals": theirs} if installed else {}))
     assert list(tmp_path.iterdir()) == [path]
     monkeypatch.setattr(sys, "argv", ["gate.py", "--baseline", str(path)])
     assert gate.main() == 0
+
+
+def test_update_keeps_the_figures_of_rivals_that_are_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "static.json"
+    theirs = {"rivals": {"versions": {"liger-kernel": "1"}, "kernels": {}}}
+    path.write_text(json.dumps(evidence_of(registers=70) | theirs))
+    monkeypatch.setattr(gate.evidence, "collect", lambda archs, only: evidence_of())
+    monkeypatch.setattr(gate.evidence.rivals, "installed", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gate.py", "--update", "--baseline", str(path)])
+    assert gate.main() == 0
+    assert json.loads(path.read_text()) == evidence_of() | theirs
 
 
 def test_update_of_a_part_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,11 @@ def compare(name, theirs, ours, batch, form="padded"):
         if truth.abs().max() < 1e-12 * scale:  # a key's bias has no influence: what is there is rounding
             assert grad.abs().max() < 1e-5 * scale, key
             continue
+        if truth.numel() == 1:  # plain torch's error in one number may be none by luck: it counts among its layer's
+            several = [f"{key.removesuffix('.bias')}.weight", key]
+            found = (torch.cat([of[one].flatten() for one in several]) for of in (ours_grads, plain_grads, exact_grads))
+            assert_close(*found, factor=3, what=key)
+            continue
         assert_close(grad, plain_grads[key], truth, factor=3, what=key)
 
 

@@ -118,6 +118,26 @@ def test_attention_on_rdna_runs_without_a_gradient_where_that_spills(head_dim):
         assert launch.attention_backward_query(64, torch.float16, rdna).num_warps == 8
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942", "interpreter"])
+def test_the_gradient_of_the_widest_heads_is_not_served_in_float32(arch):
+    target = KNOWN[arch]
+    assert launch.attention_unserved(256, torch.float32, target, gradient=False) is None
+    said = launch.attention_unserved(256, torch.float32, target, gradient=True)
+    assert said == f"the gradient of head_dim 256 in torch.float32 does not fit the registers of {arch}"
+    assert launch.attention_unserved(128, torch.float32, target, gradient=True) is None
+
+
+def test_extras_take_smaller_tiles_in_the_backward_where_the_plain_ones_would_spill():
+    def key(arch, head_dim, extras):
+        return launch.attention_backward_key(
+            head_dim, torch.float16, 512, dbias=False, extras=extras, target=KNOWN[arch]
+        )
+
+    assert (key("sm_80", 128, False).BLOCK_M, key("sm_80", 128, True).BLOCK_M) == (32, 16)
+    assert key("sm_90", 128, False) == key("sm_90", 128, True)
+    assert key("sm_80", 32, False) == key("sm_80", 32, True)
+
+
 def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
     measured = {
         "sm_90": {

@@ -404,6 +404,7 @@ def test_gradients_of_the_reference(generator):
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_step_compiles_to_one_graph(dropout, generator):
     leaves = projection(3, 16, 24, torch.float32, generator)
@@ -483,6 +484,7 @@ def check_linear(path, x, weight, x_bias, residual, norm_weight, norm_bias, cont
     return out
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 5])

@@ -63,6 +63,7 @@ def theirs(encoder: Any, lengths: list[int]) -> float:
 
 
 @pytest.mark.parametrize("lengths", [[32] * 4, [64, 9, 21, 30]], ids=["full", "ragged"])
+@pytest.mark.kernels
 def test_less_is_kept_than_by_transformers(lengths: list[int]) -> None:
     encoder = hf_encoder()
     plain = theirs(encoder, lengths)
@@ -74,6 +75,7 @@ def test_less_is_kept_than_by_transformers(lengths: list[int]) -> None:
         assert kept < plain
 
 
+@pytest.mark.kernels
 def test_the_kernels_keep_what_docs_say() -> None:
     """In float32: see docs/training.md, "Memory"."""
     encoder = Encoder.from_hf(hf_encoder())

@@ -6,9 +6,11 @@ that are multiples of 16, and on numbers that are 1 or multiples of 16.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from fastbert.kernels.target import Target
+
+sys.path.append(str(Path(__file__).parent))
+from machine_code import MATRIX
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 256)
@@ -39,12 +44,13 @@ class Case:
     Attributes:
         name: op, shape, dtype and options in words.
         run: the call.
-        matrix: whether its arithmetic is matrix products of half types, which belong on the matrix units.
+        matrix: how the names begin of the instructions, one of which its matrix products must be; none where it has
+            none, or they are of float32.
     """
 
     name: str
     run: Callable[[], object]
-    matrix: bool
+    matrix: tuple[str, ...] = ()
 
 
 def main(target: Target) -> Iterator[Case]:
@@ -148,7 +154,7 @@ def attention(
     name = _name(
         f"attention head_dim {head_dim} {lengths}", dtype, bias=bias, window=window, dropout=dropout, lse=store_lse
     )
-    yield Case(name, run, matrix=dtype != torch.float32)
+    yield Case(name, run, _matrix(dtype, target))
 
 
 def attention_gradient(
@@ -181,7 +187,14 @@ def attention_gradient(
         **_attention_options(head_dim, dtype, max_seqlen, bias, window, dropout),
     )
     name = f"attention backward head_dim {head_dim} {lengths}"
-    yield Case(_name(name, dtype, bias=bias, window=window, dropout=dropout), run, matrix=dtype != torch.float32)
+    matrix = _matrix(dtype, target)
+    if head_dim == 256 and target.arch == "sm_90":  # the 64 rows of an HGMMA leave too few registers
+        matrix += ("HMMA",)
+    yield Case(_name(name, dtype, bias=bias, window=window, dropout=dropout), run, matrix)
+
+
+def _matrix(dtype: torch.dtype, target: Target) -> tuple[str, ...]:
+    return () if dtype == torch.float32 else (MATRIX[target.arch],)
 
 
 def _attention_options(
@@ -229,7 +242,7 @@ def layer_norm(
         "statistics": store_stats,
         "float32 parameters": float_parameters,
     }
-    return Case(_name(f"layer_norm {width}", dtype, **options), run, matrix=False)
+    return Case(_name(f"layer_norm {width}", dtype, **options), run)
 
 
 def embedding(width: int, dtype: torch.dtype, *, token_types: bool = True, dropout: bool = False) -> Case:
@@ -249,7 +262,7 @@ def embedding(width: int, dtype: torch.dtype, *, token_types: bool = True, dropo
         seed=_seed() if dropout else None,
         eps=1e-12,
     )
-    return Case(_name(f"embedding {width}", dtype, types=token_types, dropout=dropout), run, matrix=False)
+    return Case(_name(f"embedding {width}", dtype, types=token_types, dropout=dropout), run)
 
 
 def bias_gelu(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = True) -> Case:
@@ -260,7 +273,7 @@ def bias_gelu(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = 
         torch.empty(width, dtype=dtype) if bias else None,
         approximate=approximate,
     )
-    return Case(_name(f"bias_gelu {width}", dtype, bias=bias, tanh=approximate == "tanh"), run, matrix=False)
+    return Case(_name(f"bias_gelu {width}", dtype, bias=bias, tanh=approximate == "tanh"), run)
 
 
 def layer_norm_gradient(
@@ -288,7 +301,7 @@ def layer_norm_gradient(
         seed=_seed() if dropout else None,
     )
     options = {"residual": residual, "bias": x_bias, "dropout": dropout, "float32 parameters": float_parameters}
-    return Case(_name(f"layer_norm backward {width}", dtype, **options), run, matrix=False)
+    return Case(_name(f"layer_norm backward {width}", dtype, **options), run)
 
 
 def embedding_gradient(width: int, dtype: torch.dtype, *, token_types: bool = True, dropout: bool = False) -> Case:
@@ -309,7 +322,7 @@ def embedding_gradient(width: int, dtype: torch.dtype, *, token_types: bool = Tr
         eps=1e-12,
         padding_idx=0,
     )
-    return Case(_name(f"embedding backward {width}", dtype, types=token_types, dropout=dropout), run, matrix=False)
+    return Case(_name(f"embedding backward {width}", dtype, types=token_types, dropout=dropout), run)
 
 
 def bias_gelu_gradient(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = True) -> Case:
@@ -317,7 +330,7 @@ def bias_gelu_gradient(width: int, dtype: torch.dtype, approximate: str, *, bias
     x = torch.empty(1001, width, dtype=dtype)
     bias_vector = torch.empty(width, dtype=dtype) if bias else None
     run = partial(bias_gelu_backward, x, x, bias_vector, approximate=approximate)
-    return Case(_name(f"bias_gelu backward {width}", dtype, bias=bias, tanh=approximate == "tanh"), run, matrix=False)
+    return Case(_name(f"bias_gelu backward {width}", dtype, bias=bias, tanh=approximate == "tanh"), run)
 
 
 def _seed() -> torch.Tensor:

@@ -174,8 +174,8 @@ class Finding:
     violations: list[str]
 
 
-def violations(launch: Launch, facts: machine_code.Facts, target: Target, matrix: bool) -> list[str]:
-    """What is wrong with the code of a launch, each in words; `matrix` says that it should use the matrix units."""
+def violations(launch: Launch, facts: machine_code.Facts, target: Target, matrix: tuple[str, ...]) -> list[str]:
+    """What is wrong with the code of a launch, each in words; `matrix` as in `cases.Case`."""
     found = []
     if facts.spills:
         found.append(f"{facts.spills} spills")
@@ -183,9 +183,8 @@ def violations(launch: Launch, facts: machine_code.Facts, target: Target, matrix
         found.append(f"{facts.stack} bytes of stack a lane")
     if launch.shared > target.shared_memory:
         found.append(f"{launch.shared} bytes of shared memory of {target.shared_memory}")
-    instruction = machine_code.MATRIX[target.arch]
-    if matrix and not any(opcode.startswith(instruction) for opcode in facts.opcodes):
-        found.append(f"no {instruction} instruction")
+    if matrix and not any(opcode.startswith(matrix) for opcode in facts.opcodes):
+        found.append(f"no {' or '.join(matrix)} instruction")
     return found
 
 

@@ -109,6 +109,11 @@ def compare(arch: str, unit_of: Callable[[Launch], int]) -> dict[str, Any]:
     return found
 
 
+def installed() -> bool:
+    """Whether all of them are."""
+    return versions().keys() == set(PACKAGES)
+
+
 def versions() -> dict[str, str]:
     """Versions of the rivals that are installed."""
     found = {}

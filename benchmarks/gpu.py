@@ -1,0 +1,180 @@
+"""All that a machine with a GPU can tell: is it right, which launch choices are fastest, how fast is it beside rivals.
+
+    make gpu                                 # or python benchmarks/gpu.py [--anew]
+
+The steps run one after the other, each with a time limit, and leave a log each in benchmarks/results/<gpu>/. A step
+that fails does not stop the others. After an interruption or a failure the same command goes on from the first step
+that has not passed, as long as commit and GPU are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastbert.kernels import launch
+from fastbert.kernels.target import KNOWN, Target, of
+
+sys.path.append(str(Path(__file__).parent))
+from environment import environment
+from folders import folder_of
+from journal import Journal
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+PYTEST = str(Path(sys.executable).with_name("pytest"))  # the script: `python -m pytest` finds `kernels` at the root
+
+# Of the 25 minutes that all of it may take, so many are for making .venv.
+SETUP_MINUTES = 3.0
+# Before its limit a step is interrupted, so that it can write what it has.
+GRACE = 20.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: unique.
+        command: "{folder}" stands for the folder of results.
+        minutes: its time limit.
+        makes: the file of results that it writes, if any; an older one is removed first.
+        needs: a file that an earlier step makes, without which this one is left out.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    minutes: float
+    makes: str = ""
+    needs: str = ""
+
+
+STEPS = (
+    # Eight processes, because most of the time goes into compiling.
+    Step("correctness", (PYTEST, "tests", "-m", "kernels", "-n", "8"), 6.0),
+    Step("tune", (PYTHON, "benchmarks/tune.py", "--minutes", "5.5"), 6.0),
+    Step(
+        "benchmarks",
+        (PYTEST, "benchmarks", "--full", "--benchmark-json={folder}/results.json"),
+        8.5,
+        makes="results.json",
+    ),
+    Step("report", (PYTHON, "benchmarks/report.py"), 1.0, needs="results.json"),
+)
+
+# (command, log, seconds) -> exit status, or None where the time was up.
+Run = Callable[[Sequence[str], Path, float], int | None]
+
+
+def run_command(command: Sequence[str], log: Path, seconds: float) -> int | None:
+    """Run a command and all that it starts for at most so long, its output in `log`."""
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(max(seconds - GRACE, seconds / 2))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(GRACE, seconds / 2))
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def run_steps(
+    steps: Sequence[Step], folder: Path, journal: Journal, *, run: Run = run_command, say: Callable[[str], None] = print
+) -> bool:
+    """Run the steps from the first that has not passed; whether all have passed now."""
+    status_of = {entry["step"]: entry["status"] for entry in journal.entries}
+    left = list(steps)
+    while left and status_of.get(left[0].name) == "passed":
+        say(f"{left.pop(0).name}: has passed before")
+    for step in left:  # all are to be done anew, because each may change what the later ones find
+        journal.write(step=step.name, status="begun")
+    failed = False
+    for step in left:
+        status, seconds = "skipped", 0.0
+        log = folder / f"{step.name}.log"
+        if not step.needs or (folder / step.needs).exists():
+            say(f"{step.name}: at most {step.minutes:g} minutes, log in {log}")
+            if step.makes:
+                (folder / step.makes).unlink(missing_ok=True)
+            begin = time.monotonic()
+            code = run([word.format(folder=folder) for word in step.command], log, 60 * step.minutes)
+            seconds = time.monotonic() - begin
+            status = {0: "passed", None: "out of time"}.get(code, f"failed with status {code}")
+        journal.write(step=step.name, status=status, seconds=round(seconds, 1))
+        say(
+            f"{step.name}: {status}"
+            + (f", there is no {step.needs}" if status == "skipped" else f" after {seconds:.0f} s")
+        )
+        if status != "passed":
+            failed = True
+            if log.exists():
+                say("".join(f"  | {line}\n" for line in log.read_text(errors="replace").splitlines()[-15:]))
+    return not failed
+
+
+def describe(name: str, target: Target) -> str:
+    """The GPU in a line, and whose launch choices it gets."""
+    family = launch.family(target)
+    if target.arch in KNOWN:
+        return f"{name}: {target.arch}, launch choices of the family {family}"
+    known = ", ".join(arch for arch in KNOWN if arch != "interpreter")
+    return (
+        f"{name}: {target.arch} is none of the targets that the kernels were compiled for ({known}). It gets the "
+        f"launch choices of the family {family}; they may spill or not fit."
+    )
+
+
+def main() -> int:
+    """The command; its exit status is 0 if all steps have passed, 1 if one has not, 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--anew", action="store_true", help="forget the steps that have passed and what was tuned")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(
+            2,
+            f"No GPU: torch {torch.__version__} sees none, and this command measures one. On a CPU there are `make "
+            "bench` for speed and `make static` for the GPU kernels' machine code.\n",
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    name = torch.cuda.get_device_name(device)
+    print(describe(name, of(device)))
+    folder = folder_of(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.anew:
+        for journal in ("steps.jsonl", "tune.jsonl"):
+            (folder / journal).unlink(missing_ok=True)
+    stamp = environment()
+    temporary = folder / "environment.tmp"
+    temporary.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / "environment.json")
+    commit = stamp["commit"].removesuffix("+")  # "+" for changes: the tune step makes one, in tuned.json
+    journal = Journal(folder / "steps.jsonl", {"device": name, "commit": commit})
+    if journal.begun_anew:
+        print("The steps that had passed were another commit's: begun anew")
+    if not run_steps(STEPS, folder, journal):
+        print("Not all steps have passed. The same command tries again.")
+        return 1
+    print(
+        f"All steps have passed. To be committed: {folder}, kernels/tuned.json, docs/performance.md and its pictures."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

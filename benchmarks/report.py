@@ -1,0 +1,443 @@
+"""Render what was measured as Markdown and pictures: docs/performance.md, docs/performance/*.png, README.md.
+
+    make report                              # or python benchmarks/report.py
+
+It reads benchmarks/results/<machine>/results.json of every machine, which `pytest benchmarks --benchmark-json` writes,
+and benchmarks/baselines/static.json. In the documents only what stands between the markers is replaced. The same files
+give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+sys.path.append(str(Path(__file__).parent))
+from folders import RESULTS
+
+from fastbert.errors import ArgumentError, FastbertError
+
+ROOT = Path(__file__).resolve().parent.parent
+STATIC = ROOT / "benchmarks" / "baselines" / "static.json"
+BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
+
+# Titles of the ops, in the order of the report.
+OPS = {
+    "text": "Real text to embeddings",
+    "encoder": "Encoder",
+    "training": "Training",
+    "latency": "Latency of one sequence",
+    "attention": "Attention",
+    "layer_norm": "Bias, residual and LayerNorm",
+    "bias_gelu": "Bias and GELU",
+    "embedding": "Embedding and LayerNorm",
+}
+NOT_MEASURED = (
+    "Not measured yet: nobody has run `make gpu` on a machine with a GPU. It measures all of the above there, beside "
+    "the rivals that are installed, and puts the figures here."
+)
+COLOURS = pyplot.get_cmap("tab10").colors
+
+
+@dataclass(frozen=True)
+class Result:
+    """One provider on one workload: the `extra_info` of one benchmark."""
+
+    op: str
+    passes: str
+    workload: str
+    provider: str
+    dtype: str
+    device: str
+    tokens: int
+    padded_tokens: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    floor_ms: float | None = None
+    bound: str | None = None
+    percent_of_ceiling: float | None = None
+    mode: str = "eager"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens, whatever the provider padded them to."""
+        return 1000 * self.tokens / self.median_ms
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is fastbert, on some path."""
+        return self.provider.split()[0] == "fastbert"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Results of one run.
+
+    Attributes:
+        folder: its name under benchmarks/results.
+        info: what `environment()` said of the machine.
+        results: in the order of the run.
+    """
+
+    folder: str
+    info: dict[str, Any]
+    results: list[Result]
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether a GPU ran it."""
+        return any(result.device != "cpu" for result in self.results)
+
+    @property
+    def title(self) -> str:
+        """The name of what ran it."""
+        return str(self.info["device"] if self.has_gpu else self.info["cpu name"])
+
+
+def read_json(path: Path) -> Any:
+    """The file's content.
+
+    Raises:
+        ArgumentError: it is not there, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArgumentError(str(path), "no such file", "results in JSON", "See docs/benchmarks.md.") from error
+    except ValueError as error:
+        raise ArgumentError(str(path), f"no JSON ({error})", "results in JSON", "Run the benchmarks again.") from error
+
+
+def read_machine(path: Path) -> Machine:
+    """A results.json.
+
+    Raises:
+        ArgumentError: it is missing, or not what `pytest benchmarks --benchmark-json` writes; it says where.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
+        raise ArgumentError(str(path), "JSON without a list of benchmarks", "a file of --benchmark-json")
+    info = content.get("machine_info", {})
+    for key in ("cpu name", "device", "threads", "torch", "commit"):
+        if not isinstance(info.get(key), str):
+            raise ArgumentError(f"{path}: machine_info", f"no text for {key!r}", "what environment.py stamps")
+    return Machine(path.parent.name, info, [_result(path, benchmark) for benchmark in content["benchmarks"]])
+
+
+def _result(path: Path, benchmark: Any) -> Result:
+    name = benchmark.get("name", "?") if isinstance(benchmark, dict) else repr(benchmark)
+    facts = benchmark.get("extra_info", {}) if isinstance(benchmark, dict) else {}
+    values: dict[str, Any] = {}
+    for field in fields(Result):
+        optional = field.default is None or field.name == "mode"
+        value = facts.get(field.name, field.default if optional else None)
+        kinds = (str,) if field.type in ("str", "str | None") else (int, float)
+        if not isinstance(value, kinds) and not (optional and value is None):
+            raise ArgumentError(
+                f"{path}: {name}: extra_info[{field.name!r}]", repr(value), field.type, "Run the benchmarks again."
+            )
+        values[field.name] = value
+    if values["op"] not in OPS or not values["median_ms"] > 0:
+        raise ArgumentError(
+            f"{path}: {name}", f"{values['op']!r} in {values['median_ms']} ms", f"one of {sorted(OPS)} in some time"
+        )
+    return Result(**values)
+
+
+Row = tuple[str, str, str]  # workload, dtype, mode
+
+
+def grouped(results: Iterable[Result]) -> dict[tuple[str, str], dict[Row, list[Result]]]:
+    """By (op, passes), in the order of the report, and then by row."""
+    groups: dict[tuple[str, str], dict[Row, list[Result]]] = {}
+    for result in sorted(results, key=lambda result: (list(OPS).index(result.op), result.passes)):
+        rows = groups.setdefault((result.op, result.passes), {})
+        rows.setdefault((result.workload, result.dtype, result.mode), []).append(result)
+    return groups
+
+
+def ratio(row: Sequence[Result]) -> float | None:
+    """How many times as fast the fastest of ours is as the fastest rival; None where one of them is missing."""
+    ours = [result.median_ms for result in row if result.ours]
+    rivals = [result.median_ms for result in row if not result.ours]
+    return min(rivals) / min(ours) if ours and rivals else None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first are aligned right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def performance_table(rows: dict[Row, list[Result]], *, latency: bool) -> str:
+    """Rows of workloads, a column for each provider."""
+    providers = sorted({result.provider for row in rows.values() for result in row}, key=_ours_first)
+    header = ["workload", "dtype", *providers, "fastbert / best rival", "% of ceiling", "fastbert ms (p20 to p80)"]
+    return table(header, [_line(*key, row, providers, latency) for key, row in rows.items()])
+
+
+def _ours_first(provider: str) -> tuple[bool, str]:
+    return provider.split()[0] != "fastbert", provider
+
+
+def _line(workload: str, dtype: str, mode: str, row: list[Result], providers: list[str], latency: bool) -> list[str]:
+    by_provider = {result.provider: result for result in row}
+    show: Callable[[Result], str] = (lambda result: f"{result.median_ms:.3g} ms") if latency else _throughput
+    best = min((result for result in row if result.ours), key=lambda result: result.median_ms, default=None)
+    times = ratio(row)
+    return [
+        workload,
+        dtype + (f", {mode}" if mode != "eager" else ""),
+        *(show(by_provider[name]) if name in by_provider else "" for name in providers),
+        "" if times is None else f"{times:.2f}",
+        "" if best is None or best.percent_of_ceiling is None else f"{best.percent_of_ceiling:.0f} ({best.bound})",
+        "" if best is None else f"{best.median_ms:.3g} ({best.p20_ms:.3g} to {best.p80_ms:.3g})",
+    ]
+
+
+def _throughput(result: Result) -> str:
+    if result.padded_tokens == result.tokens:
+        return f"{result.tokens_per_second:,.0f}"
+    padded = result.tokens_per_second * result.padded_tokens / result.tokens
+    return f"{result.tokens_per_second:,.0f} ({padded:,.0f} padded)"
+
+
+def machine_section(machine: Machine, level: str, pictures: str) -> str:
+    """All tables of one machine; `pictures` is where a link finds its pictures."""
+    info = machine.info
+    facts = [f"{info['threads']} threads", f"torch {info['torch']}", f"commit {info['commit'][:10]}"]
+    text = f"{level} {machine.title}\n\n{', '.join(facts)}.\n"
+    for name, caption in PICTURES.items():
+        if _drawable(machine, name):
+            text += f"\n![{caption}]({pictures}/{machine.folder}-{name}.png)\n"
+    for (op, passes), rows in grouped(machine.results).items():
+        unit = "median milliseconds" if op == "latency" else "real tokens/s"
+        text += f"\n{level}# {OPS[op]}, {passes}: {unit}\n\n{performance_table(rows, latency=op == 'latency')}"
+    return text
+
+
+def summary(machines: Sequence[Machine]) -> str:
+    """For the README: against the best rival, over all workloads of each op and dtype."""
+    lines = []
+    for machine in machines:
+        for (op, passes), rows in grouped(machine.results).items():
+            ratios: dict[str, list[float]] = {}
+            for (_, dtype, mode), row in rows.items():
+                if (times := ratio(row)) is not None:
+                    ratios.setdefault(dtype + (f", {mode}" if mode != "eager" else ""), []).append(times)
+            for dtype, found in ratios.items():
+                spread = f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+                lines.append([machine.title, f"{OPS[op]}, {passes}", dtype, str(len(found)), spread])
+    text = (
+        table(["machine", "what", "dtype", "workloads", "fastbert / best rival: median (range)"], lines)
+        if lines
+        else ""
+    )
+    if not any(machine.has_gpu for machine in machines):
+        text += "\nNo GPU was measured yet.\n" if text else "Nothing was measured yet.\n"
+    return text
+
+
+def static_section(evidence: Any) -> str:
+    """Kernels by targets, ours and rivals', from what static/evidence.py writes."""
+    text = (
+        "## Machine code, without a GPU\n\nCompiled offline. Each cell: instructions a lane runs for a unit of work in "
+        "the main loop, registers a lane, and the **predicted** picoseconds a unit with what bounds them, were the "
+        "whole GPU kept at that bound. A unit is a score of attention, else an element of the result. "
+        "Nothing here was timed.\n"
+    )
+    text += f"\n### All kernels\n\n{_by_target(evidence['kernels'])}"
+    if "rivals" in evidence:
+        versions = ", ".join(f"{name} {version}" for name, version in evidence["rivals"]["versions"].items())
+        text += f"\n### Beside rivals' Triton kernels\n\n{versions}.\n\n{_by_target(evidence['rivals']['kernels'])}"
+    return text
+
+
+def _by_target(kernels: Any) -> str:
+    names = sorted({name for by_name in kernels.values() for name in by_name})
+    rows = [[name, *(_cell(by_name.get(name)) for by_name in kernels.values())] for name in names]
+    return table(["kernel", *kernels], rows)
+
+
+def _cell(figures: Any) -> str:
+    if figures is None:
+        return ""
+    spills = f", {figures['spills']} spills" if figures["spills"] else ""
+    predicted = figures.get("predicted")
+    time = f", {predicted['picoseconds_per_unit']:.3g} ps ({predicted['bound']})" if predicted else ""
+    return f"{figures['per_unit']['all']:.3g}, {figures['registers']} registers{spills}{time}"
+
+
+def read_static(path: Path) -> str:
+    """The section of a static.json.
+
+    Raises:
+        ArgumentError: it is no JSON, or not what evidence.py writes.
+    """
+    try:
+        return static_section(read_json(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            str(path), f"evidence that lacks {error}", "what benchmarks/static/evidence.py writes", "Write it again."
+        ) from error
+
+
+PICTURES = {
+    "throughput": "Real tokens/s of the encoder's forward by workload",
+    "ceiling": "Per cent of the machine's ceiling that fastbert reaches, a dot for each workload",
+    "latency": "Latency of one sequence, p20 to p80",
+}
+
+
+def _drawable(machine: Machine, picture: str) -> list[Result]:
+    """The results that a picture shows."""
+    chosen: dict[str, Callable[[Result], bool]] = {
+        "throughput": lambda result: (result.op, result.passes) == ("encoder", "forward"),
+        "ceiling": lambda result: result.ours and result.percent_of_ceiling is not None,
+        "latency": lambda result: result.op == "latency",
+    }
+    return [result for result in machine.results if chosen[picture](result)]
+
+
+def draw(machine: Machine, folder: Path) -> None:
+    """Write the pictures of one machine, `<machine>-<picture>.png`."""
+    for picture, caption in PICTURES.items():
+        results = _drawable(machine, picture)
+        if results:
+            figure = _dots(results) if picture == "ceiling" else _bars(results, seconds=picture == "latency")
+            figure.suptitle(f"{caption}\n{machine.title}", fontsize=10)
+            path = folder / f"{machine.folder}-{picture}.png"
+            temporary = path.with_suffix(".tmp")
+            # Without the name of matplotlib's version the same results give the same bytes.
+            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+            temporary.replace(path)
+            pyplot.close(figure)
+
+
+def _bars(results: list[Result], *, seconds: bool) -> Any:
+    """A row of bars for each dtype: workloads, and in each a bar for each provider."""
+    panels: dict[str, list[Result]] = {}
+    for result in results:
+        panels.setdefault(f"{result.dtype}, {result.mode}", []).append(result)
+    providers = sorted({result.provider for result in results}, key=_ours_first)
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(9, 1 + 3 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for axis, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        workloads = list(dict.fromkeys(result.workload for result in panel))
+        width = 0.8 / len(providers)
+        for i, provider in enumerate(providers):
+            mine = [result for result in panel if result.provider == provider]
+            places = [workloads.index(result.workload) - 0.4 + (i + 0.5) * width for result in mine]
+            if seconds:
+                errors = [
+                    [result.median_ms - result.p20_ms for result in mine],
+                    [result.p80_ms - result.median_ms for result in mine],
+                ]
+                heights = [result.median_ms for result in mine]
+            else:
+                errors, heights = None, [result.tokens_per_second for result in mine]
+            axis.bar(places, heights, width, yerr=errors, label=provider, color=COLOURS[i % len(COLOURS)])
+        axis.set_xticks(range(len(workloads)), workloads, rotation=20, ha="right", fontsize=8)
+        axis.set_ylabel("ms" if seconds else "real tokens/s")
+        axis.set_title(title, fontsize=9)
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def _dots(results: list[Result]) -> Any:
+    rows = list(dict.fromkeys(f"{result.op} {result.passes}, {result.dtype}" for result in results))
+    figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.35 * len(rows)), layout="constrained")
+    for i, bound in enumerate(("memory", "compute")):
+        mine = [result for result in results if result.bound == bound]
+        heights = [rows.index(f"{result.op} {result.passes}, {result.dtype}") for result in mine]
+        percents = [result.percent_of_ceiling for result in mine]
+        axis.scatter(percents, heights, label=f"{bound}-bound", color=COLOURS[i], alpha=0.7)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.set_xlabel("% of ceiling")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def between_markers(path: Path, text: str) -> str:
+    """The document with `text` between its markers.
+
+    Raises:
+        ArgumentError: it has not one of each marker, in order.
+    """
+    document = path.read_text(encoding="utf-8")
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ArgumentError(str(path), "no pair of markers", f"{BEGIN} and, below, {END}", "Put them where it goes.")
+    return f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def report(results: Path, static: Path, root: Path) -> list[Machine]:
+    """Render everything; nothing is written where something can't be read.
+
+    Args:
+        results: the folder of machines.
+        static: the evidence about machine code; the section is left out where there is no such file.
+        root: of the repository whose documents are written.
+    """
+    machines = [read_machine(path) for path in sorted(results.glob("*/results.json"))]
+    machines.sort(key=lambda machine: machine.has_gpu)
+    performance, readme, pictures = root / "docs" / "performance.md", root / "README.md", root / "docs" / "performance"
+    sections = [machine_section(machine, "##", "performance") for machine in machines]
+    if not any(machine.has_gpu for machine in machines):
+        sections.append(f"## GPUs\n\n{NOT_MEASURED}\n")
+    if static.exists():
+        sections.append(read_static(static))
+    documents = {
+        performance: between_markers(performance, "\n".join(sections)),
+        readme: between_markers(readme, summary(machines)),
+    }
+    for machine in machines:
+        up = Path(*[".."] * len((results / machine.folder).relative_to(root).parts)) / "docs" / "performance"
+        documents[results / machine.folder / "report.md"] = machine_section(machine, "#", up.as_posix())
+    pictures.mkdir(exist_ok=True)
+    for machine in machines:
+        draw(machine, pictures)
+    for path, text in documents.items():
+        write(path, text)
+    return machines
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    try:
+        machines = report(RESULTS, STATIC, ROOT)
+    except FastbertError as error:
+        parser.exit(2, f"{error}\n")
+    for machine in machines:
+        print(f"{machine.title}: {len(machine.results)} results")
+    print(f"docs/performance.md and README.md are written, of {len(machines)} machines")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""report: tables and pictures of made-up results, and what it says of files that are not results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report
+from report import BEGIN, END, between_markers, read_machine
+
+from fastbert.errors import ArgumentError
+
+CPU = {
+    "cpu name": "Made-up CPU 9000",
+    "device": "cpu",
+    "threads": "2",
+    "torch": "2.13.0",
+    "commit": "0123456789abcdef",
+}
+GPU = CPU | {"device": "Made-up GPU"}
+FACTS = {
+    "op": "encoder",
+    "passes": "forward",
+    "workload": "minilm b2 s8 uniform",
+    "provider": "fastbert",
+    "mode": "eager",
+    "dtype": "fp32",
+    "device": "cpu",
+    "tokens": 1000,
+    "padded_tokens": 1000,
+    "median_ms": 100.0,
+    "p20_ms": 90.0,
+    "p80_ms": 120.0,
+    "floor_ms": 50.0,
+    "bound": "compute",
+    "percent_of_ceiling": 50.0,
+}
+
+
+def benchmark(**changes: Any) -> dict[str, Any]:
+    return {"name": "test_made_up", "extra_info": FACTS | changes}
+
+
+ENCODER = [
+    benchmark(),
+    benchmark(provider="transformers", padded_tokens=2500, median_ms=200.0, percent_of_ceiling=25.0),
+    benchmark(provider="onnxruntime", padded_tokens=2500, median_ms=160.0, percent_of_ceiling=31.0),
+    benchmark(workload="minilm b4 s8 full", median_ms=400.0, bound="memory", percent_of_ceiling=12.4),
+    benchmark(workload="minilm b4 s8 full", provider="transformers", median_ms=200.0),
+]
+LATENCY = [
+    benchmark(op="latency", workload="minilm b1 s16 full", median_ms=2.0, p20_ms=1.5, p80_ms=3.0, tokens=16),
+    benchmark(
+        op="latency", workload="minilm b1 s16 full", provider="transformers", median_ms=5.0, p20_ms=4.5, p80_ms=6.0
+    ),
+]
+FIGURES = {"registers": 40, "spills": 0, "per_unit": {"all": 1.2345}}
+PREDICTED = {"predicted": {"bound": "issue", "picoseconds_per_unit": 0.5}}
+OURS, THEIRS = "layer_norm 768 float16: layer_norm_forward", "liger-kernel: layer_norm: _layer_norm_forward_kernel"
+STATIC = {
+    "kernels": {"sm_80": {OURS: FIGURES | PREDICTED}, "gfx942": {OURS: FIGURES | {"spills": 3}}},
+    "rivals": {"versions": {"liger-kernel": "1.2.3"}, "kernels": {"sm_80": {THEIRS: FIGURES}}},
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with the two documents."""
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/performance.md"):
+        (tmp_path / name).write_text(f"# By hand\n\n{BEGIN}\nold\n{END}\n\nAlso by hand.\n")
+    return tmp_path
+
+
+def put(root: Path, machine: str, info: dict[str, str], benchmarks: list[dict[str, Any]]) -> Path:
+    path = root / "benchmarks" / "results" / machine / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"machine_info": info, "benchmarks": benchmarks}))
+    return path
+
+
+def render(root: Path, static: dict[str, Any] | None = None) -> str:
+    path = root / "static.json"
+    if static is not None:
+        path.write_text(json.dumps(static))
+    report.report(root / "benchmarks" / "results", path, root)
+    return (root / "docs" / "performance.md").read_text()
+
+
+def test_tables(root: Path) -> None:
+    put(root, "cpu", CPU, ENCODER + LATENCY)
+    text = render(root)
+    assert "## Made-up CPU 9000\n\n2 threads, torch 2.13.0, commit 0123456789.\n" in text
+    assert (
+        "### Encoder, forward: real tokens/s\n\n"
+        "| workload | dtype | fastbert | onnxruntime | transformers | fastbert / best rival | % of ceiling | "
+        "fastbert ms (p20 to p80) |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| minilm b2 s8 uniform | fp32 | 10,000 | 6,250 (15,625 padded) | 5,000 (12,500 padded) | 1.60 | "
+        "50 (compute) | 100 (90 to 120) |\n"
+        "| minilm b4 s8 full | fp32 | 2,500 |  | 5,000 | 0.50 | 12 (memory) | 400 (90 to 120) |\n"
+    ) in text
+    assert (
+        "### Latency of one sequence, forward: median milliseconds\n\n"
+        "| workload | dtype | fastbert | transformers | fastbert / best rival | % of ceiling | "
+        "fastbert ms (p20 to p80) |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| minilm b1 s16 full | fp32 | 2 ms | 5 ms | 2.50 | 50 (compute) | 2 (1.5 to 3) |\n"
+    ) in text
+    assert text.index("### Encoder") < text.index("### Latency")
+    assert text.startswith("# By hand\n\n") and text.endswith("\n\nAlso by hand.\n") and "old" not in text
+
+
+def test_gpus_are_not_measured_until_one_is(root: Path) -> None:
+    put(root, "cpu", CPU, ENCODER)
+    assert "## GPUs\n\nNot measured yet" in render(root)
+    assert "No GPU was measured yet." in (root / "README.md").read_text()
+    put(root, "a-gpu", GPU, [benchmark(device="Made-up GPU", mode="graph", dtype="fp16")])
+    text = render(root)
+    assert "Not measured yet" not in text and "No GPU" not in (root / "README.md").read_text()
+    assert text.index("## Made-up CPU 9000") < text.index("## Made-up GPU")
+    assert "| minilm b2 s8 uniform | fp16, graph | 10,000 |  | 50 (compute) |" in text
+
+
+def test_nothing_measured_at_all(root: Path) -> None:
+    text = render(root)
+    assert "## GPUs\n\nNot measured yet" in text and "tokens/s" not in text
+    assert "Nothing was measured yet." in (root / "README.md").read_text()
+
+
+def test_the_summary_of_the_readme(root: Path) -> None:
+    put(root, "cpu", CPU, ENCODER)
+    render(root)
+    text = (root / "README.md").read_text()
+    assert "| Made-up CPU 9000 | Encoder, forward | fp32 | 2 | 1.05 (0.50 to 1.60) |\n" in text
+    assert text.startswith("# By hand\n\n") and text.endswith("\n\nAlso by hand.\n") and "old" not in text
+
+
+def test_a_machine_s_own_report_finds_the_pictures(root: Path) -> None:
+    path = put(root, "cpu", CPU, ENCODER + LATENCY)
+    render(root)
+    own = path.with_name("report.md").read_text()
+    links = [line.partition("](")[2].rstrip(")") for line in own.splitlines() if line.startswith("![")]
+    assert len(links) == 3
+    for link in links:
+        assert (path.parent / link).read_bytes().startswith(b"\x89PNG")
+    document = (root / "docs" / "performance.md").read_text()
+    assert "](performance/cpu-throughput.png)" in document and "](performance/cpu-latency.png)" in document
+
+
+def test_a_picture_of_nothing_is_not_drawn(root: Path) -> None:
+    put(root, "cpu", CPU, LATENCY)
+    text = render(root)
+    assert "throughput.png" not in text
+    assert {path.name for path in (root / "docs" / "performance").iterdir()} == {"cpu-ceiling.png", "cpu-latency.png"}
+
+
+def test_the_same_results_give_the_same_bytes(root: Path) -> None:
+    put(root, "cpu", CPU, ENCODER + LATENCY)
+
+    def everything() -> dict[str, bytes]:
+        render(root, STATIC)
+        return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    first = everything()
+    pictures = [content for name, content in first.items() if name.endswith(".png")]
+    assert len(pictures) == 3 and not any(b"Software" in picture for picture in pictures), "matplotlib's version is in"
+    assert everything() == first
+
+
+def test_machine_code_by_kernel_and_target(root: Path) -> None:
+    text = render(root, STATIC)
+    assert (
+        "### All kernels\n\n| kernel | sm_80 | gfx942 |\n| --- | ---: | ---: |\n"
+        f"| {OURS} | 1.23, 40 registers, 0.5 ps (issue) | 1.23, 40 registers, 3 spills |\n"
+    ) in text
+    assert f"liger-kernel 1.2.3.\n\n| kernel | sm_80 |\n| --- | ---: |\n| {THEIRS} | 1.23, 40 registers |\n" in text
+    assert "Beside rivals" not in render(root, {"kernels": STATIC["kernels"]})
+    assert "**predicted** picoseconds" in text and "Nothing here was timed." in text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "got no JSON"),
+        ("[]", "got JSON without a list of benchmarks"),
+        ('{"benchmarks": {}}', "got JSON without a list of benchmarks"),
+        ('{"benchmarks": []}', "machine_info: got no text for 'cpu name'"),
+        (json.dumps({"machine_info": CPU, "benchmarks": [3]}), "3: extra_info['op']: got None"),
+        (
+            json.dumps({"machine_info": CPU, "benchmarks": [{"name": "test_a"}]}),
+            "test_a: extra_info['op']: got None; expected str. Run the benchmarks again.",
+        ),
+        (
+            json.dumps({"machine_info": CPU, "benchmarks": [benchmark(median_ms="fast")]}),
+            "test_made_up: extra_info['median_ms']: got 'fast'; expected float",
+        ),
+        (json.dumps({"machine_info": CPU, "benchmarks": [benchmark(op="dance")]}), "got 'dance' in 100.0 ms"),
+        (json.dumps({"machine_info": CPU, "benchmarks": [benchmark(median_ms=0.0)]}), "got 'encoder' in 0.0 ms"),
+    ],
+)
+def test_a_file_that_is_no_results(content: str, says: str, root: Path) -> None:
+    path = put(root, "cpu", CPU, [])
+    path.write_text(content)
+    with pytest.raises(ArgumentError) as error:
+        render(root)
+    assert str(path) in str(error.value) and says in str(error.value)
+    assert "old" in (root / "README.md").read_text(), "something was written"
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="got no such file"):
+        read_machine(tmp_path / "results.json")
+
+
+@pytest.mark.parametrize("content", ["{", '{"kernels": {"sm_80": {"a": {"spills": 0}}}}', '{"kernels": []}'])
+def test_corrupt_evidence(content: str, root: Path) -> None:
+    (root / "static.json").write_text(content)
+    with pytest.raises(ArgumentError, match=r"static.json: got (no JSON|evidence that lacks)"):
+        render(root)
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace(BEGIN, ""), lambda text: text.replace(END, "")])
+def test_a_document_without_markers(change: Callable[[str], str], root: Path) -> None:
+    path = root / "README.md"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ArgumentError, match=r"README.md: got no pair of markers; expected <!-- report: begin -->"):
+        render(root)
+
+
+def test_the_repository_s_documents_have_markers() -> None:
+    for name in ("README.md", "docs/performance.md"):
+        assert between_markers(report.ROOT / name, "text")
+
+
+def test_text_and_training_need_no_floor(root: Path) -> None:
+    put(root, "cpu", CPU, [benchmark(op="text", floor_ms=None, bound=None, percent_of_ceiling=None)])
+    assert "| minilm b2 s8 uniform | fp32 | 10,000 |  |  | 100 (90 to 120) |\n" in render(root)
