@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 
 INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
-.PHONY: demo test check static bench gpu report clean
+.PHONY: demo test check static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
@@ -31,6 +31,10 @@ check: $(INSTALLED)
 # Compile every launch choice for every GPU we know, without one.
 static: $(INSTALLED)
 	.venv/bin/pytest -m static
+
+# Hold the kernels' static evidence against benchmarks/baselines; `make gate UPDATE=1` takes new figures over.
+gate: $(INSTALLED)
+	.venv/bin/python benchmarks/gate.py $(if $(UPDATE),--update)
 
 bench: $(INSTALLED)
 	.venv/bin/pytest benchmarks

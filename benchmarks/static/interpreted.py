@@ -1,0 +1,31 @@
+"""The evidence that comes from Triton's interpreter, which must be asked for before Python starts.
+
+    TRITON_INTERPRET=1 python benchmarks/static/interpreted.py [REGEX]
+
+prints a JSON of the traffic of each op and the launches of each pass whose names match.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent))
+import launches
+import traffic
+
+
+def main() -> None:
+    """The command."""
+    only = re.compile(sys.argv[1] if len(sys.argv) > 1 else "")
+    found = {
+        "traffic": {case.name: traffic.figures(case) for case in traffic.calls() if only.search(case.name)},
+        "launches": {name: figures for name, figures in launches.passes().items() if only.search(name)},
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

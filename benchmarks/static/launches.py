@@ -1,0 +1,113 @@
+"""Launches of one encoder layer, by running `fastbert.Encoder` on Triton's interpreter, which here only counts them.
+
+Run by interpreted.py. A layer is the difference between a stack of two and one of one. Launch choices are those of an
+H100.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
+
+import fastbert
+from fastbert.kernels import attention, bias_gelu, embedding, layer_norm, target
+from fastbert.packing import Packing
+
+# "short" fits the one-pass backward of attention, which needs at most 128 keys; "long" does not.
+BATCHES = {"short": (5, 70, 33), "long": (7, 150, 40)}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+class TorchCalls(TorchDispatchMode):
+    """Counts the calls of torch that would launch a kernel on a GPU: all but views, allocations and empty results."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        out = func(*args, **(kwargs or {}))
+        is_empty = isinstance(out, torch.Tensor) and out.numel() == 0
+        if func.namespace == "aten" and not (is_view or is_empty or name in ALLOCATIONS):
+            self.counts[name] += 1
+        return out
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count launches by name: our kernels, and torch's calls, those that our launchers make among them."""
+    counts = Counter[str]()
+    torch_calls = TorchCalls(counts)
+
+    def seen(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        """A dispatch mode is off inside a custom op."""
+
+        def run(*args: Any, **options: Any) -> Any:
+            with torch_calls:
+                return launcher(*args, **options)
+
+        return run
+
+    def launch(executor: GridExecutor, *_: Any, **__: Any) -> None:
+        counts[executor.fn.__name__] += 1
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(GridExecutor, "__call__", launch))
+        for module in (attention, bias_gelu, embedding, layer_norm):
+            for name, launcher in vars(module).copy().items():
+                if name.endswith(("_forward", "_backward")):
+                    patches.enter_context(patch.object(module, name, seen(launcher)))
+        with torch_calls:
+            yield counts
+
+
+def stack(layers: int, dropout: float, lengths: tuple[int, ...]) -> dict[str, Counter[str]]:
+    """What a stack of `layers` launches in "inference", and in the "forward" and "backward" of training."""
+    config = fastbert.EncoderConfig(
+        num_layers=layers, hidden_size=128, num_heads=2, intermediate_size=256, hidden_dropout=dropout,
+        attention_dropout=dropout,
+    )  # fmt: skip
+    encoder = fastbert.Encoder(config).half()
+    packing = Packing.from_lengths(torch.tensor(lengths))
+    x = torch.ones(packing.tokens, 128, dtype=torch.float16, requires_grad=True)
+    with target.pretend(target.KNOWN["sm_90"]), fastbert.use_backend("triton"):
+        with torch.no_grad(), counted() as inference:
+            encoder.eval().run(x, packing)
+        with counted() as forward:
+            out = encoder.train().run(x, packing)[-1]
+        with counted() as backward:
+            out.backward(torch.ones_like(out))
+    return {"inference": inference, "forward": forward, "backward": backward}
+
+
+def layer(dropout: float, lengths: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """Launches of one layer in each pass: ours, matrix products, the rest of torch's, and the names of all."""
+    one, two = stack(1, dropout, lengths), stack(2, dropout, lengths)
+    found = {}
+    for name, total in two.items():
+        names = total - one[name]
+        kernels = sum(number for called, number in names.items() if called.endswith("_kernel"))
+        products = sum(names[product] for product in PRODUCTS)
+        others = names.total() - kernels - products
+        found[name] = {"kernels": kernels, "matrix_products": products, "others": others, "names": dict(names)}
+    return found
+
+
+def passes() -> dict[str, dict[str, Any]]:
+    """Figures of each pass over each batch, without dropout and with it."""
+    found = {}
+    for dropout in (0.0, 0.1):
+        for batch, lengths in BATCHES.items():
+            for name, figures in layer(dropout, lengths).items():
+                found[f"encoder layer {name} {batch}{' +dropout' if dropout else ''}"] = figures
+    return found

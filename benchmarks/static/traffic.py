@@ -1,0 +1,178 @@
+"""Bytes that each op's kernels load and store on a small ragged batch, beside the least there can be.
+
+Run by interpreted.py. Launch choices are those of an H100. Torch's own kernels between ours (the last sums of a
+gradient) are not seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbert.kernels import cost, launch, target
+from fastbert.kernels.attention import attention_backward, attention_forward
+from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
+from fastbert.kernels.embedding import embedding_backward, embedding_forward
+from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastbert.packing import Packing
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from recorder import Launch, recorded
+
+TARGET = target.KNOWN["sm_90"]
+DTYPE = torch.float16
+HEADS, HEAD_DIM, HIDDEN, WIDTH = 2, 64, 128, 256
+# "short" fits the one-pass backward, which needs at most 128 keys; "long" does not.
+BATCHES = {"short": (5, 70, 0, 33, 1), "long": (7, 150, 40)}
+SLACK = 37  # rows behind the packed ones; with them a dimension has a size that no other has
+DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, the rows of it that hold tokens, those in memory, and the least bytes it can move."""
+
+    name: str
+    run: Callable[[], object]
+    tokens: int
+    rows: int
+    minimum: int
+
+
+def calls() -> Iterator[Case]:
+    """Each op, forward and backward."""
+    for name, lengths in BATCHES.items():
+        yield from attention(name, lengths)
+    tokens = sum(BATCHES["long"])
+    for dropout in (0.0, DROPOUT):
+        yield from layer_norm(tokens, dropout)
+    yield from bias_gelu(tokens)
+    yield from embedding(tokens)
+
+
+def attention(name: str, lengths: tuple[int, ...]) -> Iterator[Case]:
+    """The forward as training runs it, and the backward; buffers go on behind the tokens."""
+    packing = Packing.from_lengths(torch.tensor(lengths))
+    tokens, rows = packing.tokens, packing.tokens + SLACK
+    qkv, dout = _states(rows, 3, HEADS, HEAD_DIM), _states(rows, HEADS, HEAD_DIM)
+    forward = launch.attention_forward(
+        HEAD_DIM, DTYPE, packing.max_seqlen, rows=rows, batch=packing.batch, extras=False, target=TARGET
+    )
+    by_query = launch.attention_backward_query(HEAD_DIM, DTYPE, TARGET)
+    by_key = launch.attention_backward_key(
+        HEAD_DIM, DTYPE, packing.max_seqlen, dbias=False, extras=False, target=TARGET
+    )
+    batch = (packing.cu_seqlens, packing.tiles(forward.BLOCK_M), packing.max_seqlen)
+    run = partial(attention_forward, qkv, *batch, scale=HEAD_DIM**-0.5, store_lse=True)
+    minimum = cost.attention(lengths, HEADS, HEAD_DIM, DTYPE, lse=True).min_bytes
+    yield Case(f"attention {name}", run, tokens, rows, minimum)
+    out, lse = _states(rows, HEADS, HEAD_DIM), torch.full((HEADS, rows), 8.0)
+    tiles = (packing.tiles(by_query.BLOCK_M), packing.tiles(by_key.BLOCK_N))
+    run = partial(
+        attention_backward, dout, qkv, out, lse, packing.cu_seqlens, *tiles, packing.max_seqlen, tokens=tokens,
+        scale=HEAD_DIM**-0.5,
+    )  # fmt: skip
+    minimum = cost.attention_backward(lengths, HEADS, HEAD_DIM, DTYPE).min_bytes
+    yield Case(f"attention backward {name}", run, tokens, rows, minimum)
+
+
+def layer_norm(tokens: int, dropout: float) -> Iterator[Case]:
+    """With residual and bias, as an encoder layer calls it."""
+    x, residual, dout = (_states(tokens + SLACK, HIDDEN)[:tokens] for _ in range(3))
+    weight, bias, x_bias = (_states(HIDDEN) for _ in range(3))
+    mean, rstd, seed = torch.ones(tokens), torch.ones(tokens), torch.zeros(1, dtype=torch.int64)
+    drawn = {"dropout": dropout, "seed": seed if dropout else None}
+    options = {"residual": True, "x_bias": True, "dropout": dropout > 0.0}
+    name = " +dropout" if dropout else ""
+    run = partial(
+        layer_norm_forward, x, weight, bias, residual=residual, x_bias=x_bias, eps=1e-12, store_stats=True, **drawn
+    )
+    minimum = cost.layer_norm(tokens, HIDDEN, DTYPE, statistics=True, **options).min_bytes
+    yield Case(f"layer_norm{name}", run, tokens, tokens + SLACK, minimum)
+    run = partial(layer_norm_backward, dout, x, weight, residual, x_bias, mean, rstd, **drawn)
+    minimum = cost.layer_norm_backward(tokens, HIDDEN, DTYPE, **options).min_bytes
+    yield Case(f"layer_norm backward{name}", run, tokens, tokens + SLACK, minimum)
+
+
+def bias_gelu(tokens: int) -> Iterator[Case]:
+    """With a bias."""
+    x, dout = (_states(tokens + SLACK, WIDTH)[:tokens] for _ in range(2))
+    bias = _states(WIDTH)
+    minimum = cost.bias_gelu(tokens, WIDTH, DTYPE).min_bytes
+    yield Case("bias_gelu", partial(bias_gelu_forward, x, bias), tokens, tokens + SLACK, minimum)
+    minimum = cost.bias_gelu_backward(tokens, WIDTH, DTYPE).min_bytes
+    yield Case("bias_gelu backward", partial(bias_gelu_backward, dout, x, bias), tokens, tokens + SLACK, minimum)
+
+
+def embedding(tokens: int) -> Iterator[Case]:
+    """Three tables; ids that repeat."""
+    ids = [torch.arange(tokens + SLACK)[:tokens] % entries for entries in (61, 50, 2)]
+    word, position, token_type = _states(100, HIDDEN), _states(50, HIDDEN), _states(2, HIDDEN)
+    weight, bias, dout = _states(HIDDEN), _states(HIDDEN), _states(tokens + SLACK, HIDDEN)[:tokens]
+    used = sum(len(each.unique()) for each in ids)
+    run = partial(embedding_forward, *ids, word, position, token_type, weight, bias, eps=1e-12)
+    minimum = cost.embedding(tokens, HIDDEN, DTYPE, entries=used).min_bytes
+    yield Case("embedding", run, tokens, tokens + SLACK, minimum)
+    run = partial(embedding_backward, dout, *ids, word, position, token_type, weight, eps=1e-12, padding_idx=0)
+    minimum = cost.embedding_backward(tokens, HIDDEN, DTYPE, entries=used, table_entries=152).min_bytes
+    yield Case("embedding backward", run, tokens, tokens + SLACK, minimum)
+
+
+def _states(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=DTYPE)
+
+
+def figures(case: Case) -> dict[str, float]:
+    """What a case moved, in bytes; "once" counts each address once a launch."""
+    with target.pretend(TARGET), recorded() as launches:
+        case.run()
+    moved = {
+        "loaded": sum(_bytes(each.loads) for each in launches),
+        "loaded_once": sum(_bytes_once(each.loads) for each in launches),
+        "stored": sum(_bytes(each.stores) for each in launches),
+        "stored_once": sum(_bytes_once(each.stores) for each in launches),
+    }
+    return {
+        **moved,
+        "launches": len(launches),
+        "minimum": case.minimum,
+        "over_minimum": round((moved["loaded_once"] + moved["stored_once"]) / case.minimum, 4),
+        "past_tokens": sum(past_tokens(each, case.tokens, case.rows) for each in launches),
+    }
+
+
+def _bytes(accesses: list[tuple[np.ndarray, int]]) -> int:
+    return sum(len(addresses) * size for addresses, size in accesses)
+
+
+def _bytes_once(accesses: list[tuple[np.ndarray, int]]) -> int:
+    sizes = {size for _, size in accesses}
+    return sum(size * len(np.unique(np.concatenate([a for a, s in accesses if s == size]))) for size in sizes)
+
+
+def past_tokens(launch: Launch, tokens: int, rows: int) -> int:
+    """Bytes that a launch touched behind the packed tokens or outside of every tensor it was given.
+
+    Args:
+        tokens, rows: a dimension of size `rows` counts rows, and those from `tokens` on are slack.
+    """
+    count = 0
+    for addresses, size in launch.loads + launch.stores:
+        inside = np.zeros(len(addresses), dtype=bool)
+        for x in launch.tensors:
+            offset = addresses - x.data_ptr()
+            last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) * x.element_size()
+            own = (offset >= 0) & (offset <= last) if x.numel() else inside & False
+            for n, stride in zip(x.shape, x.stride(), strict=True):
+                if n == rows:
+                    own &= offset // x.element_size() // stride % n < tokens
+            inside |= own
+        count += int((~inside).sum()) * size
+    return count
