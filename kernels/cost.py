@@ -175,3 +175,35 @@ def attention(
         + (tokens * heads * 4 if lse else 0)
         + (8 if dropout else 0),
     )
+
+
+def attention_backward(
+    lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype, *, dropout: bool = False
+) -> Cost:
+    """Gradient of qkv, from qkv, the output, its gradient and lse."""
+    tokens = sum(lengths)
+    scores = heads * sum(length * length for length in lengths)
+    # A score: 2 for each of the five products' head_dim, scale and shift, exp, less delta, by the weight, scale.
+    per_score = 10 * head_dim + 6 + 2 * dropout
+    return Cost(
+        flops=scores * per_score + tokens * heads * 2 * head_dim,
+        min_bytes=tokens * heads * head_dim * 8 * dtype.itemsize
+        + (len(lengths) + 1) * 4
+        + tokens * heads * 4
+        + (8 if dropout else 0),
+    )
+
+
+def linear(rows: int, columns: int, out: int, dtype: torch.dtype) -> Cost:
+    """`[rows, columns] x [columns, out]`; a bias is counted with the op that adds it."""
+    return Cost(
+        flops=2 * rows * columns * out, min_bytes=(rows * columns + columns * out + rows * out) * dtype.itemsize
+    )
+
+
+def linear_backward(rows: int, columns: int, out: int, dtype: torch.dtype) -> Cost:
+    """Gradients of the input and of the weight: two products, the output's gradient read once."""
+    return Cost(
+        flops=4 * rows * columns * out,
+        min_bytes=(2 * rows * columns + 2 * columns * out + rows * out) * dtype.itemsize,
+    )
