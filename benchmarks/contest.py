@@ -138,8 +138,8 @@ class Contest:
         plain: the results by plain torch in the case's dtype, by name.
         exact: the same in float64.
         costs: of the ops it consists of.
-        factor: how many times plain torch's error is allowed; see `fastbert.testing.assert_close`. Rivals may have twice
-            that: their rounding is not ours to mend, and we only need to know that they compute the same.
+        factor: how many times plain torch's error is allowed; see `fastbert.testing.assert_close`. Rivals may have
+            twice that: their rounding is not ours to mend, and we only need to know that they compute the same.
     """
 
     providers: Mapping[str, Provider]
