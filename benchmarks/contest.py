@@ -165,7 +165,9 @@ class Operands:
     fixed: Any = None
 
     @classmethod
-    def random(cls, case: Case, leaves: Mapping[str, tuple[int, ...]], dout: tuple[int, ...], fixed: Any) -> Operands:
+    def random(
+        cls, case: Case, leaves: Mapping[str, tuple[int, ...]], dout: tuple[int, ...], fixed: Any = None
+    ) -> Operands:
         """Normal numbers in these shapes, in the case's dtype, on its device."""
         made = {name: torch.randn(shape, device=case.device).to(case.torch_dtype) for name, shape in leaves.items()}
         for leaf in made.values():

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from contest import Case, UnservedError
+from torch import Tensor
+from workloads import VOCABULARY, Workload
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,3 +44,9 @@ def compiled(function: F) -> F:
         raise UnservedError("torch.compile needs a C++ compiler, and there is none on PATH")
     torch.compiler.reset()  # what it compiled for other cases counts against its limit of recompilations
     return torch.compile(function, dynamic=False)
+
+
+def random_ids(workload: Workload, device: torch.device) -> Tensor:
+    """Words of a batch, int64 `[tokens]`, a few of them far more often than others, as in text."""
+    drawn = torch.rand(workload.tokens, device=device)
+    return 1000 + (drawn**4 * (VOCABULARY - 1000)).long()

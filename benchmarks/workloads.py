@@ -8,6 +8,7 @@ are those that others publish on, so that figures can be laid beside theirs:
 - KERNL: the benchmarks of kernl, every sequence of full length.
 - FLASH_ATTENTION: benchmark_flash_attention.py, 16k tokens and 2048 columns in any case; attention only.
 - MIXES: BERT-base, BERT-large and MiniLM with lengths that are full, uniform, or have a long tail as texts do.
+- ROWS: those of them that are full, for ops on rows, to which only the number of tokens matters.
 - LATENCY: one sequence.
 """
 
@@ -131,7 +132,7 @@ DEFAULT = {
     "minilm b32 s128 long tail",
     "minilm b1 s16 full",
     "minilm b1 s128 full",
-    "bert-base b8 s128 uniform",
+    "bert-base b8 s128 full",
 }
 
 
@@ -170,6 +171,7 @@ MIXES = [
     for batch, longest in ((8, 128), (16, 128), (32, 128), (32, 512))
     for mix in ("full", "uniform", "long tail")
 ]
+ROWS = [workload for workload in MIXES if workload.tokens == workload.padded_tokens]
 LATENCY = [
     _workload(model, 1, longest, "full")
     for model in ("minilm", "bert-base", "bert-large")
