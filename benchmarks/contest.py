@@ -116,6 +116,7 @@ class Contender:
         dtype: what it computes in, where that is not the case's.
         least_cosine: for a provider that rounds more than its dtype does (int8), the least cosine of any row of its
             result with the exact one; the others are held to the error rule.
+        close: gives back what it holds.
     """
 
     run: Callable[[], Any]
@@ -123,6 +124,7 @@ class Contender:
     padded_tokens: int
     dtype: str | None = None
     least_cosine: float | None = None
+    close: Callable[[], None] = lambda: None
 
 
 Provider = Callable[[Case, Any], Contender]
@@ -231,7 +233,7 @@ def hold(
     for name in contest.providers if names is None else names:
         try:
             contender = contest.providers[name](case, operands)
-            check(f"{name}, {case}", contender, plain, exact, contest.factor, rival=name != "fastbert")
+            check(f"{name}, {case}", contender, plain, exact, contest.factor, rival=not name.startswith("fastbert"))
             runs[name] = captured(contender.run) if case.mode == "graph" else contender.run
             contenders[name] = contender
         except UnservedError as reason:
@@ -244,13 +246,15 @@ def hold(
             standings[name] = Standing(broken=f"{name}, {case}: {error}")
     del plain, exact
     gc.collect()
-    if not timed:
-        return standings | {name: Standing() for name in contenders}
-    timer = DeviceTimer(case.device) if case.device.type == "cuda" else None
-    seconds = interleaved(runs, budget=budget, timer=timer) if runs else {}
-    costs = contest.costs(case, operands)
+    if timed and runs:
+        timer = DeviceTimer(case.device) if case.device.type == "cuda" else None
+        seconds = interleaved(runs, budget=budget, timer=timer)
+        costs = contest.costs(case, operands)
     for name, contender in contenders.items():
-        standings[name] = Standing(seconds[name], facts(name, case, contender, seconds[name], costs))
+        standings[name] = Standing()
+        if timed:
+            standings[name] = Standing(seconds[name], facts(name, case, contender, seconds[name], costs))
+        contender.close()
     return standings
 
 
