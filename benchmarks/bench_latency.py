@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bench_encoder import CONTEST, PROVIDERS
+from bench_encoder import CONTEST, NAMES
 from contest import Case, cases
 from workloads import BYTETRANSFORMER, KERNL, LATENCY, TENSORRT
 
@@ -14,7 +14,7 @@ WORKLOADS = {
 }
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", NAMES)
 @pytest.mark.parametrize("case", cases("latency", WORKLOADS.values()))
 def test_latency(case: Case, provider: str, compete: Any) -> None:
     compete(CONTEST, case, provider)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 from contextlib import nullcontext
@@ -63,7 +64,7 @@ def test_lengths_are_the_same_each_time() -> None:
 def test_bytetransformers_mean_is_06_of_the_longest() -> None:
     for work in workloads.BYTETRANSFORMER:
         longest = int(work.name.split()[2].removeprefix("s"))
-        assert statistics.mean(work.lengths) == pytest.approx(0.6 * longest, rel=0.01)
+        assert statistics.mean(work.lengths) == pytest.approx(0.6 * longest, abs=0.5)
         assert work.batch == 1 or work.max_seqlen == longest
 
 
@@ -427,11 +428,11 @@ def test_toy(case, provider, compete):
 
 def run_toy(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     (folder / "bench_toy.py").write_text(TOY)
-    paths = os.pathsep.join(str(ROOT / room) for room in ("benchmarks", "tests", "."))
-    command = [*PYTHON, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "conftest", "-p", "no:cacheprovider"]
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", folder)
+    command = [*PYTHON, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
     return subprocess.run(
         [*command, str(folder / "bench_toy.py"), *options],
-        capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": paths, "COLUMNS": "200"},
+        capture_output=True, text=True, cwd=folder, env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
 
 
