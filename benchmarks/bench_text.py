@@ -19,7 +19,7 @@ from fastbert import assets
 from fastbert.tasks import TextEncoder
 
 sys.path.append(str(Path(__file__).parent))
-from measure import interleaved
+from measure import Spread, interleaved
 
 transformers = pytest.importorskip("transformers", reason="the rival is not installed")
 
@@ -72,13 +72,14 @@ def test_encode(dtype: str) -> None:
     assert cosine.min() >= (0.999999 if dtype == "fp32" else 0.9995), f"refusing to time a wrong result: {cosine.min()}"
 
     tokens = sum(len(ids) for ids in theirs.tokenizer(corpus, truncation=True, max_length=MAX_LENGTH)["input_ids"])
-    seconds = interleaved(
+    samples = interleaved(
         {
             "fastbert": lambda: ours.encode(corpus, max_length=MAX_LENGTH),
             "transformers": lambda: theirs.encode(corpus),
         },
         ROUNDS,
     )
+    seconds = {name: Spread.of(values).median for name, values in samples.items()}
     ratio = seconds["transformers"] / seconds["fastbert"]
     print(f"\n{dtype}: {len(corpus)} texts, {tokens} tokens, {torch.get_num_threads()} threads")
     print(f"  worst cosine   {cosine.min():9.6f}")

@@ -4,17 +4,121 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from environment import cores
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contender: run A B C, A B C, ... after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for counted in [False] + [True] * rounds:
+LEAST = 0.02  # seconds that a turn takes at least, so that the clock's grain and a single interruption don't show
+SETTLE = 0.02  # seconds between turns on a CPU: OpenMP's threads of whoever ran before spin for about 5 ms
+FLUSH = 256 * 2**20  # bytes, several times the largest L2 there is
+
+Timer = Callable[[Callable[[], Any], int], float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Quantiles of samples, in seconds."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """Of one sample or more."""
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0])
+        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+        return cls(statistics.median(seconds), fifths[0], fifths[3])
+
+
+def pin_threads() -> int:
+    """Give torch one thread a core that this process may run on, and say how many: rivals are to take as many."""
+    torch.set_num_threads(cores())
+    return torch.get_num_threads()
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int | None = None,
+    *,
+    budget: float = 5.0,
+    timer: Timer | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of a call of each contender, one sample a round: A B C, A B C, ... after a round that is not counted.
+
+    A turn of a fast contender is several calls; its sample is their mean.
+
+    Args:
+        rounds: how many; by default as many as `budget` allows, 3 to 25.
+        budget: seconds for all rounds together.
+        timer: `cpu_seconds` by default.
+    """
+    timer = timer or cpu_seconds
+    single = {name: _estimate(run, timer) for name, run in contenders.items()}
+    calls = {name: max(1, round(LEAST / max(seconds, 1e-6))) for name, seconds in single.items()}
+    if rounds is None:
+        one_round = sum(single[name] * calls[name] + SETTLE for name in contenders)
+        rounds = min(25, max(3, round(budget / one_round)))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
         for name, run in contenders.items():
-            begin = time.perf_counter()
+            samples[name].append(timer(run, calls[name]))
+    return samples
+
+
+def _estimate(run: Callable[[], Any], timer: Timer) -> float:
+    """Seconds of a call. The first may be slow, but not so slow that a long one is worth a second."""
+    first = timer(run, 1)
+    return first if first > 10 * LEAST else timer(run, 1)
+
+
+def cpu_seconds(run: Callable[[], Any], calls: int) -> float:
+    """Mean seconds of so many calls on a CPU."""
+    time.sleep(SETTLE)
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+class DeviceTimer:
+    """Mean seconds of so many calls on a GPU, between CUDA events, with nothing of ours in its L2 before each.
+
+    Launches that take the host longer than the GPU takes to run them show; `captured` takes them away.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Callable[[], Any], calls: int) -> float:
+        """Mean seconds."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for begin, end in events:
+            self.flush.zero_()
+            begin.record()
             run()
-            if counted:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            end.record()
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in events) / calls / 1000
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """What replays `run` as one CUDA graph.
+
+    Raises:
+        RuntimeError: `run` does what a graph can't hold, such as waiting for the GPU.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # allocations and lazy set-up, which a capture may not hold
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay

@@ -192,3 +192,18 @@ def attention_backward(
         + tokens * heads * 4
         + (8 if dropout else 0),
     )
+
+
+def linear(rows: int, columns: int, out: int, dtype: torch.dtype) -> Cost:
+    """`[rows, columns] x [columns, out]`; a bias is counted with the op that adds it."""
+    return Cost(
+        flops=2 * rows * columns * out, min_bytes=(rows * columns + columns * out + rows * out) * dtype.itemsize
+    )
+
+
+def linear_backward(rows: int, columns: int, out: int, dtype: torch.dtype) -> Cost:
+    """Gradients of the input and of the weight: two products, the output's gradient read once."""
+    return Cost(
+        flops=4 * rows * columns * out,
+        min_bytes=(2 * rows * columns + 2 * columns * out + rows * out) * dtype.itemsize,
+    )

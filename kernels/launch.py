@@ -287,6 +287,7 @@ ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
     (ANY, "single", 32): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 64): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 128): AttentionBackwardBias(16, 16, 8, 1),
+    ("ampere", "half", 128): AttentionBackwardBias(64, 16, 4, 1, maxnreg=255),
     ("hopper", "half", 16): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 32): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 64): AttentionBackwardBias(64, 32, 4, 1),

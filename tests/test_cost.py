@@ -107,3 +107,21 @@ def test_attention_bytes_are_those_of_its_tensors():
 def test_attention_flops_grow_with_the_square_of_each_length():
     assert cost.attention([5, 3], 2, 16, torch.float16).flops == 2 * (25 + 9) * (4 * 16 + 5) + 8 * 2 * 17
     assert cost.attention([], 2, 16, torch.float16).flops == 0
+
+
+def test_attention_backward():
+    qkv, out = torch.empty(8, 3, 2, 16, dtype=torch.float16), torch.empty(8, 2, 16, dtype=torch.float16)
+    cu_seqlens, lse, seed = torch.empty(3, dtype=torch.int32), torch.empty(2, 8), torch.empty(1, dtype=torch.int64)
+    plain = cost.attention_backward([5, 3], 2, 16, torch.float16)
+    assert plain.min_bytes == nbytes(qkv, qkv, out, out, cu_seqlens, lse)
+    assert plain.flops == 2 * (25 + 9) * (10 * 16 + 6) + 8 * 2 * 2 * 16
+    assert (
+        cost.attention_backward([5, 3], 2, 16, torch.float16, dropout=True).min_bytes == plain.min_bytes + seed.nbytes
+    )
+
+
+def test_linear():
+    x, weight, out = torch.empty(5, 48), torch.empty(16, 48), torch.empty(5, 16)
+    assert cost.linear(5, 48, 16, torch.float32) == cost.Cost(2 * 5 * 48 * 16, nbytes(x, weight, out))
+    both = cost.linear_backward(5, 48, 16, torch.float32)
+    assert both == cost.Cost(4 * 5 * 48 * 16, nbytes(x, x, weight, weight, out))

@@ -1,0 +1,232 @@
+"""A whole BERT, from ids to hidden states: what it takes to run a batch, and to make the gradients of all parameters.
+
+Who packs gets packed ids and their layout, who pads gets padded ids and their mask; both are made before the clock
+starts. Weights are random, and the same for all.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runtimes
+import torch
+import torch.nn.functional as F
+from contest import Case, Contender, Contest, UnservedError, cases
+from providers import compiled, random_ids
+from roofline import model_costs
+from torch import Tensor, nn
+from workloads import BYTETRANSFORMER, KERNL, MIXES, TENSORRT
+
+from fastbert import BertModel, load
+from fastbert.kernels.cost import Cost
+from fastbert.ops.linear import hold_weights
+from fastbert.packing import Packing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A checkpoint folder; ids and dout, packed, and their layout; ids and mask, padded."""
+
+    folder: Path
+    ids: Tensor
+    packing: Packing
+    padded_ids: Tensor
+    mask: Tensor
+    dout: Tensor
+
+
+def operands(case: Case) -> Batch:
+    work = case.workload
+    packing = Packing.from_lengths(work.lengths, device=case.device)
+    ids = random_ids(work, case.device)
+    dout = torch.randn(work.tokens, work.hidden, device=case.device).to(case.torch_dtype)
+    folder = runtimes.checkpoint(work.model, work.max_seqlen)
+    return Batch(folder, ids, packing, packing.unpack(ids), packing.unpack(torch.ones_like(ids)), dout)
+
+
+def differentiate(case: Case, model: nn.Module, forward: Callable[[], Tensor], dout: Tensor) -> list[Tensor]:
+    """`forward()`, and where the case is backward the gradients of all parameters of `model`, in their order."""
+    if not case.backward:
+        with torch.inference_mode():
+            return [forward()]
+    out = forward()
+    return [out, *torch.autograd.grad(out, list(model.parameters()), dout)]
+
+
+def named(case: Case, model: nn.Module, results: list[Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """The result, and of the gradients the first, the last and one between; `names` says what they are in `model`."""
+    if not case.backward:
+        return {"out": results[0]}
+    gradients = dict(zip((name for name, _ in model.named_parameters()), results[1:], strict=True))
+    return {"out": results[0]} | {f"d{what}": torch.cat([gradients[one] for one in of]) for what, of in names.items()}
+
+
+def our_names(layers: int) -> dict[str, list[str]]:
+    last = f"encoder.layers.{layers - 1}.output.weight"
+    return {"word": ["embeddings.word.weight"], "qkv": ["encoder.layers.0.qkv.weight"], "output": [last]}
+
+
+def their_names(layers: int) -> dict[str, list[str]]:
+    first = "encoder.layer.0.attention.self"
+    return {
+        "word": ["embeddings.word_embeddings.weight"],
+        "qkv": [f"{first}.{part}.weight" for part in ("query", "key", "value")],
+        "output": [f"encoder.layer.{layers - 1}.output.dense.weight"],
+    }
+
+
+def in_torch(model: BertModel, of: Batch) -> Tensor:
+    """What BERT computes, packed, by plain torch: `[tokens, hidden]`."""
+    config, tables = model.config, model.embeddings
+    x = tables.norm(tables.word(of.ids) + tables.token_type.weight[0] + tables.position(of.packing.columns))
+    for layer in model.encoder.layers:
+        qkv = layer.qkv(x).view(-1, 3, config.num_heads, config.head_dim)
+        contexts = [
+            F.scaled_dot_product_attention(*sequence.permute(1, 2, 0, 3)).transpose(0, 1).flatten(1)
+            for sequence in qkv.split(of.packing.lengths.tolist())
+        ]
+        x = layer.attention_norm(x + layer.attention_output(torch.cat(contexts)))
+        x = layer.output_norm(x + layer.output(F.gelu(layer.intermediate(x))))
+    return x
+
+
+def by_torch(case: Case, of: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    model = load(of.folder, dtype=case.torch_dtype, device=case.device).to(dtype)  # rounded as for all the others
+    results = differentiate(case, model, lambda: in_torch(model, of), of.dout.to(dtype))
+    return named(case, model, results, our_names(case.workload.layers))
+
+
+def plain(case: Case, of: Batch) -> dict[str, Tensor]:
+    return by_torch(case, of, case.torch_dtype)
+
+
+def exact(case: Case, of: Batch) -> dict[str, Tensor]:
+    return by_torch(case, of, torch.float64)
+
+
+def costs(case: Case, of: Batch) -> list[Cost]:
+    return model_costs(case.workload, case.torch_dtype, words=len(of.ids.unique()), backward=case.backward)
+
+
+def fastbert(case: Case, of: Batch) -> Contender:
+    """As it does much text: on a CPU weights are laid out once, as other runtimes do when they load a model."""
+    contender = fastbert_call(case, of)
+    if case.backward or case.device.type != "cpu":
+        return contender
+    context, holding = contextvars.copy_context(), hold_weights()
+    context.run(holding.__enter__)
+    close = partial(context.run, holding.__exit__, None, None, None)
+    return replace(contender, run=partial(context.run, contender.run), close=close)
+
+
+def fastbert_single_call(case: Case, of: Batch) -> Contender:
+    """The model called once, and nothing laid out for it."""
+    if case.backward or case.device.type != "cpu":
+        raise UnservedError("no different from fastbert with gradient, or on a GPU")
+    return fastbert_call(case, of)
+
+
+def fastbert_call(case: Case, of: Batch) -> Contender:
+    model = load(of.folder, dtype=case.torch_dtype, device=case.device)
+
+    def run() -> list[Tensor]:
+        return differentiate(case, model, lambda: model(of.ids, packing=of.packing).last_hidden_state, of.dout)
+
+    names = our_names(case.workload.layers)
+    return Contender(run, lambda results: named(case, model, results, names), case.workload.tokens)
+
+
+def of_transformers(case: Case, of: Batch, model: nn.Module, call: Callable[..., Any]) -> Contender:
+    dout = of.packing.unpack(of.dout)
+
+    def forward() -> Tensor:
+        return call(input_ids=of.padded_ids, attention_mask=of.mask).last_hidden_state
+
+    def results(made: list[Tensor]) -> dict[str, Tensor]:
+        return named(case, model, [of.packing.pack(made[0]), *made[1:]], their_names(case.workload.layers))
+
+    return Contender(partial(differentiate, case, model, forward, dout), results, case.workload.padded_tokens)
+
+
+def transformers(case: Case, of: Batch) -> Contender:
+    model = runtimes.transformers_model(of.folder, case.torch_dtype, case.device)
+    return of_transformers(case, of, model, model)
+
+
+def transformers_eager(case: Case, of: Batch) -> Contender:
+    model = runtimes.transformers_model(of.folder, case.torch_dtype, case.device, attention="eager")
+    return of_transformers(case, of, model, model)
+
+
+def torch_compile(case: Case, of: Batch) -> Contender:
+    model = runtimes.transformers_model(of.folder, case.torch_dtype, case.device)
+    return of_transformers(case, of, model, compiled(model))
+
+
+def runtime(case: Case, of: Batch, run: runtimes.Run) -> Contender:
+    def results(hidden: Any) -> dict[str, Tensor]:
+        return {"out": of.packing.pack(torch.from_numpy(np.array(hidden)))}
+
+    return Contender(lambda: run(of.padded_ids, of.mask), results, case.workload.padded_tokens)
+
+
+def onnxruntime(case: Case, of: Batch) -> Contender:
+    on_cpu_forward(case, "fp32")
+    return runtime(case, of, runtimes.onnxruntime_model(of.folder, int8=False))
+
+
+def onnxruntime_int8(case: Case, of: Batch) -> Contender:
+    on_cpu_forward(case, "fp32")
+    contender = runtime(case, of, runtimes.onnxruntime_model(of.folder, int8=True))
+    return replace(contender, dtype="int8", least_cosine=runtimes.INT8_COSINE)
+
+
+def openvino(case: Case, of: Batch) -> Contender:
+    on_cpu_forward(case, "fp32", "bf16")
+    return runtime(case, of, runtimes.openvino_model(of.folder, case.torch_dtype))
+
+
+def ctranslate2(case: Case, of: Batch) -> Contender:
+    on_cpu_forward(case, "fp32")
+    contender = runtime(case, of, runtimes.ctranslate2_model(of.folder))
+    return replace(contender, padded_tokens=case.workload.tokens)  # it takes padding out for its linear layers
+
+
+def on_cpu_forward(case: Case, *dtypes: str) -> None:
+    """Raise UnservedError unless the case is a forward pass on a CPU in one of these dtypes."""
+    if case.backward:
+        raise UnservedError("it has no gradients")
+    if case.device.type != "cpu":
+        raise UnservedError("it is compared on CPUs only")
+    if case.dtype not in dtypes:
+        raise UnservedError(f"it has no {case.dtype} on a CPU")
+
+
+PROVIDERS = {
+    "fastbert": fastbert,
+    "fastbert single call": fastbert_single_call,
+    "transformers": transformers,
+    "transformers eager": transformers_eager,
+    "torch.compile": torch_compile,
+    "onnxruntime": onnxruntime,
+    "onnxruntime int8": onnxruntime_int8,
+    "OpenVINO": openvino,
+    "CTranslate2": ctranslate2,
+}
+SLOW = {"transformers eager", "torch.compile"}  # to run, and to compile
+NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in PROVIDERS]
+CONTEST = Contest(PROVIDERS, operands, plain, exact, costs, factor=3.0)
+WORKLOADS = {work.name: work for grid in (MIXES, TENSORRT, BYTETRANSFORMER, KERNL) for work in grid if work.batch > 1}
+
+
+@pytest.mark.parametrize("provider", NAMES)
+@pytest.mark.parametrize("case", cases("encoder", WORKLOADS.values(), passes=("forward", "forward+backward")))
+def test_encoder(case: Case, provider: str, compete: Any) -> None:
+    compete(CONTEST, case, provider)

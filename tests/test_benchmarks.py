@@ -1,0 +1,463 @@
+"""The harness of the benchmarks: what it runs on, that it refuses what is wrong, and that it shows what it measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import contest
+import environment
+import measure
+import pytest
+import roofline
+import torch
+import workloads
+from contest import Case, Contender, Contest, Operands, Replay, UnservedError, WrongResultError, differentiate, on_rows
+from processes import PYTHON
+from roofline import Ceilings, Floor
+
+from fastbert import reference
+from fastbert.errors import ArgumentError
+from fastbert.kernels import cost, target
+from fastbert.kernels.cost import Cost
+
+ROOT = Path(__file__).resolve().parent.parent
+CEILINGS = Ceilings(copy_gb_per_s=10.0, gemm_gflops={"fp32": 100.0, "bf16": 200.0})
+GRIDS = ("TENSORRT", "BYTETRANSFORMER", "KERNL", "FLASH_ATTENTION", "MIXES", "LATENCY")
+
+
+# Workloads
+
+
+def test_every_workload_is_sound() -> None:
+    for name, work in workloads.WORKLOADS.items():
+        assert name == work.name
+        assert work.hidden == work.heads * work.head_dim
+        assert work.lengths and all(1 <= length <= work.max_seqlen for length in work.lengths)
+        assert work.tokens == sum(work.lengths) <= work.padded_tokens == len(work.lengths) * max(work.lengths)
+        assert name.startswith(f"{work.model} b{work.batch} s")
+    assert {work.head_dim for work in workloads.FLASH_ATTENTION} == {64, 128}
+    assert {work.tokens for work in workloads.FLASH_ATTENTION} == {16384}
+
+
+def test_one_name_means_one_workload() -> None:
+    every = list(itertools.chain.from_iterable(getattr(workloads, grid) for grid in GRIDS))
+    assert all(workloads.WORKLOADS[work.name] == work for work in every)
+    assert {work.name for work in every} == set(workloads.WORKLOADS)
+
+
+def test_lengths_are_the_same_each_time() -> None:
+    for mix in workloads.MIX.values():
+        assert mix(16, 256) == mix(16, 256)
+        assert max(mix(16, 256)) == 256
+
+
+def test_bytetransformers_mean_is_06_of_the_longest() -> None:
+    for work in workloads.BYTETRANSFORMER:
+        longest = int(work.name.split()[2].removeprefix("s"))
+        assert statistics.mean(work.lengths) == pytest.approx(0.6 * longest, abs=0.5)
+        assert work.batch == 1 or work.max_seqlen == longest
+
+
+def test_a_long_tail_is_mostly_short() -> None:
+    lengths = workloads.long_tail(32, 512)
+    assert statistics.median(lengths) < 512 / 6 < statistics.mean(lengths) < 512 / 3
+
+
+def test_what_runs_by_default_is_there_and_small() -> None:
+    default = [work for work in workloads.WORKLOADS.values() if not work.full]
+    assert {work.name for work in default} == workloads.DEFAULT
+    assert {work.model for work in default} >= {"minilm", "bert-base"}
+    assert any(work.tokens < work.padded_tokens for work in default) and any(work.batch == 1 for work in default)
+    assert all(work.padded_tokens <= 4096 for work in default)
+
+
+# Roofline
+
+
+def test_a_floor_is_the_longer_of_two() -> None:
+    assert roofline.floor(Cost(flops=10**9, min_bytes=1), "fp32", CEILINGS) == Floor(0.01, "compute")
+    assert roofline.floor(Cost(flops=10**9, min_bytes=10**9), "fp32", CEILINGS) == Floor(0.1, "memory")
+    assert roofline.floor(Cost(flops=10**9, min_bytes=1), "bf16", CEILINGS) == Floor(0.005, "compute")
+
+
+def test_a_dtype_without_a_ceiling_is_named() -> None:
+    with pytest.raises(ArgumentError, match=r"'fp16'.*fp32, bf16"):
+        roofline.floor(Cost(1, 1), "fp16", CEILINGS)
+
+
+def test_floors_of_ops_add_up() -> None:
+    costs = [Cost(10**9, 1), Cost(1, 10**8), Cost(1, 10**7)]
+    total = roofline.floor_of_all(costs, "fp32", CEILINGS)
+    assert total.seconds == pytest.approx(0.01 + 0.01 + 0.001)
+    assert total.bound == "memory"
+
+
+def test_a_models_products_are_two_flops_a_weight_and_token() -> None:
+    work = workloads.WORKLOADS["bert-base b8 s128 full"]
+    weights = work.layers * (4 * work.hidden**2 + 2 * work.hidden * work.intermediate)
+    forward = roofline.model_costs(work, torch.float32, words=100, backward=False)
+    both = roofline.model_costs(work, torch.float32, words=100, backward=True)
+    products = 2 * weights * work.tokens
+    attended = work.layers * cost.attention(work.lengths, work.heads, work.head_dim, torch.float32).flops
+    flops, all_flops = sum(one.flops for one in forward), sum(one.flops for one in both)
+    assert products + attended < flops < 1.02 * (products + attended)  # GELU and LayerNorm are the rest
+    assert 2.95 * flops < all_flops < 3.1 * flops
+
+
+def test_ceilings_of_a_device_that_is_not_there() -> None:
+    with pytest.raises(ArgumentError, match="device: got meta; expected cpu"):
+        roofline.ceilings(torch.device("meta"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ArgumentError, match="this torch sees no GPU"):
+            roofline.ceilings(torch.device("cuda"))
+
+
+def test_ceilings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(roofline, "GEMMS", [(16, 16)])
+    monkeypatch.setattr(roofline, "GEMM_ROWS", {"cpu": 32})
+    monkeypatch.setattr(measure, "SETTLE", 0)
+    roofline.ceilings.cache_clear()
+    found = roofline.ceilings(torch.device("cpu"))
+    assert found.copy_gb_per_s > 0 and {"fp32", "bf16"} <= set(found.gemm_gflops)
+    assert roofline.ceilings(torch.device("cpu")) is found
+    roofline.ceilings.cache_clear()  # these were of a toy
+
+
+# Environment
+
+
+def test_the_environment_is_names_and_versions() -> None:
+    found = environment.environment()
+    assert all(isinstance(value, str) and value for value in found.values())
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == str(torch.get_num_threads())
+    assert found["flash-attn"] == "not installed" or found["flash-attn"][0].isdigit()
+
+
+def test_an_unknown_gpu_is_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "first_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Q1")
+    with target.pretend(target.Target("cuda", "sm_75", 32, 64 * 1024)):
+        found = environment.environment()
+    assert found["device"] == "NVIDIA Q1"
+    assert found["gpu target"].startswith("sm_75: not one") and "sm_90" in found["gpu target"]
+
+
+# Timing
+
+
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    clock = {"slow": 0.5, "fast": 0.004}
+
+    def timer(run: Any, calls: int) -> float:
+        name = run()
+        turns.extend([name] * (calls > 0))
+        return clock[name]
+
+    samples = measure.interleaved({"slow": lambda: "slow", "fast": lambda: "fast"}, 3, timer=timer)
+    assert samples == {"slow": [0.5] * 3, "fast": [0.004] * 3}
+    assert turns == ["slow", "fast", "fast"] + ["slow", "fast"] * 3  # what is fast is tried twice first
+
+
+def test_a_turn_of_something_fast_is_many_calls() -> None:
+    asked: list[int] = []
+
+    def timer(run: Any, calls: int) -> float:
+        asked.append(calls)
+        return 0.001
+
+    measure.interleaved({"fast": lambda: None}, 2, timer=timer)
+    assert asked == [1, 1, 20, 20]
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(10.0, 3), (0.5, 10), (1e-9, 25)])
+def test_rounds_are_what_the_budget_allows(seconds: float, rounds: int) -> None:
+    samples = measure.interleaved({"one": lambda: None}, budget=5.2, timer=lambda run, calls: seconds)
+    assert len(samples["one"]) == rounds
+
+
+def test_the_clock_counts_seconds_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SETTLE", 0)
+    readings = iter([10.0, 16.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(readings))
+    assert measure.cpu_seconds(lambda: None, 3) == 2.0
+
+
+def test_spread() -> None:
+    assert measure.Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == measure.Spread(2.5, 1.0, 4.0)
+    assert measure.Spread.of([7.0]) == measure.Spread(7.0, 7.0, 7.0)
+
+
+class FakeGpu:
+    """Enough of `torch.cuda`: a clock that each kernel moves, and a log of what happened."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def elapsed_time(self, end: Any) -> float:
+                assert gpu.log[-1] == "synchronize"
+                return end.at - self.at
+
+        class Graph:
+            def replay(self) -> None:
+                gpu.launch("replay", 2.0)
+
+        class Recording:
+            def __init__(self, graph: Graph) -> None:
+                pass
+
+            def __enter__(self) -> None:
+                gpu.log.append("capture")
+
+            def __exit__(self, *_: Any) -> None:
+                gpu.log.append("captured")
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        self.cuda = SimpleNamespace(
+            Event=Event,
+            CUDAGraph=Graph,
+            graph=Recording,
+            Stream=lambda: stream,
+            current_stream=lambda: stream,
+            stream=lambda stream: nullcontext(),
+            synchronize=lambda: self.log.append("synchronize"),
+        )
+
+    def launch(self, what: str, milliseconds: float) -> None:
+        self.log.append(what)
+        self.now += milliseconds
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    fake = FakeGpu()
+    monkeypatch.setattr(measure, "torch", SimpleNamespace(cuda=fake.cuda, empty=torch.empty, int8=torch.int8))
+    monkeypatch.setattr(measure, "FLUSH", 1)
+    return fake
+
+
+def test_a_gpu_is_timed_between_events_with_its_cache_flushed(gpu: FakeGpu) -> None:
+    timer = measure.DeviceTimer(torch.device("cpu"))
+    timer.flush = SimpleNamespace(zero_=lambda: gpu.launch("flush", 100.0))  # type: ignore[assignment]
+    assert timer(lambda: gpu.launch("kernel", 3.0), 2) == pytest.approx(0.003)
+    assert gpu.log == ["flush", "kernel", "flush", "kernel", "synchronize"]
+
+
+def test_a_graph_is_captured_once_after_a_rehearsal(gpu: FakeGpu) -> None:
+    replay = measure.captured(lambda: gpu.launch("kernel", 3.0))
+    assert gpu.log == ["kernel"] * 3 + ["capture", "kernel", "captured"]
+    replay()
+    replay()
+    assert gpu.log[-2:] == ["replay", "replay"]
+
+
+# Contests
+
+WORK = workloads.Workload("toy b2 s5", "toy", 16, 2, 8, 32, 1, (5, 3), False)
+CASE = Case("bias_gelu", WORK, "forward+backward", "fp32", "eager")
+
+
+def operands(case: Case) -> Operands:
+    return Operands.random(case, {"x": (8, 32), "bias": (32,)}, (8, 32))
+
+
+def right(case: Case, of: Operands) -> Contender:
+    return on_rows(case, of, reference.bias_gelu)
+
+
+def wrong(case: Case, of: Operands) -> Contender:
+    return on_rows(case, of, lambda x, bias: reference.bias_gelu(x, bias, approximate="tanh"))
+
+
+def wrong_gradient(case: Case, of: Operands) -> Contender:
+    return on_rows(case, of, lambda x, bias: reference.bias_gelu(x, bias) * 1.0 + (x - x.detach()) * 0.01)
+
+
+def absent(case: Case, of: Operands) -> Contender:
+    raise UnservedError("it is not installed")
+
+
+def crashing(case: Case, of: Operands) -> Contender:
+    raise RuntimeError("mat1 and mat2 must have the same dtype")
+
+
+def make(**providers: Any) -> Contest:
+    return Contest(
+        providers,
+        operands,
+        lambda case, of: differentiate(case, of, reference.bias_gelu),
+        lambda case, of: differentiate(case, of.to(torch.float64), reference.bias_gelu),
+        lambda case, of: [cost.bias_gelu(8, 32, torch.float32)],
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No real timing; the list of who was timed."""
+    timed: list[str] = []
+
+    def interleaved(runs: Any, **options: Any) -> dict[str, list[float]]:
+        timed.extend(runs)
+        return {name: [0.002, 0.001, 0.003] for name in runs}
+
+    monkeypatch.setattr(contest, "interleaved", interleaved)
+    monkeypatch.setattr(contest, "ceilings", lambda device: CEILINGS)
+    return timed
+
+
+@pytest.mark.parametrize(("kernel", "said"), [(wrong, "out: largest error"), (wrong_gradient, "dx: largest error")])
+def test_a_wrong_kernel_is_not_timed(quick: list[str], kernel: Any, said: str) -> None:
+    standings = contest.hold(make(fastbert=kernel, rival=right), CASE)
+    assert quick == ["rival"]
+    assert standings["fastbert"].seconds is None and standings["fastbert"].facts is None
+    broken = standings["fastbert"].broken
+    assert broken is not None and broken.startswith("fastbert, bias_gelu forward+backward, toy b2 s5, fp32: refusing")
+    assert said in broken
+    assert standings["rival"].seconds == [0.002, 0.001, 0.003]
+
+
+def test_a_result_that_is_missing_or_not_finite_is_refused() -> None:
+    exact = {"out": torch.ones(2, 2, dtype=torch.float64)}
+    plain = {"out": torch.ones(2, 2)}
+    lacking = Contender(dict, lambda results: results, 2)
+    with pytest.raises(WrongResultError, match=r"it gives \[\], and not \['out'\]"):
+        contest.check("it", lacking, plain, exact, 2.0, rival=True)
+    nan = Contender(lambda: {"out": torch.full((2, 2), torch.nan)}, lambda results: results, 2)
+    for allowed in (None, 0.5):
+        with pytest.raises(WrongResultError):
+            contest.check("it", replace(nan, least_cosine=allowed), plain, exact, 2.0, rival=True)
+
+
+def test_int8_is_held_to_a_cosine() -> None:
+    exact = {"out": torch.eye(2, dtype=torch.float64)}
+    plain = {"out": torch.eye(2)}
+    rough = Contender(lambda: {"out": torch.tensor([[1.0, 0.5], [0.0, 1.0]])}, lambda results: results, 2, "int8", 0.85)
+    contest.check("it", rough, plain, exact, 2.0, rival=True)
+    with pytest.raises(WrongResultError, match=r"out: cosine 0\.8944 < 0\.9"):
+        contest.check("it", replace(rough, least_cosine=0.9), plain, exact, 2.0, rival=True)
+
+
+def test_who_is_absent_or_breaks_says_why_and_the_others_go_on(quick: list[str]) -> None:
+    standings = contest.hold(make(fastbert=right, rival=absent, other=crashing), CASE)
+    assert quick == ["fastbert"]
+    assert standings["rival"].unserved == "rival: it is not installed"
+    assert standings["other"].broken == f"other, {CASE}: mat1 and mat2 must have the same dtype"
+
+
+def test_only_who_is_asked_for_competes(quick: list[str]) -> None:
+    assert list(contest.hold(make(fastbert=right, rival=absent), CASE, ["fastbert"])) == ["fastbert"]
+
+
+def test_facts(quick: list[str]) -> None:
+    facts = contest.hold(make(fastbert=right), CASE)["fastbert"].facts
+    least = cost.bias_gelu(8, 32, torch.float32).min_bytes / 10e9
+    assert facts == {
+        "op": "bias_gelu",
+        "passes": "forward+backward",
+        "workload": "toy b2 s5",
+        "provider": "fastbert",
+        "mode": "eager",
+        "dtype": "fp32",
+        "device": "cpu" if CASE.device.type == "cpu" else torch.cuda.get_device_name(),
+        "tokens": 8,
+        "padded_tokens": 8,
+        "tokens_per_s": 8 / 0.002,
+        "padded_tokens_per_s": 8 / 0.002,
+        "median_ms": 2.0,
+        "p20_ms": pytest.approx(1.4),
+        "p80_ms": pytest.approx(2.6),
+        "floor_ms": pytest.approx(1000 * least),
+        "bound": "memory",
+        "percent_of_ceiling": pytest.approx(100 * least / 0.002),
+    }
+
+
+def test_replay_reads_what_was_measured() -> None:
+    clock = Replay()
+    clock.load([0.25, 0.5])
+    begin, end, begin_again, end_again = clock(), clock(), clock(), clock()
+    assert (end - begin, end_again - begin_again) == (0.25, 0.5)
+
+
+def test_cases_beyond_the_default_are_marked_full() -> None:
+    small, large = WORK, replace(WORK, name="toy large", full=True)
+    found = contest.cases("bias_gelu", [small, large], dtypes=("fp32",))
+    default = {parameter.values[0].dtype for parameter in found if not parameter.marks}
+    assert default == ({"fp16"} if torch.cuda.is_available() else {"fp32"})
+    assert all(parameter.marks for parameter in found if parameter.values[0].workload is large)
+
+
+# The whole of it, in pytest and pytest-benchmark
+
+TOY = """
+import contest, pytest
+from roofline import Ceilings
+from test_benchmarks import absent, make, right, wrong, WORK
+
+contest.ceilings = lambda device: Ceilings(10.0, {"fp32": 100.0, "fp16": 100.0})
+PROVIDERS = {"fastbert": right, "wrong": wrong, "absent": absent}
+CONTEST = make(**PROVIDERS)
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", contest.cases("toy", [WORK], dtypes=("fp32",)))
+def test_toy(case, provider, compete):
+    compete(CONTEST, case, provider)
+"""
+
+
+def run_toy(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    (folder / "bench_toy.py").write_text(TOY)
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", folder)
+    command = [*PYTHON, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, str(folder / "bench_toy.py"), *options],
+        capture_output=True, text=True, cwd=folder, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def test_pytest_shows_who_was_right(tmp_path: Path) -> None:
+    done = run_toy(tmp_path, "--benchmark-json=results.json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 1 passed, 1 skipped" in done.stdout
+    assert "absent: it is not installed" in done.stdout
+    assert "wrong, toy forward, toy b2 s5" in done.stdout and "refusing to time a wrong result" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(environment.environment()) <= set(results["machine_info"])
+    [one] = results["benchmarks"]
+    assert one["extra_info"]["provider"] == "fastbert"
+    assert one["group"].startswith("toy forward, toy b2 s5, fp")
+    assert one["stats"]["median"] == pytest.approx(one["extra_info"]["median_ms"] / 1000)
+    assert one["stats"]["rounds"] >= 3 and one["stats"]["max"] > 0
+
+
+def test_pytest_can_check_without_timing(tmp_path: Path) -> None:
+    done = run_toy(tmp_path, "--benchmark-disable", "-k", "not wrong")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 skipped" in done.stdout
+
+
+def test_full_adds_what_is_left_out(tmp_path: Path) -> None:
+    few, all_of_them = (run_toy(tmp_path, "--collect-only", "-q", *options) for options in ((), ("--full",)))
+    assert "deselected" in few.stdout and "deselected" not in all_of_them.stdout
+    assert few.stdout.count("::test_toy") < all_of_them.stdout.count("::test_toy")
