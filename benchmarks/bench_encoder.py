@@ -225,8 +225,16 @@ NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) fo
 CONTEST = Contest(PROVIDERS, operands, plain, exact, costs, factor=3.0)
 WORKLOADS = {work.name: work for grid in (MIXES, TENSORRT, BYTETRANSFORMER, KERNL) for work in grid if work.batch > 1}
 
+SMALL = [work for work in WORKLOADS.values() if work.model == "minilm"]
+LARGE = [work for work in WORKLOADS.values() if work.model != "minilm"]
+CASES = [
+    *cases("encoder", WORKLOADS.values()),
+    *cases("encoder", SMALL, passes=("forward+backward",)),
+    *cases("encoder", LARGE, passes=("forward+backward",), dtypes=()),  # on a CPU under --full only
+]
+
 
 @pytest.mark.parametrize("provider", NAMES)
-@pytest.mark.parametrize("case", cases("encoder", WORKLOADS.values(), passes=("forward", "forward+backward")))
+@pytest.mark.parametrize("case", CASES)
 def test_encoder(case: Case, provider: str, compete: Any) -> None:
     compete(CONTEST, case, provider)
