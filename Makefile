@@ -36,7 +36,8 @@ static: $(INSTALLED)
 gate: $(INSTALLED)
 	.venv/bin/python benchmarks/gate.py $(if $(UPDATE),--update)
 
-bench: $(INSTALLED)
+# Against every rival that installs on a CPU; `.venv/bin/pytest benchmarks` takes those that are there.
+bench: $(INSTALLED)-rivals
 	.venv/bin/pytest benchmarks
 
 # On a machine with a GPU: correctness, tuning, all benchmarks, report. See docs/benchmarks.md.
@@ -58,4 +59,9 @@ $(INSTALLED): pyproject.toml setup.py Makefile
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	rm -f .venv/installed-*
 	.venv/bin/python -m pip install --upgrade --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[dev]'
+	touch '$@'
+
+# torch is named again, so that no rival changes it.
+$(INSTALLED)-rivals: $(INSTALLED)
+	.venv/bin/python -m pip install --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[dev,bench]'
 	touch '$@'

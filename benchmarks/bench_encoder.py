@@ -82,15 +82,15 @@ def their_names(layers: int) -> dict[str, list[str]]:
     }
 
 
-def in_torch(model: BertModel, of: Batch) -> Tensor:
-    """What BERT computes, packed, by plain torch: `[tokens, hidden]`."""
+def in_torch(model: BertModel, ids: Tensor, packing: Packing) -> Tensor:
+    """What BERT computes, packed, by plain torch: int64 `[tokens]` -> `[tokens, hidden]`."""
     config, tables = model.config, model.embeddings
-    x = tables.norm(tables.word(of.ids) + tables.token_type.weight[0] + tables.position(of.packing.columns))
+    x = tables.norm(tables.word(ids) + tables.token_type.weight[0] + tables.position(packing.columns))
     for layer in model.encoder.layers:
         qkv = layer.qkv(x).view(-1, 3, config.num_heads, config.head_dim)
         contexts = [
             F.scaled_dot_product_attention(*sequence.permute(1, 2, 0, 3)).transpose(0, 1).flatten(1)
-            for sequence in qkv.split(of.packing.lengths.tolist())
+            for sequence in qkv.split(packing.lengths.tolist())
         ]
         x = layer.attention_norm(x + layer.attention_output(torch.cat(contexts)))
         x = layer.output_norm(x + layer.output(F.gelu(layer.intermediate(x))))
@@ -99,7 +99,7 @@ def in_torch(model: BertModel, of: Batch) -> Tensor:
 
 def by_torch(case: Case, of: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
     model = load(of.folder, dtype=case.torch_dtype, device=case.device).to(dtype)  # rounded as for all the others
-    results = differentiate(case, model, lambda: in_torch(model, of), of.dout.to(dtype))
+    results = differentiate(case, model, lambda: in_torch(model, of.ids, of.packing), of.dout.to(dtype))
     return named(case, model, results, our_names(case.workload.layers))
 
 
@@ -225,8 +225,16 @@ NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) fo
 CONTEST = Contest(PROVIDERS, operands, plain, exact, costs, factor=3.0)
 WORKLOADS = {work.name: work for grid in (MIXES, TENSORRT, BYTETRANSFORMER, KERNL) for work in grid if work.batch > 1}
 
+SMALL = [work for work in WORKLOADS.values() if work.model == "minilm"]
+LARGE = [work for work in WORKLOADS.values() if work.model != "minilm"]
+CASES = [
+    *cases("encoder", WORKLOADS.values()),
+    *cases("encoder", SMALL, passes=("forward+backward",)),
+    *cases("encoder", LARGE, passes=("forward+backward",), dtypes=()),  # on a CPU under --full only
+]
+
 
 @pytest.mark.parametrize("provider", NAMES)
-@pytest.mark.parametrize("case", cases("encoder", WORKLOADS.values(), passes=("forward", "forward+backward")))
+@pytest.mark.parametrize("case", CASES)
 def test_encoder(case: Case, provider: str, compete: Any) -> None:
     compete(CONTEST, case, provider)

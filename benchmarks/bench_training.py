@@ -2,30 +2,32 @@
 
 `pytest benchmarks/bench_training.py -s` prints both for batches of 32 drawn at random, as transformers'
 Trainer draws them, and for batches of lengths as near as may be, of as many tokens. transformers pads both. Each has a
-process, so that their memory can be told apart; they take turns, and the other sleeps.
+process, so that their memory can be told apart; they take turns, and the other sleeps. bfloat16, and longer turns, run
+under `--full`.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))
+from contest import Case, Contender, facts, present
 from finetune import PaddedTraining, run_padded
+from roofline import adamw, model_costs
+from workloads import workload
 
 from fastbert import assets
 from fastbert.checkpoints.load import save
@@ -37,7 +39,9 @@ from fastbert.training.parallel import Processes
 SHORT, LONG = 1700, 300  # texts of Rotten Tomatoes and of IMDB
 BATCH_TEXTS = 32
 BATCH_TOKENS = 2048  # about as many texts
-ROUNDS, STEPS = 5, 6
+ROUNDS, STEPS = 3, 2  # and so many steps a turn
+FULL_ROUNDS, FULL_STEPS = 5, 6
+FRAMEWORKS = ("fastbert", "transformers")
 LEAST = {"shuffled": 1.8, "bucketed": 1.2}
 
 
@@ -54,8 +58,8 @@ def write_texts(path: Path) -> Path:
     return path
 
 
-def serve(framework: str, order: str, dtype: Any, folder: Path) -> None:
-    """Answer each line on stdin by a line of JSON: losses without dropout first, then the time of steps."""
+def serve(framework: str, order: str, dtype: Any, turn: int, folder: Path) -> None:
+    """Answer each line on stdin by a line of JSON: losses without dropout first, then the time of `turn` steps."""
     settings = Settings(
         "classify", str(folder / "model"), str(folder / "texts.jsonl"), str(folder / "out"), dtype=dtype
     )
@@ -85,19 +89,19 @@ def serve(framework: str, order: str, dtype: Any, folder: Path) -> None:
         losses = [forward(batch).loss.item() for batch in batches[:4]]
     model.train()
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps(losses), flush=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(json.dumps({"losses": losses, "parameters": parameters}), flush=True)
     number = 0
     for _ in sys.stdin:
-        mine = [(number + i) % len(steps) for i in range(STEPS)]
-        number += STEPS
+        mine = [(number + i) % len(steps) for i in range(turn)]
+        number += turn
         begun = time.perf_counter()
         for i in mine:
             step(i)
         seconds = time.perf_counter() - begun
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - loaded) / 1024  # MiB on Linux
-        padded = sum(batches[i].packing.batch * batches[i].packing.max_seqlen for i in mine)
-        tokens = sum(batches[i].packing.tokens for i in mine)
-        print(json.dumps({"speed": tokens / seconds, "peak": peak, "real": tokens / padded}), flush=True)
+        lengths = [batches[i].packing.lengths.tolist() for i in mine]
+        print(json.dumps({"seconds": seconds, "peak": peak, "lengths": lengths}), flush=True)
 
 
 def _one_batch(run: Any, steps: list[list[int]], number: int) -> None:
@@ -126,39 +130,82 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("order", ["shuffled", "bucketed"])
-def test_training(order: str, dtype: str, folder: Path) -> None:
-    pytest.importorskip("transformers", reason="the rival is not installed")
+@dataclass(frozen=True)
+class Race:
+    """What each framework answered, the rehearsal left out, and how many parameters the model has."""
+
+    answers: dict[str, list[Any]]
+    parameters: int
+
+
+def race(order: str, dtype: str, rounds: int, turn: int, folder: Path) -> Race:
     processes = {
         name: subprocess.Popen(
-            [sys.executable, __file__, name, order, dtype, str(folder)],
+            [sys.executable, __file__, name, order, dtype, str(turn), str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )
-        for name in ("fastbert", "transformers")
+        for name in FRAMEWORKS
     }  # fmt: skip
     answers: dict[str, list[Any]] = {name: [] for name in processes}
     try:
-        losses = [json.loads(process.stdout.readline()) for process in processes.values() if process.stdout]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4), "refusing to time a wrong result"
-        for _ in range(ROUNDS + 1):
+        first = [json.loads(process.stdout.readline()) for process in processes.values() if process.stdout]
+        assert first[0]["losses"] == pytest.approx(first[1]["losses"], rel=1e-4), "refusing to time a wrong result"
+        for _ in range(rounds + 1):
             for name, process in processes.items():
                 time.sleep(0.3)  # OpenMP's threads of the other spin for a while
                 answers[name].append(ask(process))
     finally:
         for process in processes.values():
             process.kill()
-    speed = {name: statistics.median(answer["speed"] for answer in given[1:]) for name, given in answers.items()}
-    peak = {name: given[-1]["peak"] for name, given in answers.items()}
-    real = statistics.mean(answer["real"] for answer in answers["fastbert"])
-    print(f"\n{order} batches, {dtype}: {real:.0%} of the padded tokens are real, {os.cpu_count()} cores")
-    for name, value in speed.items():
-        print(f"  {name:14} {value:9.0f} tokens/s   peak {peak[name]:6.0f} MiB above the loaded model")
-    ratio = speed["fastbert"] / speed["transformers"]
-    print(f"  ratio          {ratio:9.2f}")
-    assert ratio >= LEAST[order]
-    assert peak["fastbert"] < peak["transformers"]
+    return Race({name: given[1:] for name, given in answers.items()}, first[0]["parameters"])
+
+
+@pytest.fixture(scope="module")
+def races() -> dict[tuple[str, str], Race]:
+    """Those of this run, by order and dtype."""
+    return {}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
+@pytest.mark.parametrize("order", ["shuffled", "bucketed"])
+def test_training(
+    order: str, dtype: str, framework: str, folder: Path, races: Any, benchmark: Any, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("transformers", reason="the rival is not installed")
+    if benchmark.disabled:
+        pytest.skip("what is checked here is speed and memory")
+    if (order, dtype) not in races:
+        full = request.config.getoption("--full")
+        rounds, turn = (FULL_ROUNDS, FULL_STEPS) if full else (ROUNDS, STEPS)
+        races[order, dtype] = race(order, dtype, rounds, turn, folder)
+    found = {name: measured(order, dtype, name, races[order, dtype]) for name in FRAMEWORKS}
+    seconds, mine = found[framework]
+    present(benchmark, f"training, {order} reviews, {dtype}", seconds, mine)
+    print(f"\n{framework}, {order} batches, {dtype}: {mine['tokens_per_s']:.0f} real tokens/s,", end=" ")
+    print(f"{mine['padded_tokens_per_s']:.0f} padded, peak {mine['peak_mib']:.0f} MiB above the loaded model")
+    if framework == "fastbert":
+        rival = found["transformers"][1]
+        ratio = mine["tokens_per_s"] / rival["tokens_per_s"]
+        print(f"ratio to transformers: {ratio:.2f}")
+        assert ratio >= LEAST[order]
+        assert mine["peak_mib"] < rival["peak_mib"]
+
+
+def measured(order: str, dtype: str, framework: str, race: Race) -> tuple[list[float], dict[str, Any]]:
+    """Samples and facts: all turns together, as long as they take at the speed of each one of them."""
+    answers = race.answers[framework]
+    batches = [workload(f"{order} reviews", "minilm", lengths) for one in answers for lengths in one["lengths"]]
+    every = workload(f"{order} reviews", "minilm", chain.from_iterable(batch.lengths for batch in batches))
+    seconds = [one["seconds"] * every.tokens / sum(map(sum, one["lengths"])) for one in answers]
+    case = Case("training", every, "forward+backward", dtype, "eager")
+    costs = [adamw(race.parameters)] * len(batches)
+    for batch in batches:  # the different words of a batch are few beside the whole table, which is written
+        costs += model_costs(batch, case.torch_dtype, words=1, backward=True)
+    computed = every.tokens if framework == "fastbert" else sum(batch.padded_tokens for batch in batches)
+    contender = Contender(lambda: None, lambda nothing: nothing, computed)
+    return seconds, facts(framework, case, contender, seconds, costs) | {"peak_mib": answers[-1]["peak"]}
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    serve(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))

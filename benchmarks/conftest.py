@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from contest import REPLAY, Case, Contest, Standing, hold
+from contest import REPLAY, Case, Contest, Standing, hold, present
 from environment import environment
 from measure import pin_threads
 
@@ -37,7 +37,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "compete" in getattr(item, "fixturenames", ()):
+        if "benchmark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=REPLAY))
     if not config.getoption("--full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
@@ -54,32 +54,31 @@ def held() -> dict[Case, dict[str, Standing]]:
 @pytest.fixture
 def compete(
     request: pytest.FixtureRequest, benchmark: Any, held: dict[Case, dict[str, Standing]]
-) -> Callable[[Contest, Case, str], None]:
-    """Show how a provider did in a contest, which is held when the first of its tests runs."""
+) -> Callable[[Contest, Case, str], dict[str, Standing]]:
+    """Show how a provider did in a contest, which is held when the first of its tests runs; gives all standings."""
 
-    def show(contest: Contest, case: Case, provider: str) -> None:
+    def show(contest: Contest, case: Case, provider: str) -> dict[str, Standing]:
         if case not in held:
             budget = FULL_BUDGET if request.config.getoption("--full") else BUDGET
-            held[case] = hold(contest, case, _asked(request, case), budget=budget, timed=benchmark.enabled)
+            held[case] = hold(contest, case, _asked(request), budget=budget, timed=benchmark.enabled)
         standing = held[case][provider]
         if standing.unserved:
             pytest.skip(standing.unserved)
         if standing.broken:
             pytest.fail(standing.broken, pytrace=False)
-        seconds = standing.seconds or [0.0]  # nothing was timed under --benchmark-disable
-        benchmark.group = str(case)
-        benchmark.extra_info.update(standing.facts or {})
-        REPLAY.load(seconds)
-        benchmark.pedantic(_nothing, rounds=len(seconds), iterations=1)
+        present(benchmark, str(case), standing.seconds or [], standing.facts or {})
+        return held[case]
 
     return show
 
 
-def _asked(request: pytest.FixtureRequest, case: Case) -> list[str]:
-    """The providers whose tests of this case were selected, by -k say."""
-    specs = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    return [params["provider"] for params in specs if params.get("case") == case]
+def _asked(request: pytest.FixtureRequest) -> list[str]:
+    """The providers whose tests beside this one were selected, by -k say."""
+    mine = _but_provider(request.node)
+    return [item.callspec.params["provider"] for item in request.session.items if _but_provider(item) == mine]
 
 
-def _nothing() -> None:
-    pass
+def _but_provider(item: Any) -> tuple[Any, dict[str, Any]] | None:
+    if "compete" not in getattr(item, "fixturenames", ()):
+        return None
+    return item.function, {name: value for name, value in item.callspec.params.items() if name != "provider"}

@@ -125,6 +125,11 @@ def floor_of_all(costs: Iterable[Cost], dtype: str, ceilings: Ceilings) -> Floor
     return Floor(sum(seconds.values()), "compute" if seconds["compute"] > seconds["memory"] else "memory")
 
 
+def adamw(parameters: int) -> Cost:
+    """A step of AdamW in float32: parameter, gradient and two moments are read, all but the gradient written."""
+    return Cost(flops=14 * parameters, min_bytes=7 * 4 * parameters)
+
+
 def model_costs(workload: Workload, dtype: torch.dtype, *, words: int, backward: bool) -> list[Cost]:
     """The ops of a BERT without dropout: embeddings, and in each layer four products, attention, GELU, two LayerNorms.
 

@@ -77,16 +77,6 @@ def transformers_model(folder: Path, dtype: torch.dtype, device: torch.device, *
     return model.eval().to(device)
 
 
-def run_transformers(model: nn.Module) -> Run:
-    """The function of a transformers model, without gradient."""
-
-    @torch.inference_mode()
-    def run(ids: Tensor, mask: Tensor) -> Tensor:
-        return model(input_ids=ids, attention_mask=mask).last_hidden_state
-
-    return run
-
-
 class _HiddenStates(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -136,14 +136,17 @@ DEFAULT = {
 }
 
 
-def _workload(model: str, batch: int, longest: int, mix: str) -> Workload:
+def workload(name: str, model: str, lengths: Iterable[int], *, full: bool = False) -> Workload:
+    """A workload with the sizes of a model of `MODELS`."""
     shape = MODELS[model]
-    name = f"{model} b{batch} s{longest} {mix}"
-    lengths = MIX[mix](batch, longest)
     head_dim = shape.hidden // shape.heads
-    return Workload(
-        name, model, shape.hidden, shape.heads, head_dim, shape.intermediate, shape.layers, lengths, name not in DEFAULT
-    )
+    sizes = shape.hidden, shape.heads, head_dim, shape.intermediate, shape.layers
+    return Workload(name, model, *sizes, tuple(lengths), full)
+
+
+def _workload(model: str, batch: int, longest: int, mix: str) -> Workload:
+    name = f"{model} b{batch} s{longest} {mix}"
+    return workload(name, model, MIX[mix](batch, longest), full=name not in DEFAULT)
 
 
 TENSORRT = [
@@ -171,7 +174,7 @@ MIXES = [
     for batch, longest in ((8, 128), (16, 128), (32, 128), (32, 512))
     for mix in ("full", "uniform", "long tail")
 ]
-ROWS = [workload for workload in MIXES if workload.tokens == workload.padded_tokens]
+ROWS = [work for work in MIXES if work.tokens == work.padded_tokens]
 LATENCY = [
     _workload(model, 1, longest, "full")
     for model in ("minilm", "bert-base", "bert-large")
@@ -179,5 +182,5 @@ LATENCY = [
 ]
 
 WORKLOADS: dict[str, Workload] = {
-    workload.name: workload for workload in (*LATENCY, *MIXES, *TENSORRT, *BYTETRANSFORMER, *KERNL, *FLASH_ATTENTION)
+    work.name: work for work in (*LATENCY, *MIXES, *TENSORRT, *BYTETRANSFORMER, *KERNL, *FLASH_ATTENTION)
 }
