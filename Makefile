@@ -32,9 +32,10 @@ check: $(INSTALLED)
 static: $(INSTALLED)
 	.venv/bin/pytest -m static
 
-# Hold the kernels' static evidence against benchmarks/baselines; `make gate UPDATE=1` takes new figures over.
+# Hold static evidence and the speed on this CPU against benchmarks/baselines. `make gate UPDATE=1` takes new evidence
+# over, `make gate BASE=main` also compares the speed with that of a commit.
 gate: $(INSTALLED)
-	.venv/bin/python benchmarks/gate.py $(if $(UPDATE),--update)
+	.venv/bin/python benchmarks/gate.py $(if $(UPDATE),--update) $(if $(BASE),--base $(BASE))
 
 # Against every rival that installs on a CPU; `.venv/bin/pytest benchmarks` takes those that are there.
 bench: $(INSTALLED)-rivals

@@ -1,6 +1,6 @@
-"""The performance gate: static evidence against the baseline, exactly, and against absolute limits.
+"""The performance gate: static evidence against the baseline, exactly, and against limits; ratios on this CPU.
 
-    python benchmarks/gate.py [--update] [--arch sm_90 ...] [--only REGEX] [--baseline FILE]
+    python benchmarks/gate.py [--update] [--base COMMIT] [--arch sm_90 ...] [--only REGEX] [--baseline FILE]
 
 Exit status 0: nothing changed and every limit holds. 1: something changed, for the worse or the better, or a limit is
 exceeded; a table says what. 2: the baseline can't be used; the message says why. docs/static.md has the workflow.
@@ -24,6 +24,7 @@ from fastbert.errors import ArgumentError, FastbertError
 sys.path.append(str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent / "static"))
 import evidence
+import ratios
 from evidence import ARCHS, MAIN_ARCHS, Evidence
 from limits import EVERY_KERNEL, EVERY_TRAFFIC, LIMITS, NOT_YET, Limits
 
@@ -214,14 +215,24 @@ def report(title: str, lines: list[str]) -> None:
         print("", title, *lines, sep="\n")
 
 
+def speed(arguments: argparse.Namespace) -> list[str]:
+    """Time fastbert beside a rival, and beside another commit if one is given; lines on why the gate fails."""
+    print()
+    reasons = ratios.against_rival(arguments.only)
+    return reasons + (ratios.against(arguments.base, arguments.only) if arguments.base else [])
+
+
 # Each prints its tables and returns a line for each reason to fail.
-CHECKS: tuple[Callable[[argparse.Namespace], list[str]], ...] = (static,)
+CHECKS: tuple[Callable[[argparse.Namespace], list[str]], ...] = (static, speed)
 
 
 def main() -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(description="Hold the kernels' static evidence against the baseline.")
+    parser = argparse.ArgumentParser(
+        description="Hold static evidence against the baseline, and speed on this CPU against a rival."
+    )
     parser.add_argument("--update", action="store_true", help="write the baseline anew, whole")
+    parser.add_argument("--base", metavar="COMMIT", help="also compare the speed on this CPU with that of a commit")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="a target, may be repeated; default: the main 3")
     parser.add_argument("--only", default="", metavar="REGEX", help="what has such a name")
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
