@@ -64,12 +64,7 @@ STEPS = (
     # Eight processes, because most of the time goes into compiling.
     Step("correctness", (PYTEST, "tests", "-m", "kernels", "-n", "8"), 6.0),
     Step("tune", (PYTHON, "benchmarks/tune.py", "--minutes", "5.5"), 6.0),
-    Step(
-        "benchmarks",
-        (PYTEST, "benchmarks", "--full", "--benchmark-json={folder}/results.json"),
-        8.5,
-        makes="results.json",
-    ),
+    Step("benchmarks", (PYTEST, "benchmarks", "--benchmark-json={folder}/results.json"), 8.5, makes="results.json"),
     Step("report", (PYTHON, "benchmarks/report.py"), 1.0, needs="results.json"),
 )
 

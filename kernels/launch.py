@@ -1,7 +1,7 @@
 """Launch choices as data: (op, shape, dtype, target) -> a frozen dataclass. Pure; nothing here touches a device.
 
-Tiles for attention follow what the compilers make of each form (docs/kernels.md); `tuned.json` holds choices that
-were measured on a real GPU and comes first.
+Tiles for attention follow what the compilers make of each form; `tuned.json` holds choices that were measured on a real
+GPU and comes first.
 """
 
 from __future__ import annotations
