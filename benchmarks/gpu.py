@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,8 +75,12 @@ Run = Callable[[Sequence[str], Path, float], int | None]
 
 def run_command(command: Sequence[str], log: Path, seconds: float) -> int | None:
     """Run a command and all that it starts for at most so long, its output in `log`."""
+    # What nohup and a shell's & start ignores SIGINT, and so would all that it starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True, preexec_fn=heed
+        )
     try:
         return process.wait(max(seconds - GRACE, seconds / 2))
     except subprocess.TimeoutExpired:

@@ -211,7 +211,7 @@ def test_heads_are_carried(name: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         back = type(theirs).from_pretrained(tmp_path / "ours").eval()(**batch)
         for ours, original in zip(back.to_tuple(), theirs(**batch).to_tuple(), strict=True):
-            assert torch.equal(ours, original)
+            torch.testing.assert_close(ours, original)  # not equal: on AMD's CPUs MKL's sums depend on addresses
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

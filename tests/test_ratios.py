@@ -93,16 +93,16 @@ def test_an_unknown_commit_is_an_error() -> None:
 
 @pytest.mark.heavy
 def test_a_planted_delay_is_seen(tmp_path: Path) -> None:
-    """Two trees, really timed: one whose encoder sleeps for 30 ms is slower than the other, and not the other way."""
+    """Two trees, really timed: one whose model sleeps for 100 ms is slower than the other, and not the other way."""
 
     plain, delayed = tmp_path / "plain", tmp_path / "delayed"
     for tree in (plain, delayed):
         for room in ("fastbert", "kernels"):
             shutil.copytree(ratios.ROOT / room, tree / room)
-    with (delayed / "fastbert" / "encoder.py").open("a") as file:
+    with (delayed / "fastbert" / "models.py").open("a") as file:
         file.write(
-            "\n\nimport time\n_run = Encoder.run\n"
-            "Encoder.run = lambda *args, **options: (time.sleep(0.03), _run(*args, **options))[1]\n"
+            "\n\nimport time\n_run = BertModel.run\n"
+            "BertModel.run = lambda *args, **options: (time.sleep(0.1), _run(*args, **options))[1]\n"
         )
     seconds: dict[Path, list[float]] = {plain: [], delayed: []}
     with ratios._server(plain) as first, ratios._server(delayed) as second:
