@@ -42,8 +42,7 @@ bench: $(INSTALLED)-rivals
 	.venv/bin/pytest benchmarks
 
 # On a machine with a GPU: correctness, tuning, all benchmarks, report. See docs/benchmarks.md.
-gpu: $(INSTALLED)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[bench]'
+gpu: $(INSTALLED)-rivals
 	.venv/bin/python benchmarks/gpu.py
 
 # What was measured, as tables and pictures in docs/performance.md and README.md.

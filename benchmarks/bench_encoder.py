@@ -177,48 +177,13 @@ def runtime(case: Case, of: Batch, run: runtimes.Run) -> Contender:
     return Contender(lambda: run(of.padded_ids, of.mask), results, case.workload.padded_tokens)
 
 
-def onnxruntime(case: Case, of: Batch) -> Contender:
-    on_cpu_forward(case, "fp32")
-    return runtime(case, of, runtimes.onnxruntime_model(of.folder, int8=False))
-
-
-def onnxruntime_int8(case: Case, of: Batch) -> Contender:
-    on_cpu_forward(case, "fp32")
-    contender = runtime(case, of, runtimes.onnxruntime_model(of.folder, int8=True))
-    return replace(contender, dtype="int8", least_cosine=runtimes.INT8_COSINE)
-
-
-def openvino(case: Case, of: Batch) -> Contender:
-    on_cpu_forward(case, "fp32", "bf16")
-    return runtime(case, of, runtimes.openvino_model(of.folder, case.torch_dtype))
-
-
-def ctranslate2(case: Case, of: Batch) -> Contender:
-    on_cpu_forward(case, "fp32")
-    contender = runtime(case, of, runtimes.ctranslate2_model(of.folder))
-    return replace(contender, padded_tokens=case.workload.tokens)  # it takes padding out for its linear layers
-
-
-def on_cpu_forward(case: Case, *dtypes: str) -> None:
-    """Raise UnservedError unless the case is a forward pass on a CPU in one of these dtypes."""
-    if case.backward:
-        raise UnservedError("it has no gradients")
-    if case.device.type != "cpu":
-        raise UnservedError("it is compared on CPUs only")
-    if case.dtype not in dtypes:
-        raise UnservedError(f"it has no {case.dtype} on a CPU")
-
-
 PROVIDERS = {
     "fastbert": fastbert,
     "fastbert single call": fastbert_single_call,
     "transformers": transformers,
     "transformers eager": transformers_eager,
     "torch.compile": torch_compile,
-    "onnxruntime": onnxruntime,
-    "onnxruntime int8": onnxruntime_int8,
-    "OpenVINO": openvino,
-    "CTranslate2": ctranslate2,
+    **runtimes.providers(runtime),
 }
 SLOW = {"transformers eager", "torch.compile"}  # to run, and to compile
 NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in PROVIDERS]

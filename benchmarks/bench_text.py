@@ -18,7 +18,7 @@ import pytest
 import runtimes
 import torch
 import torch.nn.functional as F
-from bench_encoder import in_torch, on_cpu_forward
+from bench_encoder import in_torch
 from contest import Case, Contender, Contest
 from providers import installed
 from roofline import model_costs
@@ -153,36 +153,11 @@ def sentence_transformers(case: Case, of: Corpus) -> Contender:
     return replace(contender, run=lambda: encode(of.texts))
 
 
-def onnxruntime(case: Case, of: Corpus) -> Contender:
-    on_cpu_forward(case, "fp32")
-    return by_length(case, of, runtimes.onnxruntime_model(of.folder, int8=False))
-
-
-def onnxruntime_int8(case: Case, of: Corpus) -> Contender:
-    on_cpu_forward(case, "fp32")
-    contender = by_length(case, of, runtimes.onnxruntime_model(of.folder, int8=True))
-    return replace(contender, dtype="int8", least_cosine=runtimes.INT8_COSINE)
-
-
-def openvino(case: Case, of: Corpus) -> Contender:
-    on_cpu_forward(case, "fp32", "bf16")
-    return by_length(case, of, runtimes.openvino_model(of.folder, case.torch_dtype))
-
-
-def ctranslate2(case: Case, of: Corpus) -> Contender:
-    on_cpu_forward(case, "fp32")
-    contender = by_length(case, of, runtimes.ctranslate2_model(of.folder))
-    return replace(contender, padded_tokens=case.workload.tokens)  # it takes padding out for its linear layers
-
-
 PROVIDERS = {
     "fastbert": fastbert,
     "transformers": transformers,
     "sentence-transformers": sentence_transformers,
-    "onnxruntime": onnxruntime,
-    "onnxruntime int8": onnxruntime_int8,
-    "OpenVINO": openvino,
-    "CTranslate2": ctranslate2,
+    **runtimes.providers(by_length),
 }
 CONTEST = Contest(PROVIDERS, operands, plain, exact, costs)
 HEAVY = {"sentence-transformers", "onnxruntime int8", "CTranslate2"}  # under --full

@@ -14,12 +14,13 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from contest import UnservedError
+from contest import Case, Contender, Provider, UnservedError
 from providers import installed
 from torch import Tensor, nn
 from workloads import MODELS, POSITIONS, VOCABULARY
@@ -239,3 +240,46 @@ def _quietly() -> Any:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def providers(contend: Callable[[Case, Any, Run], Contender]) -> dict[str, Provider]:
+    """The runtimes as providers by name, for forward passes on a CPU.
+
+    Args:
+        contend: makes a contender of a case, its operands, which have the checkpoint's `folder`, and a function.
+    """
+
+    def onnxruntime(case: Case, of: Any) -> Contender:
+        on_cpu_forward(case, "fp32")
+        return contend(case, of, onnxruntime_model(of.folder, int8=False))
+
+    def onnxruntime_int8(case: Case, of: Any) -> Contender:
+        on_cpu_forward(case, "fp32")
+        contender = contend(case, of, onnxruntime_model(of.folder, int8=True))
+        return replace(contender, dtype="int8", least_cosine=INT8_COSINE)
+
+    def openvino(case: Case, of: Any) -> Contender:
+        on_cpu_forward(case, "fp32", "bf16")
+        return contend(case, of, openvino_model(of.folder, case.torch_dtype))
+
+    def ctranslate2(case: Case, of: Any) -> Contender:
+        on_cpu_forward(case, "fp32")
+        contender = contend(case, of, ctranslate2_model(of.folder))
+        return replace(contender, padded_tokens=case.workload.tokens)  # it takes padding out for its linear layers
+
+    return {
+        "onnxruntime": onnxruntime,
+        "onnxruntime int8": onnxruntime_int8,
+        "OpenVINO": openvino,
+        "CTranslate2": ctranslate2,
+    }
+
+
+def on_cpu_forward(case: Case, *dtypes: str) -> None:
+    """Raise UnservedError unless the case is a forward pass on a CPU in one of these dtypes."""
+    if case.backward:
+        raise UnservedError("it has no gradients")
+    if case.device.type != "cpu":
+        raise UnservedError("it is compared on CPUs only")
+    if case.dtype not in dtypes:
+        raise UnservedError(f"it has no {case.dtype} on a CPU")

@@ -151,10 +151,11 @@ def test_an_encoder_runs_as_a_graph(device: torch.device) -> None:
 def test_the_host_never_waits_for_the_device(device: torch.device) -> None:
     model, packing = encoder(device).train(), Packing.from_lengths(LENGTHS, device=device)
     x = torch.randn(packing.tokens, 256, dtype=torch.bfloat16, device=device)
-    model(x, packing=packing)[0].sum().backward()
+    dout = torch.randn_like(x)
+    model(x, packing=packing)[0].backward(dout)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(x, packing=packing)[0].sum().backward()
+        model(x, packing=packing)[0].backward(dout)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -165,12 +166,13 @@ def test_a_model_on_the_second_device_while_the_first_is_current() -> None:
     torch.cuda.set_device(first)
     model = encoder(first)
     x = torch.randn(sum(LENGTHS), 256, dtype=torch.bfloat16, device=first)
+    dout = torch.randn_like(x)
     results = []
     for device in (first, second):
         packing = Packing.from_lengths(LENGTHS, device=device)
         states = x.detach().to(device).requires_grad_()
         out = model.to(device)(states, packing=packing)[0]
-        out.sum().backward()
+        out.backward(dout.to(device))
         torch.cuda.synchronize(device)
         results.append((out.cpu(), states.grad.cpu()))
         assert torch.cuda.current_device() == 0

@@ -23,7 +23,6 @@ import triton
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import cases
-import machine_code
 import main_loop
 import rivals
 import tiles
@@ -59,13 +58,7 @@ def kernels(arch: str, only: str) -> dict[str, Any]:
                 for launch in launches:
                     name = f"{case.name}: {launch.kernel.removesuffix('_kernel')}"
                     if name not in found:  # the sums for three tables are one kernel
-                        found[name] = main_loop.figures(
-                            machine_code.read(launch.assembly),
-                            target,
-                            warps=launch.num_warps,
-                            shared=launch.shared,
-                            unit=unit_of(launch),
-                        )
+                        found[name] = main_loop.of_launch(launch, target, unit_of(launch))
                 launches.clear()
     return found
 

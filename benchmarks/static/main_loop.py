@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import machine_code
 from machine_code import Facts, Instruction
+from offline import Launch
 
 from fastbert.kernels.target import Target
 
@@ -248,6 +250,12 @@ def figures(facts: Facts, target: Target, *, warps: int, shared: int, unit: int)
     if target.arch in RATES:
         found["predicted"] = predicted(body, RATES[target.arch], warps, unit)
     return found
+
+
+def of_launch(launch: Launch, target: Target, unit: int) -> dict[str, Any]:
+    """`figures` of the kernel that was launched."""
+    facts = machine_code.read(launch.assembly)
+    return figures(facts, target, warps=launch.num_warps, shared=launch.shared, unit=unit)
 
 
 def _widths(code: Sequence[Instruction]) -> dict[str, int]:

@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import cases
-import machine_code
 import main_loop
 import torch
 from offline import Launch, offline
@@ -98,13 +97,7 @@ def compare(arch: str, unit_of: Callable[[Launch], int]) -> dict[str, Any]:
         for whose, what, run, unit in contenders:
             run()
             for launch in launches:
-                found[f"{whose}: {what}: {launch.kernel}"] = main_loop.figures(
-                    machine_code.read(launch.assembly),
-                    target,
-                    warps=launch.num_warps,
-                    shared=launch.shared,
-                    unit=unit(launch),
-                )
+                found[f"{whose}: {what}: {launch.kernel}"] = main_loop.of_launch(launch, target, unit(launch))
             launches.clear()
     return found
 
