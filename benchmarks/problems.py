@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastbert import reference
 from fastbert.kernels import launch
-from fastbert.kernels.attention import attention_backward, attention_forward
+from fastbert.kernels.attention import attention_forward
+from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward

@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 import pytest
 from processes import PYTHON
 
-from fastbert.kernels import attention, launch
+from fastbert.kernels import attention, attention_backward, launch
 from fastbert.kernels.target import KNOWN, pretend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,9 +105,11 @@ def test_the_exhaustive_cases_reach_every_tile_of_attention(monkeypatch: pytest.
         return choice
 
     monkeypatch.setattr(launch, "TUNED", {})
-    for name in ("attention_forward", *(f"attention_backward_{part}" for part in ("query", "key", "bias"))):
-        monkeypatch.setattr(launch, name, remember(getattr(launch, name)))
-        monkeypatch.setattr(attention, f"{name}_kernel", MagicMock())
+    backward_parts = [f"attention_backward_{part}" for part in ("query", "key", "bias")]
+    for module, names in ((attention, ["attention_forward"]), (attention_backward, backward_parts)):
+        for name in names:
+            monkeypatch.setattr(launch, name, remember(getattr(launch, name)))
+            monkeypatch.setattr(module, f"{name}_kernel", MagicMock())
     for arch in ARCHS:
         with pretend(KNOWN[arch]):
             for case in load_cases().exhaustive(KNOWN[arch]):

@@ -386,8 +386,8 @@ def attention_backward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The Triton kernels; see `fastbert.kernels.attention.attention_backward`. Returns (dqkv, dbias or `[0]`)."""
-    from fastbert.kernels import attention as kernel
+    """The Triton kernels; see `fastbert.kernels.attention_backward`. Returns (dqkv, dbias or `[0]`)."""
+    from fastbert.kernels import attention_backward as kernel
 
     dqkv, dbias = kernel.attention_backward(
         dout,
