@@ -203,7 +203,8 @@ def attention_forward_kernel(
             value_ptr += step
             if HAS_BIAS:
                 bias_ptr += bias_step
-    for start in tl.range(begin_tail, end_key, BLOCK_N):
+    # A tail is one block, so there is nothing to pipeline: its buffers' addresses would only take registers.
+    for start in tl.range(begin_tail, end_key, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
         acc, row_max, row_sum = attend_block(
             acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen, rows,
             scale_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N, BLOCK_D, True, HAS_BIAS,
