@@ -220,6 +220,11 @@ def attention_forward_kernel(
         inverse = tl.where(row_sum > 0.0, inverse, 0.0)
     if HAS_DROPOUT:
         inverse = inverse * drop_scale
+    # Masks in another form than before the loop, or the compiler keeps those in registers meanwhile.
+    mask_rows = lanes < seqlen - first_row
+    mask_query = mask_rows[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask_query = mask_query & (dims < HEAD_DIM)[None, :]
     out_ptr += (begin + first_row).to(tl.int64) * out_stride_row + head.to(tl.int64) * out_stride_head
     out_offsets = lanes[:, None] * out_stride_row + dims[None, :]
     out = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
