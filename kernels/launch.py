@@ -140,8 +140,8 @@ class AttentionBackwardBias:
 
 SINGLE = AttentionForward(16, 16, 4, 1, SPLIT_TAIL=False, maxnreg=255)
 
-# (family, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "extras" (bias, window or
-# dropout, which need registers), "padded" (head_dim is no power of two), "short" (max_seqlen <= 64), "aligned" (all
+# (family, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "extras" (bias, ALiBi, window
+# or dropout, which need registers), "padded" (head_dim is no power of two), "short" (max_seqlen <= 64), "aligned" (all
 # sequences equally long, a multiple of 64), "default". Found by compiling each for its targets: the fewest
 # instructions a score among those without spills. float32 has no tensor-core form that meets the error rule, so its
 # tiles are small.
@@ -334,7 +334,7 @@ def attention_forward(
 
     Args:
         rows, batch: tokens and sequences; together with `max_seqlen` they tell a ragged batch.
-        extras: a bias, a window or dropout is on.
+        extras: a bias, ALiBi, a window or dropout is on.
     """
     choices = ATTENTION_FORWARD[family(target), _KINDS[dtype], attention_block_d(head_dim)]
     regimes = {
