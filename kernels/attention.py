@@ -72,7 +72,9 @@ def attend_block(
 
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if HAS_BIAS:
-        mask_bias = (rows < seqlen)[:, None] & mask_columns[None, :]
+        mask_bias = (rows < seqlen)[:, None]
+        if MASKED:
+            mask_bias = mask_bias & mask_columns[None, :]
         bias = tl.load(bias_ptr + bias_offsets, mask=mask_bias, other=0.0)  # [BLOCK_M, BLOCK_N]
         scores = tl.fma(scores, scale_log2e, bias.to(tl.float32) * 1.4426950408889634)  # [BLOCK_M, BLOCK_N]
     elif HAS_ALIBI:
@@ -296,6 +298,7 @@ def attention_forward(
         rows=rows,
         batch=len(cu_seqlens) - 1,
         extras=bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0,
+        bias=bias is not None,
         target=target.of(qkv.device),
     )
     with target.guard(qkv):

@@ -288,7 +288,14 @@ def test_lse_is_the_log_of_the_sum_of_exponentials(generator):
     slopes = {"alibi_slopes": torch.tensor([0.5, 0.01])}
     for options in ({}, slopes, {"bias": bias}):
         choice = launch.attention_forward(
-            32, qkv.dtype, 70, rows=103, batch=3, extras=bool(options), target=target.of(qkv.device)
+            32,
+            qkv.dtype,
+            70,
+            rows=103,
+            batch=3,
+            extras=bool(options),
+            bias="bias" in options,
+            target=target.of(qkv.device),
         )
         full = options | {name: x.expand(3, 2, 70, 70) for name, x in options.items() if name == "bias"}
         tiles = packing.tiles(choice.BLOCK_M)

@@ -318,7 +318,14 @@ def _attention_triton(
     extras = bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0
     here = target.of(qkv.device)
     forward = launch.attention_forward(
-        head_dim, dtype, max_seqlen, rows=qkv.shape[0], batch=packing.batch, extras=extras, target=here
+        head_dim,
+        dtype,
+        max_seqlen,
+        rows=qkv.shape[0],
+        batch=packing.batch,
+        extras=extras,
+        bias=bias is not None,
+        target=here,
     )
     tiles = [packing.tiles(forward.BLOCK_M)]
     if gradient:
