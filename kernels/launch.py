@@ -144,7 +144,8 @@ SINGLE = AttentionForward(16, 16, 4, 1, SPLIT_TAIL=False, maxnreg=255)
 # extras is on, it needs most registers), "extras" (a bias, ALiBi, a window or dropout), "short" (max_seqlen <= 64: one
 # block of keys holds a sequence, so there is nothing to split or to pipeline), "aligned" (all sequences equally long, a
 # multiple of 64), "default". Found by compiling each for its targets: the fewest instructions a score among those
-# without spills. float32 has no tensor-core form that meets the error rule, so its tiles are small.
+# without spills. float32 has no tensor-core form that meets the error rule, so its tiles are small. CDNA's matrix
+# instruction takes 32 rows of a wave: with fewer for each, waves would share rows and compute the softmax twice.
 ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("ampere", "half", 16): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
     ("ampere", "half", 32): {
@@ -200,9 +201,18 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("hopper", "single", 128): {"default": SINGLE},
     ("hopper", "single", 256): {"default": AttentionForward(16, 16, 8, 1, SPLIT_TAIL=False, maxnreg=255)},
     ("cdna", "half", 16): {"default": AttentionForward(64, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
-    ("cdna", "half", 32): {"default": AttentionForward(128, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
-    ("cdna", "half", 64): {"default": AttentionForward(128, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
-    ("cdna", "half", 128): {"default": AttentionForward(128, 32, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
+    ("cdna", "half", 32): {
+        "default": AttentionForward(128, 64, 4, 1),
+        "short": AttentionForward(64, 64, 2, 1, SPLIT_TAIL=False),
+    },
+    ("cdna", "half", 64): {
+        "default": AttentionForward(128, 64, 4, 1),
+        "short": AttentionForward(64, 64, 2, 1, SPLIT_TAIL=False),
+    },
+    ("cdna", "half", 128): {
+        "default": AttentionForward(128, 32, 4, 1),
+        "short": AttentionForward(64, 64, 2, 1, SPLIT_TAIL=False),
+    },
     ("cdna", "half", 256): {"default": AttentionForward(64, 32, 4, 1, SPLIT_TAIL=False)},
     ("cdna", "single", 16): {"default": AttentionForward(32, 32, 4, 1)},
     ("cdna", "single", 32): {"default": AttentionForward(32, 32, 4, 1)},
