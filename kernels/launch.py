@@ -240,6 +240,9 @@ ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half",
     "aligned": AttentionForward(128, 64, 4, 2),
     "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
 }
+ATTENTION_FORWARD["blackwell", "half", 128] = ATTENTION_FORWARD["hopper", "half", 128] | {
+    "bias": AttentionForward(64, 16, 4, 2, SPLIT_TAIL=False)
+}
 
 # (family, kind of dtype, BLOCK_D) -> choice; ANY stands for the families without an entry of their own. Small tiles,
 # because the backward holds more in registers; None where no tile fits them.
