@@ -276,6 +276,7 @@ class AttentionCall:
             rows=sum(self.lengths),
             batch=len(self.lengths),
             extras=self._extras,
+            bias=self.bias,
             target=target,
         )
 

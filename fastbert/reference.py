@@ -32,6 +32,7 @@ def attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     window: int | None = None,
     keep: Tensor | None = None,
     dropout: float = 0.0,
@@ -42,6 +43,8 @@ def attention(
         qkv: `[rows, 3, heads, head_dim]`, rows >= tokens.
         scale: factor on the scores; `head_dim ** -0.5` by default.
         bias: added to the scaled scores, broadcastable to `[batch, heads, max_seqlen, max_seqlen]`.
+        alibi_slopes: float32 `[heads]`; each times `|row - column|` is taken off its head's scores (Press et al. 2022,
+            made symmetric).
         window: only keys with `|row - column| <= window` are seen.
         keep: bool `[batch, heads, max_seqlen, max_seqlen]`; weights where it is False are dropped.
         dropout: probability that `keep` was drawn with; the rest is scaled by `drop_scale(dropout)`.
@@ -59,9 +62,13 @@ def attention(
     if bias is not None:
         scores = scores + bias[..., :width, :width].to(scores.dtype)
     column = torch.arange(width, device=qkv.device)
+    distance = (column[:, None] - column).abs()
+    if alibi_slopes is not None:
+        exact = alibi_slopes.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores - (exact[:, None, None] * distance).to(scores.dtype)
     seen = (column < packing.lengths[:, None])[:, None, None, :]
     if window is not None:
-        seen = seen & ((column[:, None] - column).abs() <= window)
+        seen = seen & (distance <= window)
     scores = scores.masked_fill(~seen, -math.inf)
     largest = scores.detach().amax(-1, keepdim=True) if width else scores.new_zeros(batch, heads, 0, 1)
     largest = largest.masked_fill(largest == -math.inf, 0.0)  # a row that may attend nothing: 0, not NaN, everywhere

@@ -1,4 +1,4 @@
-"""Packed bidirectional attention: softmax(scale * Q K^T + bias) V inside each sequence.
+"""Packed bidirectional attention: softmax(scale * Q K^T + bias - slope * distance) V inside each sequence.
 
 One program owns BLOCK_M query rows of one head of one sequence and walks over that sequence's keys in blocks of
 BLOCK_N, keeping a running maximum and sum (Milakov & Gimelshein 2018; Dao et al. 2022). Scores are kept in units of
@@ -36,6 +36,7 @@ def attend_block(
     seqlen,
     rows,
     scale_log2e,
+    slope_log2e,
     window,
     seed,
     head,
@@ -46,6 +47,7 @@ def attend_block(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -70,16 +72,23 @@ def attend_block(
 
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if HAS_BIAS:
-        mask_bias = (rows < seqlen)[:, None] & mask_columns[None, :]
+        mask_bias = (rows < seqlen)[:, None]
+        if MASKED:
+            mask_bias = mask_bias & mask_columns[None, :]
         bias = tl.load(bias_ptr + bias_offsets, mask=mask_bias, other=0.0)  # [BLOCK_M, BLOCK_N]
-        scores = scores * scale_log2e + bias.to(tl.float32) * 1.4426950408889634  # [BLOCK_M, BLOCK_N]
+        scores = tl.fma(scores, scale_log2e, bias.to(tl.float32) * 1.4426950408889634)  # [BLOCK_M, BLOCK_N]
+    elif HAS_ALIBI:
+        scores = scores * scale_log2e
+    if HAS_ALIBI:  # in float32 from the start: a conversion of each distance would cost more than the rest
+        distance = tl.abs(rows.to(tl.float32)[:, None] - columns.to(tl.float32)[None, :])
+        scores = tl.fma(distance, -slope_log2e, scores)  # [BLOCK_M, BLOCK_N]
     if HAS_WINDOW:
         distance = rows[:, None] - columns[None, :]
         scores = tl.where((distance <= window) & (distance >= -window), scores, float("-inf"))
     if MASKED:
         scores = tl.where(mask_columns[None, :], scores, float("-inf"))
 
-    if HAS_BIAS:
+    if HAS_BIAS or HAS_ALIBI:  # scores are in units of log2 already
         new_max = tl.maximum(row_max, tl.max(scores, 1))
     else:
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
@@ -87,7 +96,7 @@ def attend_block(
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     else:
         shift = new_max
-    if HAS_BIAS:
+    if HAS_BIAS or HAS_ALIBI:
         weights = tl.exp2(scores - shift[:, None])
     else:
         weights = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None]))
@@ -105,8 +114,6 @@ def attention_forward_kernel(
     qkv_ptr,
     out_ptr,
     lse_ptr,
-    bias_ptr,
-    seed_ptr,
     cu_seqlens_ptr,
     tiles_ptr,
     qkv_stride_row,
@@ -115,13 +122,16 @@ def attention_forward_kernel(
     out_stride_row,
     out_stride_head,
     lse_stride_head,
+    heads,
+    scale_log2e,
+    bias_ptr,
     bias_stride_sequence,
     bias_stride_head,
     bias_stride_row,
     bias_stride_column,
-    heads,
-    scale_log2e,
+    slopes_ptr,
     window,
+    seed_ptr,
     drop_threshold,
     drop_scale,
     HEAD_DIM: tl.constexpr,
@@ -130,13 +140,17 @@ def attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     SPLIT_TAIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     STORE_LSE: tl.constexpr,
     VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attention of one tile of query rows of one head; see the module's docstring."""
+    """Attention of one tile of query rows of one head; see the module's docstring.
+
+    The arguments of what may be off come last, so that those before them have the same places as in a kernel without.
+    """
     if HEAD_DIM % 16 != 0:  # Triton only sees strides divisible by 16; `target.aligned` promises 16 bytes
         qkv_stride_row = qkv_stride_row // VECTOR * VECTOR
         qkv_stride_part = qkv_stride_part // VECTOR * VECTOR
@@ -181,6 +195,9 @@ def attention_forward_kernel(
         bias_offsets = lanes[:, None] * bias_stride_row + (
             tl.arange(0, BLOCK_N)[None, :] * bias_stride_column
         )  # [BLOCK_M, BLOCK_N]
+    slope_log2e = 0.0
+    if HAS_ALIBI:
+        slope_log2e = tl.load(slopes_ptr + head) * 1.4426950408889634
     seed = seed_ptr
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -196,18 +213,19 @@ def attention_forward_kernel(
         for start in tl.range(first_key, begin_tail, BLOCK_N):
             acc, row_max, row_sum = attend_block(
                 acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen,
-                rows, scale_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N, BLOCK_D, False,
-                HAS_BIAS, HAS_WINDOW, HAS_DROPOUT, PRECISION,
+                rows, scale_log2e, slope_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N,
+                BLOCK_D, False, HAS_BIAS, HAS_ALIBI, HAS_WINDOW, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
             key_ptr += step
             value_ptr += step
             if HAS_BIAS:
                 bias_ptr += bias_step
-    for start in tl.range(begin_tail, end_key, BLOCK_N):
+    # A tail is one block, so there is nothing to pipeline: its buffers' addresses would only take registers.
+    for start in tl.range(begin_tail, end_key, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
         acc, row_max, row_sum = attend_block(
             acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen, rows,
-            scale_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N, BLOCK_D, True, HAS_BIAS,
-            HAS_WINDOW, HAS_DROPOUT, PRECISION,
+            scale_log2e, slope_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N, BLOCK_D, True,
+            HAS_BIAS, HAS_ALIBI, HAS_WINDOW, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
         key_ptr += step
         value_ptr += step
@@ -219,6 +237,11 @@ def attention_forward_kernel(
         inverse = tl.where(row_sum > 0.0, inverse, 0.0)
     if HAS_DROPOUT:
         inverse = inverse * drop_scale
+    # Masks in another form than before the loop, or the compiler keeps those in registers meanwhile.
+    mask_rows = lanes < seqlen - first_row
+    mask_query = mask_rows[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask_query = mask_query & (dims < HEAD_DIM)[None, :]
     out_ptr += (begin + first_row).to(tl.int64) * out_stride_row + head.to(tl.int64) * out_stride_head
     out_offsets = lanes[:, None] * out_stride_row + dims[None, :]
     out = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
@@ -238,6 +261,7 @@ def attention_forward(
     *,
     scale: float,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     window: int | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
@@ -252,6 +276,7 @@ def attention_forward(
         max_seqlen: length of the longest sequence.
         scale: positive factor on the scores.
         bias: `[batch, heads, max_seqlen, max_seqlen]`, expanded (strides may be 0).
+        alibi_slopes: float32 `[heads]`, contiguous.
         window, dropout, seed: as in `fastbert.ops.attention`.
         store_lse: whether the backward will need lse.
 
@@ -272,7 +297,8 @@ def attention_forward(
         max_seqlen,
         rows=rows,
         batch=len(cu_seqlens) - 1,
-        extras=bias is not None or window is not None or dropout > 0.0,
+        extras=bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0,
+        bias=bias is not None,
         target=target.of(qkv.device),
     )
     with target.guard(qkv):
@@ -280,22 +306,24 @@ def attention_forward(
             qkv,
             out,
             lse,
-            bias,
-            seed,
             cu_seqlens,
             tiles,
             *qkv.stride()[:3],
             *out.stride()[:2],
             lse.stride(0),
-            *((0, 0, 0, 0) if bias is None else bias.stride()),
             heads,
             scale * LOG2E,
+            bias,
+            *((0, 0, 0, 0) if bias is None else bias.stride()),
+            alibi_slopes,
             0 if window is None else window,
+            seed,
             launch.drop_threshold(dropout),
             launch.drop_scale(dropout),
             HEAD_DIM=head_dim,
             BLOCK_D=launch.attention_block_d(head_dim),
             HAS_BIAS=bias is not None,
+            HAS_ALIBI=alibi_slopes is not None,
             HAS_WINDOW=window is not None,
             HAS_DROPOUT=dropout > 0.0,
             STORE_LSE=store_lse,

@@ -30,7 +30,9 @@ def weights_from_lse(
     window,
     bias_stride_row,
     bias_stride_column,
+    slope,
     HAS_BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     """The forward's weights of a tile, made again from its row sums.
@@ -40,12 +42,14 @@ def weights_from_lse(
     """
     scale_log2e = scale * 1.4426950408889634
     mask = columns < seqlen  # a key beyond the end scores 0, and exp2(0 - lse) may overflow
+    shift = -lse_log2
     if HAS_BIAS:
         bias_ptrs = bias_ptr + rows.to(tl.int64) * bias_stride_row + columns.to(tl.int64) * bias_stride_column
         bias = tl.load(bias_ptrs, mask=(rows < seqlen) & mask, other=0.0).to(tl.float32)
-        weights = tl.exp2(tl.fma(scores, scale_log2e, bias * 1.4426950408889634 - lse_log2))
-    else:
-        weights = tl.exp2(tl.fma(scores, scale_log2e, -lse_log2))
+        shift = bias * 1.4426950408889634 + shift
+    if HAS_ALIBI:
+        shift -= tl.abs(rows.to(tl.float32) - columns.to(tl.float32)) * (slope * 1.4426950408889634)
+    weights = tl.exp2(tl.fma(scores, scale_log2e, shift))
     if HAS_WINDOW:
         mask = mask & (rows - columns <= window) & (columns - rows <= window)
     return tl.where(mask, weights, 0.0)
@@ -60,6 +64,7 @@ def attention_backward_query_kernel(
     delta_ptr,
     dqkv_ptr,
     bias_ptr,
+    slopes_ptr,
     seed_ptr,
     cu_seqlens_ptr,
     tiles_ptr,
@@ -85,6 +90,7 @@ def attention_backward_query_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -126,6 +132,9 @@ def attention_backward_query_kernel(
     lse_log2 = tl.load(lse_ptr + lse_offsets, mask=mask_rows, other=0.0) * 1.4426950408889634  # [BLOCK_M]
     if HAS_BIAS:
         bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(slopes_ptr + head)
     seed = seed_ptr
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -148,7 +157,7 @@ def attention_backward_query_kernel(
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         weights = weights_from_lse(
             scores, lse_log2[:, None], bias_ptr, rows[:, None], columns[None, :], seqlen, scale, window,
-            bias_stride_row, bias_stride_column, HAS_BIAS, HAS_WINDOW,
+            bias_stride_row, bias_stride_column, slope, HAS_BIAS, HAS_ALIBI, HAS_WINDOW,
         )  # fmt: skip
         dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if HAS_DROPOUT:
@@ -171,6 +180,7 @@ def attention_backward_key_kernel(
     delta_ptr,
     dqkv_ptr,
     bias_ptr,
+    slopes_ptr,
     seed_ptr,
     cu_seqlens_ptr,
     tiles_ptr,
@@ -198,6 +208,7 @@ def attention_backward_key_kernel(
     BLOCK_D: tl.constexpr,
     ONE_PASS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -236,6 +247,9 @@ def attention_backward_key_kernel(
     value = tl.load(key_ptrs + qkv_stride_part, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
     if HAS_BIAS:
         bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(slopes_ptr + head)
     seed = seed_ptr
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -273,7 +287,7 @@ def attention_backward_key_kernel(
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         weights = weights_from_lse(
             scores, (lse * 1.4426950408889634)[None, :], bias_ptr, rows[None, :], columns[:, None], seqlen, scale,
-            window, bias_stride_row, bias_stride_column, HAS_BIAS, HAS_WINDOW,
+            window, bias_stride_row, bias_stride_column, slope, HAS_BIAS, HAS_ALIBI, HAS_WINDOW,
         )  # fmt: skip
         dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if HAS_DROPOUT:
@@ -304,6 +318,7 @@ def attention_backward_bias_kernel(
     delta_ptr,
     dbias_ptr,
     bias_ptr,
+    slopes_ptr,
     seed_ptr,
     cu_seqlens_ptr,
     qkv_stride_row,
@@ -329,6 +344,7 @@ def attention_backward_bias_kernel(
     BLOCK_D: tl.constexpr,
     ONE_SEQUENCE: tl.constexpr,
     ONE_HEAD: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -369,6 +385,9 @@ def attention_backward_bias_kernel(
         head = first_head + i % heads_shared
         begin = tl.load(cu_seqlens_ptr + sequence)
         seqlen = tl.load(cu_seqlens_ptr + sequence + 1) - begin
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(slopes_ptr + head)
         if first_row < seqlen and first_column < seqlen:
             mask_rows = rows < seqlen
             mask_query = mask_rows[:, None] & mask_dims[None, :]
@@ -390,8 +409,8 @@ def attention_backward_bias_kernel(
                 scores, (lse * 1.4426950408889634)[:, None],
                 bias_ptr + tl.cast(sequence, tl.int64) * bias_stride_sequence
                 + tl.cast(head, tl.int64) * bias_stride_head,
-                rows[:, None], columns[None, :], seqlen, scale, window, bias_stride_row, bias_stride_column, True,
-                HAS_WINDOW,
+                rows[:, None], columns[None, :], seqlen, scale, window, bias_stride_row, bias_stride_column, slope,
+                True, HAS_ALIBI, HAS_WINDOW,
             )  # fmt: skip
             dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if HAS_DROPOUT:
@@ -418,6 +437,7 @@ def attention_backward(
     scale: float,
     bias: Tensor | None = None,
     dbias_shape: Sequence[int] | None = None,
+    alibi_slopes: Tensor | None = None,
     window: int | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
@@ -444,7 +464,7 @@ def attention_backward(
     dbias = None if dbias_shape is None else torch.zeros(dbias_shape, dtype=torch.float32, device=qkv.device)
     if tokens == 0:
         return dqkv, dbias
-    extras = bias is not None or window is not None or dropout > 0.0
+    extras = bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0
     here = target.of(qkv.device)
     by_key = launch.attention_backward_key(
         head_dim, qkv.dtype, max_seqlen, dbias=dbias is not None, extras=extras, target=here
@@ -453,6 +473,7 @@ def attention_backward(
     shape = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": launch.attention_block_d(head_dim),
+        "HAS_ALIBI": alibi_slopes is not None,
         "HAS_WINDOW": window is not None,
         "HAS_DROPOUT": dropout > 0.0,
         "VECTOR": 16 // qkv.element_size(),
@@ -464,12 +485,12 @@ def attention_backward(
         if not by_key.ONE_PASS:
             by_query = launch.attention_backward_query(head_dim, qkv.dtype, here)
             attention_backward_query_kernel[(len(query_tiles) * heads,)](
-                qkv, out, dout, lse, delta, dqkv, bias, seed, cu_seqlens, query_tiles,
+                qkv, out, dout, lse, delta, dqkv, bias, alibi_slopes, seed, cu_seqlens, query_tiles,
                 *qkv.stride()[:3], *out.stride()[:2], dqkv.stride(0), dqkv.stride(2), lse.stride(0),
                 *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_query),
             )  # fmt: skip
         attention_backward_key_kernel[(len(key_tiles) * heads,)](
-            qkv, out, dout, lse, delta, dqkv, bias, seed, cu_seqlens, key_tiles,
+            qkv, out, dout, lse, delta, dqkv, bias, alibi_slopes, seed, cu_seqlens, key_tiles,
             *qkv.stride()[:3], *out.stride()[:2], *dqkv.stride()[:3], lse.stride(0),
             *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_key),
         )  # fmt: skip
@@ -478,7 +499,7 @@ def attention_backward(
             full = torch.empty((*dbias.shape[:2], max_seqlen, max_seqlen), dtype=torch.float32, device=qkv.device)
             tiles = triton.cdiv(max_seqlen, by_bias.BLOCK_M) * triton.cdiv(max_seqlen, by_bias.BLOCK_N)
             attention_backward_bias_kernel[(full.shape[0] * full.shape[1] * tiles,)](
-                qkv, dout, lse, delta, full, bias, seed, cu_seqlens,
+                qkv, dout, lse, delta, full, bias, alibi_slopes, seed, cu_seqlens,
                 *qkv.stride()[:3], *out.stride()[:2], lse.stride(0), *strides_bias,
                 len(cu_seqlens) - 1, heads, max_seqlen, *scalars,
                 ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **launch.arguments(by_bias),

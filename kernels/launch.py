@@ -140,25 +140,31 @@ class AttentionBackwardBias:
 
 SINGLE = AttentionForward(16, 16, 4, 1, SPLIT_TAIL=False, maxnreg=255)
 
-# (family, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "extras" (bias, window or
-# dropout, which need registers), "padded" (head_dim is no power of two), "short" (max_seqlen <= 64), "aligned" (all
-# sequences equally long, a multiple of 64), "default". Found by compiling each for its targets: the fewest
-# instructions a score among those without spills. float32 has no tensor-core form that meets the error rule, so its
-# tiles are small.
+# (family, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "bias" (with what else of the
+# extras is on, it needs most registers), "extras" (a bias, ALiBi, a window or dropout), "short" (max_seqlen <= 64: one
+# block of keys holds a sequence, so there is nothing to split or to pipeline), "aligned" (all sequences equally long, a
+# multiple of 64), "default". Found by compiling each for its targets: the fewest instructions a score among those
+# without spills. float32 has no tensor-core form that meets the error rule, so its tiles are small. CDNA's matrix
+# instruction takes 32 rows of a wave: with fewer for each, waves would share rows and compute the softmax twice.
 ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("ampere", "half", 16): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
-    ("ampere", "half", 32): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
+    ("ampere", "half", 32): {
+        "default": AttentionForward(64, 64, 4, 3),
+        "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(64, 64, 4, 2, SPLIT_TAIL=False),
+        "bias": AttentionForward(64, 32, 4, 2),
+    },
     ("ampere", "half", 64): {
-        "default": AttentionForward(128, 64, 8, 2),
-        "short": AttentionForward(64, 64, 4, 2),
-        "padded": AttentionForward(64, 64, 4, 2),
-        "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
+        "default": AttentionForward(128, 64, 4, 2),
+        "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(64, 64, 4, 2, SPLIT_TAIL=False),
+        "bias": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
     },
     ("ampere", "half", 128): {
-        "default": AttentionForward(128, 32, 8, 2),
-        "short": AttentionForward(64, 32, 4, 2),
-        "padded": AttentionForward(64, 32, 4, 2),
-        "extras": AttentionForward(32, 32, 4, 2, SPLIT_TAIL=False, maxnreg=255),
+        "default": AttentionForward(128, 32, 4, 2, SPLIT_TAIL=False),
+        "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
+        "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False, maxnreg=255),
+        "bias": AttentionForward(32, 32, 4, 2, SPLIT_TAIL=False, maxnreg=255),
     },
     ("ampere", "half", 256): {
         "default": AttentionForward(64, 32, 8, 2, SPLIT_TAIL=False),
@@ -172,20 +178,20 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("hopper", "half", 16): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
     ("hopper", "half", 32): {
         "default": AttentionForward(128, 32, 4, 3),
-        "short": AttentionForward(64, 64, 4, 2),
+        "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
         "aligned": AttentionForward(64, 64, 4, 3),
-        "extras": AttentionForward(64, 32, 4, 2),
+        "extras": AttentionForward(64, 64, 4, 2, SPLIT_TAIL=False),
+        "bias": AttentionForward(64, 32, 4, 2),
     },
     ("hopper", "half", 64): {
         "default": AttentionForward(128, 32, 4, 3),
-        "short": AttentionForward(64, 64, 4, 2),
+        "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
         "aligned": AttentionForward(128, 64, 8, 3),
-        "extras": AttentionForward(64, 32, 4, 2),
+        "extras": AttentionForward(64, 64, 4, 2, SPLIT_TAIL=False),
     },
     ("hopper", "half", 128): {
         "default": AttentionForward(128, 32, 4, 3),
-        "short": AttentionForward(64, 32, 4, 2),
-        "padded": AttentionForward(64, 32, 4, 2),
+        "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
         "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
     },
     ("hopper", "half", 256): {"default": AttentionForward(128, 32, 8, 2), "extras": AttentionForward(64, 32, 8, 2)},
@@ -195,9 +201,18 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("hopper", "single", 128): {"default": SINGLE},
     ("hopper", "single", 256): {"default": AttentionForward(16, 16, 8, 1, SPLIT_TAIL=False, maxnreg=255)},
     ("cdna", "half", 16): {"default": AttentionForward(64, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
-    ("cdna", "half", 32): {"default": AttentionForward(128, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
-    ("cdna", "half", 64): {"default": AttentionForward(128, 64, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
-    ("cdna", "half", 128): {"default": AttentionForward(128, 32, 4, 1), "extras": AttentionForward(64, 32, 4, 1)},
+    ("cdna", "half", 32): {
+        "default": AttentionForward(128, 64, 4, 1),
+        "short": AttentionForward(64, 64, 2, 1, SPLIT_TAIL=False),
+    },
+    ("cdna", "half", 64): {
+        "default": AttentionForward(128, 64, 4, 1),
+        "short": AttentionForward(64, 64, 2, 1, SPLIT_TAIL=False),
+    },
+    ("cdna", "half", 128): {
+        "default": AttentionForward(128, 32, 4, 1),
+        "short": AttentionForward(64, 64, 2, 1, SPLIT_TAIL=False),
+    },
     ("cdna", "half", 256): {"default": AttentionForward(64, 32, 4, 1, SPLIT_TAIL=False)},
     ("cdna", "single", 16): {"default": AttentionForward(32, 32, 4, 1)},
     ("cdna", "single", 32): {"default": AttentionForward(32, 32, 4, 1)},
@@ -224,6 +239,9 @@ ATTENTION_FORWARD["blackwell", "half", 16] = {"default": AttentionForward(64, 32
 ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half", 64] | {
     "aligned": AttentionForward(128, 64, 4, 2),
     "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
+}
+ATTENTION_FORWARD["blackwell", "half", 128] = ATTENTION_FORWARD["hopper", "half", 128] | {
+    "bias": AttentionForward(64, 16, 4, 2, SPLIT_TAIL=False)
 }
 
 # (family, kind of dtype, BLOCK_D) -> choice; ANY stands for the families without an entry of their own. Small tiles,
@@ -328,18 +346,27 @@ def attention_unserved(head_dim: int, dtype: torch.dtype, target: Target, *, gra
 
 
 def attention_forward(
-    head_dim: int, dtype: torch.dtype, max_seqlen: int, *, rows: int, batch: int, extras: bool, target: Target
+    head_dim: int,
+    dtype: torch.dtype,
+    max_seqlen: int,
+    *,
+    rows: int,
+    batch: int,
+    extras: bool,
+    bias: bool = False,
+    target: Target,
 ) -> AttentionForward:
     """The choice for one attention call; `attention_unserved` must have said None.
 
     Args:
         rows, batch: tokens and sequences; together with `max_seqlen` they tell a ragged batch.
-        extras: a bias, a window or dropout is on.
+        extras: a bias, ALiBi, a window or dropout is on.
+        bias: a bias is.
     """
     choices = ATTENTION_FORWARD[family(target), _KINDS[dtype], attention_block_d(head_dim)]
     regimes = {
+        "bias": bias,
         "extras": extras,
-        "padded": _padded(head_dim),
         "short": max_seqlen <= 64,
         "aligned": rows == batch * max_seqlen and max_seqlen % 64 == 0,
     }

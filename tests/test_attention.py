@@ -25,7 +25,7 @@ def check(path, qkv, packing, *, what="", **options):
     """Run one path and hold it to the error rule; returns the output."""
     tokens = packing.tokens
     keep = None
-    plain_options = {name: options[name] for name in ("scale", "bias", "window") if name in options}
+    plain_options = {name: options[name] for name in ("scale", "bias", "alibi_slopes", "window") if name in options}
     if options.get("dropout"):
         keep = reference.attention_keep_mask(
             options["seed"], packing.batch, qkv.shape[2], packing.max_seqlen, options["dropout"]
@@ -67,12 +67,26 @@ EXTRAS = {
     "bias": {"bias": (1, 2)},
     "bias_per_sequence": {"bias": (3, 2)},
     "bias_broadcast": {"bias": (1, 1)},
+    "alibi": {"alibi_slopes": [0.5, 0.0, 0.03, -0.1]},
+    "alibi_and_bias": {"alibi_slopes": [2.0, 0.0, 0.2, -0.1], "bias": (3, 2)},
     "window": {"window": 9},
     "window_0": {"window": 0},
     "dropout": {"dropout": 0.3},
-    "all": {"bias": (3, 1), "window": 20, "dropout": 0.1},
+    "all": {"bias": (3, 1), "alibi_slopes": [0.3, 0.0, 0.05, -0.1], "window": 20, "dropout": 0.1},
     "scale": {"scale": 0.7},
 }
+
+
+def options_of(name, dtype, generator):
+    """EXTRAS[name] with tensors for sequences of [37, 5, 66] and 2 heads; the slopes are every other of a tensor."""
+    options = dict(EXTRAS[name])
+    if "bias" in options:
+        options["bias"] = torch.randn(*options["bias"], 66, 66, generator=generator).to(dtype)
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = torch.tensor(options["alibi_slopes"])[::2]
+    if "dropout" in options:
+        options["seed"] = torch.tensor([2**40 + 12345])
+    return options
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -81,12 +95,21 @@ EXTRAS = {
 @pytest.mark.parametrize("name", EXTRAS)
 def test_options(name, head_dim, dtype, path, generator):
     packing = Packing.from_lengths([37, 5, 66])
-    options = dict(EXTRAS[name])
-    if "bias" in options:
-        options["bias"] = torch.randn(*options["bias"], 66, 66, generator=generator).to(dtype)
-    if "dropout" in options:
-        options["seed"] = torch.tensor([2**40 + 12345])
+    options = options_of(name, dtype, generator)
     check(path, random_qkv(packing.tokens, 2, head_dim, dtype, generator), packing, **options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_alibi_is_the_bias_of_flash_attention_s_convention(path, generator):
+    """Against its definition written out: a bias of -slope * |row - column|."""
+    packing = Packing.from_lengths([70, 5, 130])
+    qkv = random_qkv(205, 2, 32, torch.float32, generator)
+    slopes = torch.rand(2, generator=generator)
+    bias = torch.tensor([[[[-float(m) * abs(i - j) for j in range(130)] for i in range(130)] for m in slopes]])
+    with backend.use_backend(path):
+        out = attention(qkv, packing, alibi_slopes=slopes)
+        expected = attention(qkv, packing, bias=bias)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -262,15 +285,24 @@ def test_lse_is_the_log_of_the_sum_of_exponentials(generator):
     qkv = random_qkv(103, 2, 32, torch.float32, generator)
     bias = torch.zeros(1, 1, 70, 70)
     bias[:, :, 5] = -torch.inf
-    for options in ({}, {"bias": bias}):
+    slopes = {"alibi_slopes": torch.tensor([0.5, 0.01])}
+    for options in ({}, slopes, {"bias": bias}):
         choice = launch.attention_forward(
-            32, qkv.dtype, 70, rows=103, batch=3, extras=bool(options), target=target.of(qkv.device)
+            32,
+            qkv.dtype,
+            70,
+            rows=103,
+            batch=3,
+            extras=bool(options),
+            bias="bias" in options,
+            target=target.of(qkv.device),
         )
-        full = {"bias": bias.expand(3, 2, 70, 70)} if options else {}
+        full = options | {name: x.expand(3, 2, 70, 70) for name, x in options.items() if name == "bias"}
         tiles = packing.tiles(choice.BLOCK_M)
         _, lse = launcher(qkv, packing.cu_seqlens, tiles, 70, scale=0.25, store_lse=True, **full)
         _, plain = reference.attention(qkv, packing, scale=0.25, **options)
-        _, exact = reference.attention(qkv.double(), packing, scale=0.25, **{k: v.double() for k, v in options.items()})
+        doubles = {name: x.double() for name, x in options.items()}
+        _, exact = reference.attention(qkv.double(), packing, scale=0.25, **doubles)
         assert_close(lse, plain, exact)
     assert (lse[:, 5] == math.inf).all()
 
@@ -347,7 +379,13 @@ def check_gradients(path, qkv, packing, generator, bias=None, what="", **options
         x = qkv[:tokens].to(dtype, copy=True).requires_grad_()
         b = None if bias is None else bias.to(dtype, copy=True).requires_grad_()
         out, _ = reference.attention(
-            x, packing, bias=b, window=options.get("window"), keep=keep, dropout=options.get("dropout", 0.0)
+            x,
+            packing,
+            bias=b,
+            alibi_slopes=options.get("alibi_slopes"),
+            window=options.get("window"),
+            keep=keep,
+            dropout=options.get("dropout", 0.0),
         )
         out.backward(dout[:tokens].to(dtype))
         return x.grad, None if b is None else b.grad
@@ -370,6 +408,7 @@ def op_arguments(generator, **changes):
         "tokens": 8,
         "scale": 0.25,
         "bias": None,
+        "alibi_slopes": None,
         "window": None,
         "dropout": 0.0,
         "seed": None,
@@ -380,7 +419,13 @@ def op_arguments(generator, **changes):
 @pytest.mark.kernels
 @pytest.mark.parametrize("extras", [False, True])
 def test_opcheck(extras, generator):
-    extras = {"bias": torch.zeros(2, 2, 5, 5), "dropout": 0.1, "seed": torch.tensor([3])} if extras else {}
+    options = {
+        "bias": torch.zeros(2, 2, 5, 5),
+        "alibi_slopes": torch.tensor([0.5, 0.25]),
+        "dropout": 0.1,
+        "seed": torch.tensor([3]),
+    }
+    extras = options if extras else {}
     torch.library.opcheck(attention_forward, op_arguments(generator, **extras))
 
 
@@ -390,7 +435,10 @@ def test_opcheck_with_gradients(generator):
     torch.library.opcheck(attention_forward, op_arguments(generator, qkv=qkv))
     bias = torch.zeros(1, 1, 5, 5, requires_grad=True)
     tiles = [Packing.from_lengths([5, 3]).tiles(b) for b in (16, *backward_blocks(16, torch.float32, 5, True))]
-    torch.library.opcheck(attention_forward, op_arguments(generator, qkv=qkv, bias=bias, tiles=tiles))
+    slopes = torch.tensor([0.5, 0.25])
+    torch.library.opcheck(
+        attention_forward, op_arguments(generator, qkv=qkv, bias=bias, alibi_slopes=slopes, tiles=tiles)
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -417,11 +465,7 @@ def test_case_14_gradients_of_odd_lengths(length, path, generator):
 @pytest.mark.parametrize("name", [name for name in EXTRAS if name != "scale"])
 def test_case_25_gradients_with_options(name, dtype, path, generator):
     packing = Packing.from_lengths([37, 5, 66])
-    options = dict(EXTRAS[name])
-    if "bias" in options:
-        options["bias"] = torch.randn(*options["bias"], 66, 66, generator=generator).to(dtype)
-    if "dropout" in options:
-        options["seed"] = torch.tensor([2**40 + 12345])
+    options = options_of(name, dtype, generator)
     check_gradients(path, random_qkv(108, 2, 24, dtype, generator), packing, generator, **options)
 
 
@@ -537,6 +581,11 @@ PACKING = Packing.from_lengths([5, 3])
         ("bias", lambda: attention(QKV, PACKING, bias=torch.zeros(5, 5))),
         ("bias", lambda: attention(QKV, PACKING, bias=torch.zeros(1, 1, 4, 4))),
         ("bias", lambda: attention(QKV, PACKING, bias=torch.zeros(1, 1, 5, 5, dtype=torch.bool))),
+        ("alibi_slopes", lambda: attention(QKV, PACKING, alibi_slopes=torch.zeros(3))),
+        ("alibi_slopes", lambda: attention(QKV, PACKING, alibi_slopes=torch.zeros(1, 2))),
+        ("alibi_slopes", lambda: attention(QKV, PACKING, alibi_slopes=torch.zeros(2, dtype=torch.float16))),
+        ("alibi_slopes", lambda: attention(QKV, PACKING, alibi_slopes=torch.zeros(2, device="meta"))),
+        ("alibi_slopes", lambda: attention(QKV, PACKING, alibi_slopes=torch.zeros(2, requires_grad=True))),
         ("window", lambda: attention(QKV, PACKING, window=-1)),
         ("dropout", lambda: attention(QKV, PACKING, dropout=1.0)),
         ("seed", lambda: attention(QKV, PACKING, dropout=0.1)),

@@ -138,6 +138,24 @@ def test_extras_take_smaller_tiles_in_the_backward_where_the_plain_ones_would_sp
     assert key("sm_80", 32, False) == key("sm_80", 32, True)
 
 
+def test_the_forward_s_regimes():
+    """Every extra takes smaller tiles, a bias those of its own where it needs them, short sequences one whole block."""
+
+    def forward(arch, max_seqlen, head_dim=64, **extras):
+        options = {"extras": bool(extras), **extras, "target": KNOWN[arch]}
+        return launch.attention_forward(head_dim, torch.float16, max_seqlen, rows=1001, batch=4, **options)
+
+    table = launch.ATTENTION_FORWARD["ampere", "half", 64]
+    assert forward("sm_80", 300) == forward("sm_80", 300, head_dim=48) == table["default"]
+    assert forward("sm_80", 64) == table["short"]
+    assert forward("sm_80", 64, bias=False) == forward("sm_80", 300, bias=False) == table["extras"]
+    assert forward("sm_80", 300, bias=True) == table["bias"] != table["extras"]
+    assert forward("sm_90", 300, bias=True) == forward("sm_90", 300, bias=False)
+    for (family, kind, _), regimes in launch.ATTENTION_FORWARD.items():
+        if "short" in regimes:
+            assert regimes["short"].BLOCK_N >= 64 and not regimes["short"].SPLIT_TAIL, (family, kind)
+
+
 def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
     measured = {
         "sm_90": {

@@ -84,6 +84,15 @@ def test_an_unknown_target_is_refused() -> None:
     assert "'sm_12'" in result.stderr and "gfx1100" in result.stderr
 
 
+def test_an_option_that_is_off_leaves_no_trace_in_the_machine_code() -> None:
+    result = run(ROOT / "tests" / "options_off.py", "sm_80", "sm_90")
+    assert result.returncode == 0, result.stderr
+    for arch, differences in json.loads(result.stdout).items():
+        assert differences.pop("costly") != [], "the comparison sees nothing"
+        assert len(differences) == 5
+        assert all(lines == [] for lines in differences.values()), (arch, differences)
+
+
 def load_cases() -> ModuleType:
     spec = importlib.util.spec_from_file_location("static_cases", STATIC / "cases.py")
     assert spec is not None and spec.loader is not None

@@ -63,13 +63,13 @@ def main(target: Target) -> Iterator[Case]:
     yield from attention(40, torch.float16, target, "ragged")  # its strides are multiples of 8 only
     yield from attention(64, torch.float16, target, "aligned", store_lse=True)
     yield from attention(64, torch.float32, target, "ragged")
-    for option in ("bias", "window", "dropout"):
+    for option in ("bias", "alibi", "window", "dropout"):
         yield from attention(64, torch.float16, target, "ragged", **{option: True})
     for head_dim in (32, 64, 128):
         for lengths in ("ragged", "short"):
             yield from attention_gradient(head_dim, torch.float16, target, lengths)
     yield from attention_gradient(64, torch.float32, target, "ragged")
-    for option in ("bias", "window", "dropout"):
+    for option in ("bias", "alibi", "window", "dropout"):
         yield from attention_gradient(64, torch.float16, target, "ragged", **{option: True})
     for width in (384, 768, 1024):
         yield layer_norm(width, torch.float16, residual=True, x_bias=True)
@@ -91,16 +91,18 @@ def main(target: Target) -> Iterator[Case]:
 
 def exhaustive(target: Target) -> Iterator[Case]:
     """Every launch choice and every branch, in every dtype."""
+    every = {"bias", "alibi", "window", "dropout"}
+    one = [{option} for option in sorted(every)]
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             for lengths in LENGTHS:
                 yield from attention(head_dim, dtype, target, lengths)
                 yield from attention(head_dim, dtype, target, lengths, store_lse=True)
-            for options in ({"bias"}, {"window"}, {"dropout"}, {"bias", "window", "dropout", "store_lse"}):
+            for options in (*one, every | {"store_lse"}):
                 yield from attention(head_dim, dtype, target, "ragged", **dict.fromkeys(options, True))
             for lengths in LENGTHS:
                 yield from attention_gradient(head_dim, dtype, target, lengths)
-            for options in ({"bias"}, {"window"}, {"dropout"}, {"bias", "window", "dropout"}):
+            for options in (*one, every):
                 yield from attention_gradient(head_dim, dtype, target, "ragged", **dict.fromkeys(options, True))
         for width in WIDTHS:
             yield layer_norm(width, dtype)
@@ -135,6 +137,7 @@ def attention(
     lengths: str,
     *,
     bias: bool = False,
+    alibi: bool = False,
     window: bool = False,
     dropout: bool = False,
     store_lse: bool = False,
@@ -150,12 +153,10 @@ def attention(
         torch.empty(BATCH, 2, dtype=torch.int32),
         max_seqlen,
         store_lse=store_lse,
-        **_attention_options(head_dim, dtype, max_seqlen, bias, window, dropout),
+        **_attention_options(head_dim, dtype, max_seqlen, bias, alibi, window, dropout),
     )
-    name = _name(
-        f"attention head_dim {head_dim} {lengths}", dtype, bias=bias, window=window, dropout=dropout, lse=store_lse
-    )
-    yield Case(name, run, _matrix(dtype, target))
+    options = {"bias": bias, "alibi": alibi, "window": window, "dropout": dropout, "lse": store_lse}
+    yield Case(_name(f"attention head_dim {head_dim} {lengths}", dtype, **options), run, _matrix(dtype, target))
 
 
 def attention_gradient(
@@ -165,6 +166,7 @@ def attention_gradient(
     lengths: str,
     *,
     bias: bool = False,
+    alibi: bool = False,
     window: bool = False,
     dropout: bool = False,
 ) -> Iterator[Case]:
@@ -185,13 +187,13 @@ def attention_gradient(
         max_seqlen,
         tokens=rows,
         dbias_shape=(1, HEADS, max_seqlen, max_seqlen) if bias else None,
-        **_attention_options(head_dim, dtype, max_seqlen, bias, window, dropout),
+        **_attention_options(head_dim, dtype, max_seqlen, bias, alibi, window, dropout),
     )
     name = f"attention backward head_dim {head_dim} {lengths}"
     matrix = _matrix(dtype, target)
     if head_dim == 256 and target.arch == "sm_90":  # the 64 rows of an HGMMA leave too few registers
         matrix += ("HMMA",)
-    yield Case(_name(name, dtype, bias=bias, window=window, dropout=dropout), run, matrix)
+    yield Case(_name(name, dtype, bias=bias, alibi=alibi, window=window, dropout=dropout), run, matrix)
 
 
 def _matrix(dtype: torch.dtype, target: Target) -> tuple[str, ...]:
@@ -199,13 +201,14 @@ def _matrix(dtype: torch.dtype, target: Target) -> tuple[str, ...]:
 
 
 def _attention_options(
-    head_dim: int, dtype: torch.dtype, max_seqlen: int, bias: bool, window: bool, dropout: bool
+    head_dim: int, dtype: torch.dtype, max_seqlen: int, bias: bool, alibi: bool, window: bool, dropout: bool
 ) -> dict[str, Any]:
     """What forward and backward take alike; one bias for all sequences."""
     one_bias = torch.empty(1, HEADS, max_seqlen, max_seqlen, dtype=dtype)
     return {
         "scale": head_dim**-0.5,
         "bias": one_bias.expand(BATCH, -1, -1, -1) if bias else None,
+        "alibi_slopes": torch.empty(HEADS) if alibi else None,
         "window": WINDOW if window else None,
         "dropout": DROPOUT if dropout else 0.0,
         "seed": _seed() if dropout else None,

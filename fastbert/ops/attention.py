@@ -30,6 +30,7 @@ def attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     window: int | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
@@ -43,6 +44,8 @@ def attention(
         scale: positive factor on the scores; `head_dim ** -0.5` by default.
         bias: floating, broadcastable to `[batch, heads, max_seqlen, max_seqlen]`; added to the scaled scores, indexed
             by a token's place in its sequence. -inf hides a key from a row.
+        alibi_slopes: float32 `[heads]`, finite, on the device of `qkv`, without gradient: `slope * |row - column|` is
+            taken off the scaled scores of its head, the bidirectional form of ALiBi.
         window: only keys at most this many places away are seen.
         dropout: probability in [0, 1) that a weight is dropped. The mask is a pure function of (seed, sequence,
             head, row, column): see `reference.keep_mask`.
@@ -55,14 +58,14 @@ def attention(
         ArgumentError: a shape, dtype, device or value is wrong.
         BackendError: the Triton path was forced and can't serve this call.
     """
-    _check(qkv, packing, scale, bias, window, dropout, seed)
+    _check(qkv, packing, scale, bias, alibi_slopes, window, dropout, seed)
     (qkv,) = cast_states(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     gradient = wants_gradient(qkv, bias)
     unserved = launch.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device), gradient=gradient)
     if backend.uses_triton("attention", qkv, unserved):
-        return _attention_triton(qkv, packing, scale, bias, window, dropout, seed, gradient)
-    return _attention_torch(qkv, packing, scale, bias, window, dropout, seed)
+        return _attention_triton(qkv, packing, scale, bias, alibi_slopes, window, dropout, seed, gradient)
+    return _attention_torch(qkv, packing, scale, bias, alibi_slopes, window, dropout, seed)
 
 
 def _check(
@@ -70,6 +73,7 @@ def _check(
     packing: Packing,
     scale: float | None,
     bias: Tensor | None,
+    alibi_slopes: Tensor | None,
     window: int | None,
     dropout: float,
     seed: Tensor | None,
@@ -93,9 +97,21 @@ def _check(
             )
         if bias.device != qkv.device:
             raise ArgumentError("bias", f"on {bias.device}", f"on {qkv.device}, the device of qkv")
+    if alibi_slopes is not None:
+        _check_slopes(alibi_slopes, qkv)
     if window is not None and window < 0:
         raise ArgumentError("window", window, "zero or more places to each side")
     check_dropout(dropout, seed, qkv)
+
+
+def _check_slopes(alibi_slopes: Tensor, qkv: Tensor) -> None:
+    if alibi_slopes.dtype != torch.float32 or alibi_slopes.shape != qkv.shape[2:3]:
+        got = f"{alibi_slopes.dtype} of shape {tuple(alibi_slopes.shape)}"
+        raise ArgumentError("alibi_slopes", got, f"float32 of shape ({qkv.shape[2]},), one of each head")
+    if alibi_slopes.device != qkv.device:
+        raise ArgumentError("alibi_slopes", f"on {alibi_slopes.device}", f"on {qkv.device}, the device of qkv")
+    if alibi_slopes.requires_grad:
+        raise ArgumentError("alibi_slopes", "a tensor that requires a gradient", "one without: pass it detached")
 
 
 def _attention_torch(
@@ -103,11 +119,12 @@ def _attention_torch(
     packing: Packing,
     scale: float,
     bias: Tensor | None,
+    alibi_slopes: Tensor | None,
     window: int | None,
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    if bias is None and window is None and not torch.compiler.is_compiling():
+    if bias is None and alibi_slopes is None and window is None and not torch.compiler.is_compiling():
         if dropout > 0.0 and seed is not None:
             return _DroppedAttention.apply(qkv, packing, scale, dropout, seed)  # type: ignore[no-untyped-call]
         if wants_gradient(qkv):
@@ -119,7 +136,9 @@ def _attention_torch(
     if dropout > 0.0 and seed is not None:
         keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, dropout)
     exact = qkv if qkv.dtype == torch.float64 else qkv.float()
-    out, _ = reference.attention(exact, packing, scale=scale, bias=bias, window=window, keep=keep, dropout=dropout)
+    out, _ = reference.attention(
+        exact, packing, scale=scale, bias=bias, alibi_slopes=alibi_slopes, window=window, keep=keep, dropout=dropout
+    )
     return out.to(qkv.dtype)
 
 
@@ -289,16 +308,24 @@ def _attention_triton(
     packing: Packing,
     scale: float,
     bias: Tensor | None,
+    alibi_slopes: Tensor | None,
     window: int | None,
     dropout: float,
     seed: Tensor | None,
     gradient: bool,
 ) -> Tensor:
     head_dim, dtype, max_seqlen = qkv.shape[-1], qkv.dtype, packing.max_seqlen
-    extras = bias is not None or window is not None or dropout > 0.0
+    extras = bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0
     here = target.of(qkv.device)
     forward = launch.attention_forward(
-        head_dim, dtype, max_seqlen, rows=qkv.shape[0], batch=packing.batch, extras=extras, target=here
+        head_dim,
+        dtype,
+        max_seqlen,
+        rows=qkv.shape[0],
+        batch=packing.batch,
+        extras=extras,
+        bias=bias is not None,
+        target=here,
     )
     tiles = [packing.tiles(forward.BLOCK_M)]
     if gradient:
@@ -307,7 +334,7 @@ def _attention_triton(
         by_key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=dbias, extras=extras, target=here)
         tiles += [packing.tiles(by_query.BLOCK_M), packing.tiles(by_key.BLOCK_N)]
     out, _ = attention_forward(
-        qkv, packing.cu_seqlens, tiles, max_seqlen, packing.tokens, scale, bias, window, dropout, seed
+        qkv, packing.cu_seqlens, tiles, max_seqlen, packing.tokens, scale, bias, alibi_slopes, window, dropout, seed
     )
     return out
 
@@ -325,6 +352,7 @@ def attention_forward(
     tokens: int,
     scale: float,
     bias: Tensor | None,
+    alibi_slopes: Tensor | None,
     window: int | None,
     dropout: float,
     seed: Tensor | None,
@@ -343,6 +371,7 @@ def attention_forward(
         max_seqlen,
         scale=scale,
         bias=_expanded(bias, cu_seqlens, qkv.shape[2], max_seqlen),
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
         window=window,
         dropout=dropout,
         seed=seed,
@@ -359,6 +388,7 @@ def _(
     tokens: int,
     scale: float,
     bias: Tensor | None,
+    alibi_slopes: Tensor | None,
     window: int | None,
     dropout: float,
     seed: Tensor | None,
@@ -382,6 +412,7 @@ def attention_backward(
     scale: float,
     bias: Tensor | None,
     needs_dbias: bool,
+    alibi_slopes: Tensor | None,
     window: int | None,
     dropout: float,
     seed: Tensor | None,
@@ -402,6 +433,7 @@ def attention_backward(
         scale=scale,
         bias=_expanded(bias, cu_seqlens, qkv.shape[2], max_seqlen),
         dbias_shape=bias.shape if bias is not None and needs_dbias else None,
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
         window=window,
         dropout=dropout,
         seed=seed,
@@ -423,6 +455,7 @@ def _(
     scale: float,
     bias: Tensor | None,
     needs_dbias: bool,
+    alibi_slopes: Tensor | None,
     window: int | None,
     dropout: float,
     seed: Tensor | None,
@@ -431,10 +464,10 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, tiles, max_seqlen, tokens, scale, bias, window, dropout, seed = inputs
+    qkv, cu_seqlens, tiles, max_seqlen, tokens, scale, bias, alibi_slopes, window, dropout, seed = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse, cu_seqlens, bias, seed, *tiles[1:])
+    ctx.save_for_backward(qkv, out, lse, cu_seqlens, bias, alibi_slopes, seed, *tiles[1:])
     ctx.tables = len(tiles)
     ctx.options = max_seqlen, tokens, scale, window, dropout
 
@@ -444,15 +477,16 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
         raise BackendError(
             "attention_forward", "a gradient asked for with one table of tiles", "the backward's tables in the forward"
         )
-    qkv, out, lse, cu_seqlens, bias, seed, query_tiles, key_tiles = ctx.saved_tensors
+    qkv, out, lse, cu_seqlens, bias, alibi_slopes, seed, query_tiles, key_tiles = ctx.saved_tensors
     max_seqlen, tokens, scale, window, dropout = ctx.options
     needs_dbias = ctx.needs_input_grad[6]
     dqkv, dbias = attention_backward(
-        dout, qkv, out, lse, cu_seqlens, query_tiles, key_tiles, max_seqlen, tokens, scale, bias, needs_dbias, window,
-        dropout, seed,
+        dout, qkv, out, lse, cu_seqlens, query_tiles, key_tiles, max_seqlen, tokens, scale, bias, needs_dbias,
+        alibi_slopes, window, dropout, seed,
     )  # fmt: skip
     no_tables = [None] * ctx.tables
-    return dqkv, None, no_tables, None, None, None, dbias.to(bias.dtype) if needs_dbias else None, None, None, None
+    dbias = dbias.to(bias.dtype) if needs_dbias else None
+    return dqkv, None, no_tables, None, None, None, dbias, None, None, None, None
 
 
 attention_forward.register_autograd(_backward, setup_context=_save)
