@@ -330,7 +330,7 @@ def _attention_triton(
     tiles = [packing.tiles(forward.BLOCK_M)]
     if gradient:
         dbias = bias is not None and bias.requires_grad
-        by_query = launch.attention_backward_query(head_dim, dtype, here)
+        by_query = launch.attention_backward_query(head_dim, dtype, extras=extras, target=here)
         by_key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=dbias, extras=extras, target=here)
         tiles += [packing.tiles(by_query.BLOCK_M), packing.tiles(by_key.BLOCK_N)]
     out, _ = attention_forward(
@@ -467,12 +467,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     qkv, cu_seqlens, tiles, max_seqlen, tokens, scale, bias, alibi_slopes, window, dropout, seed = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of lse
     ctx.save_for_backward(qkv, out, lse, cu_seqlens, bias, alibi_slopes, seed, *tiles[1:])
     ctx.tables = len(tiles)
     ctx.options = max_seqlen, tokens, scale, window, dropout
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
+    no_tables = [None] * ctx.tables
+    if dout is None:
+        return None, None, no_tables, None, None, None, None, None, None, None, None
     if ctx.tables == 1:
         raise BackendError(
             "attention_forward", "a gradient asked for with one table of tiles", "the backward's tables in the forward"
@@ -484,7 +488,6 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
         dout, qkv, out, lse, cu_seqlens, query_tiles, key_tiles, max_seqlen, tokens, scale, bias, needs_dbias,
         alibi_slopes, window, dropout, seed,
     )  # fmt: skip
-    no_tables = [None] * ctx.tables
     dbias = dbias.to(bias.dtype) if needs_dbias else None
     return dqkv, None, no_tables, None, None, None, dbias, None, None, None, None
 
