@@ -39,12 +39,12 @@ LIMITS: Limits = {
     "sm_90 attention backward head_dim 64 ragged float16: attention_backward_query": {HALF_RATE: 0, **WIDE_ONLY},
     "sm_80 attention backward head_dim 64 ragged float16: attention_backward_query": WIDE_ONLY,
     "sm_90 attention backward head_dim 64 short float16: attention_backward_key": {HALF_RATE: 0},
+    "sm_90 attention head_dim 64 ragged float16 +dropout: attention_forward": {NON_TENSOR: 25},
+    "sm_80 attention head_dim 64 ragged float16 +dropout: attention_forward": {NON_TENSOR: 25},
 }  # fmt: skip
 NOT_YET: Limits = {
     "sm_80 attention head_dim 64 aligned float16: attention_forward": {PROGRAMS: 2, NON_TENSOR: 8.3},
     "sm_80 attention head_dim 32 aligned float16: attention_forward": {"registers": 104},
-    "sm_90 attention head_dim 64 ragged float16 +dropout: attention_forward": {NON_TENSOR: 25},
-    "sm_80 attention head_dim 64 ragged float16 +dropout: attention_forward": {NON_TENSOR: 25},
     "sm_90 attention backward head_dim 64 ragged float16: attention_backward_key": {NON_TENSOR: 12.8},
     "sm_80 attention backward head_dim 64 ragged float16: attention_backward_key": {NON_TENSOR: 10.3},
     "sm_90 attention backward head_dim 64 ragged float16: attention_backward_query": {NON_TENSOR: 8.0},
