@@ -23,6 +23,7 @@ Pooling = Literal["cls", "mean", "max"]
 PHILOX_ROUNDS = 7
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+FOLD_M = 0xD256D193  # Philox-2x32's multiplier, of the same table
 LOW = 0xFFFFFFFF  # the low 32 bits
 
 
@@ -163,25 +164,25 @@ def keep_mask(
     """Which elements dropout keeps: bool, a pure function of (seed, sequence, head, row, column).
 
     Philox-4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), key the 64-bit
-    seed, counter `(row, column // 8, head, sequence)`. Its four words are eight 16-bit draws, low half first, one for
-    each of the eight columns; an element is kept where its draw is at least `drop_threshold(dropout)`.
+    seed, counter `(0, 0, head, sequence)`, gives four words; `_fold` makes of them two words of the row, and of those a
+    word for each pair of columns. Its low half is the draw of the even column, its high half that of the odd one; an
+    element is kept where its draw is at least `drop_threshold(dropout)`. docs/numerics.md says why.
 
     Args:
         seed: int64, one element.
         row, column, head, sequence: int64 tensors (or ints) that broadcast together.
     """
-    words = _philox(seed.view(()), row, column // 8, torch.as_tensor(head), torch.as_tensor(sequence))
-    lane = column % 8
-    word = sum(torch.where(lane // 2 == i, words[i], 0) for i in range(4))
-    return ((word >> (lane % 2 * 16)) & 0xFFFF) >= drop_threshold(dropout)
+    x, key = row_words(seed, row, torch.as_tensor(head), torch.as_tensor(sequence))
+    word = _fold(x ^ (column // 2), key)
+    return ((word >> (column % 2 * 16)) & 0xFFFF) >= drop_threshold(dropout)
 
 
-def keep_groups(
-    seed: Tensor, row: Tensor, group: Tensor, dropout: float, *, head: Tensor | int = 0, sequence: Tensor | int = 0
+def keep_pairs(
+    seed: Tensor, row: Tensor, pair: Tensor, dropout: float, *, head: Tensor | int = 0, sequence: Tensor | int = 0
 ) -> Tensor:
-    """`keep_mask` of the columns `8 * group` to `8 * group + 7`, which share a draw: bool, `[8]` more at the end."""
-    words = _philox(seed.view(()), row, group, torch.as_tensor(head), torch.as_tensor(sequence))
-    draws = torch.stack(torch.broadcast_tensors(*words), -1).to(torch.int32).view(torch.int16)
+    """`keep_mask` of the columns `2 * pair` and `2 * pair + 1`, which share a word: bool, `[2]` more at the end."""
+    x, key = row_words(seed, row, torch.as_tensor(head), torch.as_tensor(sequence))
+    draws = _fold(x ^ pair, key)[..., None].to(torch.int32).view(torch.int16)
     shifted = draws.bitwise_xor_(-(2**15))  # torch compares no unsigned integers; this keeps their order
     return shifted >= drop_threshold(dropout) - 2**15
 
@@ -189,17 +190,31 @@ def keep_groups(
 def hidden_keep_mask(seed: Tensor, rows: int, hidden: int, dropout: float) -> Tensor:
     """bool `[rows, hidden]`: the elements that dropout keeps of a hidden state."""
     row = torch.arange(rows, device=seed.device)[:, None]
-    group = torch.arange(-(-hidden // 8), device=seed.device)
-    return keep_groups(seed, row, group, dropout).flatten(1)[:, :hidden]
+    pair = torch.arange(-(-hidden // 2), device=seed.device)
+    return keep_pairs(seed, row, pair, dropout).flatten(1)[:, :hidden]
 
 
 def attention_keep_mask(seed: Tensor, batch: int, heads: int, seqlen: int, dropout: float) -> Tensor:
     """bool `[batch, heads, seqlen, seqlen]`: the attention weights that dropout keeps."""
     position = torch.arange(seqlen, device=seed.device)[:, None]
-    group = torch.arange(-(-seqlen // 8), device=seed.device)
+    pair = torch.arange(-(-seqlen // 2), device=seed.device)
     sequence = torch.arange(batch, device=seed.device)[:, None, None, None]
     head = torch.arange(heads, device=seed.device)[:, None, None]
-    return keep_groups(seed, position, group, dropout, head=head, sequence=sequence).flatten(-2)[..., :seqlen]
+    return keep_pairs(seed, position, pair, dropout, head=head, sequence=sequence).flatten(-2)[..., :seqlen]
+
+
+def row_words(seed: Tensor, row: Tensor, head: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """The two words, int64 below 2^32, that one row of one head of one sequence draws from; see `keep_mask`."""
+    zero = torch.zeros_like(seed.view(()))
+    word0, word1, word2, word3 = _philox(seed.view(()), zero, zero, head, sequence)
+    return _fold(row ^ word0, word1), _fold(row ^ word2, word3)
+
+
+def _fold(x: Tensor, key: Tensor) -> Tensor:
+    """A hash of 32-bit `x` under a key: twice the product with a constant, its high half xored to its low."""
+    product = x * FOLD_M  # wrapping int64 keeps all 64 bits of the product
+    product = (((product >> 32) ^ product) & LOW ^ key) * FOLD_M
+    return ((product >> 32) ^ product) & LOW
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

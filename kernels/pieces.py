@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FOLD_M: tl.constexpr = tl.constexpr(0xD256D193)
+
 
 @triton.jit
 def gelu_erf(z):
@@ -124,26 +126,34 @@ def normalise_gradient(dout, normal, weight, rstd, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def fold(x, key):
+    """A hash of uint32 `x` under a uint32 key: twice the product with a constant, its high half xored to its low."""
+    x = tl.umulhi(x, FOLD_M) ^ (x * FOLD_M) ^ key
+    return tl.umulhi(x, FOLD_M) ^ (x * FOLD_M)
+
+
+@triton.jit
 def keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK: tl.constexpr):
     """Which elements of a tile dropout keeps: bool `[len(rows), BLOCK]`, the bits of `reference.keep_mask`.
 
-    One Philox call draws for eight neighbouring columns, addressed by (row, column // 8, head, sequence) and never by
-    the tile, so that any other tiling finds the same bits.
+    Two neighbouring columns share a hash. Most layouts have both in one thread, where the compiler hashes once, and
+    nothing moves between threads.
 
     Args:
-        seed: int64 scalar, the key.
+        seed: int64 scalar.
         rows: int32 `[ROWS]`.
-        first_column: int32 scalar, a multiple of 8; the tile's columns are the BLOCK (also a multiple) from there.
+        first_column: int32 scalar, even; the tile's columns are the BLOCK from there.
         head, sequence: int32 scalars; 0 for a hidden state.
         drop_threshold: 16-bit draws below this are dropped.
     """
-    groups = first_column // 8 + tl.arange(0, BLOCK // 8)
-    head = tl.cast(head, tl.int32)
-    sequence = tl.cast(sequence, tl.int32)
-    word0, word1, word2, word3 = tl.philox(seed, rows[:, None], groups[None, :], head, sequence, n_rounds=7)
-    # Joined as pairs of pairs, the last dimensions read word 0, 1, 2, 3; then each word's low half before its high.
-    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # [ROWS, BLOCK // 8, 2, 2]
-    threshold = tl.cast(drop_threshold, tl.uint32)
-    keep_low = (words & 0xFFFF) >= threshold
-    keep_high = (words >> 16) >= threshold
-    return tl.reshape(tl.join(keep_low, keep_high), [rows.shape[0], BLOCK])
+    zero = tl.cast(0, tl.int32)
+    word0, word1, word2, word3 = tl.philox(
+        seed, zero, zero, tl.cast(head, tl.int32), tl.cast(sequence, tl.int32), n_rounds=7
+    )
+    row = rows.to(tl.uint32)
+    x, key = fold(row ^ word0, word1), fold(row ^ word2, word3)  # [ROWS]
+    lane = tl.arange(0, BLOCK)[None, :]
+    pair = (lane // 2 + first_column // 2).to(tl.uint32)
+    word = fold(x[:, None] ^ pair, key[:, None])  # [ROWS, BLOCK]
+    draw = tl.where(lane % 2 == 0, word << 16, word)  # in the high half
+    return draw >= (tl.cast(drop_threshold, tl.uint32) << 16)

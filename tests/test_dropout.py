@@ -16,7 +16,7 @@ SEEDS = [0, 1, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 @pytest.mark.parametrize("at_once", [1, 24, 2**16])
 @pytest.mark.parametrize("columns", [1, 8, 19, 64])
 def test_lines_are_those_of_the_reference(columns, at_once, monkeypatch):
-    monkeypatch.setattr(dropout, "GROUPS_AT_ONCE", at_once)
+    monkeypatch.setattr(dropout, "PAIRS_AT_ONCE", at_once)
     row = torch.tensor([0, 1, 7, 2**31, 2**32 - 1, 5, 5])
     head = torch.tensor([0, 3, 2**32 - 1, 1, 0, 5, 5])
     sequence = torch.tensor([0, 0, 2, 70_000, 2**32 - 1, 5, 6])
