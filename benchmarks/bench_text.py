@@ -26,10 +26,11 @@ from torch import Tensor
 from workloads import workload
 
 from fastbert import assets, load
+from fastbert.backend import use_backend
 from fastbert.errors import CheckpointError
 from fastbert.kernels.cost import Cost
+from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
-from fastbert.pooling import pool
 from fastbert.tasks import TextEncoder
 from fastbert.text import Tokenizer, Tokens
 
@@ -79,9 +80,9 @@ def exact(case: Case, of: Corpus) -> dict[str, Tensor]:
     ids, _ = of.tokens.packed(range(len(of.texts)))
     packing = Packing.from_lengths(case.workload.lengths, device=case.device)
     model = load(of.folder, dtype=torch.float64, device=case.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), use_backend("torch"):
         hidden = in_torch(model, ids.to(case.device), packing)
-    return {"out": F.normalize(pool(hidden, packing, "mean")).cpu()}
+        return {"out": pool(hidden, packing, "mean", normalise=True).cpu()}
 
 
 def plain(case: Case, of: Corpus) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastbert.kernels.pooling import pool_backward, pool_forward
 from fastbert.kernels.target import Target
 from fastbert.packing import Packing
 
@@ -115,6 +116,8 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     "embedding_forward": {"ROWS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)},
     "embedding_backward": {"ROWS": (1, 2, 4), "num_warps": (1, 2, 4), "PROGRAMS": (256, 512, 1024, 2048)},
     "embedding_backward_table": {"ROWS": (2, 4, 8), "BLOCK": (128, 256, 512), "num_warps": (1, 2, 4)},
+    "pool_forward": {"ROWS": (1, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8, 16)},
+    "pool_backward": {"ROWS": (16, 32, 64), "num_warps": (2, 4, 8)},
 }
 
 
@@ -169,7 +172,13 @@ def _sensible(choice: Any, target: Target) -> bool:
             return 16 * choice.num_warps <= choice.BLOCK_N  # a matrix product gives each warp 16 rows or more
         case launch.AttentionForward() | launch.AttentionBackwardQuery() | launch.AttentionBackwardBias():
             return 16 * choice.num_warps <= choice.BLOCK_M
-        case launch.BiasGeluForward() | launch.BiasGeluBackward() | launch.EmbeddingBackwardTable():
+        case (
+            launch.BiasGeluForward()
+            | launch.BiasGeluBackward()
+            | launch.EmbeddingBackwardTable()
+            | launch.PoolForward()
+            | launch.PoolBackward()
+        ):
             return 8 <= choice.ROWS * choice.BLOCK // (choice.num_warps * target.warp_size) <= 64
     return choice.ROWS * choice.num_warps <= 8
 
@@ -227,6 +236,12 @@ def problems(target: Target, sizes: Sizes = FULL) -> list[Problem]:
             backward = partial(_embedding_gradient, sizes.rows, sizes.words, hidden, dtype)
             add(partial(launch.embedding_backward, hidden, dtype, target), backward)
             add(partial(launch.embedding_backward_table, hidden, dtype, target), backward)
+            for how, normalise in (("mean", False), ("mean", True), ("cls", True)):
+                pooled = partial(_pool, sizes.lengths["default"], hidden, dtype, how, normalise)
+                choose = partial(launch.pool_forward, hidden, dtype, target, how=how, normalise=normalise)
+                add(choose, pooled)
+            rows = partial(_pool_gradient, sizes.lengths["default"], hidden, dtype)
+            add(partial(launch.pool_backward, hidden, dtype, target), rows)
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             if launch.attention_unserved(head_dim, dtype, target, gradient=True) is None:
@@ -488,3 +503,43 @@ def _embedding_gradient(rows: int, words: int, hidden: int, dtype: torch.dtype, 
         run,
         lambda: (_gradients(exactly, tables, dout, dtype), _gradients(exactly, tables, dout, torch.float64)),
     )
+
+
+def _pool(
+    lengths: tuple[int, ...],
+    hidden: int,
+    dtype: torch.dtype,
+    how: reference.Pooling,
+    normalise: bool,
+    device: torch.device,
+) -> Work:
+    packing = Packing.from_lengths(lengths, device=device)
+    x = _randn(device, dtype, packing.tokens, hidden)
+
+    def exactly(dtype: torch.dtype) -> list[Tensor]:
+        return [reference.pool(x.to(dtype), packing, how, normalise=normalise)]
+
+    return Work(
+        lambda: [pool_forward(x, packing.cu_seqlens, how=how, normalise=normalise)[0]],
+        lambda: (exactly(torch.float32), exactly(torch.float64)),
+    )
+
+
+def _pool_gradient(lengths: tuple[int, ...], hidden: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """Of the normalised mean, as sentence embeddings are trained."""
+    packing = Packing.from_lengths(lengths, device=device)
+    x = _randn(device, dtype, packing.tokens, hidden)
+    dout = _randn(device, torch.float32, packing.batch, hidden)
+    options: dict[str, Any] = {"how": "mean", "normalise": True}
+
+    def run() -> list[Tensor]:
+        out, norm = pool_forward(x, packing.cu_seqlens, store_norm=True, **options)
+        return [pool_backward(dout, out, norm, None, packing.cu_seqlens, rows=len(x), dtype=dtype, **options)]
+
+    def exactly(x: Tensor) -> Tensor:
+        return reference.pool(x, packing, **options)
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        return _gradients(exactly, [x], dout, dtype)
+
+    return Work(run, lambda: ([plain(torch.float32)[0].to(dtype)], plain(torch.float64)))

@@ -44,6 +44,7 @@ class EncoderLayer(nn.Module):
         bias: Tensor | None = None,
         seeds: Tensor | None = None,
         read: Tensor | None = None,
+        unpack: bool = False,
     ) -> Tensor:
         """`[rows, hidden]` -> `[rows, hidden]`.
 
@@ -52,9 +53,11 @@ class EncoderLayer(nn.Module):
             seeds: int64 `[3]`, one seed for each dropout; None when dropout is off.
             read: int64 `[reads]`, the rows of the output that are wanted; all by default. All rows are attended to, but
                 only these go through what comes after attention. The hidden dropouts then draw for these rows alone.
+            unpack: give the output in the padded layout; not together with `read`.
 
         Returns:
-            `[rows, hidden]`, or `[reads, hidden]`: the rows that the whole output would have there.
+            `[rows, hidden]`, or `[reads, hidden]`: the rows that the whole output would have there; unpacked
+            `[batch, seqlen, hidden]`.
         """
         config = self.config
         drop_weight = config.attention_dropout if seeds is not None else 0.0
@@ -66,7 +69,8 @@ class EncoderLayer(nn.Module):
         if read is not None:
             context, x = context.index_select(0, read), x.index_select(0, read)
         x = _project_add_norm(context, self.attention_output, x, self.attention_norm, drop_hidden, seed_context)
-        return _project_add_norm(self.activate(x), self.output, x, self.output_norm, drop_hidden, seed_output)
+        layout = packing if unpack else None
+        return _project_add_norm(self.activate(x), self.output, x, self.output_norm, drop_hidden, seed_output, layout)
 
     def activate(self, x: Tensor) -> Tensor:
         """The first product of the feed-forward and its activation: `[rows, hidden]` -> `[rows, intermediate]`."""
@@ -87,10 +91,25 @@ def linear_activation(x: Tensor, linear: nn.Linear, activation: Activation) -> T
 
 
 def _project_add_norm(
-    x: Tensor, linear: nn.Linear, residual: Tensor, norm: nn.LayerNorm, dropout: float, seed: Tensor | None
+    x: Tensor,
+    linear: nn.Linear,
+    residual: Tensor,
+    norm: nn.LayerNorm,
+    dropout: float,
+    seed: Tensor | None,
+    unpack: Packing | None = None,
 ) -> Tensor:
     return linear_layer_norm(
-        x, linear.weight, linear.bias, residual, norm.weight, norm.bias, dropout=dropout, seed=seed, eps=norm.eps
+        x,
+        linear.weight,
+        linear.bias,
+        residual,
+        norm.weight,
+        norm.bias,
+        dropout=dropout,
+        seed=seed,
+        eps=norm.eps,
+        unpack=unpack,
     )
 
 
@@ -168,26 +187,40 @@ class Encoder(nn.Module):
             raise ArgumentError(
                 "hidden_states", f"shape {tuple(hidden_states.shape)}", f"a last dimension of {self.config.hidden_size}"
             )
-        states = self.run(x, packing, bias)
-        layout = (lambda state: state) if packed else packing.unpack
+        states = self.run(x, packing, bias, unpack=not packed)
+
+        def layout(state: Tensor) -> Tensor:
+            return state if packed or state is states[-1] else packing.unpack(state)
+
         append_hidden_states(collected_by_transformers(), states, layout)
         every = tuple(layout(state) for state in states) if output_hidden_states else None
-        out = EncoderOutput(layout(states[-1]) if every is None else every[-1], every)
+        out = EncoderOutput(states[-1], every)
         return out if return_dict else out.to_tuple()
 
-    def run(self, x: Tensor, packing: Packing, bias: Tensor | None = None, read: Tensor | None = None) -> list[Tensor]:
+    def run(
+        self,
+        x: Tensor,
+        packing: Packing,
+        bias: Tensor | None = None,
+        read: Tensor | None = None,
+        *,
+        unpack: bool = False,
+    ) -> list[Tensor]:
         """The packed input and the packed output of each layer, `num_layers + 1` tensors `[rows, hidden]`.
 
         With `read`, int64 `[reads]`, the last of them is `[reads, hidden]`: only these rows of it, and no work for the
-        others; see `EncoderLayer.forward`.
+        others. With `unpack` the last of them is `[batch, seqlen, hidden]`. See `EncoderLayer.forward`.
         """
         seeds = None
         if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
             seeds = torch.randint(2**63 - 1, (len(self.layers), 3), device=x.device)
-        states = [x if read is None or len(self.layers) else x.index_select(0, read)]
+        if not self.layers:
+            return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
+        states = [x]
         for i, layer in enumerate(self.layers):
             last = i + 1 == len(self.layers)
-            states.append(layer(states[-1], packing, bias, None if seeds is None else seeds[i], read if last else None))
+            seed = None if seeds is None else seeds[i]
+            states.append(layer(states[-1], packing, bias, seed, read if last else None, unpack and last))
         return states
 
 

@@ -18,9 +18,9 @@ from fastbert.errors import ArgumentError
 from fastbert.models import BertModel, Inputs
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
 from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.pooling import first_rows, first_tokens
 from fastbert.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput
 from fastbert.packing import Packing
-from fastbert.pooling import first_rows, first_tokens
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -16,9 +16,9 @@ from fastbert.encoder import Encoder, initialise
 from fastbert.errors import ArgumentError
 from fastbert.masks import read_mask
 from fastbert.ops.linear import held
+from fastbert.ops.pooling import first_tokens
 from fastbert.outputs import ModelOutput
 from fastbert.packing import Packing
-from fastbert.pooling import first_tokens
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

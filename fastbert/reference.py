@@ -141,10 +141,10 @@ def embedding(
     return out if keep is None else out * keep * drop_scale(dropout)
 
 
-def pool(x: Tensor, packing: Packing, how: Pooling) -> Tensor:
+def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) -> Tensor:
     """One row a sequence, `[tokens, hidden]` -> `[batch, hidden]`: its first token, the mean, or the maximum.
 
-    A zero-length sequence gives zeros.
+    A zero-length sequence gives zeros. With `normalise` each is divided by its norm, or by 1e-12 if that is larger.
     """
     hidden = x.shape[-1]
     sequences = x[: packing.tokens].split(packing.lengths.tolist())
@@ -155,7 +155,8 @@ def pool(x: Tensor, packing: Packing, how: Pooling) -> Tensor:
         "max": lambda rows: rows.amax(0),
     }
     rows = [reduce[how](sequence) if len(sequence) else empty for sequence in sequences]
-    return torch.stack(rows) if rows else x.new_zeros(0, hidden)
+    pooled = torch.stack(rows) if rows else x.new_zeros(0, hidden)
+    return pooled / pooled.norm(dim=-1, keepdim=True).clamp(min=1e-12) if normalise else pooled
 
 
 def keep_mask(

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastbert.backend import first_device
@@ -20,8 +19,8 @@ from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
 from fastbert.models import BertModel
 from fastbert.ops.linear import hold_weights
+from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
-from fastbert.pooling import pool
 from fastbert.reference import Pooling
 from fastbert.text import Text, Tokenizer, Tokens, batches, word_spans
 from fastbert.training.metrics import chunks, split_tag
@@ -146,8 +145,7 @@ class TextEncoder:
         embeddings = torch.empty(shape, dtype=torch.float32, device=device)
         with hold_weights():
             for rows, packing, out in _outputs(self.model, tokens, batch_tokens, "encoding" if progress else None):
-                pooled = pool(out.last_hidden_state, packing, pooling)
-                embeddings[rows] = (F.normalize(pooled) if normalize else pooled).float()
+                embeddings[rows] = pool(out.last_hidden_state, packing, pooling, normalise=normalize).float()
         return embeddings.cpu().numpy()
 
 

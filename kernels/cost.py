@@ -37,12 +37,14 @@ def layer_norm(
     x_bias: bool = False,
     dropout: bool = False,
     statistics: bool = False,
+    unpack: bool = False,
     parameters: torch.dtype | None = None,
 ) -> Cost:
     """LN(residual + dropout(x + x_bias)) on `[rows, hidden]`.
 
     Args:
         statistics: whether mean and rstd, float32, are written.
+        unpack: whether the result is padded, its row of each token read from an int64 vector; padding is not counted.
         parameters: dtype of weight, bias and x_bias; `dtype` by default.
     """
     per_element = LAYER_NORM_FLOPS + residual + x_bias + dropout
@@ -54,6 +56,7 @@ def layer_norm(
         min_bytes=rows * hidden * states * dtype.itemsize
         + hidden * vectors * itemsize
         + (rows * 2 * 4 if statistics else 0)
+        + (rows * 8 if unpack else 0)
         + (8 if dropout else 0),
     )
 
@@ -66,11 +69,13 @@ def layer_norm_backward(
     residual: bool = False,
     x_bias: bool = False,
     dropout: bool = False,
+    unpack: bool = False,
     parameters: torch.dtype | None = None,
 ) -> Cost:
     """Gradients of x, residual, weight, bias and x_bias; that of residual is that of x where dropout is off.
 
     Args:
+        unpack: as in `layer_norm`.
         parameters: dtype of weight, x_bias and the gradients of all three; `dtype` by default.
     """
     per_element = LAYER_NORM_BACKWARD_FLOPS + residual + 2 * x_bias + 2 * dropout
@@ -81,6 +86,7 @@ def layer_norm_backward(
         min_bytes=rows * hidden * states * dtype.itemsize
         + hidden * vectors * (parameters or dtype).itemsize
         + rows * 2 * 4
+        + (rows * 8 if unpack else 0)
         + (8 if dropout else 0),
     )
 
@@ -144,6 +150,43 @@ def embedding_backward(
         min_bytes=(tokens + entries + table_entries + 3) * hidden * dtype.itemsize
         + tokens * ids * 8
         + (8 if dropout else 0),
+    )
+
+
+def pool(
+    lengths: Sequence[int], hidden: int, dtype: torch.dtype, *, how: str, normalise: bool = False, norm: bool = False
+) -> Cost:
+    """One float32 row a sequence of these lengths: its first row ("cls"), the mean ("mean"), or the maximum ("max").
+
+    Args:
+        normalise: whether each is divided by its norm.
+        norm: whether the norms, float32, are written.
+    """
+    batch = len(lengths)
+    rows = sum(length > 0 for length in lengths) if how == "cls" else sum(lengths)
+    # A row: none to copy, else one. A result: a division for a mean; for the norm 2, a root a row, and a division.
+    per_row, per_result = how != "cls", (how == "mean") + 3 * normalise
+    return Cost(
+        flops=rows * hidden * per_row + batch * (hidden * per_result + normalise),
+        min_bytes=rows * hidden * dtype.itemsize + batch * hidden * 4 + (batch + 1) * 4 + (batch * 4 if norm else 0),
+    )
+
+
+def pool_backward(
+    lengths: Sequence[int], hidden: int, dtype: torch.dtype, *, how: str, normalise: bool = False
+) -> Cost:
+    """Gradient of the rows, from that of the result; and from the rows for "max", the result where it is normalised."""
+    batch, tokens = len(lengths), sum(lengths)
+    # An element of a maximum: 1 to find it, 2 to count it, 1 to look for it. A result: a division for mean and max; for
+    # the norm 2 for the slope, 2 to take it off, and a division.
+    per_element, per_result = 4 * (how == "max"), (how != "cls") + 5 * normalise
+    states, results = 1 + (how == "max"), 1 + normalise
+    return Cost(
+        flops=tokens * hidden * per_element + batch * hidden * per_result,
+        min_bytes=tokens * hidden * states * dtype.itemsize
+        + batch * hidden * results * 4
+        + (batch + 1) * 4
+        + (batch * 4 if normalise else 0),
     )
 
 

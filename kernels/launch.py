@@ -86,6 +86,24 @@ class EmbeddingBackwardTable:
 
 
 @dataclass(frozen=True)
+class PoolForward:
+    """ROWS rows a step of a block of BLOCK columns of one sequence; all columns where the result is normalised."""
+
+    ROWS: int
+    BLOCK: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class PoolBackward:
+    """As PoolForward; never all columns."""
+
+    ROWS: int
+    BLOCK: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class AttentionForward:
     """BLOCK_M query rows a program, BLOCK_N keys a step.
 
@@ -475,7 +493,7 @@ def _padded(head_dim: int) -> bool:
 
 
 def row_wise_unserved(width: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels that hold a row whole (layer_norm, embedding) can't serve this shape, or None when they can."""
+    """Why the kernels that hold a row whole can't serve this shape, or None when they can."""
     if width > WIDEST_ROW:
         return f"a row of {width} columns is wider than {WIDEST_ROW}"
     return elementwise_unserved(dtype)
@@ -514,6 +532,36 @@ def embedding_backward_table(hidden: int, dtype: torch.dtype, target: Target) ->
     """The choice for tables of `hidden` columns whose tokens' gradients have `dtype`: 32 elements a lane."""
     default = EmbeddingBackwardTable(ROWS=4, BLOCK=min(256, row_block(hidden)), num_warps=1)
     return tuned("embedding_backward_table", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+
+
+def pool_forward(hidden: int, dtype: torch.dtype, target: Target, *, how: str, normalise: bool) -> PoolForward:
+    """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None.
+
+    The first row alone ("cls") gets a warp for every 1024 columns, and a program for each of them unless normalised.
+    All rows are read a line of 128 bytes wide, 64 of them a step. Where they are normalised a program is alone with a
+    sequence, so it gets 512 lanes, each with 32 elements: four 16-byte loads of halves in flight.
+    """
+    columns = row_block(hidden)
+    if how == "cls":
+        block = columns if normalise else min(1024, columns)
+        regime, default = "first", PoolForward(ROWS=1, BLOCK=block, num_warps=max(1, block // 1024))
+    elif normalise:
+        rows = max(1, min(64, 512 * 32 // columns))
+        regime, default = "whole", PoolForward(ROWS=rows, BLOCK=columns, num_warps=512 // target.warp_size)
+    else:
+        regime, default = "line", PoolForward(ROWS=64, BLOCK=_line(columns, dtype), num_warps=4)
+    return tuned("pool_forward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]},regime={regime}")
+
+
+def pool_backward(hidden: int, dtype: torch.dtype, target: Target) -> PoolBackward:
+    """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
+    default = PoolBackward(ROWS=32, BLOCK=_line(row_block(hidden), dtype), num_warps=4)
+    return tuned("pool_backward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+
+
+def _line(columns: int, dtype: torch.dtype) -> int:
+    """Columns of a block that is a line of memory wide: 128 bytes, the L1 and L2 line of NVIDIA's and CDNA's GPUs."""
+    return min(columns, 128 // dtype.itemsize)
 
 
 def bias_gelu_forward(width: int, dtype: torch.dtype, target: Target) -> BiasGeluForward:
@@ -640,6 +688,8 @@ _CHOICES: dict[str, Any] = {
     "embedding_forward": EmbeddingForward,
     "embedding_backward": EmbeddingBackward,
     "embedding_backward_table": EmbeddingBackwardTable,
+    "pool_forward": PoolForward,
+    "pool_backward": PoolBackward,
 }
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}

@@ -24,6 +24,7 @@ def layer_norm_forward_kernel(
     residual_ptr,
     x_bias_ptr,
     seed_ptr,
+    out_rows_ptr,
     out_ptr,
     mean_ptr,
     rstd_ptr,
@@ -40,6 +41,7 @@ def layer_norm_forward_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_X_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_OUT_ROWS: tl.constexpr,
     STORE_STATS: tl.constexpr,
 ):
     """See `layer_norm_forward`."""
@@ -64,6 +66,8 @@ def layer_norm_forward_kernel(
     bias = tl.load(bias_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
 
     out, mean, rstd = normalise(x, mask_column[None, :], weight, bias, eps, HIDDEN)  # [ROWS, BLOCK]
+    if HAS_OUT_ROWS:
+        row_offset = tl.load(out_rows_ptr + row, mask=mask_row, other=0)[:, None]  # [ROWS]
     out_ptrs = out_ptr + row_offset * out_stride_row + column[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
     if STORE_STATS:
@@ -81,6 +85,8 @@ def layer_norm_forward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     eps: float,
+    out_rows: Tensor | None = None,
+    out_size: int = 0,
     store_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel.
@@ -89,15 +95,18 @@ def layer_norm_forward(
         x, residual: `[rows, hidden]` of one dtype, any strides; copied once if they are not 16-byte aligned.
         weight, bias, x_bias: `[hidden]`, in the dtype of `x` or float32.
         dropout, seed, eps: as in `fastbert.ops.layer_norm`.
+        out_rows: int64 `[rows]`, no two alike: the row of each in a result of `out_size` rows, 0 elsewhere.
         store_stats: whether the backward will need mean and rstd.
 
     Returns:
-        out `[rows, hidden]` in the dtype of `x`; mean and rstd float32 `[rows]`, or `[0]`.
+        out `[rows, hidden]`, or `[out_size, hidden]`, in the dtype of `x`; mean and rstd float32 `[rows]`, or `[0]`.
     """
     rows, hidden = x.shape
     x = target.aligned(x)
     residual = None if residual is None else target.aligned(residual)
-    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    size = rows if out_rows is None else out_size
+    allocate = torch.empty if size == rows else torch.zeros
+    out = allocate((size, hidden), dtype=x.dtype, device=x.device)
     mean = torch.empty(rows if store_stats else 0, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if rows == 0:
@@ -111,6 +120,7 @@ def layer_norm_forward(
             residual,
             None if x_bias is None else x_bias.contiguous(),
             seed,
+            out_rows,
             out,
             mean,
             rstd,
@@ -127,6 +137,7 @@ def layer_norm_forward(
             HAS_RESIDUAL=residual is not None,
             HAS_X_BIAS=x_bias is not None,
             HAS_DROPOUT=dropout > 0.0,
+            HAS_OUT_ROWS=out_rows is not None,
             STORE_STATS=store_stats,
             num_warps=choice.num_warps,
         )
@@ -141,6 +152,7 @@ def layer_norm_backward_kernel(
     residual_ptr,
     x_bias_ptr,
     seed_ptr,
+    out_rows_ptr,
     mean_ptr,
     rstd_ptr,
     dresidual_ptr,
@@ -162,6 +174,7 @@ def layer_norm_backward_kernel(
     HAS_X_BIAS: tl.constexpr,
     SUM_BIASES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_OUT_ROWS: tl.constexpr,
 ):
     """See `layer_norm_backward`. dweight, dbias and dx_bias are the sums of each program, `[programs, HIDDEN]`."""
     column = tl.arange(0, BLOCK)
@@ -191,7 +204,10 @@ def layer_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row, mask=mask_row, other=0.0)  # [ROWS]; 0 makes a masked row's gradient 0
 
         normal = (z - mean[:, None]) * rstd[:, None]
-        dout_ptrs = dout_ptr + row_offset * dout_stride_row + column[None, :]
+        dout_offset = row_offset
+        if HAS_OUT_ROWS:
+            dout_offset = tl.load(out_rows_ptr + row, mask=mask_row, other=0)[:, None]  # [ROWS]
+        dout_ptrs = dout_ptr + dout_offset * dout_stride_row + column[None, :]
         dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         acc_dweight = tl.fma(dout, normal, acc_dweight)
         if SUM_BIASES:
@@ -227,12 +243,13 @@ def layer_norm_backward(
     *,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    out_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; the sum that is normalised is computed again from `x` and `residual`.
 
     Args:
-        dout: `[rows, hidden]`, the gradient of the result.
-        x, weight, residual, x_bias, dropout, seed: what the forward was given.
+        dout: the gradient of the result, with as many rows.
+        x, weight, residual, x_bias, dropout, seed, out_rows: what the forward was given.
         mean, rstd: float32 `[rows]`, what it stored.
 
     Returns:
@@ -259,6 +276,7 @@ def layer_norm_backward(
                 residual,
                 None if x_bias is None else x_bias.contiguous(),
                 seed,
+                out_rows,
                 mean,
                 rstd,
                 dresidual,
@@ -279,10 +297,12 @@ def layer_norm_backward(
                 HAS_X_BIAS=x_bias is not None,
                 SUM_BIASES=sum_biases,
                 HAS_DROPOUT=dropout > 0.0,
+                HAS_OUT_ROWS=out_rows is not None,
                 **launch.arguments(choice),
             )
     dparameters = sums.sum(1)
     if not sum_biases:
+        dout = dout if out_rows is None else dout.index_select(0, out_rows)
         gradients = [dout] if x_bias is None else [dout, dx]
         wide = [gradient.sum(0, keepdim=True, dtype=torch.float32) for gradient in gradients]
         dparameters = torch.cat([dparameters, *wide])

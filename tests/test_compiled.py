@@ -18,17 +18,19 @@ from triton.compiler import ASTSource
 from fastbert.kernels.bias_gelu import bias_gelu_backward_kernel, bias_gelu_forward_kernel
 from fastbert.kernels.embedding import embedding_backward_kernel, embedding_forward_kernel
 from fastbert.kernels.layer_norm import layer_norm_backward_kernel, layer_norm_forward_kernel
+from fastbert.kernels.pooling import pool_backward_kernel, pool_forward_kernel
 
 kernel = globals()[sys.argv[1]]
 constants = {"HIDDEN": 48, "ROWS": 4, "BLOCK": 64, "HAS_RESIDUAL": True, "HAS_X_BIAS": True, "HAS_DROPOUT": False}
 constants |= {"STORE_STATS": True, "HAS_BIAS": True, "TANH": False, "MASK_COLUMNS": True, "HAS_TYPES": True}
-constants |= {"SUM_BIASES": True}
+constants |= {"SUM_BIASES": True, "HAS_OUT_ROWS": True}
+constants |= {"COLUMNS": 64, "HOW": "max", "NORMALISE": True, "STORE_NORM": True}
 signature = {}
 for name in kernel.arg_names:
     if name in constants:
         signature[name] = "constexpr"
     elif name.endswith("_ptr"):
-        signature[name] = "*i64" if "ids" in name or "seed" in name else "*fp16"
+        signature[name] = "*i64" if "ids" in name or "seed" in name or "rows" in name else "*fp16"
     else:
         signature[name] = "fp32" if name in ("eps", "drop_scale") else "i32"
 constants = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in signature}
@@ -56,6 +58,8 @@ def compiled(kernel, tmp_path):
         ("layer_norm_backward_kernel", 4),
         ("bias_gelu_backward_kernel", 3),
         ("embedding_backward_kernel", 5),
+        ("pool_forward_kernel", 1),
+        ("pool_backward_kernel", 3),
     ],
 )
 def test_rows_times_strides_are_64_bit_case_11(kernel, strides, tmp_path):
@@ -65,8 +69,9 @@ def test_rows_times_strides_are_64_bit_case_11(kernel, strides, tmp_path):
     assert all(block.endswith("xi64>") for block in blocks), blocks
 
 
-def test_gelu_keeps_nan(tmp_path):
+@pytest.mark.parametrize("kernel", ["bias_gelu_forward_kernel", "pool_forward_kernel", "pool_backward_kernel"])
+def test_maxima_keep_nan(kernel, tmp_path):
     """On a GPU a plain maximum takes the number, not the NaN."""
-    ir = compiled("bias_gelu_forward_kernel", tmp_path)
+    ir = compiled(kernel, tmp_path)
     assert "arith.maximumf" in ir
     assert "arith.maxnumf" not in ir

@@ -32,6 +32,35 @@ def test_layer_norm_flops():
     assert cost.layer_norm(3, 10, torch.float32, residual=True, x_bias=True, dropout=True).flops == 3 * (10 * 10 + 5)
 
 
+def test_unpacking_reads_a_row_number_a_token():
+    rows = torch.empty(5, dtype=torch.int64)
+    for op in (cost.layer_norm, cost.layer_norm_backward):
+        plain, unpacked = op(5, 48, torch.float16), op(5, 48, torch.float16, unpack=True)
+        assert (unpacked.min_bytes, unpacked.flops) == (plain.min_bytes + nbytes(rows), plain.flops)
+
+
+def test_pool():
+    x, first = torch.empty(7, 48, dtype=torch.float16), torch.empty(2, 48, dtype=torch.float16)
+    out, norm, cu_seqlens = torch.empty(3, 48), torch.empty(3), torch.empty(4, dtype=torch.int32)
+    lengths = (5, 0, 2)
+    mean = cost.pool(lengths, 48, torch.float16, how="mean")
+    assert mean == cost.Cost(7 * 48 + 3 * 48, nbytes(x, out, cu_seqlens))
+    assert cost.pool(lengths, 48, torch.float16, how="max") == cost.Cost(7 * 48, nbytes(x, out, cu_seqlens))
+    assert cost.pool(lengths, 48, torch.float16, how="cls") == cost.Cost(0, nbytes(first, out, cu_seqlens))
+    normal = cost.pool(lengths, 48, torch.float16, how="mean", normalise=True, norm=True)
+    assert normal == cost.Cost(mean.flops + 3 * (3 * 48 + 1), mean.min_bytes + nbytes(norm))
+
+
+def test_pool_backward():
+    x, out, norm = torch.empty(7, 48, dtype=torch.float16), torch.empty(3, 48), torch.empty(3)
+    cu_seqlens, lengths = torch.empty(4, dtype=torch.int32), (5, 0, 2)
+    cls = cost.pool_backward(lengths, 48, torch.float16, how="cls")
+    assert cls == cost.Cost(0, nbytes(x, out, cu_seqlens))
+    assert cost.pool_backward(lengths, 48, torch.float16, how="mean").min_bytes == cls.min_bytes
+    largest = cost.pool_backward(lengths, 48, torch.float16, how="max", normalise=True)
+    assert largest == cost.Cost(7 * 48 * 4 + 3 * 48 * 6, nbytes(x, x, out, out, norm, cu_seqlens))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_bias_gelu(dtype):
     x, bias = torch.empty(5, 48, dtype=dtype), torch.empty(48, dtype=dtype)

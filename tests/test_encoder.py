@@ -166,6 +166,34 @@ def test_the_encoder_alone_by_position_and_by_name(generator):
     assert encoder(x).hidden_states is None
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("layers", [0, 2])
+def test_the_last_layer_norm_writes_the_padded_layout(layers, generator, monkeypatch):
+    """Without a pass of unpacking, unless hidden states are asked for; then the last is still not unpacked again."""
+    config = EncoderConfig(num_layers=layers, hidden_size=32, num_heads=2, intermediate_size=64)
+    encoder = Encoder(config).eval()
+    x = torch.randn(3, 5, 32, generator=generator)
+    mask = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    packing = Packing.from_mask(mask)
+    unpacked = []
+    unpack = Packing.unpack
+
+    def spy(self, packed, fill=0.0):
+        unpacked.append(packed)
+        return unpack(self, packed, fill)
+
+    monkeypatch.setattr(Packing, "unpack", spy)
+    with backend.use_backend("triton"), torch.no_grad():
+        packed = encoder(packing.pack(x), packing=packing).last_hidden_state
+        padded = encoder(x, mask).last_hidden_state
+        assert len(unpacked) == (layers == 0)
+        every = encoder(x, mask, output_hidden_states=True)
+    assert len(unpacked) == 2 * (layers == 0) + layers
+    assert torch.equal(padded, unpack(packing, packed))
+    assert torch.equal(every.hidden_states[-1], padded) and torch.equal(every.last_hidden_state, padded)
+    assert len(every.hidden_states) == layers + 1
+
+
 def test_packed_in_packed_out(generator):
     encoder = Encoder.from_hf(hf_bert().encoder)
     mask = torch.tensor(HOLES)

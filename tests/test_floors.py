@@ -22,7 +22,7 @@ FLOORS: list[list[str]] = [
     ["backend"],
     ["ops", "ops.*"],
     ["checkpoints", "checkpoints.mapping"],
-    ["embeddings", "encoder", "pooling"],
+    ["embeddings", "encoder"],
     ["folding"],
     ["heads", "models"],
     ["testing"],

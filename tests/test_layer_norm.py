@@ -13,6 +13,7 @@ from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.kernels import layer_norm as kernel
 from fastbert.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward, linear_layer_norm
+from fastbert.packing import Packing
 from fastbert.testing import assert_close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -388,9 +389,68 @@ def test_inference_writes_no_statistics(device, generator, monkeypatch):
 
 def test_the_op_without_statistics_has_no_gradient(device, generator):
     x, weight, bias, _, _ = inputs(2, 8, torch.float32, generator, device)
-    out = layer_norm_forward(x.requires_grad_(), weight, bias, None, None, 0.0, None, 1e-5, False)[0]
+    out = layer_norm_forward(x.requires_grad_(), weight, bias, None, None, 0.0, None, 1e-5, None, 0, False)[0]
     with pytest.raises(BackendError, match="store_stats=True"):
         out.backward(torch.ones_like(out))
+
+
+MASKS = {
+    "holes": [[1, 0, 1, 0, 1, 1], [0, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]],
+    "left padding": [[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]],
+    "empty sequences": [[0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]],
+    "no padding": [[1, 1, 1], [1, 1, 1]],
+    "no tokens": [[0, 0], [0, 0]],
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("hidden", [48, 769])
+@pytest.mark.parametrize("mask", MASKS)
+def test_unpack(mask, hidden, dropout, dtype, path, device, generator, nan_empty):
+    """The padded result is that of unpacking; NaN in the gradient at padding goes nowhere."""
+    packing = Packing.from_mask(torch.tensor(MASKS[mask], device=device))
+    leaves = inputs(packing.tokens, hidden, dtype, generator, device)
+    seed = torch.tensor([9], device=device)
+
+    def run(x, weight, bias, residual, x_bias, **options):
+        options |= {"residual": residual, "x_bias": x_bias, "dropout": dropout, "seed": seed, "eps": 1e-5}
+        return layer_norm(x, weight, bias, **options)
+
+    dout = torch.full((packing.batch * packing.padded_shape[1], hidden), torch.nan, device=device, dtype=dtype)
+    dout[packing.indices] = upstream(leaves[0], generator)
+    dout = dout.view(*packing.padded_shape, hidden)
+    with backend.use_backend(path):
+        padded, packed = run(*leaves, unpack=packing), run(*leaves)
+        ours = gradients(partial(run, unpack=packing), leaves, dout)
+        wanted = gradients(run, leaves, packing.pack(dout))
+    assert padded.shape == (*packing.padded_shape, hidden)
+    assert torch.equal(padded, packing.unpack(packed))
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_unpack_of_wide_rows(device, generator, nan_empty):
+    """Above 4096 columns torch adds up the gradient of the bias, and must leave out padding."""
+    packing = Packing.from_mask(torch.tensor(MASKS["holes"], device=device))
+    leaves = inputs(packing.tokens, 4097, torch.float16, generator, device)[:3]
+    dout = torch.full((3, 6, 4097), torch.nan, device=device, dtype=torch.float16)
+    dout.view(18, -1)[packing.indices] = upstream(leaves[0], generator)
+    with backend.use_backend("triton"):
+        ours = gradients(partial(layer_norm, eps=1e-5, unpack=packing), leaves, dout)
+        wanted = gradients(partial(layer_norm, eps=1e-5), leaves, packing.pack(dout))
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_unpack_compiles_to_one_graph(device, generator):
+    packing = Packing.from_mask(torch.tensor(MASKS["holes"], device=device))
+    leaves = inputs(packing.tokens, 24, torch.float32, generator, device)[:3]
+    dout = torch.randn(3, 6, 24, generator=generator).to(device)
+    run = partial(layer_norm, eps=1e-5, unpack=packing)
+    torch._dynamo.reset()
+    with backend.use_backend("triton"):
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(gradients(compiled, leaves, dout), gradients(run, leaves, dout))
 
 
 def test_gradients_of_the_reference(generator):
@@ -445,6 +505,8 @@ def test_too_wide_for_the_kernel(device):
         ("eps", {"eps": float("nan")}),
         ("dropout", {"dropout": 1.0}),
         ("seed", {"dropout": 0.5}),
+        ("unpack", {"unpack": Packing.from_lengths([3])}),
+        ("unpack", {"unpack": Packing.from_lengths([2], device="meta")}),
     ],
 )
 def test_bad_input(argument, changes):
@@ -572,9 +634,14 @@ def test_opcheck(needs_gradient, device, generator):
     for tensor in (x, weight, bias, residual, x_bias):
         tensor.requires_grad_(needs_gradient)
     seed = torch.tensor([8], device=device)
-    torch.library.opcheck(layer_norm_forward, (x, weight, bias, residual, x_bias, 0.1, seed, 1e-5, needs_gradient))
-    torch.library.opcheck(layer_norm_forward, (x, weight, bias, residual, None, 0.0, None, 1e-5, needs_gradient))
-    torch.library.opcheck(layer_norm_forward, (x, weight, bias, None, None, 0.0, None, 1e-5, needs_gradient))
+    rows = torch.tensor([4, 1, 0], device=device)
+    for options in (
+        (residual, x_bias, 0.1, seed, 1e-5, None, 0),
+        (residual, None, 0.0, None, 1e-5, None, 0),
+        (None, None, 0.0, None, 1e-5, None, 0),
+        (residual, x_bias, 0.1, seed, 1e-5, rows, 6),
+    ):
+        torch.library.opcheck(layer_norm_forward, (x, weight, bias, *options, needs_gradient))
 
 
 def test_opcheck_of_the_backward(device, generator):
@@ -582,9 +649,10 @@ def test_opcheck_of_the_backward(device, generator):
     dout = upstream(x, generator)
     mean, rstd = torch.rand(2, 3, generator=generator).to(device)
     seed = torch.tensor([8], device=device)
-    torch.library.opcheck(layer_norm_backward, (dout, x, weight, residual, x_bias, mean, rstd, 0.1, seed))
-    torch.library.opcheck(layer_norm_backward, (dout, x, weight, residual, None, mean, rstd, 0.0, None))
-    torch.library.opcheck(layer_norm_backward, (dout, x, weight, None, None, mean, rstd, 0.1, seed))
+    rows = torch.tensor([2, 1, 0], device=device)
+    torch.library.opcheck(layer_norm_backward, (dout, x, weight, residual, x_bias, mean, rstd, 0.1, seed, None))
+    torch.library.opcheck(layer_norm_backward, (dout, x, weight, residual, None, mean, rstd, 0.0, None, None))
+    torch.library.opcheck(layer_norm_backward, (dout, x, weight, None, None, mean, rstd, 0.1, seed, rows))
 
 
 def test_aligned_copies_only_what_needs_it(device):

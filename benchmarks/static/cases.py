@@ -21,6 +21,7 @@ from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastbert.kernels.pooling import pool_backward, pool_forward
 from fastbert.kernels.target import Target
 
 sys.path.append(str(Path(__file__).parent))
@@ -34,6 +35,7 @@ HEADS = 12
 BATCH = 4
 WINDOW = 100
 DROPOUT = 0.1
+PADDED = 1200  # rows of a padded result
 # rows and max_seqlen of BATCH sequences
 LENGTHS = {"ragged": (1001, 300), "short": (150, 50), "aligned": (BATCH * 512, 512)}
 
@@ -74,16 +76,24 @@ def main(target: Target) -> Iterator[Case]:
     for width in (384, 768, 1024):
         yield layer_norm(width, torch.float16, residual=True, x_bias=True)
     yield layer_norm(768, torch.float16, residual=True, x_bias=True, dropout=True)
+    yield layer_norm(768, torch.float16, residual=True, x_bias=True, unpack=True)
     yield layer_norm(768, torch.float32, residual=True, x_bias=True)
     yield embedding(768, torch.float16)
+    for how in ("cls", "mean", "max"):
+        yield pool(768, torch.float16, how)
+    yield pool(768, torch.float16, "mean", normalise=True)
     yield bias_gelu(3072, torch.float16, "none")
     yield bias_gelu(3072, torch.float32, "none")
     yield bias_gelu(3072, torch.float16, "tanh")
     for width in (384, 768, 1024):
         yield layer_norm_gradient(width, torch.float16, residual=True, x_bias=True)
     yield layer_norm_gradient(768, torch.float16, residual=True, x_bias=True, dropout=True)
+    yield layer_norm_gradient(768, torch.float16, residual=True, x_bias=True, unpack=True)
     yield layer_norm_gradient(768, torch.float32, residual=True, x_bias=True)
     yield embedding_gradient(768, torch.float16)
+    for how in ("cls", "mean", "max"):
+        yield pool_gradient(768, torch.float16, how)
+    yield pool_gradient(768, torch.float16, "mean", normalise=True)
     yield bias_gelu_gradient(3072, torch.float16, "none")
     yield bias_gelu_gradient(3072, torch.float32, "none")
     yield bias_gelu_gradient(3072, torch.float16, "tanh")
@@ -109,6 +119,7 @@ def exhaustive(target: Target) -> Iterator[Case]:
             yield layer_norm(width, dtype, residual=True, x_bias=True)
             yield layer_norm(width, dtype, residual=True, x_bias=True, dropout=True, store_stats=True)
             yield layer_norm(width, dtype, residual=True, float_parameters=True)
+            yield layer_norm(width, dtype, residual=True, x_bias=True, dropout=True, store_stats=True, unpack=True)
             yield embedding(width, dtype)
             yield embedding(width, dtype, token_types=False)
             yield embedding(width, dtype, dropout=True)
@@ -117,10 +128,15 @@ def exhaustive(target: Target) -> Iterator[Case]:
             yield layer_norm_gradient(width, dtype, residual=True, x_bias=True)
             yield layer_norm_gradient(width, dtype, residual=True, x_bias=True, dropout=True)
             yield layer_norm_gradient(width, dtype, residual=True, x_bias=True, float_parameters=True)
+            yield layer_norm_gradient(width, dtype, residual=True, x_bias=True, dropout=True, unpack=True)
             yield embedding_gradient(width, dtype)
             yield embedding_gradient(width, dtype, token_types=False)
             yield embedding_gradient(width, dtype, dropout=True)
             yield embedding_gradient(width, dtype, token_types=False, dropout=True)
+            for how in ("cls", "mean", "max"):
+                for normalise in (False, True):
+                    yield pool(width, dtype, how, normalise=normalise)
+                    yield pool_gradient(width, dtype, how, normalise=normalise)
         for width in (100, 312, 1536, 3072, 4096):
             yield bias_gelu(width, dtype, "none")
             yield bias_gelu(width, dtype, "tanh")
@@ -224,6 +240,7 @@ def layer_norm(
     dropout: bool = False,
     store_stats: bool = False,
     float_parameters: bool = False,
+    unpack: bool = False,
 ) -> Case:
     """LayerNorm of 1001 rows; `float_parameters` keeps its parameters in float32, as autocast does."""
     parameter = torch.empty(width, dtype=torch.float32 if float_parameters else dtype)
@@ -237,6 +254,7 @@ def layer_norm(
         dropout=DROPOUT if dropout else 0.0,
         seed=_seed() if dropout else None,
         eps=1e-12,
+        **({"out_rows": torch.empty(1001, dtype=torch.int64), "out_size": PADDED} if unpack else {}),
         store_stats=store_stats,
     )
     options = {
@@ -245,6 +263,7 @@ def layer_norm(
         "dropout": dropout,
         "statistics": store_stats,
         "float32 parameters": float_parameters,
+        "unpack": unpack,
     }
     return Case(_name(f"layer_norm {width}", dtype, **options), run)
 
@@ -288,13 +307,15 @@ def layer_norm_gradient(
     x_bias: bool = False,
     dropout: bool = False,
     float_parameters: bool = False,
+    unpack: bool = False,
 ) -> Case:
     """The backward of `layer_norm`."""
     x, statistic = torch.empty(1001, width, dtype=dtype), torch.empty(1001)
+    dout = torch.empty(PADDED, width, dtype=dtype) if unpack else x
     parameter = torch.empty(width, dtype=torch.float32 if float_parameters else dtype)
     run = partial(
         layer_norm_backward,
-        x,
+        dout,
         x,
         parameter,
         x if residual else None,
@@ -303,8 +324,15 @@ def layer_norm_gradient(
         statistic,
         dropout=DROPOUT if dropout else 0.0,
         seed=_seed() if dropout else None,
+        out_rows=torch.empty(1001, dtype=torch.int64) if unpack else None,
     )
-    options = {"residual": residual, "bias": x_bias, "dropout": dropout, "float32 parameters": float_parameters}
+    options = {
+        "residual": residual,
+        "bias": x_bias,
+        "dropout": dropout,
+        "float32 parameters": float_parameters,
+        "unpack": unpack,
+    }
     return Case(_name(f"layer_norm backward {width}", dtype, **options), run)
 
 
@@ -335,6 +363,22 @@ def bias_gelu_gradient(width: int, dtype: torch.dtype, approximate: str, *, bias
     bias_vector = torch.empty(width, dtype=dtype) if bias else None
     run = partial(bias_gelu_backward, x, x, bias_vector, approximate=approximate)
     return Case(_name(f"bias_gelu backward {width}", dtype, bias=bias, tanh=approximate == "tanh"), run)
+
+
+def pool(width: int, dtype: torch.dtype, how: str, *, normalise: bool = False) -> Case:
+    """Pooling as training runs it."""
+    x, cu_seqlens = torch.empty(1001, width, dtype=dtype), torch.empty(BATCH + 1, dtype=torch.int32)
+    run = partial(pool_forward, x, cu_seqlens, how=how, normalise=normalise, store_norm=True)
+    return Case(_name(f"pool {how} {width}", dtype, normalise=normalise), run)
+
+
+def pool_gradient(width: int, dtype: torch.dtype, how: str, *, normalise: bool = False) -> Case:
+    """The backward of `pool`."""
+    x, cu_seqlens = torch.empty(1001, width, dtype=dtype), torch.empty(BATCH + 1, dtype=torch.int32)
+    pooled, norm = torch.empty(BATCH, width), torch.empty(BATCH)
+    saved = (pooled if normalise else None, norm, x if how == "max" else None, cu_seqlens)
+    run = partial(pool_backward, pooled, *saved, rows=len(x), dtype=dtype, how=how, normalise=normalise)
+    return Case(_name(f"pool backward {how} {width}", dtype, normalise=normalise), run)
 
 
 def _seed() -> torch.Tensor:

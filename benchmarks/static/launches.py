@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import fastbert
-from fastbert.kernels import attention, attention_backward, bias_gelu, embedding, layer_norm, target
+from fastbert.kernels import attention, attention_backward, bias_gelu, embedding, layer_norm, pooling, target
 from fastbert.packing import Packing
 
 # "short" fits the one-pass backward of attention, which needs at most 128 keys; "long" does not.
@@ -63,7 +63,7 @@ def counted() -> Iterator[Counter[str]]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(GridExecutor, "__call__", launch))
-        for module in (attention, attention_backward, bias_gelu, embedding, layer_norm):
+        for module in (attention, attention_backward, bias_gelu, embedding, layer_norm, pooling):
             for name, launcher in vars(module).copy().items():
                 if name.endswith(("_forward", "_backward")):
                     patches.enter_context(patch.object(module, name, seen(launcher)))

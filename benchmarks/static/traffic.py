@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastbert.kernels.pooling import pool_backward, pool_forward
 from fastbert.packing import Packing
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -54,8 +56,12 @@ def calls() -> Iterator[Case]:
     tokens = sum(BATCHES["long"])
     for dropout in (0.0, DROPOUT):
         yield from layer_norm(tokens, dropout)
+    yield from layer_norm(tokens, 0.0, unpack=True)
     yield from bias_gelu(tokens)
     yield from embedding(tokens)
+    for how in ("cls", "mean", "max"):
+        for normalise in (False, True):
+            yield from pool(how, normalise)
 
 
 def attention(name: str, lengths: tuple[int, ...]) -> Iterator[Case]:
@@ -84,17 +90,22 @@ def attention(name: str, lengths: tuple[int, ...]) -> Iterator[Case]:
     yield Case(f"attention backward {name}", run, tokens, rows, minimum)
 
 
-def layer_norm(tokens: int, dropout: float) -> Iterator[Case]:
-    """With residual and bias, as an encoder layer calls it."""
+def layer_norm(tokens: int, dropout: float, *, unpack: bool = False) -> Iterator[Case]:
+    """With residual and bias, as an encoder layer calls it, or the last layer of a drop-in."""
     x, residual, dout = (_states(tokens + SLACK, HIDDEN)[:tokens] for _ in range(3))
     weight, bias, x_bias = (_states(HIDDEN) for _ in range(3))
     mean, rstd, seed = torch.ones(tokens), torch.ones(tokens), torch.zeros(1, dtype=torch.int64)
     drawn = {"dropout": dropout, "seed": seed if dropout else None}
-    options = {"residual": True, "x_bias": True, "dropout": dropout > 0.0}
-    name = " +dropout" if dropout else ""
+    options = {"residual": True, "x_bias": True, "dropout": dropout > 0.0, "unpack": unpack}
+    name = f"{' +dropout' if dropout else ''}{' +unpack' if unpack else ''}"
+    out_rows, padded = None, 2 * tokens + 1
+    if unpack:
+        out_rows, dout = torch.arange(1, padded, 2), _states(padded, HIDDEN)
+    drawn |= {"out_rows": out_rows}
     run = partial(
-        layer_norm_forward, x, weight, bias, residual=residual, x_bias=x_bias, eps=1e-12, store_stats=True, **drawn
-    )
+        layer_norm_forward, x, weight, bias, residual=residual, x_bias=x_bias, eps=1e-12, out_size=padded,
+        store_stats=True, **drawn,
+    )  # fmt: skip
     minimum = cost.layer_norm(tokens, HIDDEN, DTYPE, statistics=True, **options).min_bytes
     yield Case(f"layer_norm{name}", run, tokens, tokens + SLACK, minimum)
     run = partial(layer_norm_backward, dout, x, weight, residual, x_bias, mean, rstd, **drawn)
@@ -124,6 +135,23 @@ def embedding(tokens: int) -> Iterator[Case]:
     run = partial(embedding_backward, dout, *ids, word, position, token_type, weight, eps=1e-12, padding_idx=0)
     minimum = cost.embedding_backward(tokens, HIDDEN, DTYPE, entries=used, table_entries=152).min_bytes
     yield Case("embedding backward", run, tokens, tokens + SLACK, minimum)
+
+
+def pool(how: str, normalise: bool) -> Iterator[Case]:
+    """As training runs it; the buffer goes on behind the tokens, and one sequence is empty."""
+    lengths = BATCHES["short"]
+    packing = Packing.from_lengths(torch.tensor(lengths))
+    tokens, rows, batch = packing.tokens, packing.tokens + SLACK, packing.batch
+    x, out, dout, norm = _states(rows, HIDDEN)[:tokens], *torch.ones(2, batch, HIDDEN), torch.ones(batch)
+    options: dict[str, Any] = {"how": how, "normalise": normalise}
+    name = f"{how}{' +normalise' if normalise else ''}"
+    run = partial(pool_forward, x, packing.cu_seqlens, store_norm=True, **options)
+    minimum = cost.pool(lengths, HIDDEN, DTYPE, norm=normalise, **options).min_bytes
+    yield Case(f"pool {name}", run, tokens, rows, minimum)
+    saved = (out if normalise else None, norm, x if how == "max" else None, packing.cu_seqlens)
+    run = partial(pool_backward, dout, *saved, rows=tokens, dtype=DTYPE, **options)
+    minimum = cost.pool_backward(lengths, HIDDEN, DTYPE, **options).min_bytes
+    yield Case(f"pool backward {name}", run, tokens, rows, minimum)
 
 
 def _states(*shape: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastbert.ops.common import (
 )
 from fastbert.ops.dropout import drop
 from fastbert.ops.linear import packed
+from fastbert.packing import Packing
 
 
 def layer_norm(
@@ -37,6 +39,7 @@ def layer_norm(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     eps: float,
+    unpack: Packing | None = None,
 ) -> Tensor:
     """LN(residual + dropout(x + x_bias)) over the columns of a packed hidden state, rounded once.
 
@@ -49,9 +52,11 @@ def layer_norm(
             (seed, row, column): see `reference.keep_mask`.
         seed: int64 tensor of one element on the device of `x`; needed when `dropout > 0`.
         eps: added to the variance.
+        unpack: the layout of `x`, which has no slack then; the result is unpacked, on the Triton path in the same pass.
 
     Returns:
-        `[rows, hidden]` in the dtype of `x`, under autocast in its dtype. Sum and statistics are float32 (float64 for
+        `[rows, hidden]` in the dtype of `x`, under autocast in its dtype; with `unpack` `[batch, seqlen, hidden]`, 0 at
+        padding. Sum and statistics are float32 (float64 for
         float64), the variance in two passes.
 
     Raises:
@@ -62,12 +67,17 @@ def layer_norm(
         (x,) = cast_states(x)
     else:
         x, residual = cast_states(x, residual)
-    _check(x, weight, bias, residual, x_bias, eps)
+    _check(x, weight, bias, residual, x_bias, eps, unpack)
     check_dropout(dropout, seed, x)
     if backend.uses_triton("layer_norm", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
         store_stats = wants_gradient(x, weight, bias, residual, x_bias)
-        return layer_norm_forward(x, weight, bias, residual, x_bias, dropout, seed, eps, store_stats)[0]
-    return _layer_norm_torch(x, weight, bias, residual, x_bias, dropout, seed, eps)
+        out_rows, out_size = (None, 0) if unpack is None else (unpack.indices, math.prod(unpack.padded_shape))
+        out = layer_norm_forward(
+            x, weight, bias, residual, x_bias, dropout, seed, eps, out_rows, out_size, store_stats
+        )[0]
+        return out if unpack is None else out.unflatten(0, unpack.padded_shape)
+    out = _layer_norm_torch(x, weight, bias, residual, x_bias, dropout, seed, eps)
+    return out if unpack is None else unpack.unpack(out)
 
 
 def linear_layer_norm(
@@ -81,6 +91,7 @@ def linear_layer_norm(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     eps: float,
+    unpack: Packing | None = None,
 ) -> Tensor:
     """LN(residual + dropout(x @ weight^T + x_bias)): the end of each half of an encoder layer.
 
@@ -91,10 +102,10 @@ def linear_layer_norm(
         x: floating `[rows, in]`.
         weight: `[hidden, in]`; x_bias: `[hidden]`.
         residual: `[rows, hidden]`; norm_weight, norm_bias: `[hidden]`.
-        dropout, seed, eps: as in `layer_norm`.
+        dropout, seed, eps, unpack: as in `layer_norm`.
 
     Returns:
-        `[rows, hidden]` in the dtype of `x`, under autocast in its dtype.
+        As `layer_norm`.
 
     Raises:
         ArgumentError, BackendError: as `layer_norm`.
@@ -107,20 +118,38 @@ def linear_layer_norm(
     if backend.uses_triton("linear_layer_norm", x, launch.row_wise_unserved(hidden, x.dtype)):
         product = F.linear(x, weight)
         return layer_norm(
-            product, norm_weight, norm_bias, residual=residual, x_bias=x_bias, dropout=dropout, seed=seed, eps=eps
+            product,
+            norm_weight,
+            norm_bias,
+            residual=residual,
+            x_bias=x_bias,
+            dropout=dropout,
+            seed=seed,
+            eps=eps,
+            unpack=unpack,
         )
     tensors = (x, weight, x_bias, residual, norm_weight, norm_bias)
     if dropout == 0.0 and onednn_fuses(*tensors):
         total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed(weight), x_bias, "add")
-        return layer_norm(total, norm_weight, norm_bias, eps=eps)
+        return layer_norm(total, norm_weight, norm_bias, eps=eps, unpack=unpack)
     if dropout == 0.0 and x.dtype == torch.float32 and x_bias is not None and runs_bare(*tensors):
         total = (residual + x_bias).addmm_(x, weight.t())
-        return layer_norm(total, norm_weight, norm_bias, eps=eps)
+        return layer_norm(total, norm_weight, norm_bias, eps=eps, unpack=unpack)
     product = F.linear(x, weight, x_bias)
-    return layer_norm(product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps)
+    return layer_norm(
+        product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps, unpack=unpack
+    )
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, x_bias: Tensor | None, eps: float) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    eps: float,
+    unpack: Packing | None,
+) -> None:
     check_rows("x", x)
     hidden = x.shape[1]
     if hidden == 0:
@@ -132,6 +161,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, x_b
     if x_bias is not None:
         check_parameter("x_bias", x_bias, (hidden,), x)
     check_eps(eps)
+    if unpack is not None and (len(x), x.device) != (unpack.tokens, unpack.indices.device):
+        given = f"{unpack.tokens} tokens on {unpack.indices.device}"
+        raise ArgumentError("unpack", given, f"as many tokens as x has rows, {len(x)}, on {x.device}")
 
 
 def check_eps(eps: float) -> None:
@@ -177,6 +209,8 @@ def layer_norm_forward(
     dropout: float,
     seed: Tensor | None,
     eps: float,
+    out_rows: Tensor | None,
+    out_size: int,
     store_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton kernel; see `fastbert.kernels.layer_norm.layer_norm_forward`. Returns (out, mean, rstd)."""
@@ -191,6 +225,8 @@ def layer_norm_forward(
         dropout=dropout,
         seed=seed,
         eps=eps,
+        out_rows=out_rows,
+        out_size=out_size,
         store_stats=store_stats,
     )
 
@@ -205,10 +241,13 @@ def _(
     dropout: float,
     seed: Tensor | None,
     eps: float,
+    out_rows: Tensor | None,
+    out_size: int,
     store_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = x.new_empty(len(x) if store_stats else 0, dtype=torch.float32)
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    size = len(x) if out_rows is None else out_size
+    return x.new_empty(size, x.shape[1]), statistics, torch.empty_like(statistics)
 
 
 @torch.library.custom_op("fastbert::layer_norm_backward", mutates_args=())
@@ -222,11 +261,14 @@ def layer_norm_backward(
     rstd: Tensor,
     dropout: float,
     seed: Tensor | None,
+    out_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel; see `fastbert.kernels.layer_norm.layer_norm_backward`. Returns (dx, dresidual, dparameters)."""
     from fastbert.kernels import layer_norm as kernel
 
-    return kernel.layer_norm_backward(dout, x, weight, residual, x_bias, mean, rstd, dropout=dropout, seed=seed)
+    return kernel.layer_norm_backward(
+        dout, x, weight, residual, x_bias, mean, rstd, dropout=dropout, seed=seed, out_rows=out_rows
+    )
 
 
 @layer_norm_backward.register_fake
@@ -240,6 +282,7 @@ def _(
     rstd: Tensor,
     dropout: float,
     seed: Tensor | None,
+    out_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape)
     dresidual = torch.empty_like(dx) if residual is not None and dropout > 0.0 else x.new_empty(0)
@@ -247,11 +290,11 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, residual, x_bias, dropout, seed, _, store_stats = inputs
+    x, weight, bias, residual, x_bias, dropout, seed, _, out_rows, _, store_stats = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # no zeros for the gradients of mean and rstd
-    ctx.save_for_backward(x, weight, bias, residual, x_bias, seed, mean, rstd)
+    ctx.save_for_backward(x, weight, bias, residual, x_bias, seed, mean, rstd, out_rows)
     ctx.dropout = dropout
     ctx.store_stats = store_stats
 
@@ -263,8 +306,10 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         raise BackendError(
             "layer_norm_forward", "a gradient asked for after store_stats=False", "store_stats=True in the forward"
         )
-    x, weight, bias, residual, x_bias, seed, mean, rstd = ctx.saved_tensors
-    dx, dresidual, dparameters = layer_norm_backward(dout, x, weight, residual, x_bias, mean, rstd, ctx.dropout, seed)
+    x, weight, bias, residual, x_bias, seed, mean, rstd, out_rows = ctx.saved_tensors
+    dx, dresidual, dparameters = layer_norm_backward(
+        dout, x, weight, residual, x_bias, mean, rstd, ctx.dropout, seed, out_rows
+    )
     dtypes = [parameter.dtype for parameter in (weight, bias, x_bias) if parameter is not None]
     dweight, dbias, *rest = dparameters.to(reduce(torch.promote_types, dtypes))  # one cast where they have one dtype
     if residual is not None and ctx.dropout == 0.0:
@@ -275,6 +320,8 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         dbias.to(bias.dtype),
         None if residual is None else dresidual,
         None if x_bias is None else rest[0].to(x_bias.dtype),
+        None,
+        None,
         None,
         None,
         None,
