@@ -18,6 +18,7 @@ from fastbert.ops.common import (
     check_parameter,
     check_residual,
     check_rows,
+    launched,
     onednn_fuses,
     runs_bare,
     wants_gradient,
@@ -64,8 +65,9 @@ def layer_norm(
     _check(x, weight, bias, residual, x_bias, eps)
     check_dropout(dropout, seed, x)
     if backend.uses_triton("layer_norm", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
-        store_stats = wants_gradient(x, weight, bias, residual, x_bias)
-        return layer_norm_forward(x, weight, bias, residual, x_bias, dropout, seed, eps, store_stats)[0]
+        tensors = (x, weight, bias, residual, x_bias)
+        forward = launched(layer_norm_forward, *tensors)
+        return forward(x, weight, bias, residual, x_bias, dropout, seed, eps, wants_gradient(*tensors))[0]
     return _layer_norm_torch(x, weight, bias, residual, x_bias, dropout, seed, eps)
 
 
