@@ -17,6 +17,7 @@ from fastbert.checkpoints.load import load, save
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, BackendError, CheckpointError, FastbertError
+from fastbert.graphs import graphed
 from fastbert.heads import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "classify",
     "encode",
+    "graphed",
     "load",
     "save",
     "tag",

@@ -52,6 +52,8 @@ class BertModel(nn.Module):
         None  # what `fastbert.load` learned of the checkpoint, so that `fastbert.save` gives the same one back
     )
 
+    graphs: Any = None  # what `fastbert.graphed` puts in the place of embeddings and encoder
+
     def __init__(self, config: EncoderConfig, *, pooler: bool = True) -> None:
         super().__init__()
         self.config = config
@@ -136,6 +138,11 @@ class BertModel(nn.Module):
 
         Without `every` only the last of them need be there.
         """
+        if self.graphs is not None:
+            if every:
+                raise ArgumentError("output_hidden_states", True, "False", "A graphed model has its last states only.")
+            last = self.graphs.run(self, inputs)
+            return [last if read is None else last.index_select(0, read)]
         x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids)
         if not every and inputs.bias is None and folding.serves(self.encoder, x):
             folded = held(self, lambda: folding.fold(self.encoder, self.embeddings.norm))

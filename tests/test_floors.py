@@ -25,6 +25,7 @@ FLOORS: list[list[str]] = [
     ["embeddings", "encoder"],
     ["folding"],
     ["heads", "models"],
+    ["graphs"],
     ["testing"],
     ["checkpoints.architectures", "checkpoints.files", "checkpoints.load"],
     ["assets"],

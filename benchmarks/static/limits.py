@@ -61,3 +61,6 @@ for arch in ("sm_80", "sm_90"):
     LIMITS[f"{arch} bias_gelu 3072 float16 +bias: bias_gelu_forward"] = {ALL: 24, "registers": 80, **WIDE_ONLY}
     LIMITS[f"{arch} bias_gelu backward 3072 float16 +bias: bias_gelu_backward"] = {ALL: 27, **WIDE_ONLY}
     NOT_YET[f"{arch} bias_gelu backward 3072 float16 +bias: bias_gelu_backward"] = {"registers": 80}
+for rest in ("inference short", "inference long", "forward short", "forward long"):
+    for dropout in ("", " +dropout"):  # 8 launches: four products, attention, GELU and two LayerNorms
+        LIMITS[f"launches of encoder layer {rest}{dropout}"] = {"kernels": 4, "matrix_products": 4, "others": 0}

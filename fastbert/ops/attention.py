@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
-from fastbert.ops.common import cast_states, check_dropout, wants_gradient
+from fastbert.ops.common import cast_states, check_dropout, launched, wants_gradient
 from fastbert.ops.dropout import keep_lines
 from fastbert.packing import Block, Packing
 
@@ -333,7 +333,7 @@ def _attention_triton(
         by_query = launch.attention_backward_query(head_dim, dtype, extras=extras, target=here)
         by_key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=dbias, extras=extras, target=here)
         tiles += [packing.tiles(by_query.BLOCK_M), packing.tiles(by_key.BLOCK_N)]
-    out, _ = attention_forward(
+    out, _ = launched(attention_forward, qkv, bias)(
         qkv, packing.cu_seqlens, tiles, max_seqlen, packing.tokens, scale, bias, alibi_slopes, window, dropout, seed
     )
     return out

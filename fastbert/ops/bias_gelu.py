@@ -11,7 +11,15 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.ops.common import cast_states, check_linear, check_parameter, check_rows, onednn_fuses, runs_bare
+from fastbert.ops.common import (
+    cast_states,
+    check_linear,
+    check_parameter,
+    check_rows,
+    launched,
+    onednn_fuses,
+    runs_bare,
+)
 from fastbert.ops.linear import linear, packed
 from fastbert.reference import Approximate
 
@@ -37,7 +45,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
     if bias is not None:
         check_parameter("bias", bias, (x.shape[1],), x)
     if backend.uses_triton("bias_gelu", x, launch.elementwise_unserved(x.dtype)):
-        return bias_gelu_forward(x, bias, approximate)
+        return launched(bias_gelu_forward, x, bias)(x, bias, approximate)
     if bias is None:
         return F.gelu(x, approximate=approximate)
     total = x.to(torch.promote_types(x.dtype, torch.float32)) + bias  # half types are rounded once, at the end

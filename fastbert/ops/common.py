@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from fastbert.errors import ArgumentError
 
@@ -77,6 +81,21 @@ def cast_states(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an op on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def launched(op: CustomOpDef, *tensors: Tensor | None) -> Callable[..., Any]:
+    """The launcher of a kernel, `op` without torch's dispatch around it, or `op` itself where that is of use.
+
+    It is where autograd records these tensors, and under anything that looks on: torch.compile, exporters, tracers,
+    dispatch modes, functorch's transforms.
+    """
+    looked_on = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+    return op if looked_on or wants_gradient(*tensors) else op._init_fn
 
 
 def runs_bare(x: Tensor, *others: Tensor | None) -> bool:

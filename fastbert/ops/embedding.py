@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.ops.common import check_dropout, check_parameter, check_rows
+from fastbert.ops.common import check_dropout, check_parameter, check_rows, launched
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import check_eps, normalise
 
@@ -78,7 +78,7 @@ def embedding(
         padding_idx,
     )
     if backend.uses_triton("embedding", word, launch.row_wise_unserved(word.shape[1], word.dtype)):
-        return embedding_forward(*arguments)
+        return launched(embedding_forward, word, position, token_type, weight, bias)(*arguments)
     return _embedding_torch(*arguments, sparse)
 
 

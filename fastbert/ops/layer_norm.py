@@ -20,6 +20,7 @@ from fastbert.ops.common import (
     check_parameter,
     check_residual,
     check_rows,
+    launched,
     onednn_fuses,
     runs_bare,
     wants_gradient,
@@ -70,10 +71,10 @@ def layer_norm(
     _check(x, weight, bias, residual, x_bias, eps, unpack)
     check_dropout(dropout, seed, x)
     if backend.uses_triton("layer_norm", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
-        store_stats = wants_gradient(x, weight, bias, residual, x_bias)
+        tensors = (x, weight, bias, residual, x_bias)
         out_rows, out_size = (None, 0) if unpack is None else (unpack.indices, math.prod(unpack.padded_shape))
-        out = layer_norm_forward(
-            x, weight, bias, residual, x_bias, dropout, seed, eps, out_rows, out_size, store_stats
+        out = launched(layer_norm_forward, *tensors)(
+            *tensors, dropout, seed, eps, out_rows, out_size, wants_gradient(*tensors)
         )[0]
         return out if unpack is None else out.unflatten(0, unpack.padded_shape)
     out = _layer_norm_torch(x, weight, bias, residual, x_bias, dropout, seed, eps)
@@ -301,7 +302,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 9
+        return (None,) * 11
     if not ctx.store_stats:
         raise BackendError(
             "layer_norm_forward", "a gradient asked for after store_stats=False", "store_stats=True in the forward"
