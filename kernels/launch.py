@@ -140,7 +140,7 @@ class AttentionBackwardBias:
 
 SINGLE = AttentionForward(16, 16, 4, 1, SPLIT_TAIL=False, maxnreg=255)
 
-# (family, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "bias" (with what else of the
+# (family or arch, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "bias" (with what else of the
 # extras is on, it needs most registers), "extras" (a bias, ALiBi, a window or dropout), "short" (max_seqlen <= 64: one
 # block of keys holds a sequence, so there is nothing to split or to pipeline), "aligned" (all sequences equally long, a
 # multiple of 64), "default". Found by compiling each for its targets: the fewest instructions a score among those
@@ -161,7 +161,7 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
         "bias": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
     },
     ("ampere", "half", 128): {
-        "default": AttentionForward(128, 32, 4, 2, SPLIT_TAIL=False),
+        "default": AttentionForward(128, 32, 8, 2),
         "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
         "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False, maxnreg=255),
         "bias": AttentionForward(32, 32, 4, 2, SPLIT_TAIL=False, maxnreg=255),
@@ -243,6 +243,8 @@ ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half",
 ATTENTION_FORWARD["blackwell", "half", 128] = ATTENTION_FORWARD["hopper", "half", 128] | {
     "bias": AttentionForward(64, 16, 4, 2, SPLIT_TAIL=False)
 }
+# By arch, before those of its family: this spills on sm_86, sm_89 and sm_120, which are of the family too.
+ATTENTION_FORWARD["sm_80", "half", 128] = {"default": AttentionForward(128, 32, 4, 2, SPLIT_TAIL=False)}
 
 # (family, kind of dtype, BLOCK_D) -> choice; ANY stands for the families without an entry of their own. Small tiles,
 # because the backward holds more in registers; None where no tile fits them.
@@ -363,7 +365,9 @@ def attention_forward(
         extras: a bias, ALiBi, a window or dropout is on.
         bias: a bias is.
     """
-    choices = ATTENTION_FORWARD[family(target), _KINDS[dtype], attention_block_d(head_dim)]
+    kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
+    own = ATTENTION_FORWARD.get((target.arch, kind, block_d), {})
+    choices = ATTENTION_FORWARD[family(target), kind, block_d] | own
     regimes = {
         "bias": bias,
         "extras": extras,
