@@ -143,9 +143,9 @@ SINGLE = AttentionForward(16, 16, 4, 1, SPLIT_TAIL=False, maxnreg=255)
 # (family or arch, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "bias" (with what else
 # of the extras is on, it needs most registers), "extras" (a bias, ALiBi, a window or dropout), "short" (max_seqlen at
 # most 64: one block of keys holds a sequence, so there is nothing to split or to pipeline), "aligned" (all sequences
-# equally long, a multiple of 64), "default". Found by compiling each for its targets: the fewest instructions a score among those
-# without spills. float32 has no tensor-core form that meets the error rule, so its tiles are small. CDNA's matrix
-# instruction takes 32 rows of a wave: with fewer for each, waves would share rows and compute the softmax twice.
+# equally long, a multiple of 64), "default". Found by compiling each for its targets: the fewest instructions a score
+# among those without spills. float32 has no tensor-core form that meets the error rule, so its tiles are small. CDNA's
+# matrix instruction takes 32 rows of a wave: with fewer for each, waves would share rows and compute the softmax twice.
 ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("ampere", "half", 16): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
     ("ampere", "half", 32): {
