@@ -160,12 +160,12 @@ class AttentionBackwardBias:
 
 SINGLE = AttentionForward(16, 16, 4, 1, SPLIT_TAIL=False, maxnreg=255)
 
-# (family, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "bias" (with what else of the
-# extras is on, it needs most registers), "extras" (a bias, ALiBi, a window or dropout), "short" (max_seqlen <= 64: one
-# block of keys holds a sequence, so there is nothing to split or to pipeline), "aligned" (all sequences equally long, a
-# multiple of 64), "default". Found by compiling each for its targets: the fewest instructions a score among those
-# without spills. float32 has no tensor-core form that meets the error rule, so its tiles are small. CDNA's matrix
-# instruction takes 32 rows of a wave: with fewer for each, waves would share rows and compute the softmax twice.
+# (family or arch, kind of dtype, BLOCK_D) -> regime -> choice. Regimes, first that applies wins: "bias" (with what else
+# of the extras is on, it needs most registers), "extras" (a bias, ALiBi, a window or dropout), "short" (max_seqlen at
+# most 64: one block of keys holds a sequence, so there is nothing to split or to pipeline), "aligned" (all sequences
+# equally long, a multiple of 64), "default". Found by compiling each for its targets: the fewest instructions a score
+# among those without spills. float32 has no tensor-core form that meets the error rule, so its tiles are small. CDNA's
+# matrix instruction takes 32 rows of a wave: with fewer for each, waves would share rows and compute the softmax twice.
 ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
     ("ampere", "half", 16): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
     ("ampere", "half", 32): {
@@ -181,7 +181,7 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
         "bias": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
     },
     ("ampere", "half", 128): {
-        "default": AttentionForward(128, 32, 4, 2, SPLIT_TAIL=False),
+        "default": AttentionForward(128, 32, 8, 2),
         "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
         "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False, maxnreg=255),
         "bias": AttentionForward(32, 32, 4, 2, SPLIT_TAIL=False, maxnreg=255),
@@ -263,6 +263,8 @@ ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half",
 ATTENTION_FORWARD["blackwell", "half", 128] = ATTENTION_FORWARD["hopper", "half", 128] | {
     "bias": AttentionForward(64, 16, 4, 2, SPLIT_TAIL=False)
 }
+# By arch, before those of its family: this spills on sm_86, sm_89 and sm_120, which are of the family too.
+ATTENTION_FORWARD["sm_80", "half", 128] = {"default": AttentionForward(128, 32, 4, 2, SPLIT_TAIL=False)}
 
 # (family, kind of dtype, BLOCK_D) -> choice; ANY stands for the families without an entry of their own; None where no
 # tile fits. On CDNA a wave takes 32 rows of what a program owns: with fewer, two waves would compute the same.
@@ -433,7 +435,9 @@ def attention_forward(
         extras: a bias, ALiBi, a window or dropout is on.
         bias: a bias is.
     """
-    choices = ATTENTION_FORWARD[family(target), _KINDS[dtype], attention_block_d(head_dim)]
+    kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
+    own = ATTENTION_FORWARD.get((target.arch, kind, block_d), {})
+    choices = ATTENTION_FORWARD[family(target), kind, block_d] | own
     regimes = {
         "bias": bias,
         "extras": extras,
