@@ -19,9 +19,24 @@ from fastbert.kernels.pieces import keep_mask
 
 
 @triton.jit
+def load_rows(ptrs, mask_rows, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile `[rows, BLOCK_D]` of a head: 0 in columns beyond HEAD_DIM and, where MASKED, in rows not in `mask_rows`."""
+    mask_dims = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    if MASKED and HEAD_DIM != BLOCK_D:
+        tile = tl.load(ptrs, mask=mask_rows[:, None] & mask_dims, other=0.0)
+    elif MASKED:
+        tile = tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        tile = tl.load(ptrs, mask=mask_dims, other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
 def weights_from_lse(
     scores,
-    lse_log2,
+    minus_lse,
     bias_ptr,
     rows,
     columns,
@@ -30,25 +45,28 @@ def weights_from_lse(
     window,
     bias_stride_row,
     bias_stride_column,
+    MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     """The forward's weights of a tile, made again from its row sums.
 
-    `rows`, `columns` and `lse_log2` have a dimension of 1 each where the tile has the other, so a tile may stand
-    upright or transposed. `bias_ptr` is that of the sequence and head.
+    `rows`, `columns` and `minus_lse`, -lse in units of log2, have a dimension of 1 each where the tile has the other,
+    so a tile may stand upright or transposed. `bias_ptr` is that of the sequence and head. Without MASKED the weight of
+    a key beyond the end, which scores 0, is exp2(minus_lse), and may be infinite.
     """
     scale_log2e = scale * 1.4426950408889634
-    mask = columns < seqlen  # a key beyond the end scores 0, and exp2(0 - lse) may overflow
     if HAS_BIAS:
         bias_ptrs = bias_ptr + rows.to(tl.int64) * bias_stride_row + columns.to(tl.int64) * bias_stride_column
-        bias = tl.load(bias_ptrs, mask=(rows < seqlen) & mask, other=0.0).to(tl.float32)
-        weights = tl.exp2(tl.fma(scores, scale_log2e, bias * 1.4426950408889634 - lse_log2))
+        bias = tl.load(bias_ptrs, mask=(rows < seqlen) & (columns < seqlen), other=0.0).to(tl.float32)
+        weights = tl.exp2(tl.fma(scores, scale_log2e, bias * 1.4426950408889634 + minus_lse))
     else:
-        weights = tl.exp2(tl.fma(scores, scale_log2e, -lse_log2))
+        weights = tl.exp2(tl.fma(scores, scale_log2e, minus_lse))
     if HAS_WINDOW:
-        mask = mask & (rows - columns <= window) & (columns - rows <= window)
-    return tl.where(mask, weights, 0.0)
+        weights = tl.where((rows - columns <= window) & (columns - rows <= window), weights, 0.0)
+    if MASKED:
+        weights = tl.where(columns < seqlen, weights, 0.0)
+    return weights
 
 
 @triton.jit
@@ -57,7 +75,7 @@ def attention_backward_query_kernel(
     out_ptr,
     dout_ptr,
     lse_ptr,
-    delta_ptr,
+    row_pairs_ptr,
     dqkv_ptr,
     bias_ptr,
     seed_ptr,
@@ -84,13 +102,17 @@ def attention_backward_query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SPLIT_TAIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of the queries in one tile of rows; writes delta = rowsum(dout * out) for the kernels after it."""
+    """Gradient of the queries in one tile of rows.
+
+    Writes what the kernels after it need of each row, as a pair: -lse in units of log2, and delta = rowsum(dout * out).
+    """
     if HEAD_DIM % 16 != 0:  # as in attention.py
         qkv_stride_row = qkv_stride_row // VECTOR * VECTOR
         qkv_stride_part = qkv_stride_part // VECTOR * VECTOR
@@ -108,22 +130,29 @@ def attention_backward_query_kernel(
     begin = tl.load(cu_seqlens_ptr + sequence)
     seqlen = tl.load(cu_seqlens_ptr + sequence + 1) - begin
 
-    rows = first_row + tl.arange(0, BLOCK_M)
+    lanes = tl.arange(0, BLOCK_M)
+    rows = first_row + lanes
     dims = tl.arange(0, BLOCK_D)
     mask_rows = rows < seqlen
-    mask_dims = dims < HEAD_DIM
-    mask_query = mask_rows[:, None] & mask_dims[None, :]
     sequence_ptr = qkv_ptr + begin.to(tl.int64) * qkv_stride_row + head.to(tl.int64) * qkv_stride_head
-    row_in_batch = (begin + rows).to(tl.int64)
-    out_offsets = row_in_batch[:, None] * out_stride_row + head.to(tl.int64) * out_stride_head + dims[None, :]
-    lse_offsets = head.to(tl.int64) * lse_stride_head + row_in_batch
-    query_ptrs = sequence_ptr + rows.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
-    query = tl.load(query_ptrs, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-    out = tl.load(out_ptr + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-    dout = tl.load(dout_ptr + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+    # Only scalar bases are 64-bit, as in attention.py.
+    query_ptr = sequence_ptr + first_row.to(tl.int64) * qkv_stride_row
+    query_offsets = lanes[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
+    row_in_batch = (begin + first_row).to(tl.int64)
+    out_base = row_in_batch * out_stride_row + head.to(tl.int64) * out_stride_head
+    out_offsets = lanes[:, None] * out_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
+    query = load_rows(query_ptr + query_offsets, mask_rows, True, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    out = load_rows(out_ptr + out_base + out_offsets, mask_rows, True, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    dout = load_rows(dout_ptr + out_base + out_offsets, mask_rows, True, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    row_base = row_in_batch + head.to(tl.int64) * lse_stride_head
+    lse = tl.load(lse_ptr + row_base + lanes, mask=mask_rows, other=0.0)  # [BLOCK_M]
+    minus_lse = lse * -1.4426950408889634
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(delta_ptr + lse_offsets, delta, mask=mask_rows)  # [BLOCK_M]
-    lse_log2 = tl.load(lse_ptr + lse_offsets, mask=mask_rows, other=0.0) * 1.4426950408889634  # [BLOCK_M]
+    if HAS_DROPOUT:  # drop_scale is taken out of the gradients of the weights, and multiplied in at the end
+        delta = delta / drop_scale
+    pair_ptrs = row_pairs_ptr + row_base * 2 + lanes * 2
+    tl.store(pair_ptrs, minus_lse, mask=mask_rows)  # [BLOCK_M]
+    tl.store(pair_ptrs + 1, delta, mask=mask_rows)  # [BLOCK_M]
     if HAS_BIAS:
         bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
     seed = seed_ptr
@@ -136,29 +165,39 @@ def attention_backward_query_kernel(
     else:
         first_key = seqlen * 0
         end_key = seqlen
-    tile_offsets = tl.arange(0, BLOCK_N)[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_N, BLOCK_D]
+    begin_tail = first_key
+    if SPLIT_TAIL:
+        begin_tail = end_key // BLOCK_N * BLOCK_N
+    key_offsets = tl.arange(0, BLOCK_N)[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_N, BLOCK_D]
     key_ptr = sequence_ptr + qkv_stride_part + first_key.to(tl.int64) * qkv_stride_row
+    value_ptr = key_ptr + qkv_stride_part
     step = tl.cast(BLOCK_N, tl.int64) * qkv_stride_row
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in tl.range(first_key, end_key, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        mask_key = (columns < seqlen)[:, None] & mask_dims[None, :]
-        key = tl.load(key_ptr + tile_offsets, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
-        value = tl.load(key_ptr + qkv_stride_part + tile_offsets, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        weights = weights_from_lse(
-            scores, lse_log2[:, None], bias_ptr, rows[:, None], columns[None, :], seqlen, scale, window,
-            bias_stride_row, bias_stride_column, HAS_BIAS, HAS_WINDOW,
-        )  # fmt: skip
-        dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if HAS_DROPOUT:
-            keep = keep_mask(seed, rows, start, head, sequence, drop_threshold, BLOCK_N)
-            dweights = tl.where(keep, dweights * drop_scale, 0.0)
-        dscores = weights * (dweights - delta[:, None])
-        acc = tl.dot(dscores.to(key.dtype), key, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
-        key_ptr += step
+    for masked in tl.static_range(0 if SPLIT_TAIL else 1, 2):  # full blocks of keys, then the masked tail
+        for start in tl.range(begin_tail if masked else first_key, end_key if masked else begin_tail, BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N)
+            mask_columns = columns < seqlen
+            key = load_rows(key_ptr + key_offsets, mask_columns, masked, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            value = load_rows(value_ptr + key_offsets, mask_columns, masked, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            weights = weights_from_lse(
+                scores, minus_lse[:, None], bias_ptr, rows[:, None], columns[None, :], seqlen, scale, window,
+                bias_stride_row, bias_stride_column, masked, HAS_BIAS, HAS_WINDOW,
+            )  # fmt: skip
+            dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if HAS_DROPOUT:
+                keep = keep_mask(seed, rows, start, head, sequence, drop_threshold, BLOCK_N)
+                dweights = tl.where(keep, dweights, 0.0)
+            dscores = weights * (dweights - delta[:, None])
+            acc = tl.dot(dscores.to(key.dtype), key, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+            key_ptr += step
+            value_ptr += step
 
-    grad_offsets = row_in_batch[:, None] * dqkv_stride_row + head.to(tl.int64) * dqkv_stride_head + dims[None, :]
+    if HAS_DROPOUT:
+        scale = scale * drop_scale
+    dqkv_ptr += row_in_batch * dqkv_stride_row + head.to(tl.int64) * dqkv_stride_head
+    grad_offsets = lanes[:, None] * dqkv_stride_row + dims[None, :]
+    mask_query = mask_rows[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(dqkv_ptr + grad_offsets, (acc * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_query)
 
 
@@ -168,7 +207,7 @@ def attention_backward_key_kernel(
     out_ptr,
     dout_ptr,
     lse_ptr,
-    delta_ptr,
+    row_pairs_ptr,
     dqkv_ptr,
     bias_ptr,
     seed_ptr,
@@ -196,6 +235,7 @@ def attention_backward_key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SPLIT_TAIL: tl.constexpr,
     ONE_PASS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -226,14 +266,16 @@ def attention_backward_key_kernel(
     begin = tl.load(cu_seqlens_ptr + sequence)
     seqlen = tl.load(cu_seqlens_ptr + sequence + 1) - begin
 
-    columns = first_column + tl.arange(0, BLOCK_N)
+    lanes = tl.arange(0, BLOCK_N)
+    columns = first_column + lanes
     dims = tl.arange(0, BLOCK_D)
-    mask_dims = dims < HEAD_DIM
-    mask_key = (columns < seqlen)[:, None] & mask_dims[None, :]
+    mask_columns = columns < seqlen
     sequence_ptr = qkv_ptr + begin.to(tl.int64) * qkv_stride_row + head.to(tl.int64) * qkv_stride_head
-    key_ptrs = sequence_ptr + qkv_stride_part + columns.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
-    key = tl.load(key_ptrs, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
-    value = tl.load(key_ptrs + qkv_stride_part, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
+    # Only scalar bases are 64-bit, as in attention.py.
+    key_ptr = sequence_ptr + qkv_stride_part + first_column.to(tl.int64) * qkv_stride_row
+    key_offsets = lanes[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_N, BLOCK_D]
+    key = load_rows(key_ptr + key_offsets, mask_columns, True, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    value = load_rows(key_ptr + qkv_stride_part + key_offsets, mask_columns, True, HEAD_DIM, BLOCK_D)
     if HAS_BIAS:
         bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
     seed = seed_ptr
@@ -241,58 +283,100 @@ def attention_backward_key_kernel(
         seed = tl.load(seed_ptr)
 
     if HAS_WINDOW:
-        begin_row = tl.maximum(first_column - window, 0) // BLOCK_M * BLOCK_M
+        first_row = tl.maximum(first_column - window, 0) // BLOCK_M * BLOCK_M
         end_row = tl.minimum(first_column + BLOCK_N + window, seqlen)
     else:
-        begin_row = seqlen * 0
+        first_row = seqlen * 0
         end_row = seqlen
-    lanes = tl.arange(0, BLOCK_M)
-    query_offsets = lanes[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
-    out_offsets = lanes[:, None] * out_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
-    grad_offsets = lanes[:, None] * dqkv_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
+    begin_tail = first_row
+    if SPLIT_TAIL:
+        begin_tail = end_row // BLOCK_M * BLOCK_M
+    row_lanes = tl.arange(0, BLOCK_M)
+    query_offsets = row_lanes[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
+    out_offsets = row_lanes[:, None] * out_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
+    pair_offsets = row_lanes[:, None] * 2 + tl.arange(0, 2)[None, :]  # [BLOCK_M, 2]
+    grad_offsets = row_lanes[:, None] * dqkv_stride_row + dims[None, :]  # [BLOCK_M, BLOCK_D]
+    row_in_batch = (begin + first_row).to(tl.int64)
+    query_ptr = sequence_ptr + first_row.to(tl.int64) * qkv_stride_row
+    dout_ptr += row_in_batch * out_stride_row + head.to(tl.int64) * out_stride_head
+    row_base = row_in_batch + head.to(tl.int64) * lse_stride_head
     dqkv_ptr += begin.to(tl.int64) * dqkv_stride_row + head.to(tl.int64) * dqkv_stride_head
+    if ONE_PASS:
+        out_ptr += row_in_batch * out_stride_row + head.to(tl.int64) * out_stride_head
+        lse_ptr += row_base
+    else:
+        row_pairs_ptr += row_base * 2
+    query_step = tl.cast(BLOCK_M, tl.int64) * qkv_stride_row
+    out_step = tl.cast(BLOCK_M, tl.int64) * out_stride_row
+    grad_scale = scale
+    if HAS_DROPOUT:  # drop_scale is taken out of the gradients of the weights, as it is of delta
+        grad_scale = scale * drop_scale
     acc_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in tl.range(begin_row, end_row, BLOCK_M):
-        rows = start + lanes
-        mask_rows = rows < seqlen
-        mask_query = mask_rows[:, None] & mask_dims[None, :]
-        row_in_batch = (begin + start).to(tl.int64)
-        query_ptr = sequence_ptr + tl.cast(start, tl.int64) * qkv_stride_row
-        out_base = row_in_batch * out_stride_row + head.to(tl.int64) * out_stride_head
-        lse_base = row_in_batch + head.to(tl.int64) * lse_stride_head
-        query = tl.load(query_ptr + query_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-        dout = tl.load(dout_ptr + out_base + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-        # A row beyond the end gets weight exp2(-1e30) = 0.
-        lse = tl.load(lse_ptr + lse_base + lanes, mask=mask_rows, other=1e30)  # [BLOCK_M]
-        if ONE_PASS:
-            out = tl.load(out_ptr + out_base + out_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-            delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-        else:
-            delta = tl.load(delta_ptr + lse_base + lanes, mask=mask_rows, other=0.0)  # [BLOCK_M]
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        weights = weights_from_lse(
-            scores, (lse * 1.4426950408889634)[None, :], bias_ptr, rows[None, :], columns[:, None], seqlen, scale,
-            window, bias_stride_row, bias_stride_column, HAS_BIAS, HAS_WINDOW,
-        )  # fmt: skip
-        dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        if HAS_DROPOUT:
-            keep = tl.trans(keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK_N))
-            dropped = tl.where(keep, weights * drop_scale, 0.0)
-            dweights = tl.where(keep, dweights * drop_scale, 0.0)
-        else:
+    for masked in tl.static_range(0 if SPLIT_TAIL else 1, 2):  # full blocks of rows, then the masked tail
+        for start in tl.range(begin_tail if masked else first_row, end_row if masked else begin_tail, BLOCK_M):
+            rows = start + row_lanes
+            mask_rows = rows < seqlen
+            query = load_rows(query_ptr + query_offsets, mask_rows, masked, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            dout = load_rows(dout_ptr + out_offsets, mask_rows, masked, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            # A row beyond the end gets weight exp2(-1e30) = 0; its delta does not matter then.
+            if ONE_PASS:
+                out = load_rows(out_ptr + out_offsets, mask_rows, masked, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+                delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+                if HAS_DROPOUT:
+                    delta = delta / drop_scale
+                if masked:
+                    lse = tl.load(lse_ptr + row_lanes, mask=mask_rows, other=1e30)  # [BLOCK_M]
+                else:
+                    lse = tl.load(lse_ptr + row_lanes)  # [BLOCK_M]
+                minus_lse = lse * -1.4426950408889634
+            else:
+                if masked:
+                    pairs = tl.load(row_pairs_ptr + pair_offsets, mask=mask_rows[:, None], other=-1e30)  # [BLOCK_M, 2]
+                else:
+                    pairs = tl.load(row_pairs_ptr + pair_offsets)  # [BLOCK_M, 2]
+                minus_lse, delta = tl.split(pairs)
+            scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            # What is wrong in a key beyond the end stays in its own rows of acc_key and acc_value, which are not
+            # stored. The gradient of a query is a sum over keys, so there those are masked.
+            weights = weights_from_lse(
+                scores, minus_lse[None, :], bias_ptr, rows[None, :], columns[:, None], seqlen, scale, window,
+                bias_stride_row, bias_stride_column, ONE_PASS, HAS_BIAS, HAS_WINDOW,
+            )  # fmt: skip
+            dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dropped = weights
-        acc_value = tl.dot(dropped.to(value.dtype), dout, acc_value, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-        dscores = (weights * (dweights - delta[None, :])).to(key.dtype)
-        acc_key = tl.dot(dscores, query, acc_key, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-        if ONE_PASS:
-            dquery = tl.dot(tl.trans(dscores), key, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_D]
-            query_grad_ptrs = dqkv_ptr + tl.cast(start, tl.int64) * dqkv_stride_row + grad_offsets
-            tl.store(query_grad_ptrs, dquery.to(dqkv_ptr.dtype.element_ty), mask=mask_query)
+            if HAS_DROPOUT:
+                keep = tl.trans(keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK_N))
+                dropped = tl.where(keep, weights, 0.0)
+                dweights = tl.where(keep, dweights, 0.0)
+            acc_value = tl.dot(
+                dropped.to(value.dtype), dout, acc_value, input_precision=PRECISION
+            )  # [BLOCK_N, BLOCK_D]
+            dscores = (weights * (dweights - delta[None, :])).to(key.dtype)
+            acc_key = tl.dot(dscores, query, acc_key, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+            if ONE_PASS:
+                dquery = tl.dot(tl.trans(dscores), key, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+                dquery = (dquery * grad_scale).to(dqkv_ptr.dtype.element_ty)
+                dquery_ptr = dqkv_ptr + tl.cast(start, tl.int64) * dqkv_stride_row
+                if masked or HEAD_DIM != BLOCK_D:
+                    mask_query = mask_rows[:, None] & (dims < HEAD_DIM)[None, :]
+                    tl.store(dquery_ptr + grad_offsets, dquery, mask=mask_query)  # [BLOCK_M, BLOCK_D]
+                else:
+                    tl.store(dquery_ptr + grad_offsets, dquery)  # [BLOCK_M, BLOCK_D]
+                out_ptr += out_step
+                lse_ptr += BLOCK_M
+            else:
+                row_pairs_ptr += BLOCK_M * 2
+            query_ptr += query_step
+            dout_ptr += out_step
 
-    dkey_ptrs = dqkv_ptr + dqkv_stride_part + columns.to(tl.int64)[:, None] * dqkv_stride_row + dims[None, :]
+    if HAS_DROPOUT:
+        acc_value = acc_value * drop_scale
+    dkey_ptr = dqkv_ptr + dqkv_stride_part + first_column.to(tl.int64) * dqkv_stride_row
+    dkey_ptrs = dkey_ptr + lanes[:, None] * dqkv_stride_row + dims[None, :]
+    mask_key = mask_columns[:, None] & (dims < HEAD_DIM)[None, :]
     dtype = dqkv_ptr.dtype.element_ty
-    tl.store(dkey_ptrs, (acc_key * scale).to(dtype), mask=mask_key)  # [BLOCK_N, BLOCK_D]
+    tl.store(dkey_ptrs, (acc_key * grad_scale).to(dtype), mask=mask_key)  # [BLOCK_N, BLOCK_D]
     tl.store(dkey_ptrs + dqkv_stride_part, acc_value.to(dtype), mask=mask_key)  # [BLOCK_N, BLOCK_D]
 
 
@@ -300,8 +384,7 @@ def attention_backward_key_kernel(
 def attention_backward_bias_kernel(
     qkv_ptr,
     dout_ptr,
-    lse_ptr,
-    delta_ptr,
+    row_pairs_ptr,
     dbias_ptr,
     bias_ptr,
     seed_ptr,
@@ -382,22 +465,24 @@ def attention_backward_bias_kernel(
             dout = tl.load(out_ptrs + dims[None, :], mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
             key = tl.load(key_ptrs, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
             value = tl.load(key_ptrs + qkv_stride_part, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
-            lse_offsets = tl.cast(head, tl.int64) * lse_stride_head + row_in_batch
-            lse = tl.load(lse_ptr + lse_offsets, mask=mask_rows, other=1e30)  # [BLOCK_M]
-            delta = tl.load(delta_ptr + lse_offsets, mask=mask_rows, other=0.0)  # [BLOCK_M]
+            pair_ptrs = row_pairs_ptr + (tl.cast(head, tl.int64) * lse_stride_head + row_in_batch) * 2
+            minus_lse = tl.load(pair_ptrs, mask=mask_rows, other=-1e30)  # [BLOCK_M]
+            delta = tl.load(pair_ptrs + 1, mask=mask_rows, other=0.0)  # [BLOCK_M]
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             weights = weights_from_lse(
-                scores, (lse * 1.4426950408889634)[:, None],
+                scores, minus_lse[:, None],
                 bias_ptr + tl.cast(sequence, tl.int64) * bias_stride_sequence
                 + tl.cast(head, tl.int64) * bias_stride_head,
                 rows[:, None], columns[None, :], seqlen, scale, window, bias_stride_row, bias_stride_column, True,
-                HAS_WINDOW,
+                True, HAS_WINDOW,
             )  # fmt: skip
             dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if HAS_DROPOUT:
                 keep = keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK_N)
-                dweights = tl.where(keep, dweights * drop_scale, 0.0)
+                dweights = tl.where(keep, dweights, 0.0)
             acc += weights * (dweights - delta[:, None])
+    if HAS_DROPOUT:
+        acc = acc * drop_scale
     mask = (rows < max_seqlen)[:, None] & (columns < max_seqlen)[None, :]
     grad_ptr = dbias_ptr + tl.cast(place, tl.int64) * max_seqlen * max_seqlen
     grad_ptrs = grad_ptr + rows.to(tl.int64)[:, None] * max_seqlen + columns[None, :]
@@ -449,7 +534,6 @@ def attention_backward(
     by_key = launch.attention_backward_key(
         head_dim, qkv.dtype, max_seqlen, dbias=dbias is not None, extras=extras, target=here
     )
-    delta = torch.empty_like(lse)
     shape = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": launch.attention_block_d(head_dim),
@@ -460,16 +544,17 @@ def attention_backward(
     }
     strides_bias = (0, 0, 0, 0) if bias is None else bias.stride()
     scalars = (scale, 0 if window is None else window, launch.drop_threshold(dropout), launch.drop_scale(dropout))
+    row_pairs = None if by_key.ONE_PASS else torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
     with target.guard(qkv):
         if not by_key.ONE_PASS:
             by_query = launch.attention_backward_query(head_dim, qkv.dtype, here)
             attention_backward_query_kernel[(len(query_tiles) * heads,)](
-                qkv, out, dout, lse, delta, dqkv, bias, seed, cu_seqlens, query_tiles,
+                qkv, out, dout, lse, row_pairs, dqkv, bias, seed, cu_seqlens, query_tiles,
                 *qkv.stride()[:3], *out.stride()[:2], dqkv.stride(0), dqkv.stride(2), lse.stride(0),
                 *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_query),
             )  # fmt: skip
         attention_backward_key_kernel[(len(key_tiles) * heads,)](
-            qkv, out, dout, lse, delta, dqkv, bias, seed, cu_seqlens, key_tiles,
+            qkv, out, dout, lse, row_pairs, dqkv, bias, seed, cu_seqlens, key_tiles,
             *qkv.stride()[:3], *out.stride()[:2], *dqkv.stride()[:3], lse.stride(0),
             *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_key),
         )  # fmt: skip
@@ -478,7 +563,7 @@ def attention_backward(
             full = torch.empty((*dbias.shape[:2], max_seqlen, max_seqlen), dtype=torch.float32, device=qkv.device)
             tiles = triton.cdiv(max_seqlen, by_bias.BLOCK_M) * triton.cdiv(max_seqlen, by_bias.BLOCK_N)
             attention_backward_bias_kernel[(full.shape[0] * full.shape[1] * tiles,)](
-                qkv, dout, lse, delta, full, bias, seed, cu_seqlens,
+                qkv, dout, row_pairs, full, bias, seed, cu_seqlens,
                 *qkv.stride()[:3], *out.stride()[:2], lse.stride(0), *strides_bias,
                 len(cu_seqlens) - 1, heads, max_seqlen, *scalars,
                 ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **launch.arguments(by_bias),

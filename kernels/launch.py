@@ -103,12 +103,13 @@ class AttentionForward:
 
 @dataclass(frozen=True)
 class AttentionBackwardQuery:
-    """BLOCK_M query rows a program, BLOCK_N keys a step; `maxnreg` as in AttentionForward."""
+    """BLOCK_M query rows a program, BLOCK_N keys a step; SPLIT_TAIL and `maxnreg` as in AttentionForward."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    SPLIT_TAIL: bool = True
     maxnreg: int = 0
 
 
@@ -116,13 +117,14 @@ class AttentionBackwardQuery:
 class AttentionBackwardKey:
     """BLOCK_N keys a program, BLOCK_M query rows a step; ONE_PASS where BLOCK_N holds every key of a sequence.
 
-    `maxnreg` as in AttentionForward.
+    SPLIT_TAIL (of the rows) and `maxnreg` as in AttentionForward.
     """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    SPLIT_TAIL: bool = True
     ONE_PASS: bool = False
     maxnreg: int = 0
 

@@ -360,6 +360,83 @@ def check_gradients(path, qkv, packing, generator, bias=None, what="", **options
         assert_close(got_bias, plain_bias, exact_bias, what=f"{what} dbias")
 
 
+def edges(*blocks):
+    """Lengths around one and two of each of these blocks, and a single token."""
+    return sorted({1, *(times * block + more for block in blocks for times in (1, 2) for more in (-1, 0, 1))})
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("option", ["plain", "window"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have no room for the choice of another")
+def test_case_14_gradients_around_the_edges_of_the_tiles(option, arch, generator):
+    """Full blocks are not masked, the tail is: of no key, of one, of all but one; behind them there is NaN."""
+    options = {"window": 40} if option == "window" else {}
+    with target.pretend(target.KNOWN[arch]):
+        here = target.of(torch.get_default_device())
+        query = launch.attention_backward_query(64, torch.float16, here)
+        key = launch.attention_backward_key(
+            64, torch.float16, 512, dbias=False, extras=bool(options), target=here
+        )
+        packing = Packing.from_lengths(edges(query.BLOCK_M, query.BLOCK_N, key.BLOCK_M, key.BLOCK_N))
+        qkv = random_qkv(packing.tokens + 5, 1, 64, torch.float16, generator)
+        qkv[packing.tokens :] = math.nan
+        check_gradients("triton", qkv, packing, generator, what=arch, **options)
+
+
+def one_pass_cases():
+    return [(arch, block_d) for arch in ("sm_80", "sm_90") for block_d in (32, 64, 128)
+            if (launch.family(target.KNOWN[arch]), "half", block_d) in launch.ATTENTION_BACKWARD_ONE_PASS]  # fmt: skip
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("arch", "head_dim"), one_pass_cases())
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have no room for the choice of another")
+def test_case_14_gradients_around_the_edges_of_the_tiles_of_one_pass(arch, head_dim, generator):
+    with target.pretend(target.KNOWN[arch]):
+        here = target.of(torch.get_default_device())
+        key = launch.attention_backward_key(head_dim, torch.float16, 1, dbias=False, extras=False, target=here)
+        assert key.ONE_PASS
+        packing = Packing.from_lengths([n for n in edges(key.BLOCK_M, key.BLOCK_N) if n <= key.BLOCK_N])
+        qkv = random_qkv(packing.tokens + 5, 1, head_dim, torch.float16, generator)
+        qkv[packing.tokens :] = math.nan
+        check_gradients("triton", qkv, packing, generator, what=arch)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("longest", [100, 200])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have no room for the choice of another")
+def test_keys_beyond_the_end_leak_nowhere(arch, longest, generator):
+    """All scores near -128: for a key that is not there, which scores 0, exp(0 - lse) is beyond float32."""
+    packing = Packing.from_lengths([1, 37, longest])
+    qkv = random_qkv(packing.tokens, 1, 64, torch.float16, generator, scale=0.1)
+    qkv[:, 0] += 4.0
+    qkv[:, 1] -= 4.0
+    with target.pretend(target.KNOWN[arch]):
+        check_gradients("triton", qkv, packing, generator, what=arch)
+
+
+class Nothing(torch.autograd.Function):
+    """A function without a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return None
+
+
+@pytest.mark.kernels
+def test_no_gradient_from_above_is_none_below(generator):
+    qkv = random_qkv(8, 2, 16, torch.float32, generator).requires_grad_()
+    with backend.use_backend("triton"):
+        Nothing.apply(attention(qkv, Packing.from_lengths([5, 3]))).sum().backward()
+    assert qkv.grad is None
+
+
 def op_arguments(generator, **changes):
     packing = Packing.from_lengths([5, 3])
     values = {

@@ -434,12 +434,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     qkv, cu_seqlens, tiles, max_seqlen, tokens, scale, bias, window, dropout, seed = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of lse
     ctx.save_for_backward(qkv, out, lse, cu_seqlens, bias, seed, *tiles[1:])
     ctx.tables = len(tiles)
     ctx.options = max_seqlen, tokens, scale, window, dropout
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
+    no_tables = [None] * ctx.tables
+    if dout is None:
+        return None, None, no_tables, None, None, None, None, None, None, None
     if ctx.tables == 1:
         raise BackendError(
             "attention_forward", "a gradient asked for with one table of tiles", "the backward's tables in the forward"
@@ -451,7 +455,6 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
         dout, qkv, out, lse, cu_seqlens, query_tiles, key_tiles, max_seqlen, tokens, scale, bias, needs_dbias, window,
         dropout, seed,
     )  # fmt: skip
-    no_tables = [None] * ctx.tables
     return dqkv, None, no_tables, None, None, None, dbias.to(bias.dtype) if needs_dbias else None, None, None, None
 
 

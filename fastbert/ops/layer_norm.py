@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -249,20 +250,25 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, weight, bias, residual, x_bias, dropout, seed, _, store_stats = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of mean and rstd
     ctx.save_for_backward(x, weight, bias, residual, x_bias, seed, mean, rstd)
     ctx.dropout = dropout
     ctx.store_stats = store_stats
 
 
-def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 9
     if not ctx.store_stats:
         raise BackendError(
             "layer_norm_forward", "a gradient asked for after store_stats=False", "store_stats=True in the forward"
         )
     x, weight, bias, residual, x_bias, seed, mean, rstd = ctx.saved_tensors
-    dx, dresidual, (dweight, dbias, *rest) = layer_norm_backward(
+    dx, dresidual, dparameters = layer_norm_backward(
         dout, x, weight, residual, x_bias, mean, rstd, ctx.dropout, seed
     )
+    dtypes = [parameter.dtype for parameter in (weight, bias, x_bias) if parameter is not None]
+    dweight, dbias, *rest = dparameters.to(reduce(torch.promote_types, dtypes))  # one cast where they have one dtype
     if residual is not None and ctx.dropout == 0.0:
         dresidual = dx
     return (
