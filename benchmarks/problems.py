@@ -215,7 +215,7 @@ def problems(target: Target, sizes: Sizes = FULL) -> list[Problem]:
                     call = AttentionCall(sizes.lengths[regime], sizes.heads, head_dim, dtype, dropout=dropout)
                     backward = partial(call.backward, target=target)
                     add(partial(call.key_choice, target), backward, matrix=True)
-                    add(partial(launch.attention_backward_query, head_dim, dtype, target), backward, matrix=True)
+                    add(partial(call.query_choice, target), backward, matrix=True)
     for hidden, width in zip(HIDDEN, INTERMEDIATE, strict=True):
         for dtype in DTYPES:
             rows = partial(_layer_norm_gradient, sizes.rows, hidden, dtype)
@@ -279,6 +279,10 @@ class AttentionCall:
             target=target,
         )
 
+    def query_choice(self, target: Target) -> launch.AttentionBackwardQuery:
+        """The choice in force for its gradient of queries."""
+        return launch.attention_backward_query(self.head_dim, self.dtype, extras=self._extras, target=target)
+
     def key_choice(self, target: Target) -> launch.AttentionBackwardKey:
         """The choice in force for its gradients of keys and values."""
         return launch.attention_backward_key(
@@ -336,14 +340,13 @@ class AttentionCall:
         _, lse = reference.attention(qkv.float(), packing, bias=bias)
 
         def run() -> list[Tensor]:
-            by_query = launch.attention_backward_query(self.head_dim, self.dtype, target)
             dqkv, dbias = attention_backward(
                 dout,
                 qkv,
                 out,
                 lse,
                 packing.cu_seqlens,
-                packing.tiles(by_query.BLOCK_M),
+                packing.tiles(self.query_choice(target).BLOCK_M),
                 packing.tiles(self.key_choice(target).BLOCK_N),
                 longest,
                 tokens=packing.tokens,

@@ -38,13 +38,12 @@ def weights_from_lse(
     scores,
     minus_lse,
     bias_ptr,
+    bias_offsets,
     rows,
     columns,
     seqlen,
     scale,
     window,
-    bias_stride_row,
-    bias_stride_column,
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -52,14 +51,13 @@ def weights_from_lse(
     """The forward's weights of a tile, made again from its row sums.
 
     `rows`, `columns` and `minus_lse`, -lse in units of log2, have a dimension of 1 each where the tile has the other,
-    so a tile may stand upright or transposed. `bias_ptr` is that of the sequence and head. Without MASKED the weight of
-    a key beyond the end, which scores 0, is exp2(minus_lse), and may be infinite.
+    so a tile may stand upright or transposed. Without MASKED the weight of a key beyond the end, which scores 0, is
+    exp2(minus_lse), and may be infinite.
     """
     scale_log2e = scale * 1.4426950408889634
     if HAS_BIAS:
-        bias_ptrs = bias_ptr + rows.to(tl.int64) * bias_stride_row + columns.to(tl.int64) * bias_stride_column
-        bias = tl.load(bias_ptrs, mask=(rows < seqlen) & (columns < seqlen), other=0.0).to(tl.float32)
-        weights = tl.exp2(tl.fma(scores, scale_log2e, bias * 1.4426950408889634 + minus_lse))
+        bias = tl.load(bias_ptr + bias_offsets, mask=(rows < seqlen) & (columns < seqlen), other=0.0).to(tl.float32)
+        weights = tl.exp2(tl.fma(scores, scale_log2e, tl.fma(bias, 1.4426950408889634, minus_lse)))
     else:
         weights = tl.exp2(tl.fma(scores, scale_log2e, minus_lse))
     if HAS_WINDOW:
@@ -153,8 +151,6 @@ def attention_backward_query_kernel(
     pair_ptrs = row_pairs_ptr + row_base * 2 + lanes * 2
     tl.store(pair_ptrs, minus_lse, mask=mask_rows)  # [BLOCK_M]
     tl.store(pair_ptrs + 1, delta, mask=mask_rows)  # [BLOCK_M]
-    if HAS_BIAS:
-        bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
     seed = seed_ptr
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -172,6 +168,13 @@ def attention_backward_query_kernel(
     key_ptr = sequence_ptr + qkv_stride_part + first_key.to(tl.int64) * qkv_stride_row
     value_ptr = key_ptr + qkv_stride_part
     step = tl.cast(BLOCK_N, tl.int64) * qkv_stride_row
+    bias_offsets = 0
+    if HAS_BIAS:
+        bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
+        bias_ptr += first_row.to(tl.int64) * bias_stride_row + first_key.to(tl.int64) * bias_stride_column
+        bias_offsets = lanes[:, None] * bias_stride_row + (
+            tl.arange(0, BLOCK_N)[None, :] * bias_stride_column
+        )  # [BLOCK_M, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for masked in tl.static_range(0 if SPLIT_TAIL else 1, 2):  # full blocks of keys, then the masked tail
         for start in tl.range(begin_tail if masked else first_key, end_key if masked else begin_tail, BLOCK_N):
@@ -181,8 +184,8 @@ def attention_backward_query_kernel(
             value = load_rows(value_ptr + key_offsets, mask_columns, masked, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             weights = weights_from_lse(
-                scores, minus_lse[:, None], bias_ptr, rows[:, None], columns[None, :], seqlen, scale, window,
-                bias_stride_row, bias_stride_column, masked, HAS_BIAS, HAS_WINDOW,
+                scores, minus_lse[:, None], bias_ptr, bias_offsets, rows[:, None], columns[None, :], seqlen, scale,
+                window, masked, HAS_BIAS, HAS_WINDOW,
             )  # fmt: skip
             dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if HAS_DROPOUT:
@@ -192,6 +195,8 @@ def attention_backward_query_kernel(
             acc = tl.dot(dscores.to(key.dtype), key, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
             key_ptr += step
             value_ptr += step
+            if HAS_BIAS:
+                bias_ptr += tl.cast(BLOCK_N, tl.int64) * bias_stride_column
 
     if HAS_DROPOUT:
         scale = scale * drop_scale
@@ -276,8 +281,6 @@ def attention_backward_key_kernel(
     key_offsets = lanes[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_N, BLOCK_D]
     key = load_rows(key_ptr + key_offsets, mask_columns, True, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     value = load_rows(key_ptr + qkv_stride_part + key_offsets, mask_columns, True, HEAD_DIM, BLOCK_D)
-    if HAS_BIAS:
-        bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
     seed = seed_ptr
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -308,6 +311,11 @@ def attention_backward_key_kernel(
         row_pairs_ptr += row_base * 2
     query_step = tl.cast(BLOCK_M, tl.int64) * qkv_stride_row
     out_step = tl.cast(BLOCK_M, tl.int64) * out_stride_row
+    bias_offsets = 0
+    if HAS_BIAS:
+        bias_ptr += sequence.to(tl.int64) * bias_stride_sequence + head.to(tl.int64) * bias_stride_head
+        bias_ptr += first_row.to(tl.int64) * bias_stride_row + first_column.to(tl.int64) * bias_stride_column
+        bias_offsets = lanes[:, None] * bias_stride_column + row_lanes[None, :] * bias_stride_row  # [BLOCK_N, BLOCK_M]
     grad_scale = scale
     if HAS_DROPOUT:  # drop_scale is taken out of the gradients of the weights, as it is of delta
         grad_scale = scale * drop_scale
@@ -340,8 +348,8 @@ def attention_backward_key_kernel(
             # What is wrong in a key beyond the end stays in its own rows of acc_key and acc_value, which are not
             # stored. The gradient of a query is a sum over keys, so there those are masked.
             weights = weights_from_lse(
-                scores, minus_lse[None, :], bias_ptr, rows[None, :], columns[:, None], seqlen, scale, window,
-                bias_stride_row, bias_stride_column, ONE_PASS, HAS_BIAS, HAS_WINDOW,
+                scores, minus_lse[None, :], bias_ptr, bias_offsets, rows[None, :], columns[:, None], seqlen, scale,
+                window, ONE_PASS, HAS_BIAS, HAS_WINDOW,
             )  # fmt: skip
             dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dropped = weights
@@ -369,6 +377,8 @@ def attention_backward_key_kernel(
                 row_pairs_ptr += BLOCK_M * 2
             query_ptr += query_step
             dout_ptr += out_step
+            if HAS_BIAS:
+                bias_ptr += tl.cast(BLOCK_M, tl.int64) * bias_stride_row
 
     if HAS_DROPOUT:
         acc_value = acc_value * drop_scale
@@ -446,6 +456,10 @@ def attention_backward_bias_kernel(
     seed = seed_ptr
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
+    bias_ptr += tl.cast(first_row, tl.int64) * bias_stride_row + tl.cast(first_column, tl.int64) * bias_stride_column
+    bias_offsets = tl.arange(0, BLOCK_M)[:, None] * bias_stride_row + (
+        tl.arange(0, BLOCK_N)[None, :] * bias_stride_column
+    )  # [BLOCK_M, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.range(0, count):
         sequence = first_sequence + i // heads_shared
@@ -469,12 +483,10 @@ def attention_backward_bias_kernel(
             minus_lse = tl.load(pair_ptrs, mask=mask_rows, other=-1e30)  # [BLOCK_M]
             delta = tl.load(pair_ptrs + 1, mask=mask_rows, other=0.0)  # [BLOCK_M]
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            bias_base = tl.cast(sequence, tl.int64) * bias_stride_sequence + tl.cast(head, tl.int64) * bias_stride_head
             weights = weights_from_lse(
-                scores, minus_lse[:, None],
-                bias_ptr + tl.cast(sequence, tl.int64) * bias_stride_sequence
-                + tl.cast(head, tl.int64) * bias_stride_head,
-                rows[:, None], columns[None, :], seqlen, scale, window, bias_stride_row, bias_stride_column, True,
-                True, HAS_WINDOW,
+                scores, minus_lse[:, None], bias_ptr + bias_base, bias_offsets, rows[:, None], columns[None, :], seqlen,
+                scale, window, True, True, HAS_WINDOW,
             )  # fmt: skip
             dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if HAS_DROPOUT:
@@ -523,6 +535,8 @@ def attention_backward(
     """
     rows, _, heads, head_dim = qkv.shape
     qkv, out, dout = target.aligned(qkv), target.aligned(out), target.aligned(dout)
+    if bias is not None and max(bias.stride()[2:]) >= 1 << 22:  # as in attention.py
+        bias = bias.contiguous()
     dout = dout if dout.stride() == out.stride() else dout.contiguous()
     dqkv = torch.empty((rows, 3, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     dqkv[tokens:] = 0
@@ -547,7 +561,7 @@ def attention_backward(
     row_pairs = None if by_key.ONE_PASS else torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
     with target.guard(qkv):
         if not by_key.ONE_PASS:
-            by_query = launch.attention_backward_query(head_dim, qkv.dtype, here)
+            by_query = launch.attention_backward_query(head_dim, qkv.dtype, extras=extras, target=here)
             attention_backward_query_kernel[(len(query_tiles) * heads,)](
                 qkv, out, dout, lse, row_pairs, dqkv, bias, seed, cu_seqlens, query_tiles,
                 *qkv.stride()[:3], *out.stride()[:2], dqkv.stride(0), dqkv.stride(2), lse.stride(0),

@@ -228,54 +228,104 @@ ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half",
     "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
 }
 
-# (family, kind of dtype, BLOCK_D) -> choice; ANY stands for the families without an entry of their own. Small tiles,
-# because the backward holds more in registers; None where no tile fits them.
+# (family, kind of dtype, BLOCK_D) -> choice; ANY stands for the families without an entry of their own; None where no
+# tile fits. On CDNA a wave takes 32 rows of what a program owns: with fewer, two waves would compute the same.
 ANY = "any"
 ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
+    ("ampere", "half", 16): AttentionBackwardQuery(128, 32, 4, 2),
+    ("ampere", "half", 32): AttentionBackwardQuery(128, 32, 4, 2),
+    ("ampere", "half", 64): AttentionBackwardQuery(128, 32, 4, 1),
+    ("ampere", "half", 128): AttentionBackwardQuery(128, 32, 8, 2),
+    ("ampere", "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
+    ("hopper", "half", 16): AttentionBackwardQuery(64, 64, 4, 3),
+    ("hopper", "half", 32): AttentionBackwardQuery(64, 64, 4, 3),
+    ("hopper", "half", 64): AttentionBackwardQuery(64, 64, 4, 3),
+    ("hopper", "half", 128): AttentionBackwardQuery(128, 64, 8, 1),
+    ("hopper", "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
+    ("blackwell", "half", 16): AttentionBackwardQuery(128, 64, 4, 1),
+    ("blackwell", "half", 32): AttentionBackwardQuery(128, 64, 4, 1),
+    ("blackwell", "half", 64): AttentionBackwardQuery(128, 64, 4, 1),
+    ("blackwell", "half", 128): AttentionBackwardQuery(128, 64, 8, 1),
+    ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
+    ("cdna", "half", 16): AttentionBackwardQuery(64, 64, 2, 1),
+    ("cdna", "half", 32): AttentionBackwardQuery(64, 64, 2, 1),
+    ("cdna", "half", 64): AttentionBackwardQuery(128, 64, 4, 1),
+    ("cdna", "half", 128): AttentionBackwardQuery(128, 32, 4, 1),
+    ("cdna", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
+    ("rdna", "half", 16): AttentionBackwardQuery(64, 32, 4, 1),
+    ("rdna", "half", 32): AttentionBackwardQuery(64, 32, 4, 1),
+    ("rdna", "half", 64): AttentionBackwardQuery(64, 16, 4, 1),
+    (ANY, "single", 16): AttentionBackwardQuery(16, 16, 4, 1),
+    (ANY, "single", 32): AttentionBackwardQuery(16, 16, 4, 1),
+    (ANY, "single", 64): AttentionBackwardQuery(16, 16, 4, 1),
+    (ANY, "single", 128): AttentionBackwardQuery(16, 16, 8, 1),
+}
+ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] = {
+    ("ampere", "half", 16): AttentionBackwardKey(32, 128, 4, 2),
+    ("ampere", "half", 32): AttentionBackwardKey(32, 128, 4, 2),
+    ("ampere", "half", 64): AttentionBackwardKey(16, 128, 4, 2),
+    ("ampere", "half", 128): AttentionBackwardKey(16, 128, 8, 1),
+    ("ampere", "half", 256): AttentionBackwardKey(32, 32, 8, 1),
+    ("hopper", "half", 16): AttentionBackwardKey(64, 64, 4, 1),
+    ("hopper", "half", 32): AttentionBackwardKey(64, 64, 4, 1),
+    ("hopper", "half", 64): AttentionBackwardKey(32, 64, 4, 1, maxnreg=128),
+    ("hopper", "half", 128): AttentionBackwardKey(32, 128, 8, 1),
+    ("hopper", "half", 256): AttentionBackwardKey(32, 32, 8, 1),
+    ("blackwell", "half", 16): AttentionBackwardKey(64, 64, 4, 1),
+    ("blackwell", "half", 32): AttentionBackwardKey(64, 64, 4, 1),
+    ("blackwell", "half", 64): AttentionBackwardKey(64, 64, 4, 1),
+    ("blackwell", "half", 128): AttentionBackwardKey(32, 64, 8, 1),
+    ("blackwell", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
+    ("cdna", "half", 16): AttentionBackwardKey(64, 64, 2, 1),
+    ("cdna", "half", 32): AttentionBackwardKey(64, 64, 2, 1),
+    ("cdna", "half", 64): AttentionBackwardKey(32, 64, 2, 1),
+    ("cdna", "half", 128): AttentionBackwardKey(16, 64, 2, 1),
+    ("cdna", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
+    ("rdna", "half", 16): AttentionBackwardKey(32, 64, 4, 1),
+    ("rdna", "half", 32): AttentionBackwardKey(32, 64, 4, 1),
+    ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1),
+    ("rdna", "half", 128): None,
+    ("rdna", "half", 256): None,
+    ("rdna", "single", 64): None,
+    (ANY, "single", 16): AttentionBackwardKey(16, 16, 4, 1),
+    (ANY, "single", 32): AttentionBackwardKey(16, 16, 4, 1),
+    (ANY, "single", 64): AttentionBackwardKey(16, 16, 4, 1),
+    (ANY, "single", 128): AttentionBackwardKey(16, 16, 8, 1),
+    (ANY, "single", 256): None,
+}
+# In place of those above where a bias, a window, dropout or a head_dim that is no power of two needs registers.
+ATTENTION_BACKWARD_QUERY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardQuery] = {
     (ANY, "half", 16): AttentionBackwardQuery(64, 32, 4, 1),
     (ANY, "half", 32): AttentionBackwardQuery(64, 32, 4, 1),
     (ANY, "half", 64): AttentionBackwardQuery(64, 32, 4, 1),
     (ANY, "half", 128): AttentionBackwardQuery(64, 32, 8, 1),
     (ANY, "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
-    (ANY, "single", 16): AttentionBackwardQuery(16, 16, 4, 1),
-    (ANY, "single", 32): AttentionBackwardQuery(16, 16, 4, 1),
-    (ANY, "single", 64): AttentionBackwardQuery(16, 16, 4, 1),
-    (ANY, "single", 128): AttentionBackwardQuery(16, 16, 8, 1),
     ("ampere", "half", 32): AttentionBackwardQuery(64, 32, 4, 1, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
     ("cdna", "half", 128): AttentionBackwardQuery(64, 16, 8, 1),
     ("cdna", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
     ("rdna", "half", 64): AttentionBackwardQuery(64, 32, 8, 1),
 }
-ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] = {
+ATTENTION_BACKWARD_KEY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardKey] = {
     (ANY, "half", 16): AttentionBackwardKey(32, 64, 4, 1),
     (ANY, "half", 32): AttentionBackwardKey(32, 64, 4, 1),
     (ANY, "half", 64): AttentionBackwardKey(32, 64, 4, 1),
     (ANY, "half", 128): AttentionBackwardKey(32, 64, 8, 1),
     (ANY, "half", 256): AttentionBackwardKey(32, 32, 8, 1),
-    (ANY, "single", 16): AttentionBackwardKey(16, 16, 4, 1),
-    (ANY, "single", 32): AttentionBackwardKey(16, 16, 4, 1),
-    (ANY, "single", 64): AttentionBackwardKey(16, 16, 4, 1),
-    (ANY, "single", 128): AttentionBackwardKey(16, 16, 8, 1),
-    (ANY, "single", 256): None,
     ("ampere", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("ampere", "half", 32): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
+    ("ampere", "half", 64): AttentionBackwardKey(16, 64, 4, 1, maxnreg=255),
+    ("ampere", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
     ("blackwell", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
     ("cdna", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
     ("cdna", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
-    ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1),
-    ("rdna", "half", 128): None,
-    ("rdna", "single", 64): None,
-}
-# In place of those above where a bias, a window or dropout needs registers.
-ATTENTION_BACKWARD_KEY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardKey] = {
-    ("ampere", "half", 64): AttentionBackwardKey(16, 64, 4, 1, maxnreg=255),
-    ("ampere", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
     ("rdna", "half", 32): AttentionBackwardKey(16, 64, 4, 1),
+    ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1),
 }
 ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = {
-    ("ampere", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
+    ("ampere", "half", 32): AttentionBackwardKey(32, 128, 4, 1, ONE_PASS=True),
+    ("ampere", "half", 64): AttentionBackwardKey(16, 128, 4, 1, ONE_PASS=True),
     ("hopper", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
     ("hopper", "half", 64): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
 }
@@ -351,10 +401,16 @@ def attention_forward(
     )
 
 
-def attention_backward_query(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBackwardQuery:
-    """The choice for the gradient of the queries."""
-    choice = _of_family(ATTENTION_BACKWARD_QUERY, target, _KINDS[dtype], attention_block_d(head_dim))
-    return tuned("attention_backward_query", target, choice, f"head_dim={head_dim},dtype={_NAMES[dtype]}")
+def attention_backward_query(
+    head_dim: int, dtype: torch.dtype, *, extras: bool, target: Target
+) -> AttentionBackwardQuery:
+    """The choice for the gradient of the queries; `extras` as in `attention_forward`."""
+    kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
+    needs_room = kind == "half" and (extras or _padded(head_dim))
+    table = ATTENTION_BACKWARD_QUERY_EXTRAS if needs_room else ATTENTION_BACKWARD_QUERY
+    choice = _of_family(table, target, kind, block_d)
+    shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={'extras' if needs_room else 'default'}"
+    return tuned("attention_backward_query", target, choice, shape)
 
 
 def attention_backward_key(
@@ -363,19 +419,20 @@ def attention_backward_key(
     """The choice for the gradients of keys and values.
 
     Args:
-        dbias: the bias needs a gradient, and with it the delta that one pass does not write.
+        dbias: the bias needs a gradient, and with it what one pass does not write.
         extras: as in `attention_forward`.
     """
-    key = (family(target), _KINDS[dtype], attention_block_d(head_dim))
-    one_pass = ATTENTION_BACKWARD_ONE_PASS.get(key)
-    if one_pass is not None and max_seqlen <= one_pass.BLOCK_N and not (extras or dbias or _padded(head_dim)):
+    kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
+    needs_room = kind == "half" and (extras or dbias or _padded(head_dim))
+    one_pass = ATTENTION_BACKWARD_ONE_PASS.get((family(target), kind, block_d))
+    choice: AttentionBackwardKey | None
+    if needs_room:
+        choice, regime = _of_family(ATTENTION_BACKWARD_KEY_EXTRAS, target, kind, block_d), "extras"
+    elif one_pass is not None and max_seqlen <= one_pass.BLOCK_N:
         choice, regime = one_pass, "one_pass"
-    elif extras and key in ATTENTION_BACKWARD_KEY_EXTRAS:
-        choice, regime = ATTENTION_BACKWARD_KEY_EXTRAS[key], "extras"
     else:
-        found, regime = _of_family(ATTENTION_BACKWARD_KEY, target, *key[1:]), "default"
-        assert found is not None  # `attention_unserved` has said so
-        choice = found
+        choice, regime = _of_family(ATTENTION_BACKWARD_KEY, target, kind, block_d), "default"
+    assert choice is not None  # `attention_unserved` has said so
     shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
     return tuned("attention_backward_key", target, choice, shape)
 

@@ -318,7 +318,7 @@ def test_random_ragged_batches(generator):
 
 def backward_blocks(head_dim, dtype, max_seqlen, extras):
     here = target.of(torch.get_default_device())
-    query = launch.attention_backward_query(head_dim, dtype, here)
+    query = launch.attention_backward_query(head_dim, dtype, extras=extras, target=here)
     key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=extras, extras=extras, target=here)
     return query.BLOCK_M, key.BLOCK_N
 
@@ -374,10 +374,8 @@ def test_case_14_gradients_around_the_edges_of_the_tiles(option, arch, generator
     options = {"window": 40} if option == "window" else {}
     with target.pretend(target.KNOWN[arch]):
         here = target.of(torch.get_default_device())
-        query = launch.attention_backward_query(64, torch.float16, here)
-        key = launch.attention_backward_key(
-            64, torch.float16, 512, dbias=False, extras=bool(options), target=here
-        )
+        query = launch.attention_backward_query(64, torch.float16, extras=bool(options), target=here)
+        key = launch.attention_backward_key(64, torch.float16, 512, dbias=False, extras=bool(options), target=here)
         packing = Packing.from_lengths(edges(query.BLOCK_M, query.BLOCK_N, key.BLOCK_M, key.BLOCK_N))
         qkv = random_qkv(packing.tokens + 5, 1, 64, torch.float16, generator)
         qkv[packing.tokens :] = math.nan

@@ -119,7 +119,9 @@ def test_the_exhaustive_cases_reach_every_tile_of_attention(monkeypatch: pytest.
         assert {name for name, choice in regimes.items() if id(choice) not in reached} == set(), key
     backward: list[dict[Any, Any]] = [
         launch.ATTENTION_BACKWARD_QUERY,
+        launch.ATTENTION_BACKWARD_QUERY_EXTRAS,
         launch.ATTENTION_BACKWARD_KEY,
+        launch.ATTENTION_BACKWARD_KEY_EXTRAS,
         launch.ATTENTION_BACKWARD_ONE_PASS,
         launch.ATTENTION_BACKWARD_BIAS,
     ]

@@ -43,7 +43,7 @@ def _passes(target: Target, head_dim: int, lengths: tuple[int, ...]) -> list[tup
         head_dim, DTYPE, longest, rows=rows, batch=len(lengths), extras=False, target=target
     )
     by_key = launch.attention_backward_key(head_dim, DTYPE, longest, dbias=False, extras=False, target=target)
-    by_query = launch.attention_backward_query(head_dim, DTYPE, target)
+    by_query = launch.attention_backward_query(head_dim, DTYPE, extras=False, target=target)
     return [
         ("attention", forward.BLOCK_M, forward.BLOCK_N),
         ("attention_backward_query", by_query.BLOCK_M, by_query.BLOCK_N),

@@ -66,7 +66,7 @@ def attention(name: str, lengths: tuple[int, ...]) -> Iterator[Case]:
     forward = launch.attention_forward(
         HEAD_DIM, DTYPE, packing.max_seqlen, rows=rows, batch=packing.batch, extras=False, target=TARGET
     )
-    by_query = launch.attention_backward_query(HEAD_DIM, DTYPE, TARGET)
+    by_query = launch.attention_backward_query(HEAD_DIM, DTYPE, extras=False, target=TARGET)
     by_key = launch.attention_backward_key(
         HEAD_DIM, DTYPE, packing.max_seqlen, dbias=False, extras=False, target=TARGET
     )

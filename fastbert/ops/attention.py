@@ -303,7 +303,7 @@ def _attention_triton(
     tiles = [packing.tiles(forward.BLOCK_M)]
     if gradient:
         dbias = bias is not None and bias.requires_grad
-        by_query = launch.attention_backward_query(head_dim, dtype, here)
+        by_query = launch.attention_backward_query(head_dim, dtype, extras=extras, target=here)
         by_key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=dbias, extras=extras, target=here)
         tiles += [packing.tiles(by_query.BLOCK_M), packing.tiles(by_key.BLOCK_N)]
     out, _ = attention_forward(

@@ -264,9 +264,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
             "layer_norm_forward", "a gradient asked for after store_stats=False", "store_stats=True in the forward"
         )
     x, weight, bias, residual, x_bias, seed, mean, rstd = ctx.saved_tensors
-    dx, dresidual, dparameters = layer_norm_backward(
-        dout, x, weight, residual, x_bias, mean, rstd, ctx.dropout, seed
-    )
+    dx, dresidual, dparameters = layer_norm_backward(dout, x, weight, residual, x_bias, mean, rstd, ctx.dropout, seed)
     dtypes = [parameter.dtype for parameter in (weight, bias, x_bias) if parameter is not None]
     dweight, dbias, *rest = dparameters.to(reduce(torch.promote_types, dtypes))  # one cast where they have one dtype
     if residual is not None and ctx.dropout == 0.0:
