@@ -20,7 +20,7 @@ from fastbert.kernels.pieces import keep_mask
 
 @triton.jit
 def load_rows(ptrs, mask_rows, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile `[rows, BLOCK_D]` of a head: 0 in columns beyond HEAD_DIM and, where MASKED, in rows not in `mask_rows`."""
+    """A tile `[rows, BLOCK_D]` of a head: 0 in columns beyond HEAD_DIM and, if MASKED, in rows not in `mask_rows`."""
     mask_dims = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     if MASKED and HEAD_DIM != BLOCK_D:
         tile = tl.load(ptrs, mask=mask_rows[:, None] & mask_dims, other=0.0)
