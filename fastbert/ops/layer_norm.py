@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import reduce
 from typing import Any
 
 import torch
@@ -311,8 +310,8 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     dx, dresidual, dparameters = layer_norm_backward(
         dout, x, weight, residual, x_bias, mean, rstd, ctx.dropout, seed, out_rows
     )
-    dtypes = [parameter.dtype for parameter in (weight, bias, x_bias) if parameter is not None]
-    dweight, dbias, *rest = dparameters.to(reduce(torch.promote_types, dtypes))  # one cast where they have one dtype
+    dtypes = {parameter.dtype for parameter in (weight, bias, x_bias) if parameter is not None}
+    dweight, dbias, *rest = dparameters.to(weight.dtype) if len(dtypes) == 1 else dparameters  # one cast for all
     if residual is not None and ctx.dropout == 0.0:
         dresidual = dx
     return (
