@@ -21,8 +21,8 @@ from fastbert.kernels.layer_norm import layer_norm_backward_kernel, layer_norm_f
 
 kernel = globals()[sys.argv[1]]
 constants = {"HIDDEN": 48, "ROWS": 4, "BLOCK": 64, "HAS_RESIDUAL": True, "HAS_X_BIAS": True, "HAS_DROPOUT": False}
-constants |= {"STORE_STATS": True, "HAS_BIAS": True, "TANH": False, "MASK_COLUMNS": True, "HAS_TYPES": True}
-constants |= {"SUM_BIASES": True}
+constants |= {"STORE_STATS": True, "HAS_BIAS": True, "TANH": False, "GATED": True, "MASK_COLUMNS": True}
+constants |= {"HAS_TYPES": True, "SUM_BIASES": True}
 signature = {}
 for name in kernel.arg_names:
     if name in constants:
@@ -53,7 +53,7 @@ def compiled(kernel, tmp_path):
         ("layer_norm_forward_kernel", 3),
         ("bias_gelu_forward_kernel", 2),
         ("embedding_forward_kernel", 4),
-        ("layer_norm_backward_kernel", 4),
+        ("layer_norm_backward_kernel", 3),
         ("bias_gelu_backward_kernel", 3),
         ("embedding_backward_kernel", 5),
     ],
