@@ -292,7 +292,9 @@ def test_gradients_do_not_cancel_case_10(device, generator):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "odd base"])
-def test_gradients_of_layouts_case_29(layout, device, generator):
+def test_gradients_of_layouts_case_29(layout, device, generator, monkeypatch):
+    """In more than one step a program, which moves each tensor on by a stride of its own."""
+    limit_programs(monkeypatch, "layer_norm_backward", 2)
     x, weight, bias, residual, _ = inputs(5, 96, torch.float16, generator, device)
     store = torch.randn(5 * 96 + 3, generator=generator).to(device, torch.float16)
     dout = {
