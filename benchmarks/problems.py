@@ -392,8 +392,8 @@ def _layer_norm(rows: int, hidden: int, dtype: torch.dtype, device: torch.device
     seed = _seed(device)
 
     def run() -> list[Tensor]:
-        dry, _, _ = layer_norm_forward(x, weight, bias, **options)
-        dropped, _, _ = layer_norm_forward(x, weight, bias, **options, dropout=DROPOUT, seed=seed)
+        dry, *_ = layer_norm_forward(x, weight, bias, **options)
+        dropped, *_ = layer_norm_forward(x, weight, bias, **options, dropout=DROPOUT, seed=seed)
         return [dry, dropped]
 
     def exactly(dtype: torch.dtype) -> list[Tensor]:
@@ -422,7 +422,7 @@ def _layer_norm_gradient(rows: int, hidden: int, dtype: torch.dtype, device: tor
 
     def run() -> list[Tensor]:
         dx, dresidual, parameters = layer_norm_backward(
-            dout, x, weight, residual, x_bias, mean, rstd, dropout=DROPOUT, seed=seed
+            dout, total.to(dtype), weight, mean, rstd, residual=True, x_bias=True, dropout=DROPOUT, seed=seed
         )
         return [dx, dresidual, *parameters.to(dtype)]
 

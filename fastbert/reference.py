@@ -113,9 +113,16 @@ def layer_norm(
     return centred * rstd * weight + bias
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "none") -> Tensor:
-    """GELU(x + bias): `z * Phi(z)` exactly by erf, or its tanh approximation."""
+def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "none", gated: bool = False) -> Tensor:
+    """GELU(x + bias): `z * Phi(z)` exactly by erf, or its tanh approximation.
+
+    Gated, the GELU of the first half of the columns times the second half (Shazeer 2020, "GLU variants improve
+    transformer": GEGLU).
+    """
     z = x if bias is None else x + bias
+    if gated:
+        z, gate = z.chunk(2, -1)
+        return bias_gelu(z, None, approximate=approximate) * gate
     if approximate == "tanh":
         return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     return 0.5 * z * (1 + torch.erf(z * math.sqrt(0.5)))

@@ -1,5 +1,7 @@
 """GELU(x + bias), exact or by tanh, in one pass, and its gradients in another.
 
+The gated form multiplies the GELU of the first half of the columns by the second half.
+
 One program owns a tile of several rows, so that a piece of the bias is loaded once for all of them. In the backward a
 bounded number of programs stride over the rows; each writes its sums for the bias, which are added up afterwards.
 """
@@ -14,11 +16,11 @@ from torch import Tensor
 from fastbert.kernels import launch, target
 from fastbert.kernels.pieces import (
     gelu_erf,
-    gelu_erf_gradient,
+    gelu_erf_and_gradient,
     gelu_erf_half,
-    gelu_erf_half_gradient,
+    gelu_erf_half_and_gradient,
     gelu_tanh,
-    gelu_tanh_gradient,
+    gelu_tanh_and_gradient,
 )
 
 
@@ -35,46 +37,48 @@ def bias_gelu_forward_kernel(
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TANH: tl.constexpr,
+    GATED: tl.constexpr,
     MASK_COLUMNS: tl.constexpr,
 ):
-    """See `bias_gelu_forward`."""
+    """See `bias_gelu_forward`; width is that of the result."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask_column = column < width if MASK_COLUMNS else tl.full([BLOCK], True, tl.int1)
     row_offset = row.to(tl.int64)[:, None]
-    mask = (row < rows)[:, None]
-    if MASK_COLUMNS:
-        mask = mask & (column < width)[None, :]
+    mask = (row < rows)[:, None] & mask_column[None, :]
 
     x_ptrs = x_ptr + row_offset * x_stride_row + column[None, :]
     z = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     if HAS_BIAS:
-        if MASK_COLUMNS:
-            bias = tl.load(bias_ptr + column, mask=column < width, other=0.0)  # [BLOCK]
-        else:
-            bias = tl.load(bias_ptr + column)  # [BLOCK]
-        z += bias.to(tl.float32)[None, :]
+        z += tl.load(bias_ptr + column, mask=mask_column, other=0.0).to(tl.float32)[None, :]  # [BLOCK]
     if TANH:
         out = gelu_tanh(z)
     elif out_ptr.dtype.element_ty == tl.float32:
         out = gelu_erf(z)
     else:
         out = gelu_erf_half(z)
+    if GATED:
+        gate = tl.load(x_ptrs + width, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+        if HAS_BIAS:
+            gate += tl.load(bias_ptr + width + column, mask=mask_column, other=0.0).to(tl.float32)[None, :]  # [BLOCK]
+        out *= gate
     out_ptrs = out_ptr + row_offset * out_stride_row + column[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
 
 
-def bias_gelu_forward(x: Tensor, bias: Tensor | None, *, approximate: str = "none") -> Tensor:
+def bias_gelu_forward(x: Tensor, bias: Tensor | None, *, approximate: str = "none", gated: bool = False) -> Tensor:
     """Launch the forward kernel.
 
     Args:
-        x: `[rows, width]`, any strides; copied once if they are not 16-byte aligned.
-        bias: `[width]`, in the dtype of `x` or float32.
+        x: `[rows, width]`, gated `[rows, 2 * width]`, any strides; copied once if they are not 16-byte aligned.
+        bias: `[width]`, gated `[2 * width]`, in the dtype of `x` or float32.
         approximate: "none" for erf, "tanh".
+        gated: multiply the GELU of the first half of the columns by the second half.
 
     Returns:
         `[rows, width]` in the dtype of `x`.
     """
-    rows, width = x.shape
+    rows, width = len(x), x.shape[1] // 2 if gated else x.shape[1]
     x = target.aligned(x)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -93,6 +97,7 @@ def bias_gelu_forward(x: Tensor, bias: Tensor | None, *, approximate: str = "non
             BLOCK=choice.BLOCK,
             HAS_BIAS=bias is not None,
             TANH=approximate == "tanh",
+            GATED=gated,
             MASK_COLUMNS=width % choice.BLOCK != 0,
             num_warps=choice.num_warps,
         )
@@ -115,59 +120,84 @@ def bias_gelu_backward_kernel(
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TANH: tl.constexpr,
+    GATED: tl.constexpr,
     MASK_COLUMNS: tl.constexpr,
 ):
-    """See `bias_gelu_backward`. dbias holds the sums of each program, `[programs along x, width]`."""
+    """See `bias_gelu_backward`; width is that of dout. dbias has the sums of each program, a row for each along x."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_column = column < width if MASK_COLUMNS else tl.full([BLOCK], True, tl.int1)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
         acc_dbias = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS and GATED:
+        gate_bias = tl.load(bias_ptr + width + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
+        acc_dgate_bias = tl.zeros([BLOCK], tl.float32)
+
+    first_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    step = tl.num_programs(0).to(tl.int64) * ROWS
+    dout_rows = dout_ptr + first_row * dout_stride_row  # [ROWS]
+    x_rows = x_ptr + first_row * x_stride_row  # [ROWS]
+    dx_rows = dx_ptr + first_row * dx_stride_row  # [ROWS]
 
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        row_offset = row.to(tl.int64)[:, None]
-        mask = (row < rows)[:, None] & mask_column[None, :]
-        z = tl.load(x_ptr + row_offset * x_stride_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = (first + tl.arange(0, ROWS) < rows)[:, None] & mask_column[None, :]
+        x_ptrs = x_rows[:, None] + column[None, :]
+        z = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         if HAS_BIAS:
             z += bias[None, :]
-        dout_ptrs = dout_ptr + row_offset * dout_stride_row + column[None, :]
+        dout_ptrs = dout_rows[:, None] + column[None, :]
         dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         if TANH:
-            dx = dout * gelu_tanh_gradient(z)
+            gelu, slope = gelu_tanh_and_gradient(z)
         elif dx_ptr.dtype.element_ty == tl.float32:
-            dx = dout * gelu_erf_gradient(z)
+            gelu, slope = gelu_erf_and_gradient(z)
         else:
-            dx = dout * gelu_erf_half_gradient(z)
+            gelu, slope = gelu_erf_half_and_gradient(z)
+        dx_ptrs = dx_rows[:, None] + column[None, :]
+        if GATED:
+            gate = tl.load(x_ptrs + width, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+            dgate = dout * gelu
+            if HAS_BIAS:
+                gate += gate_bias[None, :]
+                acc_dgate_bias += tl.sum(dgate, 0)
+            tl.store(dx_ptrs + width, dgate.to(dx_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
+            dout *= gate
+        dx = dout * slope
         if HAS_BIAS:
             acc_dbias += tl.sum(dx, 0)
-        dx_ptrs = dx_ptr + row_offset * dx_stride_row + column[None, :]
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
+        dout_rows += step * dout_stride_row
+        x_rows += step * x_stride_row
+        dx_rows += step * dx_stride_row
 
     if HAS_BIAS:
-        tl.store(dbias_ptr + tl.program_id(0) * width + column, acc_dbias, mask=mask_column)  # [BLOCK]
+        sums_ptrs = dbias_ptr + tl.program_id(0) * (2 * width if GATED else width) + column
+        tl.store(sums_ptrs, acc_dbias, mask=mask_column)  # [BLOCK]
+        if GATED:
+            tl.store(sums_ptrs + width, acc_dgate_bias, mask=mask_column)  # [BLOCK]
 
 
 def bias_gelu_backward(
-    dout: Tensor, x: Tensor, bias: Tensor | None, *, approximate: str = "none"
+    dout: Tensor, x: Tensor, bias: Tensor | None, *, approximate: str = "none", gated: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel, which computes the result's derivative again from `x`.
 
     Args:
         dout: `[rows, width]`, the gradient of the result.
-        x, bias, approximate: what the forward was given.
+        x, bias, approximate, gated: what the forward was given.
 
     Returns:
-        The gradient of x, `[rows, width]` in its dtype, and that of the bias, float32 `[width]`, or `[0]` without bias.
+        The gradient of x, in its shape and dtype, and that of the bias, float32 in its shape, or `[0]` without bias.
     """
-    rows, width = x.shape
+    rows, width = dout.shape
     dout, x = target.aligned(dout), target.aligned(x)
-    dx = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    bias_width = 0 if bias is None else len(bias)
     if dx.numel() == 0:
-        return dx, torch.zeros(0 if bias is None else width, dtype=torch.float32, device=x.device)
-    choice = launch.bias_gelu_backward(width, x.dtype, target.of(x.device))
+        return dx, torch.zeros(bias_width, dtype=torch.float32, device=x.device)
+    choice = launch.bias_gelu_backward(width, x.dtype, target.of(x.device), gated=gated)
     programs = min(choice.PROGRAMS, triton.cdiv(rows, choice.ROWS))
-    sums = torch.empty((programs, 0 if bias is None else width), dtype=torch.float32, device=x.device)
+    sums = torch.empty((programs, bias_width), dtype=torch.float32, device=x.device)
     with target.guard(x):
         bias_gelu_backward_kernel[(programs, triton.cdiv(width, choice.BLOCK))](
             dout,
@@ -184,6 +214,7 @@ def bias_gelu_backward(
             BLOCK=choice.BLOCK,
             HAS_BIAS=bias is not None,
             TANH=approximate == "tanh",
+            GATED=gated,
             MASK_COLUMNS=width % choice.BLOCK != 0,
             num_warps=choice.num_warps,
         )

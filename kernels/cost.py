@@ -43,12 +43,12 @@ def layer_norm(
     """LN(residual + dropout(x + x_bias)) on `[rows, hidden]`.
 
     Args:
-        statistics: whether mean and rstd, float32, are written.
+        statistics: whether what the backward reads is written: the sum, if it is not x, and mean and rstd, float32.
         unpack: whether the result is padded, its row of each token read from an int64 vector; padding is not counted.
         parameters: dtype of weight, bias and x_bias; `dtype` by default.
     """
     per_element = LAYER_NORM_FLOPS + residual + x_bias + dropout
-    states = 2 + residual
+    states = 2 + residual + (statistics and (residual or x_bias or dropout))
     vectors = 2 + x_bias
     itemsize = (parameters or dtype).itemsize
     return Cost(
@@ -76,11 +76,11 @@ def layer_norm_backward(
 
     Args:
         unpack: as in `layer_norm`.
-        parameters: dtype of weight, x_bias and the gradients of all three; `dtype` by default.
+        parameters: dtype of weight and of the gradients of weight, bias and x_bias; `dtype` by default.
     """
-    per_element = LAYER_NORM_BACKWARD_FLOPS + residual + 2 * x_bias + 2 * dropout
-    states = 3 + residual + (residual and dropout)
-    vectors = 3 + 2 * x_bias
+    per_element = LAYER_NORM_BACKWARD_FLOPS + x_bias + dropout
+    states = 3 + (residual and dropout)
+    vectors = 3 + x_bias
     return Cost(
         flops=rows * hidden * per_element + rows * 2,
         min_bytes=rows * hidden * states * dtype.itemsize
@@ -91,23 +91,28 @@ def layer_norm_backward(
     )
 
 
-def bias_gelu(rows: int, width: int, dtype: torch.dtype, *, bias: bool = True, approximate: str = "none") -> Cost:
-    """GELU(x + bias) on `[rows, width]`."""
-    per_element = {"none": 5, "tanh": 8}[approximate] + bias
+def bias_gelu(
+    rows: int, width: int, dtype: torch.dtype, *, bias: bool = True, approximate: str = "none", gated: bool = False
+) -> Cost:
+    """GELU(x + bias) on `[rows, width]`; gated, `[rows, 2 * width]` become `[rows, width]`."""
+    halves = 1 + gated
+    per_element = {"none": 5, "tanh": 8}[approximate] + bias * halves + gated
     return Cost(
         flops=rows * width * per_element,
-        min_bytes=(rows * width * 2 + (width if bias else 0)) * dtype.itemsize,
+        min_bytes=(rows * width * (1 + halves) + (halves * width if bias else 0)) * dtype.itemsize,
     )
 
 
 def bias_gelu_backward(
-    rows: int, width: int, dtype: torch.dtype, *, bias: bool = True, approximate: str = "none"
+    rows: int, width: int, dtype: torch.dtype, *, bias: bool = True, approximate: str = "none", gated: bool = False
 ) -> Cost:
-    """Gradients of x and bias."""
-    per_element = {"none": 10, "tanh": 14}[approximate] + 2 * bias
+    """Gradients of x and bias; `width` is that of the result."""
+    halves = 1 + gated
+    # Gated: 2 for GELU itself, which shares what its derivative needs, 1 for the gate's gradient, 1 to apply the gate.
+    per_element = {"none": 10, "tanh": 14}[approximate] + 2 * bias * halves + 4 * gated
     return Cost(
         flops=rows * width * per_element,
-        min_bytes=(rows * width * 3 + (2 * width if bias else 0)) * dtype.itemsize,
+        min_bytes=(rows * width * (1 + 2 * halves) + (2 * halves * width if bias else 0)) * dtype.itemsize,
     )
 
 

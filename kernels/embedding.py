@@ -25,8 +25,9 @@ CHUNK = 64
 def gather_rows(ids, table_ptr, table_stride_row, table_rows, column, mask):
     """Rows `ids` of a table as float32 `[ROWS, BLOCK]`; an id outside the table gives a row of NaN without a read."""
     inside = ((ids >= 0) & (ids < table_rows))[:, None]
-    found = tl.load(table_ptr + ids[:, None] * table_stride_row + column[None, :], mask=mask & inside, other=0.0)
-    return tl.where(inside, found.to(tl.float32), float("nan"))  # [ROWS, BLOCK]
+    other = tl.where(inside, 0.0, float("nan"))  # by the load itself: a select takes an instruction an element
+    table_ptrs = table_ptr + ids[:, None] * table_stride_row + column[None, :]
+    return tl.load(table_ptrs, mask=mask & inside, other=other).to(tl.float32)  # [ROWS, BLOCK]
 
 
 @triton.jit

@@ -578,12 +578,18 @@ def bias_gelu_forward(width: int, dtype: torch.dtype, target: Target) -> BiasGel
     return tuned("bias_gelu_forward", target, default, f"width={width},dtype={_NAMES[dtype]}")
 
 
-def bias_gelu_backward(width: int, dtype: torch.dtype, target: Target) -> BiasGeluBackward:
-    """The tiles of `bias_gelu_forward`, and programs for 4096 warps in all: 32 on each of 128 multiprocessors."""
+def bias_gelu_backward(width: int, dtype: torch.dtype, target: Target, *, gated: bool = False) -> BiasGeluBackward:
+    """The tiles of `bias_gelu_forward`, and programs for 4096 warps in all: 32 on each of 128 multiprocessors.
+
+    Gated, which holds five tensors and not three, half the rows of the wide blocks.
+    """
     rows, block, warps = _column_blocks(width)
+    if gated and width % block == 0:
+        rows //= 2
     programs = max(1, 4096 // (-(-width // block) * warps))
     default = BiasGeluBackward(ROWS=rows, BLOCK=block, PROGRAMS=programs, num_warps=warps)
-    return tuned("bias_gelu_backward", target, default, f"width={width},dtype={_NAMES[dtype]}")
+    form = ",gated" if gated else ""
+    return tuned("bias_gelu_backward", target, default, f"width={width},dtype={_NAMES[dtype]}{form}")
 
 
 def _column_blocks(width: int) -> tuple[int, int, int]:
@@ -618,17 +624,21 @@ def arguments(choice: Any) -> dict[str, Any]:
 def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, int, int, int]:
     """(ROWS, PROGRAMS, num_warps, maxnreg) of a backward: as `_whole_rows`, in 1024 warps, 8 on 128 multiprocessors.
 
-    The sums for the parameters take registers too. Where one warp for 1024 columns would spill, in float32 and on RDNA,
-    there are two; not for 8192 columns on NVIDIA, where 16 warps have fewer registers a lane. So too for 4096 columns
-    on Blackwell. At 4096 NVIDIA's assembler would rather spill than take more than 128 registers.
+    Two rows of 512 columns of half types share the weight and the work around it. The sums for the parameters take
+    registers too. Where one warp for 1024 columns would spill, in float32 and on RDNA, there are two; not for 8192
+    columns on NVIDIA, where 16 warps have fewer registers a lane. So too for 4096 columns on Blackwell. At 4096, and
+    at 1024 in float32, NVIDIA's assembler would rather spill than take more than 128 and 80 registers.
     """
     rows, warps = _whole_rows(width, dtype, target)
     columns = row_block(width)
+    if columns == 512 and dtype != torch.float32 and family(target) != "rdna":
+        rows = 2
     if columns >= 1024 and (family(target) == "rdna" or (dtype == torch.float32 and columns < 8192)):
         warps *= 2
     if columns == 4096 and family(target) == "blackwell" and dtype != torch.float32:
         warps *= 2
-    return rows, 1024 // warps, warps, 255 if columns == 4096 and target.backend == "cuda" else 0
+    thrifty = columns == 4096 or (columns == 1024 and dtype == torch.float32)
+    return rows, 1024 // warps, warps, 255 if thrifty and target.backend == "cuda" else 0
 
 
 def drop_threshold(dropout: float) -> int:

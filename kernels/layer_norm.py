@@ -1,8 +1,10 @@
 """LN(residual + dropout(x + x_bias)) in one pass over a packed hidden state, and its gradients in another.
 
 One program holds ROWS rows whole, so that the variance takes its second pass over registers. Up to 1024 columns a row
-belongs to one warp: its sums are shuffles, without shared memory or barriers. In the backward a bounded number of
-programs stride over the rows; each writes one row of sums for the parameters, which are then added up: no atomics.
+belongs to one warp: its sums are shuffles, without shared memory or barriers. In training the forward also writes the
+sum that it normalises, which the backward reads in place of x, x_bias and residual: as many bytes in all, and fewer
+registers. In the backward a bounded number of programs stride over the rows; each writes one row of sums for the
+parameters, which are then added up: no atomics.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
-from fastbert.kernels.pieces import keep_mask, normalise, normalise_gradient
+from fastbert.kernels.pieces import keep_mask, moments, normalise, normalise_gradient
 
 
 @triton.jit
@@ -26,6 +28,7 @@ def layer_norm_forward_kernel(
     seed_ptr,
     out_rows_ptr,
     out_ptr,
+    total_ptr,
     mean_ptr,
     rstd_ptr,
     x_stride_row,
@@ -44,7 +47,7 @@ def layer_norm_forward_kernel(
     HAS_OUT_ROWS: tl.constexpr,
     STORE_STATS: tl.constexpr,
 ):
-    """See `layer_norm_forward`."""
+    """See `layer_norm_forward`; rows of total are as far apart as those of out."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask_row = row < rows
@@ -66,11 +69,19 @@ def layer_norm_forward_kernel(
     bias = tl.load(bias_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
 
     out, mean, rstd = normalise(x, mask_column[None, :], weight, bias, eps, HIDDEN)  # [ROWS, BLOCK]
+    offset = row_offset * out_stride_row + column[None, :]
+    out_ptrs = out_ptr + offset
     if HAS_OUT_ROWS:
-        row_offset = tl.load(out_rows_ptr + row, mask=mask_row, other=0)[:, None]  # [ROWS]
-    out_ptrs = out_ptr + row_offset * out_stride_row + column[None, :]
+        out_row = tl.load(out_rows_ptr + row, mask=mask_row, other=0)  # [ROWS]
+        out_ptrs = out_ptr + out_row[:, None] * out_stride_row + column[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
     if STORE_STATS:
+        if HAS_RESIDUAL or HAS_X_BIAS or HAS_DROPOUT:
+            total = x.to(out_ptr.dtype.element_ty)
+            tl.store(total_ptr + offset, total, mask=mask)  # [ROWS, BLOCK]
+            # Of the sum as it was rounded: a row of nearly equal values has no others that fit it.
+            mean, _, variance = moments(total.to(tl.float32), mask_column[None, :], HIDDEN)
+            rstd = tl.rsqrt(variance + eps)
         tl.store(mean_ptr + row, mean, mask=mask_row)  # [ROWS]
         tl.store(rstd_ptr + row, rstd, mask=mask_row)  # [ROWS]
 
@@ -88,7 +99,7 @@ def layer_norm_forward(
     out_rows: Tensor | None = None,
     out_size: int = 0,
     store_stats: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel.
 
     Args:
@@ -96,10 +107,11 @@ def layer_norm_forward(
         weight, bias, x_bias: `[hidden]`, in the dtype of `x` or float32.
         dropout, seed, eps: as in `fastbert.ops.layer_norm`.
         out_rows: int64 `[rows]`, no two alike: the row of each in a result of `out_size` rows, 0 elsewhere.
-        store_stats: whether the backward will need mean and rstd.
+        store_stats: whether to store what the backward reads: total, mean and rstd.
 
     Returns:
-        out `[rows, hidden]`, or `[out_size, hidden]`, in the dtype of `x`; mean and rstd float32 `[rows]`, or `[0]`.
+        out `[rows, hidden]`, or `[out_size, hidden]`, in the dtype of `x`; total, what is normalised, `[rows, hidden]`
+        likewise, or `[0]` where it is `x` or not stored; mean and rstd float32 `[rows]`, or `[0]`.
     """
     rows, hidden = x.shape
     x = target.aligned(x)
@@ -107,10 +119,12 @@ def layer_norm_forward(
     size = rows if out_rows is None else out_size
     allocate = torch.empty if size == rows else torch.zeros
     out = allocate((size, hidden), dtype=x.dtype, device=x.device)
+    adds = residual is not None or x_bias is not None or dropout > 0.0
+    total = torch.empty((rows, hidden) if store_stats and adds else (0,), dtype=x.dtype, device=x.device)
     mean = torch.empty(rows if store_stats else 0, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if rows == 0:
-        return out, mean, rstd
+        return out, total, mean, rstd
     choice = launch.layer_norm_forward(hidden, x.dtype, target.of(x.device))
     with target.guard(x):
         layer_norm_forward_kernel[(triton.cdiv(rows, choice.ROWS),)](
@@ -122,6 +136,7 @@ def layer_norm_forward(
             seed,
             out_rows,
             out,
+            total,
             mean,
             rstd,
             x.stride(0),
@@ -141,28 +156,25 @@ def layer_norm_forward(
             STORE_STATS=store_stats,
             num_warps=choice.num_warps,
         )
-    return out, mean, rstd
+    return out, total, mean, rstd
 
 
 @triton.jit
 def layer_norm_backward_kernel(
     dout_ptr,
-    x_ptr,
+    total_ptr,
     weight_ptr,
-    residual_ptr,
-    x_bias_ptr,
-    seed_ptr,
     out_rows_ptr,
     mean_ptr,
     rstd_ptr,
+    seed_ptr,
     dresidual_ptr,
     dx_ptr,
     dweight_ptr,
     dbias_ptr,
     dx_bias_ptr,
     dout_stride_row,
-    x_stride_row,
-    residual_stride_row,
+    total_stride_row,
     dx_stride_row,
     rows,
     drop_threshold,
@@ -185,44 +197,44 @@ def layer_norm_backward_kernel(
     if SUM_BIASES and HAS_X_BIAS:
         acc_dx_bias = tl.zeros([ROWS, BLOCK], tl.float32)
 
-    # What stays the same from row to row is cheaper to compute again than to keep: no loop-invariant code motion.
-    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, disable_licm=True):
+    # Rows are found by steps from the first: a product of 64 bits a row and tensor is a tenth of all instructions.
+    first_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    step = tl.num_programs(0).to(tl.int64) * ROWS
+    total_rows = total_ptr + first_row * total_stride_row  # [ROWS]
+    dout_rows = dout_ptr + first_row * dout_stride_row  # [ROWS]
+    dx_row_offset = first_row * dx_stride_row  # [ROWS]
+
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         mask_row = row < rows
         mask = mask_row[:, None] & mask_column[None, :]
-        row_offset = row.to(tl.int64)[:, None]
-        z = tl.load(x_ptr + row_offset * x_stride_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        if HAS_X_BIAS:
-            z += tl.load(x_bias_ptr + column, mask=mask_column, other=0.0).to(tl.float32)[None, :]  # [BLOCK]
-        if HAS_DROPOUT:
-            keep = keep_mask(tl.load(seed_ptr), row, 0, 0, 0, drop_threshold, BLOCK)  # [ROWS, BLOCK]
-            z = tl.where(keep, z * drop_scale, 0.0)
-        if HAS_RESIDUAL:
-            residual_ptrs = residual_ptr + row_offset * residual_stride_row + column[None, :]
-            z += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+        total = tl.load(total_rows[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         mean = tl.load(mean_ptr + row, mask=mask_row, other=0.0)  # [ROWS]
         rstd = tl.load(rstd_ptr + row, mask=mask_row, other=0.0)  # [ROWS]; 0 makes a masked row's gradient 0
 
-        normal = (z - mean[:, None]) * rstd[:, None]
-        dout_offset = row_offset
+        normal = (total - mean[:, None]) * rstd[:, None]
         if HAS_OUT_ROWS:
-            dout_offset = tl.load(out_rows_ptr + row, mask=mask_row, other=0)[:, None]  # [ROWS]
-        dout_ptrs = dout_ptr + dout_offset * dout_stride_row + column[None, :]
-        dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+            out_row = tl.load(out_rows_ptr + row, mask=mask_row, other=0)  # [ROWS]
+            dout_rows = dout_ptr + out_row * dout_stride_row  # [ROWS]
+        dout = tl.load(dout_rows[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         acc_dweight = tl.fma(dout, normal, acc_dweight)
         if SUM_BIASES:
             acc_dbias += dout
-        # Parameters are read again for each row, from the cache: the sums leave no registers to keep them in.
+        # The weight is read again for each row, from the cache: the sums leave no registers to keep it in.
         weight = tl.load(weight_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
         dx = normalise_gradient(dout, normal, weight, rstd, HIDDEN)  # [ROWS, BLOCK]
-        dx_offset = row_offset * dx_stride_row + column[None, :]
+        dx_offset = dx_row_offset[:, None] + column[None, :]
         if HAS_DROPOUT:
             if HAS_RESIDUAL:
                 tl.store(dresidual_ptr + dx_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
+            keep = keep_mask(tl.load(seed_ptr), row, 0, 0, 0, drop_threshold, BLOCK)  # [ROWS, BLOCK]
             dx = tl.where(keep, dx * drop_scale, 0.0)
         if SUM_BIASES and HAS_X_BIAS:
             acc_dx_bias += dx
         tl.store(dx_ptr + dx_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
+        total_rows += step * total_stride_row
+        dout_rows += step * dout_stride_row
+        dx_row_offset += step * dx_stride_row
 
     sums = tl.program_id(0) * HIDDEN + column
     tl.store(dweight_ptr + sums, tl.sum(acc_dweight, 0), mask=mask_column)  # [BLOCK]
@@ -234,67 +246,65 @@ def layer_norm_backward_kernel(
 
 def layer_norm_backward(
     dout: Tensor,
-    x: Tensor,
+    total: Tensor,
     weight: Tensor,
-    residual: Tensor | None,
-    x_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     *,
+    residual: bool,
+    x_bias: bool,
     dropout: float = 0.0,
     seed: Tensor | None = None,
     out_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel; the sum that is normalised is computed again from `x` and `residual`.
+    """Launch the backward kernel.
 
     Args:
         dout: the gradient of the result, with as many rows.
-        x, weight, residual, x_bias, dropout, seed, out_rows: what the forward was given.
-        mean, rstd: float32 `[rows]`, what it stored.
+        total: `[rows, hidden]`, what was normalised: the forward's total, or x where nothing was added to it.
+        mean, rstd: float32 `[rows]`, what the forward stored.
+        weight, dropout, seed, out_rows: what the forward was given.
+        residual, x_bias: whether it was given these.
 
     Returns:
-        The gradient of x, `[rows, hidden]`, and that of residual, both in the dtype of `x`; the latter is `[0]` where
-        there is no residual, and where dropout is off, because it is then that of x. Those of weight, bias and, where
-        there is one, x_bias: float32 `[2 or 3, hidden]`.
+        The gradient of x, `[rows, hidden]`, and that of residual, both in the dtype of `total`; the latter is `[0]`
+        where there is no residual, and where dropout is off, because it is then that of x. Those of weight, bias and,
+        where there is one, x_bias: float32 `[2 or 3, hidden]`.
     """
-    rows, hidden = x.shape
-    dout, x = target.aligned(dout), target.aligned(x)
-    residual = None if residual is None else target.aligned(residual)
-    dx = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
-    dresidual = torch.empty_like(dx) if residual is not None and dropout > 0.0 else dx.new_empty(0)
-    choice = launch.layer_norm_backward(hidden, x.dtype, target.of(x.device))
+    rows, hidden = total.shape
+    dout, total = target.aligned(dout), target.aligned(total)
+    dx = torch.empty((rows, hidden), dtype=total.dtype, device=total.device)
+    dresidual = torch.empty_like(dx) if residual and dropout > 0.0 else dx.new_empty(0)
+    choice = launch.layer_norm_backward(hidden, total.dtype, target.of(total.device))
     programs = min(choice.PROGRAMS, triton.cdiv(rows, choice.ROWS))
     sum_biases = hidden <= 4096  # wider rows leave registers for one sum, so torch adds up dout and dx
-    parameters = 1 if not sum_biases else 2 if x_bias is None else 3
-    sums = torch.empty((parameters, programs, hidden), dtype=torch.float32, device=x.device)
+    parameters = 1 if not sum_biases else 3 if x_bias else 2
+    sums = torch.empty((parameters, programs, hidden), dtype=torch.float32, device=total.device)
     if rows > 0:
-        with target.guard(x):
+        with target.guard(total):
             layer_norm_backward_kernel[(programs,)](
                 dout,
-                x,
+                total,
                 weight.contiguous(),
-                residual,
-                None if x_bias is None else x_bias.contiguous(),
-                seed,
                 out_rows,
                 mean,
                 rstd,
+                seed,
                 dresidual,
                 dx,
                 sums[0],
                 sums[1] if sum_biases else None,
-                sums[2] if sum_biases and x_bias is not None else None,
+                sums[2] if sum_biases and x_bias else None,
                 dout.stride(0),
-                x.stride(0),
-                0 if residual is None else residual.stride(0),
+                total.stride(0),
                 dx.stride(0),
                 rows,
                 launch.drop_threshold(dropout),
                 launch.drop_scale(dropout),
                 HIDDEN=hidden,
                 BLOCK=launch.row_block(hidden),
-                HAS_RESIDUAL=residual is not None,
-                HAS_X_BIAS=x_bias is not None,
+                HAS_RESIDUAL=residual,
+                HAS_X_BIAS=x_bias,
                 SUM_BIASES=sum_biases,
                 HAS_DROPOUT=dropout > 0.0,
                 HAS_OUT_ROWS=out_rows is not None,
@@ -303,7 +313,7 @@ def layer_norm_backward(
     dparameters = sums.sum(1)
     if not sum_biases:
         dout = dout if out_rows is None else dout.index_select(0, out_rows)
-        gradients = [dout] if x_bias is None else [dout, dx]
+        gradients = [dout, dx] if x_bias else [dout]
         wide = [gradient.sum(0, keepdim=True, dtype=torch.float32) for gradient in gradients]
         dparameters = torch.cat([dparameters, *wide])
     return dx, dresidual, dparameters

@@ -52,26 +52,35 @@ def gelu_tanh(z):
 
 
 @triton.jit
-def gelu_erf_gradient(z):
-    """Phi(z) + z phi(z), the derivative of z * Phi(z), for float32 results."""
+def mirrored(z, a, tail, falling):
+    """A GELU at z and its derivative there, from what it has at -|z|.
+
+    `a` is |z|, `tail` the factor of z at -a, and `falling` the derivative at -a.
+    """
+    value = tl.fma(-a, tail, tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return value, tl.where(z < 0.0, falling, 1.0 - falling)
+
+
+@triton.jit
+def gelu_erf_and_gradient(z):
+    """z * Phi(z) and its derivative, Phi(z) + z phi(z), for float32 results."""
     a = tl.minimum(tl.abs(z), 100.0, propagate_nan=tl.PropagateNan.ALL)  # as in gelu_erf_half, but NaN stays
     bell = tl.exp2(a * a * -0.7213475204444817)
-    falling = 0.5 * (1.0 - tl.erf(a * 0.7071067811865476)) - a * 0.3989422804014327 * bell  # 1 / sqrt(2 pi)
-    return tl.where(z < 0.0, falling, 1.0 - falling)
+    tail = 0.5 * (1.0 - tl.erf(a * 0.7071067811865476))
+    return mirrored(z, a, tail, tail - a * 0.3989422804014327 * bell)  # 1 / sqrt(2 pi)
 
 
 @triton.jit
-def gelu_erf_half_gradient(z):
-    """As gelu_erf_gradient, for float16 and bfloat16 results: Phi and phi share the one exp2 of `lower_tail`."""
+def gelu_erf_half_and_gradient(z):
+    """As gelu_erf_and_gradient, for float16 and bfloat16 results: Phi and phi share the one exp2 of `lower_tail`."""
     a = tl.minimum(tl.abs(z), 100.0, propagate_nan=tl.PropagateNan.ALL)
     tail, bell = lower_tail(a)
-    falling = tl.fma(a * -0.3989422804014327, bell, tail)
-    return tl.where(z < 0.0, falling, 1.0 - falling)
+    return mirrored(z, a, tail, tl.fma(a * -0.3989422804014327, bell, tail))
 
 
 @triton.jit
-def gelu_tanh_gradient(z):
-    """The derivative of gelu_tanh; z is float32.
+def gelu_tanh_and_gradient(z):
+    """gelu_tanh and its derivative; z is float32.
 
     With s the sigmoid and u its argument it is s + z s (1 - s) u'. Here it is taken at -|z|, where 1 - s needs no
     subtraction, and mirrored.
@@ -81,8 +90,7 @@ def gelu_tanh_gradient(z):
     tail = tl.exp2(a * tl.fma(square, -0.10294324, -2.3022082))  # at most 1
     sigmoid = 1.0 / (1.0 + tail)
     slope = tl.fma(square, 0.214064449, 1.5957691)  # u': 2 sqrt(2 / pi), times 3 * 0.044715 and 1
-    falling = tail * sigmoid * tl.fma(-a * slope, sigmoid, 1.0)
-    return tl.where(z < 0.0, falling, 1.0 - falling)
+    return mirrored(z, a, tail * sigmoid, tail * sigmoid * tl.fma(-a * slope, sigmoid, 1.0))
 
 
 @triton.jit
@@ -119,10 +127,11 @@ def normalise_gradient(dout, normal, weight, rstd, WIDTH: tl.constexpr):
     result they are garbage.
     """
     dnormal = dout * weight[None, :]
-    mean = tl.sum(dnormal, 1) * (1.0 / WIDTH)
-    slope = tl.sum(dnormal * normal, 1) * (1.0 / WIDTH)
-    rest = tl.fma(normal, tl.broadcast_to(slope[:, None], normal.shape), mean[:, None])
-    return (dnormal - rest) * rstd[:, None]  # folding rstd into both saves an operation and costs 20 registers
+    scale = rstd * (-1.0 / WIDTH)  # negative here, because a tile is not negated for nothing
+    mean = tl.sum(dnormal, 1) * scale
+    slope = tl.sum(dnormal * normal, 1) * scale
+    rest = tl.fma(normal, slope[:, None], mean[:, None])
+    return tl.fma(dnormal, rstd[:, None], rest)
 
 
 @triton.jit

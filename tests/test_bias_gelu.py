@@ -1,6 +1,7 @@
 """bias_gelu and linear_gelu: both paths against float64, by the error rule."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -27,12 +28,22 @@ def inputs(rows, width, dtype, generator, device, parameters=None):
     return x, torch.randn(width, generator=generator).to(device, parameters or dtype)
 
 
-def check(path, x, bias, approximate="none"):
+def plainly(x, bias=None, *, approximate="none", gated=False):
+    """What a user of PyTorch writes in one dtype."""
+    z = x if bias is None else x + bias
+    if not gated:
+        return F.gelu(z, approximate=approximate)
+    z, gate = z.chunk(2, 1)
+    return F.gelu(z, approximate=approximate) * gate
+
+
+def check(path, x, bias, approximate="none", gated=False):
     """Run one path and hold it to the error rule; returns the output."""
+    form = {"approximate": approximate, "gated": gated}
     with backend.use_backend(path):
-        out = bias_gelu(x, bias, approximate=approximate)
-    plain = F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
-    exact = reference.bias_gelu(x.double(), None if bias is None else bias.double(), approximate=approximate)
+        out = bias_gelu(x, bias, **form)
+    plain = plainly(x, None if bias is None else bias.to(x.dtype), **form)
+    exact = reference.bias_gelu(x.double(), None if bias is None else bias.double(), **form)
     assert_close(out, plain, exact, what=path)
     return out
 
@@ -49,10 +60,26 @@ def test_widths_case_14(width, dtype, path, device, generator, nan_empty):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize(("rows", "width"), [(1, 48), (5, 300), (9, 256)])
-def test_each_branch(rows, width, has_bias, dtype, approximate, path, device, generator, nan_empty):
+@pytest.mark.parametrize("gated", [False, True])
+def test_each_branch(rows, width, gated, has_bias, dtype, approximate, path, device, generator, nan_empty):
     """300 columns leave a block part empty, 256 don't; 5 and 9 rows leave a tile part empty."""
-    x, bias = inputs(rows, width, dtype, generator, device)
-    check(path, x, bias if has_bias else None, approximate)
+    x, bias = inputs(rows, width * (1 + gated), dtype, generator, device)
+    check(path, x, bias if has_bias else None, approximate, gated)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("width", [1, 7, 1152, 2624])
+def test_gated_widths_case_14(width, path, device, generator, nan_empty):
+    """ModernBERT's two, and halves that do not begin on 16 bytes."""
+    check(path, *inputs(3, 2 * width, torch.float16, generator, device), gated=True)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_first_half_goes_through_gelu_and_the_second_is_the_gate(path, device):
+    x = torch.tensor([[1.0, -2.0, 3.0, 0.5]], device=device)
+    with backend.use_backend(path):
+        out = bias_gelu(x, None, gated=True)
+    torch.testing.assert_close(out, F.gelu(x[:, :2]) * x[:, 2:])
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -101,37 +128,43 @@ def test_layouts_case_29(layout, path, device, generator):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape", [(0, 48), (3, 0)])
 def test_nothing_to_do_case_15(shape, path, device):
+    x, bias = torch.empty(shape, device=device), torch.zeros(shape[1], device=device)
     with backend.use_backend(path):
-        assert bias_gelu(torch.empty(shape, device=device), torch.zeros(shape[1], device=device)).shape == shape
+        assert bias_gelu(x, bias).shape == shape
+        assert bias_gelu(x, bias, gated=True).shape == (shape[0], shape[1] // 2)
 
 
-def test_slack_is_not_touched_case_15(device, generator):
+@pytest.mark.parametrize("gated", [False, True])
+def test_slack_is_not_touched_case_15(gated, device, generator):
     x, bias = inputs(5, 48, torch.float32, generator, device)
     x[[0, 4]] = torch.nan
-    check("triton", x[1:4], bias)
+    check("triton", x[1:4], bias, gated=gated)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("approximate", FORMS)
-def test_gradients_of_the_torch_path(approximate, generator):
-    x, bias = (tensor.requires_grad_() for tensor in inputs(3, 5, torch.float64, generator, "cpu"))
-    assert torch.autograd.gradcheck(lambda x, bias: bias_gelu(x, bias, approximate=approximate), (x, bias))
+def test_gradients_of_the_torch_path(approximate, gated, generator):
+    x, bias = (tensor.requires_grad_() for tensor in inputs(3, 6, torch.float64, generator, "cpu"))
+    run = partial(bias_gelu, approximate=approximate, gated=gated)
+    assert torch.autograd.gradcheck(run, (x, bias))
 
 
-def check_backward(path, x, bias, dout, approximate="none"):
+def check_backward(path, x, bias, dout, approximate="none", gated=False):
     """Hold both gradients to the error rule; gives them by name."""
     leaves = {"x": x} if bias is None else {"x": x, "bias": bias}
+    form = {"approximate": approximate, "gated": gated}
     return check_gradients(
         path,
-        lambda x, bias=None: bias_gelu(x, bias, approximate=approximate),
-        lambda x, bias=None: F.gelu(x if bias is None else x + bias, approximate=approximate),
-        lambda x, bias=None: reference.bias_gelu(x, bias, approximate=approximate),
+        lambda x, bias=None: bias_gelu(x, bias, **form),
+        partial(plainly, **form),
+        lambda x, bias=None: reference.bias_gelu(x, bias, **form),
         leaves,
         dout,
     )
 
 
-def upstream(x, generator):
-    return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+def upstream(x, generator, gated=False):
+    return torch.randn(len(x), x.shape[1] // (1 + gated), generator=generator).to(x.device, x.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,21 +178,34 @@ def test_gradients_of_widths_case_14(width, dtype, device, generator, nan_empty)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize(("rows", "width"), [(1, 48), (5, 300), (19, 256)])
-def test_gradients_of_each_branch(rows, width, has_bias, dtype, approximate, device, generator, nan_empty, monkeypatch):
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_each_branch(
+    rows, width, gated, has_bias, dtype, approximate, device, generator, nan_empty, monkeypatch
+):
     """Two programs share 19 rows, in steps of 4, as 4 + 4 + 3 and 4 + 4."""
     limit_programs(monkeypatch, "bias_gelu_backward", 2)
-    x, bias = inputs(rows, width, dtype, generator, device)
-    check_backward("triton", x, bias if has_bias else None, upstream(x, generator), approximate)
+    x, bias = inputs(rows, width * (1 + gated), dtype, generator, device)
+    dout = upstream(x, generator, gated)
+    check_backward("triton", x, bias if has_bias else None, dout, approximate, gated)
+
+
+@pytest.mark.parametrize("width", [1, 7, 1152])
+def test_gradients_of_gated_widths_case_14(width, device, generator, nan_empty):
+    x, bias = inputs(3, 2 * width, torch.float16, generator, device)
+    check_backward("triton", x, bias, upstream(x, generator, gated=True), gated=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradient_of_a_float32_bias_beside_half_rows(dtype, device, generator):
     x, bias = inputs(3, 96, dtype, generator, device, parameters=torch.float32)
     check_backward("triton", x, bias, upstream(x, generator))
+    check_backward("triton", x, bias, upstream(x, generator, gated=True), gated=True)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "odd base"])
-def test_gradients_of_layouts_case_29(layout, device, generator):
+def test_gradients_of_layouts_case_29(layout, device, generator, monkeypatch):
+    """In more than one step a program, which moves each tensor on by a stride of its own."""
+    limit_programs(monkeypatch, "bias_gelu_backward", 1)
     x, bias = inputs(5, 96, torch.float16, generator, device)
     store = torch.randn(5 * 96 + 3, generator=generator).to(device, torch.float16)
     dout = {
@@ -169,15 +215,17 @@ def test_gradients_of_layouts_case_29(layout, device, generator):
     }[layout]
     check_backward("triton", x, bias, dout)
     check_backward("triton", dout, bias, x)
+    check_backward("triton", dout, bias, x[:, ::2], gated=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 48), (3, 0)])
 def test_gradients_of_nothing_case_15(shape, device):
     x, bias = torch.empty(shape, device=device), torch.ones(shape[1], device=device)
-    with backend.use_backend("triton"):
-        dx, dbias = gradients(bias_gelu, (x, bias), x)
-    assert dx.shape == shape
-    assert torch.equal(dbias, torch.zeros_like(bias))
+    for gated in (False, True):
+        with backend.use_backend("triton"):
+            dx, dbias = gradients(partial(bias_gelu, gated=gated), (x, bias), x[:, : shape[1] // (1 + gated)])
+        assert dx.shape == shape
+        assert torch.equal(dbias, torch.zeros_like(bias))
 
 
 def test_gradients_leave_slack_alone_case_15(device, generator):
@@ -240,10 +288,12 @@ def test_autocast_case_27(dtype, path, device, generator):
         assert_close(got, by_torch, exactly, what=path)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("approximate", FORMS)
-def test_gradients_of_the_reference(approximate, generator):
-    x, bias = (tensor.requires_grad_() for tensor in inputs(3, 5, torch.float64, generator, "cpu"))
-    assert torch.autograd.gradcheck(lambda x, bias: reference.bias_gelu(x, bias, approximate=approximate), (x, bias))
+def test_gradients_of_the_reference(approximate, gated, generator):
+    x, bias = (tensor.requires_grad_() for tensor in inputs(3, 6, torch.float64, generator, "cpu"))
+    run = partial(reference.bias_gelu, approximate=approximate, gated=gated)
+    assert torch.autograd.gradcheck(run, (x, bias))
 
 
 @pytest.mark.kernels
@@ -267,7 +317,9 @@ def test_triton_does_not_serve_float64(device):
     [
         ("x", {"x": torch.zeros(4)}),
         ("x", {"x": torch.zeros(2, 4, dtype=torch.int64)}),
+        ("x", {"x": torch.zeros(2, 5), "bias": torch.zeros(5), "gated": True}),
         ("bias", {"bias": torch.zeros(5)}),
+        ("bias", {"bias": torch.zeros(2), "gated": True}),
         ("bias", {"bias": torch.zeros(4, dtype=torch.float16)}),
         ("bias", {"bias": torch.zeros(4, device="meta")}),
         ("approximate", {"approximate": "gelu_new"}),
@@ -356,7 +408,7 @@ def test_compiles_to_one_graph(compiler, path, generator):
     x, weight, bias = projection(3, 16, 16, torch.float32, generator)
 
     def run(x):
-        return bias_gelu(linear_gelu(x, weight, bias), bias, approximate="tanh")
+        return bias_gelu(bias_gelu(linear_gelu(x, weight, bias), bias, approximate="tanh"), bias, gated=True)
 
     torch._dynamo.reset()
     with backend.use_backend(path), torch.no_grad():
@@ -429,9 +481,11 @@ def test_opcheck(needs_gradient, device, generator):
     x, bias = (tensor.requires_grad_(needs_gradient) for tensor in inputs(3, 24, torch.float32, generator, device))
     torch.library.opcheck(bias_gelu_forward, (x, bias, "none"))
     torch.library.opcheck(bias_gelu_forward, (x, None, "tanh"))
+    torch.library.opcheck(bias_gelu_forward, (x, bias, "none", True))
 
 
 def test_opcheck_of_the_backward(device, generator):
     x, bias = inputs(3, 24, torch.float32, generator, device)
     torch.library.opcheck(bias_gelu_backward, (upstream(x, generator), x, bias, "none"))
     torch.library.opcheck(bias_gelu_backward, (upstream(x, generator), x, None, "tanh"))
+    torch.library.opcheck(bias_gelu_backward, (upstream(x, generator, gated=True), x, bias, "none", True))

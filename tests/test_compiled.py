@@ -22,8 +22,8 @@ from fastbert.kernels.pooling import pool_backward_kernel, pool_forward_kernel
 
 kernel = globals()[sys.argv[1]]
 constants = {"HIDDEN": 48, "ROWS": 4, "BLOCK": 64, "HAS_RESIDUAL": True, "HAS_X_BIAS": True, "HAS_DROPOUT": False}
-constants |= {"STORE_STATS": True, "HAS_BIAS": True, "TANH": False, "MASK_COLUMNS": True, "HAS_TYPES": True}
-constants |= {"SUM_BIASES": True, "HAS_OUT_ROWS": True}
+constants |= {"STORE_STATS": True, "HAS_BIAS": True, "TANH": False, "GATED": True, "MASK_COLUMNS": True}
+constants |= {"HAS_TYPES": True, "SUM_BIASES": True, "HAS_OUT_ROWS": True}
 constants |= {"COLUMNS": 64, "HOW": "max", "NORMALISE": True, "STORE_NORM": True}
 signature = {}
 for name in kernel.arg_names:
@@ -55,7 +55,7 @@ def compiled(kernel, tmp_path):
         ("layer_norm_forward_kernel", 3),
         ("bias_gelu_forward_kernel", 2),
         ("embedding_forward_kernel", 4),
-        ("layer_norm_backward_kernel", 4),
+        ("layer_norm_backward_kernel", 3),
         ("bias_gelu_backward_kernel", 3),
         ("embedding_backward_kernel", 5),
         ("pool_forward_kernel", 1),

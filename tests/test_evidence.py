@@ -201,9 +201,18 @@ def test_traffic_counts_active_lanes_and_each_address_once() -> None:
         "stored_once": 40,
         "launches": 1,
         "minimum": 80,
+        "sums": 0,
         "over_minimum": 1.0,
         "past_tokens": 0,
     }
+
+
+@needs_interpreter
+def test_layer_norm_and_gelu_move_the_least_bytes_and_their_sums() -> None:
+    for case in traffic.calls():
+        if case.name.startswith(("layer_norm", "bias_gelu")):
+            found = traffic.figures(case)
+            assert found["loaded_once"] + found["stored_once"] - found["sums"] == found["minimum"], case.name
 
 
 @needs_interpreter

@@ -68,6 +68,16 @@ def test_backward_of_bias_gelu(width, programs):
     assert backward == launch.BiasGeluBackward(forward.ROWS, forward.BLOCK, programs, forward.num_warps)
 
 
+def test_backward_of_gated_bias_gelu_takes_fewer_rows_of_a_wide_block():
+    rows = [launch.bias_gelu_backward(width, torch.float16, KNOWN["sm_90"], gated=True).ROWS for width in (3072, 1152)]
+    assert rows == [2, 4]
+
+
+def test_backward_takes_two_rows_of_512_columns_where_registers_allow():
+    calls = (("sm_80", torch.float16), ("gfx942", torch.bfloat16), ("sm_80", torch.float32), ("gfx1100", torch.float16))
+    assert [launch.layer_norm_backward(384, dtype, KNOWN[arch]).ROWS for arch, dtype in calls] == [2, 2, 1, 1]
+
+
 def test_a_launch_takes_what_is_the_kernel_s():
     assert launch.arguments(launch.LayerNormBackward(ROWS=2, PROGRAMS=9, num_warps=4)) == {"ROWS": 2, "num_warps": 4}
     tile = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}

@@ -170,18 +170,36 @@ def test_slack_is_not_touched_case_15(device, generator):
     check("triton", x[1:4], weight, bias, residual=residual[1:4])
 
 
-@pytest.mark.parametrize("hidden", [48, 769, 2048])
-def test_statistics(hidden, device, generator, nan_empty):
-    x, weight, bias, residual, x_bias = inputs(5, hidden, torch.float16, generator, device)
-    out, mean, rstd = kernel.layer_norm_forward(
-        x, weight, bias, residual=residual, x_bias=x_bias, eps=1e-5, store_stats=True
-    )
-    total = x.double() + x_bias.double() + residual.double()
-    exact = [total.mean(1), (total.var(1, correction=0) + 1e-5).rsqrt()]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("has_x_bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("hidden", [48, 769])
+def test_what_is_stored_for_the_backward(
+    hidden, dropout, has_x_bias, has_residual, dtype, device, generator, nan_empty
+):
+    """The sum, rounded once, unless it is x; the mean and deviation of what is stored; and the same result."""
+    x, weight, bias, residual, x_bias = inputs(5, hidden, dtype, generator, device)
+    residual, x_bias = residual if has_residual else None, x_bias if has_x_bias else None
+    seed = torch.tensor([9], device=device)
+    options = {"residual": residual, "x_bias": x_bias, "dropout": dropout, "seed": seed, "eps": 1e-5}
+    out, total, mean, rstd = kernel.layer_norm_forward(x, weight, bias, store_stats=True, **options)
+    if has_residual or has_x_bias or dropout:
+        exact = x.double() + (x_bias.double() if has_x_bias else 0.0)
+        if dropout:
+            exact = exact * reference.hidden_keep_mask(seed, 5, hidden, dropout) * launch.drop_scale(dropout)
+        exact = exact + (residual.double() if has_residual else 0.0)
+        assert_close(total, exact.to(dtype), exact, what="total")
+    else:
+        assert total.numel() == 0
+        total = x
+    exact = [total.double().mean(1), (total.double().var(1, correction=0) + 1e-5).rsqrt()]
     for name, ours, wanted in zip(("mean", "rstd"), (mean, rstd), exact, strict=True):
         assert ours.dtype == torch.float32
         assert_close(ours, wanted.float(), wanted, what=name)
-    assert torch.equal(out, kernel.layer_norm_forward(x, weight, bias, residual=residual, x_bias=x_bias, eps=1e-5)[0])
+    inferred, *nothing = kernel.layer_norm_forward(x, weight, bias, **options)
+    assert torch.equal(out, inferred)
+    assert not any(each.numel() for each in nothing)
 
 
 def test_gradients_of_the_torch_path(generator):
@@ -275,7 +293,9 @@ def test_gradients_do_not_cancel_case_10(device, generator):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "odd base"])
-def test_gradients_of_layouts_case_29(layout, device, generator):
+def test_gradients_of_layouts_case_29(layout, device, generator, monkeypatch):
+    """In more than one step a program, which moves each tensor on by a stride of its own."""
+    limit_programs(monkeypatch, "layer_norm_backward", 2)
     x, weight, bias, residual, _ = inputs(5, 96, torch.float16, generator, device)
     store = torch.randn(5 * 96 + 3, generator=generator).to(device, torch.float16)
     dout = {
@@ -294,6 +314,14 @@ def test_gradients_of_no_rows_case_15(device):
         dx, dweight, dbias = gradients(lambda *leaves: run(*leaves), (x, weight, weight), x)
     assert dx.shape == (0, 48)
     assert torch.equal(dweight, torch.zeros_like(weight)) and torch.equal(dbias, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_nearly_constant_rows(dtype, device, generator):
+    """The sum is rounded for the backward by more than its deviation: statistics of another would not fit it."""
+    x, weight, bias, residual, _ = inputs(3, 96, dtype, generator, device)
+    x, residual = torch.full_like(x, 3.0) + x * 1e-6, torch.full_like(x, 1e-3)
+    check_backward("triton", x, weight, bias, upstream(x, generator), residual=residual, eps=1e-5)
 
 
 def test_gradients_leave_slack_alone_case_15(device, generator):
@@ -645,14 +673,14 @@ def test_opcheck(needs_gradient, device, generator):
 
 
 def test_opcheck_of_the_backward(device, generator):
-    x, weight, dout, residual, x_bias = inputs(3, 24, torch.float32, generator, device)
+    x, weight, *_ = inputs(3, 24, torch.float32, generator, device)
     dout = upstream(x, generator)
     mean, rstd = torch.rand(2, 3, generator=generator).to(device)
     seed = torch.tensor([8], device=device)
     rows = torch.tensor([2, 1, 0], device=device)
-    torch.library.opcheck(layer_norm_backward, (dout, x, weight, residual, x_bias, mean, rstd, 0.1, seed, None))
-    torch.library.opcheck(layer_norm_backward, (dout, x, weight, residual, None, mean, rstd, 0.0, None, None))
-    torch.library.opcheck(layer_norm_backward, (dout, x, weight, None, None, mean, rstd, 0.1, seed, rows))
+    torch.library.opcheck(layer_norm_backward, (dout, x, weight, mean, rstd, True, True, 0.1, seed, None))
+    torch.library.opcheck(layer_norm_backward, (dout, x, weight, mean, rstd, True, False, 0.0, None, None))
+    torch.library.opcheck(layer_norm_backward, (dout, x, weight, mean, rstd, False, False, 0.1, seed, rows))
 
 
 def test_aligned_copies_only_what_needs_it(device):

@@ -10,11 +10,11 @@ from fastbert import reference
 from fastbert.kernels import launch
 from fastbert.kernels.pieces import (
     gelu_erf,
-    gelu_erf_gradient,
+    gelu_erf_and_gradient,
     gelu_erf_half,
-    gelu_erf_half_gradient,
+    gelu_erf_half_and_gradient,
     gelu_tanh,
-    gelu_tanh_gradient,
+    gelu_tanh_and_gradient,
     keep_mask,
     moments,
     normalise,
@@ -36,11 +36,17 @@ def gelu_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, FORM: tl.constexpr):
     elif FORM == "erf_half":
         out = gelu_erf_half(z)
     elif FORM == "erf_gradient":
-        out = gelu_erf_gradient(z)
+        _, out = gelu_erf_and_gradient(z)
     elif FORM == "erf_half_gradient":
-        out = gelu_erf_half_gradient(z)
+        _, out = gelu_erf_half_and_gradient(z)
     elif FORM == "tanh_gradient":
-        out = gelu_tanh_gradient(z)
+        _, out = gelu_tanh_and_gradient(z)
+    elif FORM == "erf_beside":
+        out, _ = gelu_erf_and_gradient(z)
+    elif FORM == "erf_half_beside":
+        out, _ = gelu_erf_half_and_gradient(z)
+    elif FORM == "tanh_beside":
+        out, _ = gelu_tanh_and_gradient(z)
     else:
         out = gelu_tanh(z)
     tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty))  # [SIZE]
@@ -60,7 +66,10 @@ def every(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("form", "approximate"), [("erf_half", "none"), ("tanh", "tanh")])
+@pytest.mark.parametrize(
+    ("form", "approximate"),
+    [("erf_half", "none"), ("tanh", "tanh"), ("erf_half_beside", "none"), ("tanh_beside", "tanh")],
+)
 def test_gelu_of_every_half_value_by_the_error_rule(dtype, form, approximate, device):
     x = every(dtype, device)
     for low, high in ((-torch.inf, torch.inf), (-40.0, 40.0), (-torch.inf, -1.0), (-torch.inf, -4.0), (-40.0, -6.0)):
@@ -93,7 +102,7 @@ def test_erf_half_keeps_the_deep_negative_tail(dtype, device):
     assert ((gelu(x, "erf_half").double() - exact).abs() <= 0.032 * exact.abs() + rounding).all()
 
 
-@pytest.mark.parametrize("form", ["erf", "erf_half", "tanh"])
+@pytest.mark.parametrize("form", ["erf", "erf_half", "tanh", "erf_beside", "erf_half_beside", "tanh_beside"])
 def test_gelu_far_out_keeps_infinity_and_nan(form, device):
     x = torch.zeros(1024, device=device)
     x[:4] = torch.tensor([torch.inf, torch.nan, 1e30, -1e30])
@@ -104,7 +113,9 @@ def test_gelu_far_out_keeps_infinity_and_nan(form, device):
     assert out[3] == 0
 
 
-@pytest.mark.parametrize(("form", "approximate"), [("erf", "none"), ("tanh", "tanh")])
+@pytest.mark.parametrize(
+    ("form", "approximate"), [("erf", "none"), ("tanh", "tanh"), ("erf_beside", "none"), ("tanh_beside", "tanh")]
+)
 def test_gelu_in_float32_by_the_error_rule(form, approximate, device, generator):
     for scale in (0.1, 1.0, 10.0):
         x = (torch.randn(4096, generator=generator) * scale).to(device)

@@ -85,6 +85,7 @@ def main(target: Target) -> Iterator[Case]:
     yield bias_gelu(3072, torch.float16, "none")
     yield bias_gelu(3072, torch.float32, "none")
     yield bias_gelu(3072, torch.float16, "tanh")
+    yield bias_gelu(1152, torch.float16, "none", bias=False, gated=True)
     for width in (384, 768, 1024):
         yield layer_norm_gradient(width, torch.float16, residual=True, x_bias=True)
     yield layer_norm_gradient(768, torch.float16, residual=True, x_bias=True, dropout=True)
@@ -97,6 +98,7 @@ def main(target: Target) -> Iterator[Case]:
     yield bias_gelu_gradient(3072, torch.float16, "none")
     yield bias_gelu_gradient(3072, torch.float32, "none")
     yield bias_gelu_gradient(3072, torch.float16, "tanh")
+    yield bias_gelu_gradient(1152, torch.float16, "none", bias=False, gated=True)
 
 
 def exhaustive(target: Target) -> Iterator[Case]:
@@ -141,9 +143,13 @@ def exhaustive(target: Target) -> Iterator[Case]:
             yield bias_gelu(width, dtype, "none")
             yield bias_gelu(width, dtype, "tanh")
             yield bias_gelu(width, dtype, "none", bias=False)
+            yield bias_gelu(width, dtype, "none", gated=True)
+            yield bias_gelu(width, dtype, "tanh", gated=True)
             yield bias_gelu_gradient(width, dtype, "none")
             yield bias_gelu_gradient(width, dtype, "tanh")
             yield bias_gelu_gradient(width, dtype, "none", bias=False)
+            yield bias_gelu_gradient(width, dtype, "none", gated=True)
+            yield bias_gelu_gradient(width, dtype, "tanh", gated=True)
 
 
 def attention(
@@ -288,15 +294,17 @@ def embedding(width: int, dtype: torch.dtype, *, token_types: bool = True, dropo
     return Case(_name(f"embedding {width}", dtype, types=token_types, dropout=dropout), run)
 
 
-def bias_gelu(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = True) -> Case:
-    """Bias and GELU of 1001 rows."""
+def bias_gelu(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = True, gated: bool = False) -> Case:
+    """Bias and GELU of 1001 rows; `width` is that of the result."""
+    columns = 2 * width if gated else width
     run = partial(
         bias_gelu_forward,
-        torch.empty(1001, width, dtype=dtype),
-        torch.empty(width, dtype=dtype) if bias else None,
+        torch.empty(1001, columns, dtype=dtype),
+        torch.empty(columns, dtype=dtype) if bias else None,
         approximate=approximate,
+        gated=gated,
     )
-    return Case(_name(f"bias_gelu {width}", dtype, bias=bias, tanh=approximate == "tanh"), run)
+    return Case(_name(f"bias_gelu {width}", dtype, bias=bias, tanh=approximate == "tanh", gated=gated), run)
 
 
 def layer_norm_gradient(
@@ -318,10 +326,10 @@ def layer_norm_gradient(
         dout,
         x,
         parameter,
-        x if residual else None,
-        parameter if x_bias else None,
         statistic,
         statistic,
+        residual=residual,
+        x_bias=x_bias,
         dropout=DROPOUT if dropout else 0.0,
         seed=_seed() if dropout else None,
         out_rows=torch.empty(1001, dtype=torch.int64) if unpack else None,
@@ -357,12 +365,20 @@ def embedding_gradient(width: int, dtype: torch.dtype, *, token_types: bool = Tr
     return Case(_name(f"embedding backward {width}", dtype, types=token_types, dropout=dropout), run)
 
 
-def bias_gelu_gradient(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = True) -> Case:
+def bias_gelu_gradient(
+    width: int, dtype: torch.dtype, approximate: str, *, bias: bool = True, gated: bool = False
+) -> Case:
     """The backward of `bias_gelu`."""
-    x = torch.empty(1001, width, dtype=dtype)
-    bias_vector = torch.empty(width, dtype=dtype) if bias else None
-    run = partial(bias_gelu_backward, x, x, bias_vector, approximate=approximate)
-    return Case(_name(f"bias_gelu backward {width}", dtype, bias=bias, tanh=approximate == "tanh"), run)
+    columns = 2 * width if gated else width
+    run = partial(
+        bias_gelu_backward,
+        torch.empty(1001, width, dtype=dtype),
+        torch.empty(1001, columns, dtype=dtype),
+        torch.empty(columns, dtype=dtype) if bias else None,
+        approximate=approximate,
+        gated=gated,
+    )
+    return Case(_name(f"bias_gelu backward {width}", dtype, bias=bias, tanh=approximate == "tanh", gated=gated), run)
 
 
 def pool(width: int, dtype: torch.dtype, how: str, *, normalise: bool = False) -> Case:

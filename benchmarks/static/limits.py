@@ -56,11 +56,15 @@ NOT_YET: Limits = {
 for arch in ("sm_80", "sm_90"):
     for width, forward, backward in ((384, 28, 23), (768, 19, 17), (1024, 19, 18)):
         LIMITS[f"{arch} layer_norm {width} float16 +residual +bias: layer_norm_forward"] = {ALL: forward, **WIDE_ONLY}
-        NOT_YET[f"{arch} layer_norm backward {width} float16 +residual +bias: layer_norm_backward"] = {ALL: backward}
+        LIMITS[f"{arch} layer_norm backward {width} float16 +residual +bias: layer_norm_backward"] = {ALL: backward}
     LIMITS[f"{arch} layer_norm 768 float16 +residual +bias +dropout: layer_norm_forward"] = {ALL: 33}
     LIMITS[f"{arch} bias_gelu 3072 float16 +bias: bias_gelu_forward"] = {ALL: 24, "registers": 80, **WIDE_ONLY}
-    LIMITS[f"{arch} bias_gelu backward 3072 float16 +bias: bias_gelu_backward"] = {ALL: 27, **WIDE_ONLY}
-    NOT_YET[f"{arch} bias_gelu backward 3072 float16 +bias: bias_gelu_backward"] = {"registers": 80}
+    LIMITS[f"{arch} bias_gelu backward 3072 float16 +bias: bias_gelu_backward"] = {
+        ALL: 27, "registers": 80, **WIDE_ONLY
+    }  # fmt: skip
+for op in ("layer_norm", "layer_norm backward", "bias_gelu", "bias_gelu backward"):
+    for option in ("", " +dropout" if op.startswith("layer_norm") else " +gated"):
+        LIMITS[f"traffic of {op}{option}"] = {"over_minimum": 1.0}
 for rest in ("inference short", "inference long", "forward short", "forward long"):
     for dropout in ("", " +dropout"):  # 8 launches: four products, attention, GELU and two LayerNorms
         LIMITS[f"launches of encoder layer {rest}{dropout}"] = {"kernels": 4, "matrix_products": 4, "others": 0}

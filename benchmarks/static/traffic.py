@@ -40,13 +40,17 @@ DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class Case:
-    """A call, the rows of it that hold tokens, those in memory, and the least bytes it can move."""
+    """A call, the rows of it that hold tokens, those in memory, and the least bytes it can move.
+
+    `sums` are the bytes by which the sums of each program exceed the gradients of parameters in `minimum`.
+    """
 
     name: str
     run: Callable[[], object]
     tokens: int
     rows: int
     minimum: int
+    sums: int = 0
 
 
 def calls() -> Iterator[Case]:
@@ -57,7 +61,8 @@ def calls() -> Iterator[Case]:
     for dropout in (0.0, DROPOUT):
         yield from layer_norm(tokens, dropout)
     yield from layer_norm(tokens, 0.0, unpack=True)
-    yield from bias_gelu(tokens)
+    for gated in (False, True):
+        yield from bias_gelu(tokens, gated)
     yield from embedding(tokens)
     for how in ("cls", "mean", "max"):
         for normalise in (False, True):
@@ -108,19 +113,24 @@ def layer_norm(tokens: int, dropout: float, *, unpack: bool = False) -> Iterator
     )  # fmt: skip
     minimum = cost.layer_norm(tokens, HIDDEN, DTYPE, statistics=True, **options).min_bytes
     yield Case(f"layer_norm{name}", run, tokens, tokens + SLACK, minimum)
-    run = partial(layer_norm_backward, dout, x, weight, residual, x_bias, mean, rstd, **drawn)
+    run = partial(layer_norm_backward, dout, x, weight, mean, rstd, residual=True, x_bias=True, **drawn)
     minimum = cost.layer_norm_backward(tokens, HIDDEN, DTYPE, **options).min_bytes
-    yield Case(f"layer_norm backward{name}", run, tokens, tokens + SLACK, minimum)
+    sums = _sums(tokens, 3 * HIDDEN, launch.layer_norm_backward(HIDDEN, DTYPE, TARGET))
+    yield Case(f"layer_norm backward{name}", run, tokens, tokens + SLACK, minimum, sums)
 
 
-def bias_gelu(tokens: int) -> Iterator[Case]:
+def bias_gelu(tokens: int, gated: bool) -> Iterator[Case]:
     """With a bias."""
-    x, dout = (_states(tokens + SLACK, WIDTH)[:tokens] for _ in range(2))
-    bias = _states(WIDTH)
-    minimum = cost.bias_gelu(tokens, WIDTH, DTYPE).min_bytes
-    yield Case("bias_gelu", partial(bias_gelu_forward, x, bias), tokens, tokens + SLACK, minimum)
-    minimum = cost.bias_gelu_backward(tokens, WIDTH, DTYPE).min_bytes
-    yield Case("bias_gelu backward", partial(bias_gelu_backward, dout, x, bias), tokens, tokens + SLACK, minimum)
+    columns = 2 * WIDTH if gated else WIDTH
+    x, dout = (_states(tokens + SLACK, width)[:tokens] for width in (columns, WIDTH))
+    bias = _states(columns)
+    rows, name = tokens + SLACK, " +gated" if gated else ""
+    minimum = cost.bias_gelu(tokens, WIDTH, DTYPE, gated=gated).min_bytes
+    yield Case(f"bias_gelu{name}", partial(bias_gelu_forward, x, bias, gated=gated), tokens, rows, minimum)
+    minimum = cost.bias_gelu_backward(tokens, WIDTH, DTYPE, gated=gated).min_bytes
+    sums = _sums(tokens, columns, launch.bias_gelu_backward(WIDTH, DTYPE, TARGET, gated=gated))
+    run = partial(bias_gelu_backward, dout, x, bias, gated=gated)
+    yield Case(f"bias_gelu backward{name}", run, tokens, rows, minimum, sums)
 
 
 def embedding(tokens: int) -> Iterator[Case]:
@@ -154,6 +164,12 @@ def pool(how: str, normalise: bool) -> Iterator[Case]:
     yield Case(f"pool backward {name}", run, tokens, rows, minimum)
 
 
+def _sums(tokens: int, elements: int, choice: launch.LayerNormBackward | launch.BiasGeluBackward) -> int:
+    """`Case.sums` of a backward with so many elements of gradients of parameters."""
+    programs = min(choice.PROGRAMS, -(-tokens // choice.ROWS))
+    return elements * (programs * torch.float32.itemsize - DTYPE.itemsize)
+
+
 def _states(*shape: int) -> Tensor:
     return torch.ones(shape, dtype=DTYPE)
 
@@ -172,7 +188,8 @@ def figures(case: Case) -> dict[str, float]:
         **moved,
         "launches": len(launches),
         "minimum": case.minimum,
-        "over_minimum": round((moved["loaded_once"] + moved["stored_once"]) / case.minimum, 4),
+        "sums": case.sums,
+        "over_minimum": round((moved["loaded_once"] + moved["stored_once"] - case.sums) / case.minimum, 4),
         "past_tokens": sum(past_tokens(each, case.tokens, case.rows) for each in launches),
     }
 

@@ -212,8 +212,8 @@ def layer_norm_forward(
     out_rows: Tensor | None,
     out_size: int,
     store_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton kernel; see `fastbert.kernels.layer_norm.layer_norm_forward`. Returns (out, mean, rstd)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Triton kernel; see `fastbert.kernels.layer_norm.layer_norm_forward`. Returns (out, total, mean, rstd)."""
     from fastbert.kernels import layer_norm as kernel
 
     return kernel.layer_norm_forward(
@@ -244,21 +244,27 @@ def _(
     out_rows: Tensor | None,
     out_size: int,
     store_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x.new_empty(x.shape if store_stats and _adds(residual, x_bias, dropout) else (0,))
     statistics = x.new_empty(len(x) if store_stats else 0, dtype=torch.float32)
     size = len(x) if out_rows is None else out_size
-    return x.new_empty(size, x.shape[1]), statistics, torch.empty_like(statistics)
+    return x.new_empty(size, x.shape[1]), total, statistics, torch.empty_like(statistics)
+
+
+def _adds(residual: Tensor | None, x_bias: Tensor | None, dropout: float) -> bool:
+    """Whether what is normalised differs from x, so that the forward stores it for the backward."""
+    return residual is not None or x_bias is not None or dropout > 0.0
 
 
 @torch.library.custom_op("fastbert::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
     dout: Tensor,
-    x: Tensor,
+    total: Tensor,
     weight: Tensor,
-    residual: Tensor | None,
-    x_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    residual: bool,
+    x_bias: bool,
     dropout: float,
     seed: Tensor | None,
     out_rows: Tensor | None,
@@ -267,34 +273,37 @@ def layer_norm_backward(
     from fastbert.kernels import layer_norm as kernel
 
     return kernel.layer_norm_backward(
-        dout, x, weight, residual, x_bias, mean, rstd, dropout=dropout, seed=seed, out_rows=out_rows
+        dout, total, weight, mean, rstd, residual=residual, x_bias=x_bias, dropout=dropout, seed=seed, out_rows=out_rows
     )
 
 
 @layer_norm_backward.register_fake
 def _(
     dout: Tensor,
-    x: Tensor,
+    total: Tensor,
     weight: Tensor,
-    residual: Tensor | None,
-    x_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    residual: bool,
+    x_bias: bool,
     dropout: float,
     seed: Tensor | None,
     out_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = x.new_empty(x.shape)
-    dresidual = torch.empty_like(dx) if residual is not None and dropout > 0.0 else x.new_empty(0)
-    return dx, dresidual, x.new_empty(2 if x_bias is None else 3, x.shape[1], dtype=torch.float32)
+    dx = total.new_empty(total.shape)
+    dresidual = torch.empty_like(dx) if residual and dropout > 0.0 else total.new_empty(0)
+    return dx, dresidual, total.new_empty(3 if x_bias else 2, total.shape[1], dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, residual, x_bias, dropout, seed, _, out_rows, _, store_stats = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)  # no zeros for the gradients of mean and rstd
-    ctx.save_for_backward(x, weight, bias, residual, x_bias, seed, mean, rstd, out_rows)
+    _, total, mean, rstd = output
+    ctx.mark_non_differentiable(total, mean, rstd)
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of total, mean and rstd
+    ctx.save_for_backward(total if _adds(residual, x_bias, dropout) else x, weight, mean, rstd, seed, out_rows)
+    ctx.has_residual = residual is not None
+    ctx.dbias_dtype = bias.dtype
+    ctx.dx_bias_dtype = None if x_bias is None else x_bias.dtype
     ctx.dropout = dropout
     ctx.store_stats = store_stats
 
@@ -306,20 +315,21 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         raise BackendError(
             "layer_norm_forward", "a gradient asked for after store_stats=False", "store_stats=True in the forward"
         )
-    x, weight, bias, residual, x_bias, seed, mean, rstd, out_rows = ctx.saved_tensors
+    total, weight, mean, rstd, seed, out_rows = ctx.saved_tensors
+    has_x_bias = ctx.dx_bias_dtype is not None
     dx, dresidual, dparameters = layer_norm_backward(
-        dout, x, weight, residual, x_bias, mean, rstd, ctx.dropout, seed, out_rows
+        dout, total, weight, mean, rstd, ctx.has_residual, has_x_bias, ctx.dropout, seed, out_rows
     )
-    dtypes = {parameter.dtype for parameter in (weight, bias, x_bias) if parameter is not None}
+    dtypes = {weight.dtype, ctx.dbias_dtype, ctx.dx_bias_dtype or weight.dtype}
     dweight, dbias, *rest = dparameters.to(weight.dtype) if len(dtypes) == 1 else dparameters  # one cast for all
-    if residual is not None and ctx.dropout == 0.0:
+    if ctx.has_residual and ctx.dropout == 0.0:
         dresidual = dx
     return (
         dx,
         dweight.to(weight.dtype),
-        dbias.to(bias.dtype),
-        None if residual is None else dresidual,
-        None if x_bias is None else rest[0].to(x_bias.dtype),
+        dbias.to(ctx.dbias_dtype),
+        dresidual if ctx.has_residual else None,
+        rest[0].to(ctx.dx_bias_dtype) if has_x_bias else None,
         None,
         None,
         None,
