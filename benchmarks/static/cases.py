@@ -21,6 +21,7 @@ from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.kernels.target import Target
 
 sys.path.append(str(Path(__file__).parent))
@@ -79,6 +80,8 @@ def main(target: Target) -> Iterator[Case]:
     yield bias_gelu(3072, torch.float16, "none")
     yield bias_gelu(3072, torch.float32, "none")
     yield bias_gelu(3072, torch.float16, "tanh")
+    yield linear_gelu(3072, 768, torch.float16, target)
+    yield linear_gelu(3072, 768, torch.float16, target, store_product=True)
     for width in (384, 768, 1024):
         yield layer_norm_gradient(width, torch.float16, residual=True, x_bias=True)
     yield layer_norm_gradient(768, torch.float16, residual=True, x_bias=True, dropout=True)
@@ -126,6 +129,9 @@ def exhaustive(target: Target) -> Iterator[Case]:
             yield bias_gelu_gradient(width, dtype, "none")
             yield bias_gelu_gradient(width, dtype, "tanh")
             yield bias_gelu_gradient(width, dtype, "none", bias=False)
+        yield linear_gelu(3072, 768, dtype, target)
+        yield linear_gelu(3072, 768, dtype, target, approximate="tanh", store_product=True)
+        yield linear_gelu(112, 80, dtype, target, bias=False, store_product=True)
 
 
 def attention(
@@ -275,6 +281,29 @@ def bias_gelu(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = 
         approximate=approximate,
     )
     return Case(_name(f"bias_gelu {width}", dtype, bias=bias, tanh=approximate == "tanh"), run)
+
+
+def linear_gelu(
+    width: int,
+    depth: int,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    approximate: str = "none",
+    bias: bool = True,
+    store_product: bool = False,
+) -> Case:
+    """Product, bias and GELU of 1001 rows."""
+    run = partial(
+        linear_gelu_forward,
+        torch.empty(1001, depth, dtype=dtype),
+        torch.empty(width, depth, dtype=dtype),
+        torch.empty(width, dtype=dtype) if bias else None,
+        approximate=approximate,
+        store_product=store_product,
+    )
+    options = {"bias": bias, "tanh": approximate == "tanh", "product": store_product}
+    return Case(_name(f"linear_gelu {width} from {depth}", dtype, **options), run, _matrix(dtype, target))
 
 
 def layer_norm_gradient(

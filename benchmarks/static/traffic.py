@@ -22,6 +22,7 @@ from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.packing import Packing
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -55,6 +56,7 @@ def calls() -> Iterator[Case]:
     for dropout in (0.0, DROPOUT):
         yield from layer_norm(tokens, dropout)
     yield from bias_gelu(tokens)
+    yield from linear_gelu(tokens)
     yield from embedding(tokens)
 
 
@@ -110,6 +112,15 @@ def bias_gelu(tokens: int) -> Iterator[Case]:
     yield Case("bias_gelu", partial(bias_gelu_forward, x, bias), tokens, tokens + SLACK, minimum)
     minimum = cost.bias_gelu_backward(tokens, WIDTH, DTYPE).min_bytes
     yield Case("bias_gelu backward", partial(bias_gelu_backward, dout, x, bias), tokens, tokens + SLACK, minimum)
+
+
+def linear_gelu(tokens: int) -> Iterator[Case]:
+    """As inference runs it, then training."""
+    x, weight, bias = _states(tokens + SLACK, HIDDEN)[:tokens], _states(WIDTH, HIDDEN), _states(WIDTH)
+    for store in (False, True):
+        run = partial(linear_gelu_forward, x, weight, bias, store_product=store)
+        minimum = cost.linear_gelu(tokens, HIDDEN, WIDTH, DTYPE, product=store).min_bytes
+        yield Case(f"linear_gelu{' +product' if store else ''}", run, tokens, tokens + SLACK, minimum)
 
 
 def embedding(tokens: int) -> Iterator[Case]:
