@@ -28,6 +28,7 @@ from fastbert.heads import (
 )
 from fastbert.models import BertModel
 from fastbert.packing import Packing
+from fastbert.quantization import quantize
 
 if TYPE_CHECKING:
     from fastbert.tasks import TextClassifier, TextEncoder, TextTagger, classify, encode, tag
@@ -58,6 +59,7 @@ __all__ = [
     "classify",
     "encode",
     "load",
+    "quantize",
     "save",
     "tag",
     "use_backend",

@@ -72,7 +72,7 @@ class LinearGelu:
 class LinearGeluForward:
     """Tiles of BLOCK_M rows and BLOCK_N columns, BLOCK_K of the depth a step, in PROGRAMS programs a multiprocessor.
 
-    Programs go through GROUP_M rows of tiles together.
+    Programs go through GROUP_M rows of tiles together; `maxnreg` as in AttentionForward.
     """
 
     BLOCK_M: int
@@ -82,6 +82,15 @@ class LinearGeluForward:
     num_stages: int
     PROGRAMS: int = 1
     GROUP_M: int = 8
+    maxnreg: int = 0
+
+
+@dataclass(frozen=True)
+class QuantizeRows:
+    """As LayerNormForward."""
+
+    ROWS: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -438,6 +447,22 @@ def layer_norm_backward(hidden: int, dtype: torch.dtype, target: Target) -> Laye
     return tuned("layer_norm_backward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
 
 
+def quantize_rows(width: int, dtype: torch.dtype, target: Target) -> QuantizeRows:
+    """The choice for rows of `width` columns; `row_wise_unserved` must have said None."""
+    return QuantizeRows(*_whole_rows(width, dtype, target))
+
+
+def fp8_unserved(dtype: torch.dtype, target: Target) -> str | None:
+    """Why a model of this dtype can't run in fp8 on this target, or None; in the interpreter e4m3 is simulated."""
+    if target.backend == "interpreter":
+        return None
+    if target.backend == "hip":
+        return f"{target.arch}: AMD's e4m3 is another format"
+    if int(target.arch.removeprefix("sm_")) < 89:
+        return f"{target.arch} has no fp8 matrix units; they begin with sm_89"
+    return None if dtype == torch.bfloat16 else f"{dtype}: products with row scales are written in bfloat16 only"
+
+
 def embedding_forward(hidden: int, dtype: torch.dtype, target: Target) -> EmbeddingForward:
     """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
     default = EmbeddingForward(*_whole_rows(hidden, dtype, target))
@@ -478,12 +503,12 @@ def bias_gelu_backward(width: int, dtype: torch.dtype, target: Target) -> BiasGe
 # instructions, and spill where the product is stored or the depth masked. Two programs on a multiprocessor, where they
 # fit, let the GELU of one run beside the products of the other.
 LINEAR_GELU_FORWARD: dict[tuple[str, str], LinearGeluForward] = {
-    ("ampere", "half"): LinearGeluForward(128, 128, 32, 8, 3),
-    ("ampere", "single"): LinearGeluForward(64, 64, 16, 8, 2),
+    ("ampere", "half"): LinearGeluForward(128, 128, 32, 8, 3, maxnreg=255),
+    ("ampere", "single"): LinearGeluForward(64, 64, 32, 4, 2),
     ("hopper", "half"): LinearGeluForward(128, 128, 64, 8, 3, PROGRAMS=2),
-    ("hopper", "single"): LinearGeluForward(64, 64, 16, 8, 2),
+    ("hopper", "single"): LinearGeluForward(64, 64, 32, 4, 2),
     ("blackwell", "half"): LinearGeluForward(128, 128, 64, 8, 3),
-    ("blackwell", "single"): LinearGeluForward(64, 64, 16, 8, 2),
+    ("blackwell", "single"): LinearGeluForward(64, 64, 32, 4, 2),
     ("cdna", "half"): LinearGeluForward(128, 128, 32, 4, 2, PROGRAMS=2),
     ("cdna", "single"): LinearGeluForward(64, 64, 32, 4, 2),
     ("rdna", "half"): LinearGeluForward(64, 64, 32, 4, 2, PROGRAMS=2),

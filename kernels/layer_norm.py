@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
-from fastbert.kernels.pieces import keep_mask, normalise, normalise_gradient
+from fastbert.kernels.pieces import keep_mask, normalise, normalise_gradient, quantize
 
 
 @triton.jit
@@ -27,6 +27,8 @@ def layer_norm_forward_kernel(
     out_ptr,
     mean_ptr,
     rstd_ptr,
+    values_ptr,
+    scale_ptr,
     x_stride_row,
     residual_stride_row,
     out_stride_row,
@@ -41,8 +43,9 @@ def layer_norm_forward_kernel(
     HAS_X_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     STORE_STATS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
-    """See `layer_norm_forward`."""
+    """See `layer_norm_forward`; values and out have one layout."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask_row = row < rows
@@ -69,6 +72,10 @@ def layer_norm_forward_kernel(
     if STORE_STATS:
         tl.store(mean_ptr + row, mean, mask=mask_row)  # [ROWS]
         tl.store(rstd_ptr + row, rstd, mask=mask_row)  # [ROWS]
+    if QUANTIZE:
+        values, scale = quantize(out)  # [ROWS, BLOCK], [ROWS]; out is 0 beyond HIDDEN
+        tl.store(values_ptr + row_offset * out_stride_row + column[None, :], values, mask=mask)  # [ROWS, BLOCK]
+        tl.store(scale_ptr + row, scale, mask=mask_row)  # [ROWS]
 
 
 def layer_norm_forward(
@@ -82,6 +89,7 @@ def layer_norm_forward(
     seed: Tensor | None = None,
     eps: float,
     store_stats: bool = False,
+    quantized: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel.
 
@@ -90,6 +98,8 @@ def layer_norm_forward(
         weight, bias, x_bias: `[hidden]`, in the dtype of `x` or float32.
         dropout, seed, eps: as in `fastbert.ops.layer_norm`.
         store_stats: whether the backward will need mean and rstd.
+        quantized: float8_e4m3fn `[rows, hidden]`, contiguous, and float32 `[rows]` <- the result before it is rounded,
+            as `quantize_rows` gives it.
 
     Returns:
         out `[rows, hidden]` in the dtype of `x`; mean and rstd float32 `[rows]`, or `[0]`.
@@ -114,6 +124,7 @@ def layer_norm_forward(
             out,
             mean,
             rstd,
+            *((None, None) if quantized is None else quantized),
             x.stride(0),
             0 if residual is None else residual.stride(0),
             out.stride(0),
@@ -128,6 +139,7 @@ def layer_norm_forward(
             HAS_X_BIAS=x_bias is not None,
             HAS_DROPOUT=dropout > 0.0,
             STORE_STATS=store_stats,
+            QUANTIZE=quantized is not None,
             num_warps=choice.num_warps,
         )
     return out, mean, rstd

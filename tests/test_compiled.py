@@ -22,7 +22,7 @@ from fastbert.kernels.layer_norm import layer_norm_backward_kernel, layer_norm_f
 kernel = globals()[sys.argv[1]]
 constants = {"HIDDEN": 48, "ROWS": 4, "BLOCK": 64, "HAS_RESIDUAL": True, "HAS_X_BIAS": True, "HAS_DROPOUT": False}
 constants |= {"STORE_STATS": True, "HAS_BIAS": True, "TANH": False, "MASK_COLUMNS": True, "HAS_TYPES": True}
-constants |= {"SUM_BIASES": True}
+constants |= {"SUM_BIASES": True, "QUANTIZE": False}
 signature = {}
 for name in kernel.arg_names:
     if name in constants:

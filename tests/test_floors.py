@@ -23,7 +23,7 @@ FLOORS: list[list[str]] = [
     ["ops", "ops.*"],
     ["checkpoints", "checkpoints.mapping"],
     ["embeddings", "encoder", "pooling"],
-    ["folding"],
+    ["folding", "quantization"],
     ["heads", "models"],
     ["testing"],
     ["checkpoints.architectures", "checkpoints.files", "checkpoints.load"],

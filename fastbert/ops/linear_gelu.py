@@ -57,7 +57,7 @@ def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None, approxim
         case "epilogue":
             return linear_gelu_forward(x, *cast_states(weight), bias, approximate, gradient)[0]
         case "cublaslt" if bias is not None and approximate == "tanh" and not gradient:
-            return torch._addmm_activation(*cast_states(bias, x), cast_states(weight)[0].t(), use_gelu=True)
+            return torch.ops.aten._addmm_activation(*cast_states(bias, x), cast_states(weight)[0].t(), use_gelu=True)
         case _:
             return bias_gelu(F.linear(x, weight), bias, approximate=approximate)
 
