@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert import reference
+from fastbert import backend, reference
 from fastbert.kernels import launch
 from fastbert.kernels.attention import attention_forward
 from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.kernels.pooling import pool_backward, pool_forward
 from fastbert.kernels.target import Target
+from fastbert.ops.linear_gelu import linear_gelu
 from fastbert.packing import Packing
 
 DTYPES = (torch.float16, torch.bfloat16)  # what models run in on a GPU
@@ -43,11 +45,13 @@ class Sizes:
     Attributes:
         lengths: of the sequences, by regime of attention.
         rows, words: tokens of the row-wise ops; entries of the word table.
+        product_rows: tokens of linear_gelu, for each of `launch.ROW_BOUNDS`.
         heads: as large as BERT-base's.
     """
 
     lengths: Mapping[str, tuple[int, ...]]
     rows: int
+    product_rows: tuple[int, ...]
     words: int
     heads: int
 
@@ -66,6 +70,7 @@ FULL = Sizes(
         "one_pass": (*_evenly(63, 16, 128), 35),
     },
     rows=8191,
+    product_rows=(511, 2047, 8191),
     words=30522,
     heads=12,
 )
@@ -73,6 +78,7 @@ FULL = Sizes(
 SMALL = Sizes(
     {"default": (130, 5), "short": (64, 3), "aligned": (128, 128), "extras": (130, 5), "one_pass": (128, 5)},
     rows=73,  # more than embedding.CHUNK, for the second launch of a table's gradient
+    product_rows=(73, 521, 2057),
     words=50,
     heads=2,
 )
@@ -113,6 +119,14 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_warps": (1, 2, 4),
         "PROGRAMS": (256, 512, 1024),
     },
+    "linear_gelu": {"form": get_args(launch.Form)},
+    "linear_gelu_forward": {
+        "BLOCK_M": (64, 128),
+        "BLOCK_N": (64, 128, 256),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+        "PROGRAMS": (1, 2),
+    },
     "embedding_forward": {"ROWS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)},
     "embedding_backward": {"ROWS": (1, 2, 4), "num_warps": (1, 2, 4), "PROGRAMS": (256, 512, 1024, 2048)},
     "embedding_backward_table": {"ROWS": (2, 4, 8), "BLOCK": (128, 256, 512), "num_warps": (1, 2, 4)},
@@ -143,6 +157,7 @@ class Problem:
         current: the choice in force.
         candidates: others.
         matrix: whether its arithmetic belongs on the matrix units.
+        compiled: whether candidates differ in machine code; else there is nothing to inspect before they are timed.
         prepare: device -> the call, on random data there.
     """
 
@@ -152,6 +167,7 @@ class Problem:
     candidates: tuple[Any, ...]
     matrix: bool
     prepare: Callable[[torch.device], Work]
+    compiled: bool = True
 
 
 def candidates(op: str, current: Any, target: Target) -> tuple[Any, ...]:
@@ -180,6 +196,10 @@ def _sensible(choice: Any, target: Target) -> bool:
             | launch.PoolBackward()
         ):
             return 8 <= choice.ROWS * choice.BLOCK // (choice.num_warps * target.warp_size) <= 64
+        case launch.LinearGeluForward():
+            return 32 <= choice.BLOCK_M * choice.BLOCK_N // (choice.num_warps * target.warp_size) <= 128
+        case launch.LinearGelu():
+            return True
     return choice.ROWS * choice.num_warps <= 8
 
 
@@ -194,11 +214,19 @@ def problems(target: Target, sizes: Sizes = FULL) -> list[Problem]:
     """All of them, the most important first."""
     made: dict[tuple[str, str], Problem] = {}
 
-    def add(choose: Callable[[], Any], prepare: Callable[[torch.device], Work], *, matrix: bool = False) -> None:
+    def add(
+        choose: Callable[[], Any],
+        prepare: Callable[[torch.device], Work],
+        *,
+        matrix: bool = False,
+        compiled: bool = True,
+        without: Any = None,
+    ) -> None:
         with patch.object(launch, "tuned", wraps=launch.tuned) as tuned:
             current = choose()
         op, _, _, shape = tuned.call_args.args
-        found = Problem(op, shape, current, candidates(op, current, target), matrix, prepare)
+        others = tuple(choice for choice in candidates(op, current, target) if choice != without)
+        found = Problem(op, shape, current, others, matrix, prepare, compiled)
         made.setdefault((op, shape), found)  # where a family has no choice for a regime, that is asked for "default"
 
     for dtype in DTYPES:
@@ -242,6 +270,21 @@ def problems(target: Target, sizes: Sizes = FULL) -> list[Problem]:
                 add(choose, pooled)
             rows = partial(_pool_gradient, sizes.lengths["default"], hidden, dtype)
             add(partial(launch.pool_backward, hidden, dtype, target), rows)
+    for hidden, width in zip(HIDDEN, INTERMEDIATE, strict=True):
+        for dtype in DTYPES:
+            for bound, rows in zip(launch.ROW_BOUNDS, sizes.product_rows, strict=True):
+                product = (rows, width, hidden, dtype)
+                tiles = partial(launch.linear_gelu_forward, bound, *product[1:], target)
+                add(tiles, partial(_linear_gelu_epilogue, *product), matrix=True)
+                # After its tiles, with which the epilogue competes.
+                for approximate, gradient in (("none", False), ("tanh", False), ("none", True)):
+                    served = approximate == "tanh" and target.backend == "cuda"
+                    form = partial(
+                        launch.linear_gelu, bound, *product[1:],
+                        approximate=approximate, gradient=gradient, target=target,
+                    )  # fmt: skip
+                    call = partial(_linear_gelu, *product, approximate, gradient)
+                    add(form, call, compiled=False, without=None if served else launch.LinearGelu("cublaslt"))
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             if launch.attention_unserved(head_dim, dtype, target, gradient=True) is None:
@@ -456,6 +499,54 @@ def _bias_gelu_gradient(rows: int, width: int, dtype: torch.dtype, device: torch
         run,
         lambda: (_gradients(exactly, [x, bias], dout, dtype), _gradients(exactly, [x, bias], dout, torch.float64)),
     )
+
+
+def _linear_gelu_operands(
+    rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and bias; the product's elements are about as large as the bias's."""
+    weight = _randn(device, torch.float32, width, depth) * depth**-0.5
+    return _randn(device, dtype, rows, depth), weight.to(dtype), _randn(device, dtype, width)
+
+
+def _linear_gelu_epilogue(rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """The kernel by itself."""
+    operands = _linear_gelu_operands(rows, width, depth, dtype, device)
+
+    def exactly(dtype: torch.dtype) -> list[Tensor]:
+        return [F.gelu(F.linear(*(operand.to(dtype) for operand in operands)))]
+
+    return Work(lambda: [linear_gelu_forward(*operands)[0]], lambda: (exactly(dtype), exactly(torch.float64)))
+
+
+def _linear_gelu(
+    rows: int,
+    width: int,
+    depth: int,
+    dtype: torch.dtype,
+    approximate: reference.Approximate,
+    gradient: bool,
+    device: torch.device,
+) -> Work:
+    """The op, whose form is on trial; with its backward where that is asked for."""
+    operands = _linear_gelu_operands(rows, width, depth, dtype, device)
+    dout = _randn(device, dtype, rows, width)
+
+    def run() -> list[Tensor]:
+        with backend.use_backend("triton"):
+            if gradient:
+                return _gradients(linear_gelu, operands, dout, dtype)
+            return [linear_gelu(*operands, approximate=approximate)]
+
+    def plainly(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+    def exactly(dtype: torch.dtype) -> list[Tensor]:
+        if gradient:
+            return _gradients(plainly, operands, dout, dtype)
+        return [plainly(*(operand.to(dtype) for operand in operands))]
+
+    return Work(run, lambda: (exactly(dtype), exactly(torch.float64)))
 
 
 def _tables(

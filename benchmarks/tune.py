@@ -161,6 +161,7 @@ class Search:
         gain = None if best == problem.current else self._duel(problem, best, work)
         if gain is not None:
             write_tuned(self.tuned, self.device.target.arch, problem, best)
+            launch.TUNED[self.device.target.arch, problem.op, problem.shape] = best  # for the problems to come
         self._note(problem, best if gain else problem.current, outcome="settled", gain=gain)
         verdict = "stays" if gain is None else f"{gain:.2f} times as fast as before: {_key(best)}"
         self.say(f"{problem.op} {problem.shape}: {len(seconds)} of {len(known)} timed; {verdict}")
@@ -233,6 +234,7 @@ def inspect_choice(target: Target, op: str, shape: str, choice: Any, cache: Path
     Compiled kernels are left in `cache`, so that the process which times them need not compile them again.
     """
     from cases import Case
+    from machine_code import MATRIX
     from offline import inspect
 
     problem, work = _small(target, op, shape)
@@ -241,8 +243,9 @@ def inspect_choice(target: Target, op: str, shape: str, choice: Any, cache: Path
         triton.knobs.cache.dir = str(cache)  # `inspect` has set an empty one, and restores what was
         work.run()
 
+    case = Case(shape, run, (MATRIX[target.arch],) if problem.matrix else ())
     with in_force(target, problem, choice):
-        return [said for finding in inspect(target, [Case(shape, run, problem.matrix)]) for said in finding.violations]
+        return [said for finding in inspect(target, [case]) for said in finding.violations]
 
 
 class Compilers:
@@ -254,11 +257,14 @@ class Compilers:
         self.futures: dict[tuple[str, str, str], Future[list[str]]] = {
             key: self.pool.submit(inspect_choice, target, problem.op, problem.shape, choice, cache)
             for problem in found
+            if problem.compiled
             for choice in problem.candidates
             if (key := (problem.op, problem.shape, _key(choice))) not in known
         }
 
     def __call__(self, problem: Problem, choice: Any) -> list[str]:
+        if not problem.compiled:
+            return []
         return self.futures[problem.op, problem.shape, _key(choice)].result()
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from fastbert.heads import (
 )
 from fastbert.models import BertModel
 from fastbert.packing import Packing
+from fastbert.quantization import quantize
 
 if TYPE_CHECKING:
     from fastbert.tasks import TextClassifier, TextEncoder, TextTagger, classify, encode, tag
@@ -60,6 +61,7 @@ __all__ = [
     "encode",
     "graphed",
     "load",
+    "quantize",
     "save",
     "tag",
     "use_backend",

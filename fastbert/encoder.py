@@ -13,9 +13,9 @@ from fastbert.config import Activation, EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.masks import read_mask
 from fastbert.ops.attention import attention
-from fastbert.ops.bias_gelu import linear_gelu
 from fastbert.ops.layer_norm import linear_layer_norm
 from fastbert.ops.linear import linear
+from fastbert.ops.linear_gelu import linear_gelu
 from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers
 from fastbert.packing import Packing
 

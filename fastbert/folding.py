@@ -42,7 +42,7 @@ FEWEST_ROWS = 16
 def serves(encoder: Encoder, x: Tensor) -> bool:
     """Whether folding is meant for a run of `encoder` on `x`: float32, a CPU, no gradient, no dropout, many rows."""
     bare = x.dtype == torch.float32 and not torch.is_grad_enabled() and runs_bare(x) and len(x) >= FEWEST_ROWS
-    return bare and not encoder.training and len(encoder.layers) > 0
+    return bare and not encoder.training and len(encoder.layers) > 0 and type(encoder) is Encoder
 
 
 @dataclass(frozen=True, eq=False)

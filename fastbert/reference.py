@@ -128,6 +128,15 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
     return 0.5 * z * (1 + torch.erf(z * math.sqrt(0.5)))
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of float32 `[rows, width]` as float8_e4m3fn values and a float32 scale `[rows]`, about x together.
+
+    The largest magnitude of a row becomes 448, the largest of e4m3; rounding is to nearest, ties to even.
+    """
+    largest = x.abs().amax(-1).clamp(min=1e-30)
+    return (x * (448.0 / largest)[:, None]).to(torch.float8_e4m3fn), largest * (1.0 / 448.0)
+
+
 def embedding(
     input_ids: Tensor,
     position_ids: Tensor,

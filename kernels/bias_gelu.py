@@ -21,6 +21,7 @@ from fastbert.kernels.pieces import (
     gelu_erf_half_and_gradient,
     gelu_tanh,
     gelu_tanh_and_gradient,
+    quantize,
 )
 
 
@@ -29,6 +30,7 @@ def bias_gelu_forward_kernel(
     x_ptr,
     bias_ptr,
     out_ptr,
+    scale_ptr,
     x_stride_row,
     out_stride_row,
     rows,
@@ -39,8 +41,11 @@ def bias_gelu_forward_kernel(
     TANH: tl.constexpr,
     GATED: tl.constexpr,
     MASK_COLUMNS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
-    """See `bias_gelu_forward`; width is that of the result."""
+    """See `bias_gelu_forward`; width is that of the result. With QUANTIZE, where a block holds a row whole, see
+    `bias_gelu_quantize`.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_column = column < width if MASK_COLUMNS else tl.full([BLOCK], True, tl.int1)
@@ -63,6 +68,9 @@ def bias_gelu_forward_kernel(
             gate += tl.load(bias_ptr + width + column, mask=mask_column, other=0.0).to(tl.float32)[None, :]  # [BLOCK]
         out *= gate
     out_ptrs = out_ptr + row_offset * out_stride_row + column[None, :]
+    if QUANTIZE:
+        out, scale = quantize(out)  # [ROWS, BLOCK], [ROWS]; out is 0 beyond the width
+        tl.store(scale_ptr + row, scale, mask=row < rows)  # [ROWS]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)  # [ROWS, BLOCK]
 
 
@@ -89,6 +97,7 @@ def bias_gelu_forward(x: Tensor, bias: Tensor | None, *, approximate: str = "non
             x,
             None if bias is None else bias.contiguous(),
             out,
+            None,
             x.stride(0),
             out.stride(0),
             rows,
@@ -99,9 +108,44 @@ def bias_gelu_forward(x: Tensor, bias: Tensor | None, *, approximate: str = "non
             TANH=approximate == "tanh",
             GATED=gated,
             MASK_COLUMNS=width % choice.BLOCK != 0,
+            QUANTIZE=False,
             num_warps=choice.num_warps,
         )
     return out
+
+
+def bias_gelu_quantize(x: Tensor, bias: Tensor | None, *, approximate: str = "none") -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel with one block a row, whose largest element is its scale.
+
+    Takes the arguments of `bias_gelu_forward`, and returns its result before it is rounded, as `quantize_rows` does.
+    """
+    rows, width = x.shape
+    x = target.aligned(x)
+    values = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows == 0:
+        return values, scale
+    choice = launch.quantize_rows(width, x.dtype, target.of(x.device))
+    block = launch.row_block(width)
+    with target.guard(x):
+        bias_gelu_forward_kernel[(triton.cdiv(rows, choice.ROWS), 1)](
+            x,
+            None if bias is None else bias.contiguous(),
+            values,
+            scale,
+            x.stride(0),
+            values.stride(0),
+            rows,
+            width,
+            BLOCK=block,
+            HAS_BIAS=bias is not None,
+            TANH=approximate == "tanh",
+            GATED=False,
+            MASK_COLUMNS=width != block,
+            QUANTIZE=True,
+            **launch.arguments(choice),
+        )
+    return values, scale
 
 
 @triton.jit

@@ -249,6 +249,15 @@ def linear(rows: int, columns: int, out: int, dtype: torch.dtype) -> Cost:
     )
 
 
+def linear_gelu(
+    rows: int, columns: int, out: int, dtype: torch.dtype, *, bias: bool = True, product: bool = False
+) -> Cost:
+    """GELU(`[rows, columns] x [columns, out]` + bias); `product`: whether it is written too, for the backward."""
+    multiplied, activated = linear(rows, columns, out, dtype), bias_gelu(rows, out, dtype, bias=bias)
+    written = (rows * out * product - rows * out * 2) * dtype.itemsize
+    return Cost(multiplied.flops + activated.flops, multiplied.min_bytes + activated.min_bytes + written)
+
+
 def linear_backward(rows: int, columns: int, out: int, dtype: torch.dtype) -> Cost:
     """Gradients of the input and of the weight: two products, the output's gradient read once."""
     return Cost(

@@ -10,7 +10,7 @@ import itertools
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -19,6 +19,9 @@ from fastbert.kernels.target import Target
 WIDEST_ROW = 8192
 
 Choice = TypeVar("Choice")
+
+# cuBLAS and `bias_gelu`; `linear_gelu_forward`; or cuBLASLt's own epilogue, which knows GELU by tanh only.
+Form = Literal["fused pass", "epilogue", "cublaslt"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,38 @@ class BiasGeluBackward:
     ROWS: int
     BLOCK: int
     PROGRAMS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class LinearGelu:
+    """Which form runs."""
+
+    form: Form
+
+
+@dataclass(frozen=True)
+class LinearGeluForward:
+    """Tiles of BLOCK_M rows and BLOCK_N columns, BLOCK_K of the depth a step, in PROGRAMS programs a multiprocessor.
+
+    Programs go through GROUP_M rows of tiles together; `maxnreg` as in AttentionForward.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    PROGRAMS: int = 1
+    GROUP_M: int = 8
+    maxnreg: int = 0
+
+
+@dataclass(frozen=True)
+class QuantizeRows:
+    """As LayerNormForward."""
+
+    ROWS: int
     num_warps: int
 
 
@@ -520,6 +555,22 @@ def layer_norm_backward(hidden: int, dtype: torch.dtype, target: Target) -> Laye
     return tuned("layer_norm_backward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
 
 
+def quantize_rows(width: int, dtype: torch.dtype, target: Target) -> QuantizeRows:
+    """The choice for rows of `width` columns; `row_wise_unserved` must have said None."""
+    return QuantizeRows(*_whole_rows(width, dtype, target))
+
+
+def fp8_unserved(dtype: torch.dtype, target: Target) -> str | None:
+    """Why a model of this dtype can't run in fp8 on this target, or None; in the interpreter e4m3 is simulated."""
+    if target.backend == "interpreter":
+        return None
+    if target.backend == "hip":
+        return f"{target.arch}: AMD's e4m3 is another format"
+    if int(target.arch.removeprefix("sm_")) < 89:
+        return f"{target.arch} has no fp8 matrix units; they begin with sm_89"
+    return None if dtype == torch.bfloat16 else f"{dtype}: products with row scales are written in bfloat16 only"
+
+
 def embedding_forward(hidden: int, dtype: torch.dtype, target: Target) -> EmbeddingForward:
     """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
     default = EmbeddingForward(*_whole_rows(hidden, dtype, target))
@@ -590,6 +641,51 @@ def bias_gelu_backward(width: int, dtype: torch.dtype, target: Target, *, gated:
     default = BiasGeluBackward(ROWS=rows, BLOCK=block, PROGRAMS=programs, num_warps=warps)
     form = ",gated" if gated else ""
     return tuned("bias_gelu_backward", target, default, f"width={width},dtype={_NAMES[dtype]}{form}")
+
+
+# (family, kind of dtype) -> tiles. Every form of the kernel compiles without spills; four warps for 128 x 128 run fewer
+# instructions, and spill where the product is stored or the depth masked. Two programs on a multiprocessor, where they
+# fit, let the GELU of one run beside the products of the other.
+LINEAR_GELU_FORWARD: dict[tuple[str, str], LinearGeluForward] = {
+    ("ampere", "half"): LinearGeluForward(128, 128, 32, 8, 3, maxnreg=255),
+    ("ampere", "single"): LinearGeluForward(64, 64, 32, 4, 2),
+    ("hopper", "half"): LinearGeluForward(128, 128, 64, 8, 3, PROGRAMS=2),
+    ("hopper", "single"): LinearGeluForward(64, 64, 32, 4, 2),
+    ("blackwell", "half"): LinearGeluForward(128, 128, 64, 8, 3),
+    ("blackwell", "single"): LinearGeluForward(64, 64, 32, 4, 2),
+    ("cdna", "half"): LinearGeluForward(128, 128, 32, 4, 2, PROGRAMS=2),
+    ("cdna", "single"): LinearGeluForward(64, 64, 32, 4, 2),
+    ("rdna", "half"): LinearGeluForward(64, 64, 32, 4, 2, PROGRAMS=2),
+    ("rdna", "single"): LinearGeluForward(32, 32, 32, 4, 2),
+}
+
+# Numbers of rows up to which a measured choice of linear_gelu serves; the last serves all that are more.
+ROW_BOUNDS = (512, 2048, 8192)
+
+
+def linear_gelu(
+    rows: int, width: int, depth: int, dtype: torch.dtype, *, approximate: str, gradient: bool, target: Target
+) -> LinearGelu:
+    """The form for `[rows, depth] x [depth, width]`: until one is measured, cuBLAS and `bias_gelu`.
+
+    Args:
+        approximate: "none" or "tanh".
+        gradient: it will be asked for, so the product is kept.
+    """
+    regime = "training" if gradient else {"none": "erf", "tanh": "tanh"}[approximate]
+    shape = f"{_product(rows, width, depth, dtype)},regime={regime}"
+    return tuned("linear_gelu", target, LinearGelu("fused pass"), shape)
+
+
+def linear_gelu_forward(rows: int, width: int, depth: int, dtype: torch.dtype, target: Target) -> LinearGeluForward:
+    """The choice for `[rows, depth] x [depth, width]`."""
+    default = LINEAR_GELU_FORWARD[family(target), _KINDS[dtype]]
+    return tuned("linear_gelu_forward", target, default, _product(rows, width, depth, dtype))
+
+
+def _product(rows: int, width: int, depth: int, dtype: torch.dtype) -> str:
+    bound = next((bound for bound in ROW_BOUNDS if rows <= bound), ROW_BOUNDS[-1])
+    return f"rows={bound},width={width},depth={depth},dtype={_NAMES[dtype]}"
 
 
 def _column_blocks(width: int) -> tuple[int, int, int]:
@@ -675,11 +771,14 @@ def read_tuned(path: Path) -> dict[tuple[str, str, str], Any]:
             if op not in _CHOICES:
                 raise ValueError(f"{path}: {arch}: no op {op!r}; expected one of {sorted(_CHOICES)}")
             wanted = {field.name for field in fields(_CHOICES[op])}
+            known = get_args(Form) if op == "linear_gelu" else ()
             for shape, values in _entries(path, f"{arch}, {op}", by_shape):
                 named = dict(_entries(path, f"{arch}, {op}, {shape}", values))
-                if set(named) != wanted or not all(isinstance(value, int) for value in named.values()):
+                fits = all(value in known if known else isinstance(value, int) for value in named.values())
+                if set(named) != wanted or not fits:
                     where = f"{path}: {arch}, {op}, {shape}"
-                    raise ValueError(f"{where}: got {named}; expected whole numbers for {sorted(wanted)}")
+                    expected = f"one of {known}" if known else "whole numbers"
+                    raise ValueError(f"{where}: got {named}; expected {expected} for {sorted(wanted)}")
                 choices[arch, op, shape] = _CHOICES[op](**named)
     return choices
 
@@ -699,6 +798,8 @@ _CHOICES: dict[str, Any] = {
     "layer_norm_backward": LayerNormBackward,
     "bias_gelu_forward": BiasGeluForward,
     "bias_gelu_backward": BiasGeluBackward,
+    "linear_gelu": LinearGelu,
+    "linear_gelu_forward": LinearGeluForward,
     "embedding_forward": EmbeddingForward,
     "embedding_backward": EmbeddingBackward,
     "embedding_backward_table": EmbeddingBackwardTable,

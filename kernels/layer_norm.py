@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
-from fastbert.kernels.pieces import keep_mask, moments, normalise, normalise_gradient
+from fastbert.kernels.pieces import keep_mask, moments, normalise, normalise_gradient, quantize
 
 
 @triton.jit
@@ -31,6 +31,8 @@ def layer_norm_forward_kernel(
     total_ptr,
     mean_ptr,
     rstd_ptr,
+    values_ptr,
+    scale_ptr,
     x_stride_row,
     residual_stride_row,
     out_stride_row,
@@ -46,8 +48,9 @@ def layer_norm_forward_kernel(
     HAS_DROPOUT: tl.constexpr,
     HAS_OUT_ROWS: tl.constexpr,
     STORE_STATS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
-    """See `layer_norm_forward`; rows of total are as far apart as those of out."""
+    """See `layer_norm_forward`; rows of total and values are as far apart as those of out."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask_row = row < rows
@@ -84,6 +87,10 @@ def layer_norm_forward_kernel(
             rstd = tl.rsqrt(variance + eps)
         tl.store(mean_ptr + row, mean, mask=mask_row)  # [ROWS]
         tl.store(rstd_ptr + row, rstd, mask=mask_row)  # [ROWS]
+    if QUANTIZE:
+        values, scale = quantize(out)  # [ROWS, BLOCK], [ROWS]; out is 0 beyond HIDDEN
+        tl.store(values_ptr + offset, values, mask=mask)  # [ROWS, BLOCK]
+        tl.store(scale_ptr + row, scale, mask=mask_row)  # [ROWS]
 
 
 def layer_norm_forward(
@@ -99,6 +106,7 @@ def layer_norm_forward(
     out_rows: Tensor | None = None,
     out_size: int = 0,
     store_stats: bool = False,
+    quantized: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel.
 
@@ -108,6 +116,8 @@ def layer_norm_forward(
         dropout, seed, eps: as in `fastbert.ops.layer_norm`.
         out_rows: int64 `[rows]`, no two alike: the row of each in a result of `out_size` rows, 0 elsewhere.
         store_stats: whether to store what the backward reads: total, mean and rstd.
+        quantized: float8_e4m3fn `[rows, hidden]`, contiguous, and float32 `[rows]` <- the result before it is rounded,
+            as `quantize_rows` gives it.
 
     Returns:
         out `[rows, hidden]`, or `[out_size, hidden]`, in the dtype of `x`; total, what is normalised, `[rows, hidden]`
@@ -139,6 +149,7 @@ def layer_norm_forward(
             total,
             mean,
             rstd,
+            *((None, None) if quantized is None else quantized),
             x.stride(0),
             0 if residual is None else residual.stride(0),
             out.stride(0),
@@ -154,6 +165,7 @@ def layer_norm_forward(
             HAS_DROPOUT=dropout > 0.0,
             HAS_OUT_ROWS=out_rows is not None,
             STORE_STATS=store_stats,
+            QUANTIZE=quantized is not None,
             num_warps=choice.num_warps,
         )
     return out, total, mean, rstd

@@ -142,6 +142,17 @@ def fold(x, key):
 
 
 @triton.jit
+def quantize(x):
+    """Each row of float32 `[ROWS, BLOCK]` as e4m3 values and a scale, `[ROWS]`; their product is about `x`.
+
+    The largest magnitude becomes 448, the largest of e4m3. The bits of `reference.quantize_rows`.
+    """
+    largest = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)  # a row of zeros stays one
+    values = (x * tl.div_rn(448.0, largest)[:, None]).to(tl.float8e4nv)
+    return values, largest * (1.0 / 448.0)
+
+
+@triton.jit
 def keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK: tl.constexpr):
     """Which elements of a tile dropout keeps: bool `[len(rows), BLOCK]`, the bits of `reference.keep_mask`.
 

@@ -87,6 +87,16 @@ def _of_gpu(index: int) -> Target:
     return KNOWN.get(arch) or Target("cuda", arch, 32, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # not in the stubs
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors (on AMD: compute units) the GPU has; 2 for a CPU, where kernels are interpreted."""
+    return 2 if device.type == "cpu" else _multiprocessors(device.index)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
 def guard(x: Tensor) -> AbstractContextManager[object]:
     """Make the device of `x` current around a launch: Triton launches on the current device, whatever the pointers."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

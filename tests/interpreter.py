@@ -1,7 +1,8 @@
-"""Mends for bfloat16 in Triton's interpreter, only for tests.
+"""Mends for bfloat16 and float8 in Triton's interpreter, only for tests.
 
 Up to 3.9.0 it multiplies bfloat16 bits as integers in `tl.dot`, truncates to bfloat16 where hardware rounds, and loses
-the subnormal ones. test_interpreter.py says when upstream no longer needs a mend.
+the subnormal ones; and what rounds up to the next power of two in float8 becomes half of it. test_interpreter.py says
+when upstream no longer needs a mend.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -43,7 +45,14 @@ def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any)
     return UPSTREAM["create_dot"](self, a, b, *rest)
 
 
-MENDED = {"cast_impl": _cast, "create_dot": _dot}
+def _fp_to_fp(self: InterpreterBuilder, src: TensorHandle, dst_type: Any, rounding: Any) -> TensorHandle:
+    if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
+        narrow = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
+        return TensorHandle(narrow.view(torch.uint8).numpy(), tl.float8e4nv)
+    return UPSTREAM["create_fp_to_fp"](self, src, dst_type, rounding)
+
+
+MENDED = {"cast_impl": _cast, "create_dot": _dot, "create_fp_to_fp": _fp_to_fp}
 UPSTREAM = {name: getattr(InterpreterBuilder, name) for name in MENDED}
 
 

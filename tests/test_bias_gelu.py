@@ -1,18 +1,15 @@
-"""bias_gelu and linear_gelu: both paths against float64, by the error rule."""
+"""bias_gelu: both paths against float64, by the error rule."""
 
-import contextlib
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gradients import check_gradients, gradients, limit_programs
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, bias_gelu_forward, linear_gelu
-from fastbert.ops.layer_norm import linear_layer_norm
+from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, bias_gelu_forward
 from fastbert.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's: exp2 goes to infinity on purpose
@@ -259,52 +256,12 @@ def test_ten_backward_runs_are_bit_equal_case_16(device, generator, monkeypatch)
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_case_27(dtype, path, device, generator):
-    """float32 weights, a product in the dtype of autocast."""
-    leaves = [tensor.to(device) for tensor in projection(5, 32, 48, torch.float32, generator)]
-    dout = torch.randn(5, 48, generator=generator).to(device)
-
-    def cast(run):
-        def under(*tensors):
-            with torch.autocast(device.type, dtype):
-                return run(*tensors)
-
-        return under
-
-    with backend.use_backend(path):
-        assert cast(linear_gelu)(*leaves).dtype == dtype
-        assert cast(bias_gelu)(leaves[0], leaves[0][0]).dtype == dtype
-        ours = gradients(cast(linear_gelu), leaves, dout)
-    rough = gradients(cast(lambda x, weight, bias: F.gelu(F.linear(x, weight, bias))), leaves, dout)
-    wanted = gradients(
-        lambda x, weight, bias: reference.bias_gelu(F.linear(x, weight), bias),
-        [leaf.double() for leaf in leaves],
-        dout.double(),
-    )
-    for got, by_torch, exactly in zip(ours, rough, wanted, strict=True):
-        assert got.dtype == torch.float32
-        assert_close(got, by_torch, exactly, what=path)
-
-
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("approximate", FORMS)
 def test_gradients_of_the_reference(approximate, gated, generator):
     x, bias = (tensor.requires_grad_() for tensor in inputs(3, 6, torch.float64, generator, "cpu"))
     run = partial(reference.bias_gelu, approximate=approximate, gated=gated)
     assert torch.autograd.gradcheck(run, (x, bias))
-
-
-@pytest.mark.kernels
-def test_a_step_compiles_to_one_graph(generator):
-    leaves = projection(3, 16, 24, torch.float32, generator)
-    dout = torch.randn(3, 24, generator=generator)
-    torch._dynamo.reset()
-    with backend.use_backend("triton"):
-        compiled = torch.compile(linear_gelu, backend="aot_eager", fullgraph=True)
-        for ours, wanted in zip(gradients(compiled, leaves, dout), gradients(linear_gelu, leaves, dout), strict=True):
-            torch.testing.assert_close(ours, wanted)
 
 
 def test_triton_does_not_serve_float64(device):
@@ -330,150 +287,6 @@ def test_bad_input(argument, changes):
     with pytest.raises(ArgumentError) as raised:
         bias_gelu(**good | changes)
     assert raised.value.argument == argument
-
-
-def projection(rows, wide, out, dtype, generator):
-    x = torch.randn(rows, wide, generator=generator).to(dtype)
-    weight = (torch.randn(out, wide, generator=generator) * 3 / wide**0.5).to(dtype)
-    return x, weight, torch.randn(out, generator=generator).to(dtype)
-
-
-def check_linear(path, x, weight, bias, approximate, context):
-    with backend.use_backend(path), context:
-        out = linear_gelu(x, weight, bias, approximate=approximate)
-    plain = F.gelu(F.linear(x, weight, bias), approximate=approximate)
-    wide = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    assert_close(out, plain, reference.bias_gelu(wide, None, approximate=approximate), what=path)
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("approximate", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("rows", [0, 1, 5])
-def test_linear_gelu(rows, has_bias, dtype, approximate, generator):
-    x, weight, bias = projection(rows, 32, 48, dtype, generator)
-    bias = bias if has_bias else None
-    check_linear("triton", x, weight, bias, approximate, contextlib.nullcontext())
-    check_linear("torch", x, weight, bias, approximate, torch.no_grad())
-    check_linear("torch", x.T.contiguous().T, weight.T.contiguous().T, bias, approximate, torch.no_grad())
-
-
-def test_linear_gelu_of_no_columns_is_gelu_of_the_bias():
-    bias = torch.tensor([-1.0, 0.0, 2.0])
-    with torch.no_grad():
-        out = linear_gelu(torch.zeros(2, 0), torch.zeros(3, 0), bias)
-    assert torch.equal(out, F.gelu(bias).expand(2, -1))
-
-
-def test_linear_gelu_has_gradients_where_asked(generator):
-    x, weight, bias = projection(3, 4, 5, torch.float32, generator)
-    out = linear_gelu(x, weight.requires_grad_(), bias)
-    dout = torch.randn(out.shape, generator=generator)
-    out.backward(dout)
-    expected = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)), weight, dout)[0]
-    torch.testing.assert_close(weight.grad, expected)
-
-
-def test_linear_gelu_honours_autocast(generator):
-    x, weight, bias = projection(3, 16, 8, torch.float32, generator)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert linear_gelu(x, weight, bias).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("argument", "at", "bad"),
-    [
-        ("x", 0, torch.zeros(3)),
-        ("weight", 1, torch.zeros(5, 3)),
-        ("weight", 1, torch.zeros(5, 4, dtype=torch.float16)),
-        ("bias", 2, torch.zeros(4)),
-        ("bias", 2, torch.zeros(5, dtype=torch.float16)),
-        ("bias", 2, torch.zeros(5, device="meta")),
-    ],
-)
-def test_linear_gelu_bad_input(argument, at, bad, generator):
-    tensors = list(projection(3, 4, 5, torch.float32, generator))
-    tensors[at] = bad
-    with pytest.raises(ArgumentError) as raised:
-        linear_gelu(*tensors)
-    assert raised.value.argument == argument
-    with pytest.raises(ArgumentError, match="approximate"):
-        linear_gelu(torch.zeros(2, 4), torch.zeros(5, 4), None, approximate="quick")
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compiles_to_one_graph(compiler, path, generator):
-    x, weight, bias = projection(3, 16, 16, torch.float32, generator)
-
-    def run(x):
-        return bias_gelu(bias_gelu(linear_gelu(x, weight, bias), bias, approximate="tanh"), bias, gated=True)
-
-    torch._dynamo.reset()
-    with backend.use_backend(path), torch.no_grad():
-        compiled = torch.compile(run, backend=compiler, fullgraph=True)
-        torch.testing.assert_close(compiled(x), run(x))
-
-
-class Recorder(TorchDispatchMode):
-    """Names of the ops that run inside the `with` block."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **kwargs or {})
-
-
-@pytest.mark.filterwarnings("ignore:TF32")  # torch's, about GPUs that aren't there, when flags are set
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("context", "fuses"),
-    [
-        (torch.no_grad, True),
-        (torch.inference_mode, True),
-        (contextlib.nullcontext, False),
-        (lambda: torch.backends.mkldnn.flags(enabled=False), False),
-    ],
-    ids=["no_grad", "inference", "gradient", "disabled"],
-)
-def test_onednn_fuses_where_it_may(context, fuses, dtype, generator):
-    x, weight, bias = projection(3, 16, 24, dtype, generator)
-    weight.requires_grad_(context is contextlib.nullcontext)
-    if dtype == torch.float32 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        fuses = False
-    with context(), Recorder() as recorder:
-        linear_gelu(x, weight, bias)
-    assert ("mkldnn._linear_pointwise.default" in recorder.names) == fuses
-    with context(), Recorder() as recorder:
-        linear_layer_norm(x, weight, bias, torch.zeros(3, 24, dtype=dtype), bias, bias, eps=1e-5)
-    assert ("mkldnn._linear_pointwise.binary" in recorder.names) == fuses
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Converting a tensor")
-def test_the_old_exporter_sees_plain_torch_case_26(generator):
-    x, weight, bias = projection(3, 16, 24, torch.float32, generator)
-    with torch.no_grad():
-        graph = str(torch.jit.trace(lambda x: linear_gelu(x, weight, bias), x).graph)
-    assert "aten::gelu" in graph
-    assert "mkldnn" not in graph
-
-
-def test_linear_gelu_exports_plain_torch_case_26(generator):
-    """Exporters see F.linear and F.gelu, not oneDNN's private op."""
-    x, weight, bias = projection(3, 16, 24, torch.float32, generator)
-
-    class Module(torch.nn.Module):
-        def forward(self, x):
-            return linear_gelu(x, weight, bias)
-
-    with torch.no_grad():
-        graph = str(torch.export.export(Module(), (x,)).graph)
-    assert "aten.gelu" in graph
-    assert "mkldnn" not in graph
 
 
 @pytest.mark.parametrize("needs_gradient", [False, True])

@@ -23,7 +23,7 @@ from fastbert.kernels.pooling import pool_backward_kernel, pool_forward_kernel
 kernel = globals()[sys.argv[1]]
 constants = {"HIDDEN": 48, "ROWS": 4, "BLOCK": 64, "HAS_RESIDUAL": True, "HAS_X_BIAS": True, "HAS_DROPOUT": False}
 constants |= {"STORE_STATS": True, "HAS_BIAS": True, "TANH": False, "GATED": True, "MASK_COLUMNS": True}
-constants |= {"HAS_TYPES": True, "SUM_BIASES": True, "HAS_OUT_ROWS": True}
+constants |= {"HAS_TYPES": True, "SUM_BIASES": True, "HAS_OUT_ROWS": True, "QUANTIZE": False}
 constants |= {"COLUMNS": 64, "HOW": "max", "NORMALISE": True, "STORE_NORM": True}
 signature = {}
 for name in kernel.arg_names:

@@ -163,6 +163,15 @@ def test_attention_backward():
     )
 
 
+def test_linear_gelu():
+    x, weight, out = torch.empty(5, 48), torch.empty(16, 48), torch.empty(5, 16)
+    bias = torch.empty(16)
+    whole = cost.linear_gelu(5, 48, 16, torch.float32)
+    assert whole == cost.Cost(5 * 16 * (2 * 48 + 6), nbytes(x, weight, bias, out))
+    kept = cost.linear_gelu(5, 48, 16, torch.float32, bias=False, product=True)
+    assert kept == cost.Cost(5 * 16 * (2 * 48 + 5), nbytes(x, weight, out, out))
+
+
 def test_linear():
     x, weight, out = torch.empty(5, 48), torch.empty(16, 48), torch.empty(5, 16)
     assert cost.linear(5, 48, 16, torch.float32) == cost.Cost(2 * 5 * 48 * 16, nbytes(x, weight, out))

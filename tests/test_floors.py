@@ -23,7 +23,7 @@ FLOORS: list[list[str]] = [
     ["ops", "ops.*"],
     ["checkpoints", "checkpoints.mapping"],
     ["embeddings", "encoder"],
-    ["folding"],
+    ["folding", "quantization"],
     ["heads", "models"],
     ["graphs"],
     ["testing"],

@@ -77,3 +77,20 @@ def test_the_mend_of_dots_is_needed(generator):
         actual, expected = multiplied(generator)
     wrong = not torch.allclose(actual, expected, atol=1e-2)
     assert wrong, "Triton's interpreter multiplies bfloat16 by itself now: remove create_dot from tests/interpreter.py"
+
+
+def in_e4m3(x):
+    out = torch.empty(len(x), dtype=torch.float8_e4m3fn)
+    cast_kernel[(1,)](x, out, SIZE=len(x))
+    return out.float()
+
+
+def test_the_mend_of_float8_is_right_and_needed(generator):
+    """Up to 448; beyond, hardware saturates and torch gives NaN, and no kernel goes there."""
+    x = (torch.randn(4096, generator=generator) * torch.logspace(-4, 2, 4096)).clamp(-448, 448)
+    assert torch.equal(in_e4m3(x), x.to(torch.float8_e4m3fn).float())
+    with interpreter.without("create_fp_to_fp"):
+        wrong = not torch.equal(in_e4m3(x), x.to(torch.float8_e4m3fn).float())
+    assert wrong, (
+        "Triton's interpreter rounds to float8 by itself now: remove create_fp_to_fp from tests/interpreter.py"
+    )

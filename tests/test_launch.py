@@ -173,6 +173,7 @@ def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
             "layer_norm_forward": {"hidden=768,dtype=float16": {"ROWS": 2, "num_warps": 2}},
             "embedding_forward": {"hidden=768,dtype=bfloat16": {"ROWS": 4, "num_warps": 1}},
             "bias_gelu_forward": {"width=3072,dtype=float32": {"ROWS": 1, "BLOCK": 512, "num_warps": 8}},
+            "linear_gelu": {"rows=512,width=3072,depth=768,dtype=float16,regime=erf": {"form": "epilogue"}},
             "attention_forward": {
                 "head_dim=64,dtype=float16,regime=short": {
                     "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 1, "SPLIT_TAIL": False, "maxnreg": 0
@@ -189,6 +190,8 @@ def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
     assert launch.layer_norm_forward(384, half, h100) == launch.LayerNormForward(ROWS=1, num_warps=1)
     assert launch.embedding_forward(768, torch.bfloat16, h100) == launch.EmbeddingForward(ROWS=4, num_warps=1)
     assert launch.bias_gelu_forward(3072, single, h100) == launch.BiasGeluForward(ROWS=1, BLOCK=512, num_warps=8)
+    product = launch.linear_gelu(100, 3072, 768, half, approximate="none", gradient=False, target=h100)
+    assert product == launch.LinearGelu("epilogue")
     attention = launch.attention_forward(64, half, 32, rows=64, batch=2, extras=False, target=h100)
     assert attention == launch.AttentionForward(32, 16, 2, 1, SPLIT_TAIL=False)
 
@@ -201,6 +204,8 @@ def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
         ({"sm_90": 3}, "sm_90: got 3"),
         ({"sm_90": {"layer_nrom": {}}}, "no op 'layer_nrom'"),
         ({"sm_90": {"layer_norm_forward": {"hidden=768": {"ROWS": 1}}}}, "expected whole numbers for"),
+        ({"sm_90": {"linear_gelu": {"rows=512": {"form": "quick"}}}}, "expected one of .*'epilogue'"),
+        ({"sm_90": {"linear_gelu": {"rows=512": {"form": 1}}}}, "expected one of .*'epilogue'"),
         (
             {"sm_90": {"layer_norm_forward": {"hidden=768": {"ROWS": 1, "num_warps": "4"}}}},
             "expected whole numbers for",

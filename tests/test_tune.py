@@ -105,7 +105,7 @@ def test_the_fastest_wins(tuned: Path) -> None:
     _, done, said = search(FakeDevice(), tuned, [problem()])
     assert done and winner(tuned) == FASTER
     assert "2.00 times as fast" in said[0]
-    assert launch.TUNED == {}, "a choice on trial stayed in force"
+    assert launch.TUNED == {("sm_90", "bias_gelu_forward", SHAPE): FASTER}, "the winner, and no other on trial"
 
 
 def test_a_wrong_one_is_never_timed_nor_chosen(tuned: Path) -> None:
@@ -268,6 +268,20 @@ def test_the_keys_are_those_that_a_launch_asks_for() -> None:
     assert ("embedding_backward_table", "hidden=384,dtype=float16") in keys
 
 
+def test_forms_of_linear_gelu() -> None:
+    """cuBLASLt's epilogue is tanh, has no backward, and is NVIDIA's; the epilogue of ours comes after its tiles."""
+    for arch in ("sm_90", "gfx942"):
+        found = problems(KNOWN[arch])
+        forms = [problem for problem in found if problem.op == "linear_gelu"]
+        assert len(forms) == 3 * 2 * 3 * 3 and not any(problem.compiled for problem in forms)
+        for problem in forms:
+            offered = {choice.form for choice in problem.candidates}
+            assert offered == {"epilogue"} | ({"cublaslt"} if arch == "sm_90" and "tanh" in problem.shape else set())
+            tiles = problem.shape.rpartition(",regime=")[0]
+            before = [(other.op, other.shape) for other in found[: found.index(problem)]]
+            assert ("linear_gelu_forward", tiles) in before
+
+
 def test_one_pass_keeps_the_block_that_holds_every_key() -> None:
     one_pass = launch.AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True)
     found = candidates("attention_backward_key", one_pass, H100)
@@ -329,12 +343,14 @@ import json, sys
 sys.path[:0] = ["benchmarks", "benchmarks/static"]
 from pathlib import Path
 from tune import inspect_choice
-from fastbert.kernels.launch import LayerNormForward
+from fastbert.kernels.launch import LayerNormForward, LinearGeluForward
 from fastbert.kernels.target import KNOWN
 
-problem = (KNOWN["sm_90"], "layer_norm_forward", "hidden=768,dtype=float16")
-said = [inspect_choice(*problem, LayerNormForward(*choice), Path(sys.argv[1])) for choice in ((1, 1), (8, 1))]
-print(json.dumps(said))
+norm = ("layer_norm_forward", "hidden=768,dtype=float16")
+product = ("linear_gelu_forward", "rows=512,width=3072,depth=768,dtype=float16")
+choices = [(*norm, LayerNormForward(1, 1)), (*norm, LayerNormForward(8, 1))]
+choices += [(*product, LinearGeluForward(64, 64, 32, 4, 2)), (*product, LinearGeluForward(32, 64, 32, 4, 2))]
+print(json.dumps([inspect_choice(KNOWN["sm_90"], *choice, Path(sys.argv[1])) for choice in choices]))
 """
 
 
@@ -342,9 +358,10 @@ def test_the_compiler_tells_which_candidates_spill(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([*PYTHON, "-c", COMPILE, str(tmp_path)], capture_output=True, text=True, env=clean, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    sound, spilling = json.loads(done.stdout)
-    assert sound == []
+    sound, spilling, product, too_few_rows = json.loads(done.stdout)
+    assert sound == product == []
     assert any("spills" in said for said in spilling)
+    assert too_few_rows == ["no HGMMA instruction"]
     assert list(tmp_path.rglob("*.cubin")), "compiled kernels are not left for the process that times them"
 
 

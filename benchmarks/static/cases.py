@@ -18,10 +18,12 @@ import torch
 from fastbert.kernels import launch
 from fastbert.kernels.attention import attention_forward
 from fastbert.kernels.attention_backward import attention_backward
-from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
+from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward, bias_gelu_quantize
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.kernels.pooling import pool_backward, pool_forward
+from fastbert.kernels.quantize_rows import quantize_rows
 from fastbert.kernels.target import Target
 
 sys.path.append(str(Path(__file__).parent))
@@ -86,6 +88,8 @@ def main(target: Target) -> Iterator[Case]:
     yield bias_gelu(3072, torch.float32, "none")
     yield bias_gelu(3072, torch.float16, "tanh")
     yield bias_gelu(1152, torch.float16, "none", bias=False, gated=True)
+    yield linear_gelu(3072, 768, torch.float16, target)
+    yield linear_gelu(3072, 768, torch.float16, target, store_product=True)
     for width in (384, 768, 1024):
         yield layer_norm_gradient(width, torch.float16, residual=True, x_bias=True)
     yield layer_norm_gradient(768, torch.float16, residual=True, x_bias=True, dropout=True)
@@ -150,6 +154,12 @@ def exhaustive(target: Target) -> Iterator[Case]:
             yield bias_gelu_gradient(width, dtype, "none", bias=False)
             yield bias_gelu_gradient(width, dtype, "none", gated=True)
             yield bias_gelu_gradient(width, dtype, "tanh", gated=True)
+        yield linear_gelu(3072, 768, dtype, target)
+        yield linear_gelu(3072, 768, dtype, target, approximate="tanh", store_product=True)
+        yield linear_gelu(112, 80, dtype, target, bias=False, store_product=True)
+    if launch.fp8_unserved(torch.bfloat16, target) is None:
+        for width in (384, 768, 1024, 1536, 3072, 4096):
+            yield from quantized(width, torch.bfloat16)
 
 
 def attention(
@@ -305,6 +315,42 @@ def bias_gelu(width: int, dtype: torch.dtype, approximate: str, *, bias: bool = 
         gated=gated,
     )
     return Case(_name(f"bias_gelu {width}", dtype, bias=bias, tanh=approximate == "tanh", gated=gated), run)
+
+
+def linear_gelu(
+    width: int,
+    depth: int,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    approximate: str = "none",
+    bias: bool = True,
+    store_product: bool = False,
+) -> Case:
+    """Product, bias and GELU of 1001 rows."""
+    run = partial(
+        linear_gelu_forward,
+        torch.empty(1001, depth, dtype=dtype),
+        torch.empty(width, depth, dtype=dtype),
+        torch.empty(width, dtype=dtype) if bias else None,
+        approximate=approximate,
+        store_product=store_product,
+    )
+    options = {"bias": bias, "tanh": approximate == "tanh", "product": store_product}
+    return Case(_name(f"linear_gelu {width} from {depth}", dtype, **options), run, _matrix(dtype, target))
+
+
+def quantized(width: int, dtype: torch.dtype) -> Iterator[Case]:
+    """1001 rows to e4m3: by themselves, after GELU, and beside LayerNorm."""
+    x, parameter = torch.empty(1001, width, dtype=dtype), torch.empty(width, dtype=dtype)
+    yield Case(_name(f"quantize_rows {width}", dtype), partial(quantize_rows, x))
+    for approximate in ("none", "tanh"):
+        run = partial(bias_gelu_quantize, x, parameter, approximate=approximate)
+        yield Case(_name(f"bias_gelu quantize {width}", dtype, tanh=approximate == "tanh"), run)
+    rows = torch.empty(1001, width, dtype=torch.float8_e4m3fn), torch.empty(1001)
+    options = {"residual": x, "x_bias": parameter, "eps": 1e-12, "quantized": rows}
+    run = partial(layer_norm_forward, x, parameter, parameter, **options)
+    yield Case(_name(f"layer_norm quantize {width}", dtype), run)
 
 
 def layer_norm_gradient(

@@ -39,8 +39,13 @@ Evidence = dict[str, Any]
 
 
 def unit_of(launch: Launch) -> int:
-    """Units of work in one trip of the main loop of one of our kernels: scores of attention, else result elements."""
+    """Units of work in one trip of the main loop of one of our kernels: scores of attention, else result elements.
+
+    Of a product they are result elements for each 64 of the depth.
+    """
     constexprs = launch.constexprs
+    if launch.kernel.startswith("linear"):
+        return constexprs["BLOCK_M"] * constexprs["BLOCK_N"] * constexprs["BLOCK_K"] // 64
     if launch.kernel.startswith("attention"):
         return constexprs["BLOCK_M"] * constexprs["BLOCK_N"]
     block = constexprs["BLOCK"]

@@ -17,7 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import fastbert
-from fastbert.kernels import attention, attention_backward, bias_gelu, embedding, layer_norm, pooling, target
+from fastbert.kernels import (
+    attention,
+    attention_backward,
+    bias_gelu,
+    embedding,
+    launch,
+    layer_norm,
+    linear_gelu,
+    pooling,
+    target,
+)
 from fastbert.packing import Packing
 
 # "short" fits the one-pass backward of attention, which needs at most 128 keys; "long" does not.
@@ -58,12 +68,12 @@ def counted() -> Iterator[Counter[str]]:
 
         return run
 
-    def launch(executor: GridExecutor, *_: Any, **__: Any) -> None:
+    def count(executor: GridExecutor, *_: Any, **__: Any) -> None:
         counts[executor.fn.__name__] += 1
 
     with ExitStack() as patches:
-        patches.enter_context(patch.object(GridExecutor, "__call__", launch))
-        for module in (attention, attention_backward, bias_gelu, embedding, layer_norm, pooling):
+        patches.enter_context(patch.object(GridExecutor, "__call__", count))
+        for module in (attention, attention_backward, bias_gelu, embedding, layer_norm, linear_gelu, pooling):
             for name, launcher in vars(module).copy().items():
                 if name.endswith(("_forward", "_backward")):
                     patches.enter_context(patch.object(module, name, seen(launcher)))
@@ -110,4 +120,7 @@ def passes() -> dict[str, dict[str, Any]]:
         for batch, lengths in BATCHES.items():
             for name, figures in layer(dropout, lengths).items():
                 found[f"encoder layer {name} {batch}{' +dropout' if dropout else ''}"] = figures
+    with patch.object(launch, "linear_gelu", lambda *_, **__: launch.LinearGelu("epilogue")):
+        for name, figures in layer(0.0, BATCHES["short"]).items():
+            found[f"encoder layer {name} short +epilogue"] = figures
     return found

@@ -23,6 +23,7 @@ from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.kernels.pooling import pool_backward, pool_forward
 from fastbert.packing import Packing
 
@@ -63,6 +64,7 @@ def calls() -> Iterator[Case]:
     yield from layer_norm(tokens, 0.0, unpack=True)
     for gated in (False, True):
         yield from bias_gelu(tokens, gated)
+    yield from linear_gelu(tokens)
     yield from embedding(tokens)
     for how in ("cls", "mean", "max"):
         for normalise in (False, True):
@@ -131,6 +133,15 @@ def bias_gelu(tokens: int, gated: bool) -> Iterator[Case]:
     sums = _sums(tokens, columns, launch.bias_gelu_backward(WIDTH, DTYPE, TARGET, gated=gated))
     run = partial(bias_gelu_backward, dout, x, bias, gated=gated)
     yield Case(f"bias_gelu backward{name}", run, tokens, rows, minimum, sums)
+
+
+def linear_gelu(tokens: int) -> Iterator[Case]:
+    """As inference runs it, then training."""
+    x, weight, bias = _states(tokens + SLACK, HIDDEN)[:tokens], _states(WIDTH, HIDDEN), _states(WIDTH)
+    for store in (False, True):
+        run = partial(linear_gelu_forward, x, weight, bias, store_product=store)
+        minimum = cost.linear_gelu(tokens, HIDDEN, WIDTH, DTYPE, product=store).min_bytes
+        yield Case(f"linear_gelu{' +product' if store else ''}", run, tokens, tokens + SLACK, minimum)
 
 
 def embedding(tokens: int) -> Iterator[Case]:

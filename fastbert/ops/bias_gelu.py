@@ -1,4 +1,4 @@
-"""bias_gelu and linear_gelu: checks, the torch path, and the Triton kernels as custom ops."""
+"""bias_gelu: checks, the torch path, and the Triton kernels as custom ops."""
 
 from __future__ import annotations
 
@@ -11,16 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.ops.common import (
-    cast_states,
-    check_linear,
-    check_parameter,
-    check_rows,
-    launched,
-    onednn_fuses,
-    runs_bare,
-)
-from fastbert.ops.linear import linear, packed
+from fastbert.ops.common import cast_states, check_parameter, check_rows, launched
 from fastbert.reference import Approximate
 
 
@@ -42,7 +33,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
     """
     (x,) = cast_states(x)
     check_rows("x", x)
-    _check_approximate(approximate)
+    check_approximate(approximate)
     if gated and x.shape[1] % 2:
         raise ArgumentError("x", f"shape {tuple(x.shape)}", "an even number of columns: GELU's input, then the gate")
     if bias is not None:
@@ -60,36 +51,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
     return (F.gelu(z, approximate=approximate) * gate).to(x.dtype)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: Approximate = "none") -> Tensor:
-    """GELU(x @ weight^T + bias): the first half of the feed-forward.
-
-    On a GPU bias and GELU are one kernel after the GEMM; on the CPU, without gradient, oneDNN applies both inside it in
-    bfloat16, and GELU overwrites the product in float32.
-
-    Args:
-        x: floating `[rows, in]`.
-        weight: `[out, in]`; bias: `[out]`.
-        approximate: as in `bias_gelu`.
-
-    Returns:
-        `[rows, out]` in the dtype of `x`, under autocast in its dtype.
-
-    Raises:
-        ArgumentError, BackendError: as `bias_gelu`.
-    """
-    check_linear(x, weight, bias)
-    _check_approximate(approximate)
-    if backend.uses_triton("linear_gelu", x, launch.elementwise_unserved(x.dtype)):
-        return bias_gelu(F.linear(x, weight), bias, approximate=approximate)
-    if onednn_fuses(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "gelu", [], approximate)
-    product = linear(x, weight, bias)
-    if runs_bare(x, weight, bias):
-        return torch.ops.aten.gelu_(product, approximate=approximate)
-    return F.gelu(product, approximate=approximate)
-
-
-def _check_approximate(approximate: str) -> None:
+def check_approximate(approximate: str) -> None:
+    """Raise ArgumentError unless it names a form of GELU."""
     if approximate not in get_args(Approximate):
         raise ArgumentError("approximate", repr(approximate), "'none' or 'tanh'")
 

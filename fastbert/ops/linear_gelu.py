@@ -1,0 +1,105 @@
+"""linear_gelu: checks, the torch path, and on a GPU the form that the launch table names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import backend
+from fastbert.errors import BackendError
+from fastbert.kernels import launch, target
+from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, check_approximate
+from fastbert.ops.common import cast_states, check_linear, launched, onednn_fuses, runs_bare, wants_gradient
+from fastbert.ops.linear import linear, packed
+from fastbert.reference import Approximate
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: Approximate = "none") -> Tensor:
+    """GELU(x @ weight^T + bias): the first half of the feed-forward.
+
+    On a GPU `launch.linear_gelu` names the form: bias and GELU as one kernel after the GEMM, inside a GEMM of ours, or
+    inside cuBLASLt's. On the CPU, without gradient, oneDNN applies both inside the GEMM in bfloat16, and GELU
+    overwrites the product in float32.
+
+    Args:
+        x: floating `[rows, in]`.
+        weight: `[out, in]`; bias: `[out]`.
+        approximate: as in `bias_gelu`.
+
+    Returns:
+        `[rows, out]` in the dtype of `x`, under autocast in its dtype.
+
+    Raises:
+        ArgumentError, BackendError: as `bias_gelu`.
+    """
+    check_linear(x, weight, bias)
+    check_approximate(approximate)
+    if backend.uses_triton("linear_gelu", x, launch.elementwise_unserved(x.dtype)):
+        return _linear_gelu_triton(x, weight, bias, approximate)
+    if onednn_fuses(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "gelu", [], approximate)
+    product = linear(x, weight, bias)
+    if runs_bare(x, weight, bias):
+        return torch.ops.aten.gelu_(product, approximate=approximate)
+    return F.gelu(product, approximate=approximate)
+
+
+def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: Approximate) -> Tensor:
+    (x,) = cast_states(x)
+    gradient = wants_gradient(x, weight, bias)
+    (rows, depth), width = x.shape, weight.shape[0]
+    here = target.of(x.device)
+    choice = launch.linear_gelu(rows, width, depth, x.dtype, approximate=approximate, gradient=gradient, target=here)
+    match choice.form:
+        case "epilogue":
+            forward = launched(linear_gelu_forward, x, weight, bias)
+            return forward(x, *cast_states(weight), bias, approximate, store_product=gradient)[0]
+        case "cublaslt" if bias is not None and approximate == "tanh" and not gradient:
+            return torch.ops.aten._addmm_activation(*cast_states(bias, x), cast_states(weight)[0].t(), use_gelu=True)
+        case _:
+            return bias_gelu(F.linear(x, weight), bias, approximate=approximate)
+
+
+@torch.library.custom_op("fastbert::linear_gelu_forward", mutates_args=())
+def linear_gelu_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, store_product: bool
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernel; see `fastbert.kernels.linear_gelu.linear_gelu_forward`. Returns (out, product)."""
+    from fastbert.kernels import linear_gelu as kernel
+
+    return kernel.linear_gelu_forward(x, weight, bias, approximate=approximate, store_product=store_product)
+
+
+@linear_gelu_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, store_product: bool) -> tuple[Tensor, Tensor]:
+    width = weight.shape[0]
+    return x.new_empty(x.shape[0], width), x.new_empty(x.shape[0] if store_product else 0, width)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, ctx.approximate, ctx.store_product = inputs
+    _, product = output
+    ctx.mark_non_differentiable(product)
+    ctx.save_for_backward(x, weight, bias, product)
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.store_product:
+        raise BackendError(
+            "linear_gelu_forward", "a gradient asked for after store_product=False", "store_product=True in the forward"
+        )
+    x, weight, bias, product = ctx.saved_tensors
+    dproduct, dbias = bias_gelu_backward(dout, product, bias, ctx.approximate)
+    return (
+        dproduct @ weight if ctx.needs_input_grad[0] else None,
+        dproduct.t() @ x if ctx.needs_input_grad[1] else None,
+        None if bias is None else dbias.to(bias.dtype),
+        None,
+        None,
+    )
+
+
+linear_gelu_forward.register_autograd(_backward, setup_context=_save)

