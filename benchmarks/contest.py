@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from environment import device_name
-from measure import DeviceTimer, Spread, captured, interleaved
+from measure import DeviceTimer, Spread, Timer, captured, interleaved
 from roofline import DTYPES, ceilings, floor_of_all
 from torch import Tensor
 from workloads import Workload
@@ -216,12 +216,19 @@ class Standing:
 
 
 def hold(
-    contest: Contest, case: Case, names: Iterable[str] | None = None, *, budget: float = 5.0, timed: bool = True
+    contest: Contest,
+    case: Case,
+    names: Iterable[str] | None = None,
+    *,
+    budget: float = 5.0,
+    timer: Timer | None = None,
+    timed: bool = True,
 ) -> dict[str, Standing]:
     """Check and time the providers of these names (all by default) on a case.
 
     Args:
         budget: seconds to spend on timing.
+        timer: that of the case's device by default.
         timed: False only checks.
     """
     torch.manual_seed(0)
@@ -247,7 +254,8 @@ def hold(
     del plain, exact
     gc.collect()
     if timed and runs:
-        timer = DeviceTimer(case.device) if case.device.type == "cuda" else None
+        if timer is None and case.device.type == "cuda":
+            timer = DeviceTimer(case.device)
         seconds = interleaved(runs, budget=budget, timer=timer)
         costs = contest.costs(case, operands)
     for name, contender in contenders.items():

@@ -1,6 +1,8 @@
 """The gate's speed on this CPU, always as a ratio inside one run: against transformers, and against another commit.
 
-A ratio fails only where noise can't be the reason: its median is below what is asked, and so are four rounds in five.
+Speed here is that of one thread, by the time that a CPU spends on it: whatever else runs on a machine of CI hardly
+changes that. And a ratio fails only where noise can't be the reason: its median is below what is asked, and so are four
+rounds in five.
 As a script this file is what `against` runs on each of two trees.
 """
 
@@ -20,8 +22,9 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import bench_encoder
+import torch
 from contest import Case, hold
-from measure import cpu_seconds, pin_threads
+from measure import busy_seconds
 
 from fastbert.backend import first_device
 from fastbert.errors import ArgumentError
@@ -73,9 +76,9 @@ def against_rival(only: str = "", baseline: Path = BASELINE) -> list[str]:
     """
     least = read_least(baseline)
     reasons = []
-    pin_threads()
+    torch.set_num_threads(1)
     for name in _selected(only):
-        standings = hold(bench_encoder.CONTEST, CASES[name], ["fastbert", RIVAL], budget=BUDGET)
+        standings = hold(bench_encoder.CONTEST, CASES[name], ["fastbert", RIVAL], budget=BUDGET, timer=busy_seconds)
         reasons += [standing.broken for standing in standings.values() if standing.broken]
         ours, theirs = (standings[provider] for provider in ("fastbert", RIVAL))
         if theirs.unserved:
@@ -168,14 +171,14 @@ def _ask(server: subprocess.Popen[str], name: str) -> float:
 
 def serve() -> None:
     """Answer each case's name on stdin by the seconds of a call."""
-    pin_threads()
+    torch.set_num_threads(1)
     runs: dict[str, Any] = {}
     for line in sys.stdin:
         name = line.strip()
         if name not in runs:
             case = CASES[name]
             runs[name] = bench_encoder.fastbert(case, bench_encoder.operands(case)).run
-        print(cpu_seconds(runs[name], 3), flush=True)
+        print(busy_seconds(runs[name], 3), flush=True)
 
 
 if __name__ == "__main__":

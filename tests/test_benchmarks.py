@@ -8,6 +8,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +194,17 @@ def test_the_clock_counts_seconds_a_call(monkeypatch: pytest.MonkeyPatch) -> Non
     readings = iter([10.0, 16.0])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(readings))
     assert measure.cpu_seconds(lambda: None, 3) == 2.0
+
+
+def test_busy_seconds_leave_out_what_a_call_waits_for() -> None:
+    assert measure.busy_seconds(lambda: time.sleep(0.05), 1) < 0.03
+
+    def busy() -> None:
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+
+    assert measure.busy_seconds(busy, 2) >= 0.05
 
 
 def test_spread() -> None:

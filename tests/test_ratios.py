@@ -93,7 +93,7 @@ def test_an_unknown_commit_is_an_error() -> None:
 
 @pytest.mark.heavy
 def test_a_planted_delay_is_seen(tmp_path: Path) -> None:
-    """Two trees, really timed: one whose model sleeps for 100 ms is slower than the other, and not the other way."""
+    """Two trees, really timed: one whose model is busy for 100 ms more is the slower of them."""
 
     plain, delayed = tmp_path / "plain", tmp_path / "delayed"
     for tree in (plain, delayed):
@@ -101,8 +101,10 @@ def test_a_planted_delay_is_seen(tmp_path: Path) -> None:
             shutil.copytree(ratios.ROOT / room, tree / room)
     with (delayed / "fastbert" / "models.py").open("a") as file:
         file.write(
-            "\n\nimport time\n_run = BertModel.run\n"
-            "BertModel.run = lambda *args, **options: (time.sleep(0.1), _run(*args, **options))[1]\n"
+            "\n\nimport time\n_run = BertModel.run\n\n\ndef _late(*args, **options):\n"
+            "    end = time.process_time() + 0.1\n    while time.process_time() < end:\n        pass\n"
+            "    return _run(*args, **options)\n\n\n"
+            "BertModel.run = _late\n"
         )
     seconds: dict[Path, list[float]] = {plain: [], delayed: []}
     with ratios._server(plain) as first, ratios._server(delayed) as second:
