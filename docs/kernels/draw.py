@@ -108,7 +108,7 @@ def packed(picture: Picture, x: float, y: float) -> None:
 
 def attention() -> str:
     """The forward."""
-    picture = Picture(860, 400)
+    picture = Picture(900, 400)
     packed(picture, 20, 60)
     left, top = 170, 60
     picture.text(left, top - 28, "scores of sequence B, one head", bold=True)
@@ -123,7 +123,7 @@ def attention() -> str:
     middles = picture.steps(
         x,
         44,
-        220,
+        270,
         [
             (READ, "Q tile [BLOCK_M, D], once"),
             (READ, "K block, V block [BLOCK_N, D]\n(prefetched where there are stages)"),
@@ -133,13 +133,13 @@ def attention() -> str:
             (WRITTEN, "out = O / l;  lse = log of l, plus m"),
         ],
     )
-    picture.back(x + 220, middles[4], middles[1], "next BLOCK_N keys")
+    picture.back(x + 270, middles[4], middles[1], "next BLOCK_N keys")
     return picture.svg()
 
 
 def attention_backward() -> str:
     """The three forms."""
-    picture = Picture(860, 490)
+    picture = Picture(880, 510)
     forms = (
         (
             "owns queries",
@@ -147,7 +147,7 @@ def attention_backward() -> str:
             [50, 50, 50, 24],
             "...m ooom mmmm",
             ((8, 90), (168, 90)),
-            ["Q, dO, O, lse; delta = sum O·dO", "K and V of each step", "dQ; delta, for the other kernel"],
+            ["Q, dO, O, lse", "K and V of each step", "dQ; delta, for the other kernel"],
         ),
         (
             "owns keys",
@@ -173,7 +173,7 @@ def attention_backward() -> str:
         grid(picture, x, y, heights, widths, colours)
         picture.arrow(*((x + dx, y + dy) for dx, dy in way))
         products = [
-            "P = exp2(S·c − lse), S = Q Kᵀ\ndP = dO Vᵀ\ndS = P (dP − delta)\ndQ += dS K",
+            "delta = sum O·dO, once\nP = exp2(S·c − lse), S = Q Kᵀ\ndP = dO Vᵀ\ndS = P (dP − delta)\ndQ += dS K",
             "Pᵀ = exp2(Sᵀ·c − lse), Sᵀ = K Qᵀ\ndPᵀ = V dOᵀ;  dV += Pᵀ dO\ndSᵀ = Pᵀ (dPᵀ − delta)\ndK += dSᵀ Q",
             "as for keys, with\ndelta = sum O·dO\nand, of the same dS,\ndQ = dS K",
         ][i]
@@ -193,7 +193,7 @@ def rows_strided(picture: Picture, x: float, y: float, what: str) -> None:
     picture.box(x + 250, y, 130, 18, PLAIN, "sums of program 0")
     picture.box(x + 250, y + 18, 130, 18, OWNED, "sums of program 1")
     picture.box(x + 250, y + 36, 130, 18, PLAIN, "sums of program 2")
-    picture.arrow((x + 215, y + 27), (x + 248, y + 27))
+    picture.arrow((x + 226, y + 27), (x + 248, y + 27))
     picture.arrow((x + 315, y + 54), (x + 315, y + 82))
     picture.box(x + 250, y + 84, 130, 40, WRITTEN, what)
     picture.text(x, y + 166, "Sums are float32, in registers until the program ends. No atomics.")
@@ -201,16 +201,16 @@ def rows_strided(picture: Picture, x: float, y: float, what: str) -> None:
 
 def layer_norm() -> str:
     """Forward and backward."""
-    picture = Picture(860, 400)
+    picture = Picture(900, 400)
     picture.text(20, 32, "forward: one program, one warp up to 1024 columns", bold=True)
     picture.text(20, 52, "x, residual [rows, hidden]")
     for row in range(6):
         picture.box(20, 60 + 18 * row, 150, 18, OWNED if row == 2 else READ)
-    picture.arrow((170, 105), (218, 105), (218, 75), (238, 75))
+    picture.arrow((170, 105), (200, 105), (200, 75), (223, 75))
     picture.steps(
-        240,
+        225,
         60,
-        190,
+        215,
         [
             (READ, "x, x_bias, residual: once\n16 bytes a lane and access"),
             (OWNED, "z = residual + drop(x + x_bias)\nthe row stays in registers"),
@@ -223,14 +223,14 @@ def layer_norm() -> str:
     picture.text(20, 216, "shuffles: no shared memory,")
     picture.text(20, 232, "no barrier.")
     rows_strided(picture, 460, 60, "dweight, dbias,\ndx_bias")
-    picture.text(460, 250, "One row: z again from x and residual, (z − mean)·rstd, then")
-    picture.text(460, 268, "dx = rstd·(g − mean g − normal·mean(g·normal)),  g = dout·weight.")
+    picture.text(460, 250, "One row: z again from x and residual, normal = (z − mean)·rstd,")
+    picture.text(460, 268, "dx = rstd·(g − mean g − n·mean(g·n)), g = dout·weight, n = normal.")
     return picture.svg()
 
 
 def bias_gelu() -> str:
     """Forward and backward."""
-    picture = Picture(860, 350)
+    picture = Picture(900, 350)
     picture.text(20, 32, "forward: a tile of 4 rows a program", bold=True)
     picture.text(20, 52, "x [rows, width]; bias [width] above it")
     grid(picture, 20, 60, [12], [70, 70, 70], "ror")
@@ -257,7 +257,7 @@ def bias_gelu() -> str:
 
 def embedding() -> str:
     """Forward, and the gradient of a table."""
-    picture = Picture(860, 400)
+    picture = Picture(900, 400)
     picture.text(20, 32, "forward: rows of three tables, gathered", bold=True)
     for i, (name, colours) in enumerate((("word", "..r...."), ("position", "r......"), ("token type", "r."))):
         picture.text(20 + 75 * i, 52, name)
@@ -273,7 +273,7 @@ def embedding() -> str:
             (WRITTEN, "out [tokens, hidden]"),
         ],
     )
-    x = 290
+    x = 320
     picture.text(x, 32, "backward: a table's gradient without atomics", bold=True)
     picture.text(x, 52, "dtotal: a row a token")
     for row, entry in enumerate((7, 2, 7, 7, 9, 2)):
@@ -283,7 +283,7 @@ def embedding() -> str:
     for row, entry in enumerate((2, 2, 7, 7, 7, 9)):
         picture.box(x + 150, 60 + 20 * row, 110, 20, OWNED if entry == 7 else READ, f"id {entry}")
     picture.arrow((x + 262, 120), (x + 298, 120))
-    picture.text(x + 300, 52, "one program a run: a row of the gradient")
+    picture.text(x + 300, 52, "a program a run: a row")
     for row, entry in enumerate((2, 7, 9)):
         picture.box(x + 300, 80 + 30 * row, 110, 24, WRITTEN, f"row {entry}")
     picture.text(x, 210, "A program begins where a run of equal ids begins and adds its rows in order, from wherever")
