@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python benchmarks/static/interpreted.py REGEX [--rivals]
 
 prints a JSON of the traffic of each op and the launches of each pass whose names match; with --rivals, of the bytes
-that the calls in the comparison with rivals move.
+that our calls in the comparison with rivals move.
 """
 
 from __future__ import annotations
