@@ -91,7 +91,9 @@ REASONS: dict[tuple[str, str], str] = {
     ("attention ragged", "flash-linear-attention"): _TABLES,
     ("attention aligned", "flash-attn"): _TABLES,
     ("layer_norm backward 768", "liger-kernel"): _SUMS,
-    ("layer_norm backward 768 +residual", "flash-attn"): _SUMS,
+    ("layer_norm backward 768 +residual", "flash-attn"): (
+        _SUMS + " Its forward stores the sum that is normalised, which ours reads and adds again."
+    ),
     ("layer_norm backward 768 +residual +bias", "inductor"): _SUMS,
 }
 
