@@ -1,4 +1,5 @@
-"""Render what was measured as Markdown and pictures: docs/performance.md, docs/performance/*.png, README.md.
+"""Render what was measured as Markdown and pictures: docs/performance.md, docs/performance/*.png, docs/kernels/*.md and
+README.md.
 
     make report                              # or python benchmarks/report.py
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -27,6 +30,7 @@ sys.path.append(str(Path(__file__).parent))
 from folders import RESULTS
 
 from fastbert.errors import ArgumentError, FastbertError
+from fastbert.kernels import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 STATIC = ROOT / "benchmarks" / "baselines" / "static.json"
@@ -42,6 +46,14 @@ OPS = {
     "layer_norm": "Bias, residual and LayerNorm",
     "bias_gelu": "Bias and GELU",
     "embedding": "Embedding and LayerNorm",
+}
+# The pages of docs/kernels, and how the names of their calls begin in the evidence.
+PAGES = {
+    "attention": "attention (?!backward)",
+    "attention_backward": "attention backward",
+    "layer_norm": "layer_norm",
+    "bias_gelu": "bias_gelu",
+    "embedding": "embedding",
 }
 NOT_MEASURED = (
     "Not measured yet: nobody has run `make gpu` on a machine with a GPU. It measures all of the above there, beside "
@@ -265,6 +277,92 @@ def static_section(evidence: Any) -> str:
     return text
 
 
+def floors() -> dict[str, list[tuple[str, cost.Cost, int]]]:
+    """For each page calls of BERT-base in float16, what they cost at least, and their units of work."""
+    lengths, half = (300, 300, 300, 101), torch.float16
+    tokens, scores = sum(lengths), 12 * sum(length**2 for length in lengths)
+    ragged = "12 heads of 64, sequences of 300, 300, 300 and 101 tokens"
+    state, ffn = tokens * 768, tokens * 3072
+    options = {"residual": True, "x_bias": True}
+    entries = {"entries": 512 + 300 + 2}  # different words, positions and types
+    return {
+        "attention": [(f"forward, {ragged}", cost.attention(lengths, 12, 64, half, lse=True), scores)],
+        "attention_backward": [(f"backward, {ragged}", cost.attention_backward(lengths, 12, 64, half), scores)],
+        "layer_norm": [
+            ("forward, 1001 x 768", cost.layer_norm(tokens, 768, half, statistics=True, **options), state),
+            ("backward, 1001 x 768", cost.layer_norm_backward(tokens, 768, half, **options), state),
+        ],
+        "bias_gelu": [
+            ("forward, 1001 x 3072", cost.bias_gelu(tokens, 3072, half), ffn),
+            ("backward, 1001 x 3072", cost.bias_gelu_backward(tokens, 3072, half), ffn),
+        ],
+        "embedding": [
+            ("forward, 1001 x 768", cost.embedding(tokens, 768, half, **entries), state),
+            (
+                "backward, 1001 x 768, BERT's tables",
+                cost.embedding_backward(tokens, 768, half, table_entries=30522 + 512 + 2, **entries),
+                state,
+            ),
+        ],
+    }
+
+
+def kernel_page(page: str, evidence: Any) -> str:
+    """Floor, traffic, machine code and rivals of one page of docs/kernels."""
+    mine = re.compile(PAGES[page])
+    text = "### The floor\n\nFrom `kernels/cost.py`. A unit is a score of attention, else an element of the result.\n\n"
+    text += table(
+        ["call", "units", "bytes", "bytes / unit", "FLOPs / unit"],
+        (
+            [call, f"{units:,}", f"{floor.min_bytes:,}", f"{floor.min_bytes / units:.3g}", f"{floor.flops / units:.3g}"]
+            for call, floor, units in floors()[page]
+        ),
+    )
+    moved = {name: found for name, found in evidence["traffic"].items() if mine.match(name + " ")}
+    text += "\n### Traffic\n\nBytes of different addresses on a small batch, counted by Triton's interpreter.\n\n"
+    text += table(
+        ["call", "launches", "read", "written", "minimum", "both / minimum"],
+        (
+            [name, str(found["launches"]), *(f"{found[key]:,}" for key in ("loaded_once", "stored_once", "minimum")),
+             f"{found['over_minimum']:.3f}"]
+            for name, found in moved.items()
+        ),
+    )  # fmt: skip
+    kernels = {
+        arch: {name: found for name, found in by_name.items() if mine.match(name)}
+        for arch, by_name in evidence["kernels"].items()
+    }
+    text += (
+        f"\n### Machine code\n\nThe cells are those of [performance.md](../performance.md).\n\n{_by_target(kernels)}"
+    )
+    by_arch = evidence.get("rivals", {}).get("rows", {})
+    if by_arch:
+        text += f"\n### Beside rivals\n\n{_rivals_table(by_arch, mine)}"
+    return text
+
+
+def _rivals_table(by_arch: Any, mine: re.Pattern[str]) -> str:
+    """Contenders by row: instructions a unit for each target, bytes, and where ours are not fewer."""
+    lines = []
+    names = {(row, whose): None for rows in by_arch.values() for row, by_whose in rows.items() for whose in by_whose}
+    for row, whose in sorted(names, key=lambda name: (name[0], name[1] != "fastbert", name[1])):
+        found = {arch: rows[row][whose] for arch, rows in by_arch.items() if whose in rows.get(row, {})}
+        if not mine.match(row + " ") or set().union(*(by_arch[arch][row] for arch in found)) == {"fastbert"}:
+            continue
+        not_lower: dict[str, list[str]] = {}
+        for arch, figures in found.items():
+            if "reason" in figures:
+                what = [name for name in ("instructions", "bytes") if name not in figures["lower"]]
+                not_lower.setdefault(f"in {' and '.join(what)}: {figures['reason']}", []).append(arch)
+        some = next(iter(found.values()))
+        lines.append(
+            [row, whose, *(f"{found[arch]['instructions']:.3g}" if arch in found else "" for arch in by_arch),
+             f"{some['bytes'] / some['minimum']:.3f}",
+             " ".join(f"{', '.join(archs)} {reason}" for reason, archs in not_lower.items())]
+        )  # fmt: skip
+    return table(["call", "whose", *by_arch, "bytes / minimum", "where ours is not lower"], lines)
+
+
 def _by_target(kernels: Any) -> str:
     names = sorted({name for by_name in kernels.values() for name in by_name})
     rows = [[name, *(_cell(by_name.get(name)) for by_name in kernels.values())] for name in names]
@@ -280,14 +378,15 @@ def _cell(figures: Any) -> str:
     return f"{figures['per_unit']['all']:.3g}, {figures['registers']} registers{spills}{time}"
 
 
-def read_static(path: Path) -> str:
-    """The section of a static.json.
+def read_static(path: Path) -> tuple[str, dict[str, str]]:
+    """The section of a static.json, and what it says on each page of docs/kernels.
 
     Raises:
         ArgumentError: it is no JSON, or not what evidence.py writes.
     """
     try:
-        return static_section(read_json(path))
+        evidence = read_json(path)
+        return static_section(evidence), {page: kernel_page(page, evidence) for page in PAGES}
     except (KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(
             str(path), f"evidence that lacks {error}", "what benchmarks/static/evidence.py writes", "Write it again."
@@ -408,12 +507,17 @@ def report(results: Path, static: Path, root: Path) -> list[Machine]:
     sections = [machine_section(machine, "##", "performance") for machine in machines]
     if not any(machine.has_gpu for machine in machines):
         sections.append(f"## GPUs\n\n{NOT_MEASURED}\n")
+    pages: dict[str, str] = {}
     if static.exists():
-        sections.append(read_static(static))
+        section, pages = read_static(static)
+        sections.append(section)
     documents = {
         performance: between_markers(performance, "\n".join(sections)),
         readme: between_markers(readme, summary(machines)),
     }
+    for page, text in pages.items():
+        path = root / "docs" / "kernels" / f"{page}.md"
+        documents[path] = between_markers(path, text)
     for machine in machines:
         up = Path(*[".."] * len((results / machine.folder).relative_to(root).parts)) / "docs" / "performance"
         documents[results / machine.folder / "report.md"] = machine_section(machine, "#", up.as_posix())
@@ -435,7 +539,7 @@ def main() -> int:
         parser.exit(2, f"{error}\n")
     for machine in machines:
         print(f"{machine.title}: {len(machine.results)} results")
-    print(f"docs/performance.md and README.md are written, of {len(machines)} machines")
+    print(f"docs/performance.md, docs/kernels and README.md are written, of {len(machines)} machines")
     return 0
 
 

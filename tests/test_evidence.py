@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks" / "sta
 import launches
 import machine_code
 import main_loop
+import rivals
 import tiles
 import traffic
 from recorder import recorded
@@ -295,18 +296,80 @@ def test_equal_full_lengths_waste_nothing() -> None:
     assert tiles.figures((128, 128), own=64, other=32)["scores_over_needed"] == 1.0
 
 
-def test_rivals_that_are_not_installed_are_left_out() -> None:
-    script = f"""
-import sys
-sys.path.append({str(STATIC)!r})
-import importlib.metadata, json, unittest.mock, rivals
-def missing(package):
-    raise importlib.metadata.PackageNotFoundError(package)
-with unittest.mock.patch("importlib.metadata.version", missing):
-    print(json.dumps([rivals.versions(), sorted(rivals.compare("sm_90", lambda launch: 64))]))
-"""
+def in_a_process(script: str) -> Any:
+    """What a script prints as JSON, where Triton compiles; `rivals` is imported."""
     clean: dict[str, Any] = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = f"import sys; sys.path.append({str(STATIC)!r}); import json, unittest.mock, rivals\n{script}"
     done = subprocess.run([*PYTHON, "-c", script], capture_output=True, text=True, check=True, env=clean)
-    versions, names = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_rivals_that_are_not_installed_are_left_out() -> None:
+    versions, names, rows = in_a_process("""
+def missing(package):
+    raise rivals.importlib.metadata.PackageNotFoundError(package)
+rivals.FLASH_ATTN = "nowhere"
+with unittest.mock.patch("importlib.metadata.version", missing):
+    found = rivals.compare("sm_90", lambda launch: 64)
+    print(json.dumps([rivals.versions(), sorted(found["kernels"]), sorted(found["rows"])]))
+""")
     assert versions == {}
-    assert len(names) == 5 and all(name.startswith("fastbert: ") for name in names)
+    assert names and all(name.startswith("fastbert: ") for name in names)
+    assert rows == sorted(rivals.minimums())
+
+
+@pytest.mark.skipif(not torch.__version__.startswith(rivals.INDUCTOR_TORCH), reason="another PyTorch's inductor")
+def test_what_inductor_writes_is_counted() -> None:
+    kernels, bytes_, figures = in_a_process("""
+from inductor import Compiled
+from fastbert.kernels.target import KNOWN
+def activated(x, bias):
+    return rivals.F.gelu(x + bias)
+compiled = Compiled(activated, [(100, 256), (256,)], KNOWN["sm_90"])
+found = []
+with rivals.offline(KNOWN["sm_90"]) as launches:
+    compiled.forward()
+    found.append(sorted({launch.kernel for launch in launches}))
+    found.append(compiled.bytes)
+    one = launches[0]
+    found.append(rivals.main_loop.of_launch(one, KNOWN["sm_90"], one.constexprs["XBLOCK"]))
+    compiled.backward()
+print(json.dumps(found))
+""")
+    assert kernels == ["triton_poi_fused_add_gelu_0"]
+    assert bytes_ == (2 * 100 * 256 + 256) * 2  # x, bias and the result, once each
+    assert figures["per_unit"]["all"] > 28  # the library's erf alone
+
+
+def test_a_verdict_names_what_is_lower_and_gives_a_reason_for_the_rest() -> None:
+    row, other = "layer_norm backward 768", "bias_gelu 3072"
+    rows: dict[str, Any] = {
+        row: {"fastbert": {"instructions": 10.0}, "liger-kernel": {"instructions": 20.0, "bytes": 200}},
+        other: {"fastbert": {"instructions": 10.0}, "anyone": {"instructions": 10.0, "bytes": 6}},
+    }
+    found = rivals.table_of(rows, {row: 300, other: 5})
+    assert found[row]["liger-kernel"]["lower"] == "instructions"
+    assert found[row]["liger-kernel"]["reason"] == rivals.REASONS[row, "liger-kernel"]
+    assert found[other]["anyone"]["lower"] == "bytes", "equal is not lower"
+    assert found[other]["anyone"]["reason"] == "not explained"
+    assert found[other]["fastbert"] == {"bytes": 5, "minimum": rivals.minimums()[other], "instructions": 10.0}
+    found = rivals.table_of({row: rows[row]}, {row: 100})
+    assert "reason" not in found[row]["liger-kernel"]
+
+
+def test_every_row_of_the_baseline_is_lower_or_says_why_not() -> None:
+    baseline = json.loads((STATIC.parent / "baselines" / "static.json").read_text())
+    for arch, by_row in baseline["rivals"].get("rows", {}).items():
+        for row, by_whose in by_row.items():
+            for whose, figures in by_whose.items():
+                assert figures.get("reason") != "not explained", (arch, row, whose)
+
+
+@needs_interpreter
+def test_bytes_of_a_call_are_its_kernels_and_torchs_own() -> None:
+    x = torch.zeros(29, dtype=torch.float16)
+    with recorded() as seen, rivals.TorchBytes() as others:
+        touched(20, 0, x).run()
+        x.view(1, 29).sum(0)
+    assert others.bytes == 2 * 29 * 2, "torch reads 29 halves and writes 29; allocations and views are free"
+    assert sum(traffic.bytes_once(launch.loads) for launch in seen) == 40

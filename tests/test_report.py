@@ -57,12 +57,32 @@ LATENCY = [
         op="latency", workload="minilm b1 s16 full", provider="transformers", median_ms=5.0, p20_ms=4.5, p80_ms=6.0
     ),
 ]
+PAGES = [f"docs/kernels/{page}.md" for page in report.PAGES]
 FIGURES = {"registers": 40, "spills": 0, "per_unit": {"all": 1.2345}}
 PREDICTED = {"predicted": {"bound": "issue", "picoseconds_per_unit": 0.5}}
 OURS, THEIRS = "layer_norm 768 float16: layer_norm_forward", "liger-kernel: layer_norm: _layer_norm_forward_kernel"
+TRAFFIC = {"launches": 1, "loaded_once": 1234, "stored_once": 100, "minimum": 1000, "over_minimum": 1.334}
+ROW = {
+    "fastbert": {"instructions": 17.5, "bytes": 1500, "minimum": 1000},
+    "liger-kernel": {
+        "instructions": 35.2, "bytes": 1400, "minimum": 1000, "lower": "instructions", "reason": "It is small."
+    },
+}  # fmt: skip
 STATIC = {
     "kernels": {"sm_80": {OURS: FIGURES | PREDICTED}, "gfx942": {OURS: FIGURES | {"spills": 3}}},
-    "rivals": {"versions": {"liger-kernel": "1.2.3"}, "kernels": {"sm_80": {THEIRS: FIGURES}}},
+    "traffic": {
+        "attention backward long": TRAFFIC | {"loaded_once": 700},
+        "attention long": TRAFFIC,
+        "bias_gelu": TRAFFIC,
+    },
+    "rivals": {
+        "versions": {"liger-kernel": "1.2.3"},
+        "kernels": {"sm_80": {THEIRS: FIGURES}},
+        "rows": {
+            "sm_80": {"layer_norm 768": ROW, "bias_gelu 3072": {"fastbert": ROW["fastbert"]}},
+            "gfx942": {"layer_norm 768": ROW},
+        },
+    },
 }
 
 
@@ -70,7 +90,8 @@ STATIC = {
 def root(tmp_path: Path) -> Path:
     """A repository with the two documents."""
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/performance.md"):
+    (tmp_path / "docs" / "kernels").mkdir()
+    for name in ("README.md", "docs/performance.md", *PAGES):
         (tmp_path / name).write_text(f"# By hand\n\n{BEGIN}\nold\n{END}\n\nAlso by hand.\n")
     return tmp_path
 
@@ -178,8 +199,28 @@ def test_machine_code_by_kernel_and_target(root: Path) -> None:
         f"| {OURS} | 1.23, 40 registers, 0.5 ps (issue) | 1.23, 40 registers, 3 spills |\n"
     ) in text
     assert f"liger-kernel 1.2.3.\n\n| kernel | sm_80 |\n| --- | ---: |\n| {THEIRS} | 1.23, 40 registers |\n" in text
-    assert "Beside rivals" not in render(root, {"kernels": STATIC["kernels"]})
+    assert "Beside rivals" not in render(root, {key: STATIC[key] for key in ("kernels", "traffic")})
     assert "**predicted** picoseconds" in text and "Nothing here was timed." in text
+
+
+def test_a_page_of_a_kernel(root: Path) -> None:
+    render(root, STATIC)
+    pages = {path.stem: path.read_text() for path in (root / "docs" / "kernels").iterdir()}
+    assert pages.keys() == set(report.PAGES)
+    for text in pages.values():
+        assert text.startswith("# By hand\n\n") and text.endswith("\n\nAlso by hand.\n") and "old" not in text
+    assert "| forward, 1001 x 3072 | 3,075,072 | 12,306,432 | 4 | 6 |\n" in pages["bias_gelu"]
+    assert "| attention long | 1 | 1,234 | 100 | 1,000 | 1.334 |\n" in pages["attention"]
+    assert "backward" not in pages["attention"]
+    assert "| attention backward long | 1 | 700 | 100 |" in pages["attention_backward"]
+    assert f"| {OURS} | 1.23, 40 registers, 0.5 ps (issue) | 1.23, 40 registers, 3 spills |\n" in pages["layer_norm"]
+    assert (
+        "### Beside rivals\n\n| call | whose | sm_80 | gfx942 | bytes / minimum | where ours is not lower |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| layer_norm 768 | fastbert | 17.5 | 17.5 | 1.500 |  |\n"
+        "| layer_norm 768 | liger-kernel | 35.2 | 35.2 | 1.400 | sm_80, gfx942 in bytes: It is small. |\n"
+    ) in pages["layer_norm"]
+    assert "fastbert" not in pages["bias_gelu"], "a row without a rival"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +273,7 @@ def test_a_document_without_markers(change: Callable[[str], str], root: Path) ->
 
 
 def test_the_repository_s_documents_have_markers() -> None:
-    for name in ("README.md", "docs/performance.md"):
+    for name in ("README.md", "docs/performance.md", *PAGES):
         assert between_markers(report.ROOT / name, "text")
 
 

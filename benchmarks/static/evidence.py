@@ -68,10 +68,10 @@ def kernels(arch: str, only: str) -> dict[str, Any]:
     return found
 
 
-def interpreted(only: str) -> dict[str, Any]:
-    """Traffic and launches, from a process where Triton interprets."""
+def interpreted(only: str, *, rivals: bool = False) -> dict[str, Any]:
+    """Traffic and launches, or the bytes of the rivals' calls, from a process where Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(INTERPRETED), only]
+    command = [sys.executable, str(INTERPRETED), only, *(["--rivals"] if rivals else [])]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -106,10 +106,30 @@ def write(path: Path, text: str) -> None:
 
 
 def compared(archs: tuple[str, ...]) -> dict[str, Any]:
-    """Figures of the rivals' kernels that are installed, and of ours for the same calls."""
+    """Figures of the rivals' kernels that are installed, of ours for the same calls, and the comparison of the two."""
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        by_arch = list(pool.map(rivals.compare, archs, itertools.repeat(unit_of)))
-    return {"versions": rivals.versions(), "kernels": dict(zip(archs, by_arch, strict=True))}
+        moved = pool.submit(interpreted, "", rivals=True)
+        by_arch = dict(zip(archs, pool.map(rivals.compare, archs, itertools.repeat(unit_of)), strict=True))
+        counted = moved.result()
+    return {
+        "versions": rivals.versions(),
+        "kernels": {arch: found["kernels"] for arch, found in by_arch.items()},
+        "rows": {arch: rivals.table_of(found["rows"], counted) for arch, found in by_arch.items()},
+    }
+
+
+def rival_table(rows: dict[str, Any]) -> list[str]:
+    """Lines of text: a contender of a row each."""
+    lines = [f"{'':40} {'':24} instr  over minimum bytes  ours lower in"]
+    for row, by_whose in sorted(rows.items()):
+        for whose, found in sorted(by_whose.items(), key=lambda item: (item[0] != "fastbert", item[0])):
+            verdict = (
+                f"{found['lower'] or 'neither'}: {found['reason']}" if "reason" in found else found.get("lower", "")
+            )
+            lines.append(
+                f"{row:40} {whose:24} {found['instructions']:6.2f} {found['bytes'] / found['minimum']:18.3f}  {verdict}"
+            )
+    return lines
 
 
 def kernel_table(by_name: dict[str, Any]) -> list[str]:
@@ -135,6 +155,8 @@ def table(evidence: Evidence) -> str:
         lines += [f"{arch}: for a unit of work (a score, an element of the result)", *kernel_table(by_name), ""]
     for arch, by_name in evidence.get("rivals", {}).get("kernels", {}).items():
         lines += [f"{arch}, beside rivals: {evidence['rivals']['versions']}", *kernel_table(by_name), ""]
+    for arch, rows in evidence.get("rivals", {}).get("rows", {}).items():
+        lines += [f"{arch}, ours against rivals", *rival_table(rows), ""]
     sections = {section: evidence[section] for section in ("traffic", "launches")}
     sections |= {f"tiles, {arch}": by_name for arch, by_name in evidence["tiles"].items()}
     for section, by_name in sections.items():
@@ -159,7 +181,9 @@ def main() -> None:
         evidence["rivals"] = compared(archs)
         missing = set(rivals.PACKAGES) - set(evidence["rivals"]["versions"])
         for package in sorted(missing):
-            print(f"{package} is not installed: its kernels are left out", file=sys.stderr)
+            print(
+                f"{package} is not there: its kernels are left out; docs/static.md says how to get it", file=sys.stderr
+            )
     print(table(evidence))
     if arguments.json:
         write(arguments.json, dump(evidence))

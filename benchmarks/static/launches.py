@@ -36,20 +36,24 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
+def is_computed(func: Any, out: Any) -> bool:
+    """Whether a call of torch would launch a kernel on a GPU: all but views, allocations and empty results."""
+    is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+    is_empty = isinstance(out, torch.Tensor) and out.numel() == 0
+    return func.namespace == "aten" and not (is_view or is_empty or func.overloadpacket.__name__ in ALLOCATIONS)
+
+
 class TorchCalls(TorchDispatchMode):
-    """Counts the calls of torch that would launch a kernel on a GPU: all but views, allocations and empty results."""
+    """Counts the calls of torch that would launch a kernel on a GPU."""
 
     def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
         self.counts = counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
         out = func(*args, **(kwargs or {}))
-        is_empty = isinstance(out, torch.Tensor) and out.numel() == 0
-        if func.namespace == "aten" and not (is_view or is_empty or name in ALLOCATIONS):
-            self.counts[name] += 1
+        if is_computed(func, out):
+            self.counts[func.overloadpacket.__name__] += 1
         return out
 
 

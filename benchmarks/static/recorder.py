@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 from fastbert.errors import BackendError
@@ -48,7 +49,8 @@ def recorded() -> Iterator[list[Launch]]:
     def launch(self: GridExecutor, *args: Any, **options: Any) -> None:
         tensors = [arg for arg in (*args, *options.values()) if isinstance(arg, Tensor)]
         launches.append(Launch(self.fn.__name__, tensors))
-        run(self, *args, **options)
+        with _disable_current_modes():  # the interpreter's own calls of torch are nobody's
+            run(self, *args, **options)
 
     def masked_load(self: InterpreterBuilder, ptrs: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
         launches[-1].loads.append(_active(ptrs, mask))

@@ -71,10 +71,10 @@ def calls() -> Iterator[Case]:
             yield from pool(how, normalise)
 
 
-def attention(name: str, lengths: tuple[int, ...]) -> Iterator[Case]:
-    """The forward as training runs it, and the backward; buffers go on behind the tokens."""
+def attention(name: str, lengths: tuple[int, ...], slack: int = SLACK) -> Iterator[Case]:
+    """The forward as training runs it, and the backward; buffers go on behind the tokens by `slack` rows."""
     packing = Packing.from_lengths(torch.tensor(lengths))
-    tokens, rows = packing.tokens, packing.tokens + SLACK
+    tokens, rows = packing.tokens, packing.tokens + slack
     qkv, dout = _states(rows, 3, HEADS, HEAD_DIM), _states(rows, HEADS, HEAD_DIM)
     forward = launch.attention_forward(
         HEAD_DIM, DTYPE, packing.max_seqlen, rows=rows, batch=packing.batch, extras=False, target=TARGET
@@ -191,9 +191,9 @@ def figures(case: Case) -> dict[str, float]:
         case.run()
     moved = {
         "loaded": sum(_bytes(each.loads) for each in launches),
-        "loaded_once": sum(_bytes_once(each.loads) for each in launches),
+        "loaded_once": sum(bytes_once(each.loads) for each in launches),
         "stored": sum(_bytes(each.stores) for each in launches),
-        "stored_once": sum(_bytes_once(each.stores) for each in launches),
+        "stored_once": sum(bytes_once(each.stores) for each in launches),
     }
     return {
         **moved,
@@ -209,7 +209,8 @@ def _bytes(accesses: list[tuple[np.ndarray, int]]) -> int:
     return sum(len(addresses) * size for addresses, size in accesses)
 
 
-def _bytes_once(accesses: list[tuple[np.ndarray, int]]) -> int:
+def bytes_once(accesses: list[tuple[np.ndarray, int]]) -> int:
+    """Bytes of different addresses."""
     sizes = {size for _, size in accesses}
     return sum(size * len(np.unique(np.concatenate([a for a, s in accesses if s == size]))) for size in sizes)
 
