@@ -166,7 +166,14 @@ class QuantizedEncoder(Encoder):
         """Raise ArgumentError: the weights are not Hugging Face's any more."""
         raise ArgumentError("encoder", "a quantized one", "the encoder that it was made of")
 
-    def run(self, x: Tensor, packing: Packing, bias: Tensor | None = None, read: Tensor | None = None) -> list[Tensor]:
+    def run(
+        self,
+        x: Tensor,
+        packing: Packing,
+        bias: Tensor | None = None,
+        read: Tensor | None = None,
+        unpack: bool = False,
+    ) -> list[Tensor]:
         """As `Encoder.run`.
 
         Raises:
@@ -180,4 +187,6 @@ class QuantizedEncoder(Encoder):
         for i, layer in enumerate(self.layers):
             x, quantized = layer(states[-1], quantized, packing, bias, read if i + 1 == len(self.layers) else None)
             states.append(x)
+        if unpack:
+            states[-1] = packing.unpack(states[-1])
         return states
