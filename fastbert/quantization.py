@@ -172,6 +172,7 @@ class QuantizedEncoder(Encoder):
         packing: Packing,
         bias: Tensor | None = None,
         read: Tensor | None = None,
+        *,
         unpack: bool = False,
     ) -> list[Tensor]:
         """As `Encoder.run`.
