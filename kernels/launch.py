@@ -394,7 +394,7 @@ ATTENTION_BACKWARD_KEY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardKey] 
     ("cdna", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
     ("cdna", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
     ("rdna", "half", 32): AttentionBackwardKey(16, 64, 4, 1),
-    ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1),
+    ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1, SPLIT_TAIL=False),
 }
 ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = {
     ("ampere", "half", 32): AttentionBackwardKey(32, 128, 4, 1, ONE_PASS=True),
@@ -423,6 +423,7 @@ ATTENTION_BACKWARD_BIAS |= {
     for (family, kind, block_d), choice in ATTENTION_BACKWARD_BIAS.items()
     if family == "hopper"
 }
+ATTENTION_BACKWARD_BIAS["blackwell", "half", 64] = AttentionBackwardBias(64, 32, 4, 1, maxnreg=255)
 # In float32 NVIDIA's assembler would rather spill a few registers than take all there are.
 _BACKWARD: list[dict[tuple[str, str, int], Any]] = [
     ATTENTION_BACKWARD_QUERY,
