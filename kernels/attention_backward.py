@@ -471,10 +471,6 @@ def attention_backward_bias_kernel(
     seed = seed_ptr
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    bias_ptr += tl.cast(first_row, tl.int64) * bias_stride_row + tl.cast(first_column, tl.int64) * bias_stride_column
-    bias_offsets = tl.arange(0, BLOCK_M)[:, None] * bias_stride_row + (
-        tl.arange(0, BLOCK_N)[None, :] * bias_stride_column
-    )  # [BLOCK_M, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.range(0, count):
         sequence = first_sequence + i // heads_shared
@@ -502,6 +498,8 @@ def attention_backward_bias_kernel(
             delta = tl.load(pair_ptrs + 1, mask=mask_rows, other=0.0)  # [BLOCK_M]
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             bias_base = tl.cast(sequence, tl.int64) * bias_stride_sequence + tl.cast(head, tl.int64) * bias_stride_head
+            bias_rows = rows.to(tl.int64)[:, None] * bias_stride_row
+            bias_offsets = bias_rows + columns.to(tl.int64)[None, :] * bias_stride_column  # [BLOCK_M, BLOCK_N]
             weights = weights_from_lse(
                 scores, minus_lse[:, None], bias_ptr + bias_base, bias_offsets, rows[:, None], columns[None, :], seqlen,
                 scale, window, slope, True, True, HAS_ALIBI, HAS_WINDOW,
@@ -509,10 +507,9 @@ def attention_backward_bias_kernel(
             dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if HAS_DROPOUT:
                 keep = keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK_N)
-                dweights = tl.where(keep, dweights, 0.0)
+                dweights = tl.where(keep, dweights * drop_scale, 0.0)
+                delta = delta * drop_scale
             acc += weights * (dweights - delta[:, None])
-    if HAS_DROPOUT:
-        acc = acc * drop_scale
     mask = (rows < max_seqlen)[:, None] & (columns < max_seqlen)[None, :]
     grad_ptr = dbias_ptr + tl.cast(place, tl.int64) * max_seqlen * max_seqlen
     grad_ptrs = grad_ptr + rows.to(tl.int64)[:, None] * max_seqlen + columns[None, :]

@@ -301,13 +301,14 @@ ATTENTION_FORWARD["blackwell", "half", 128] = ATTENTION_FORWARD["hopper", "half"
 # By arch, before those of its family: this spills on sm_86, sm_89 and sm_120, which are of the family too.
 ATTENTION_FORWARD["sm_80", "half", 128] = {"default": AttentionForward(128, 32, 4, 2, SPLIT_TAIL=False)}
 
-# (family, kind of dtype, BLOCK_D) -> choice; ANY stands for the families without an entry of their own; None where no
-# tile fits. On CDNA a wave takes 32 rows of what a program owns: with fewer, two waves would compute the same.
+# (family or target, kind of dtype, BLOCK_D) -> choice; ANY stands for those without an entry of their own; None where
+# no tile fits. On CDNA a wave takes 32 rows of what a program owns: with fewer, two waves would compute the same.
 ANY = "any"
 ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
     ("ampere", "half", 16): AttentionBackwardQuery(128, 32, 4, 2),
     ("ampere", "half", 32): AttentionBackwardQuery(128, 32, 4, 2),
     ("ampere", "half", 64): AttentionBackwardQuery(128, 32, 4, 1),
+    ("sm_120", "half", 64): AttentionBackwardQuery(64, 32, 4, 2),
     ("ampere", "half", 128): AttentionBackwardQuery(128, 32, 8, 2),
     ("ampere", "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
     ("hopper", "half", 16): AttentionBackwardQuery(64, 64, 4, 3),
@@ -336,7 +337,7 @@ ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
 ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] = {
     ("ampere", "half", 16): AttentionBackwardKey(32, 128, 4, 2),
     ("ampere", "half", 32): AttentionBackwardKey(32, 128, 4, 2),
-    ("ampere", "half", 64): AttentionBackwardKey(16, 128, 4, 2),
+    ("ampere", "half", 64): AttentionBackwardKey(16, 128, 4, 1),
     ("ampere", "half", 128): AttentionBackwardKey(16, 128, 8, 1),
     ("ampere", "half", 256): AttentionBackwardKey(32, 32, 8, 1),
     ("hopper", "half", 16): AttentionBackwardKey(64, 64, 4, 1),
@@ -374,22 +375,24 @@ ATTENTION_BACKWARD_QUERY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardQue
     (ANY, "half", 128): AttentionBackwardQuery(64, 32, 8, 1),
     (ANY, "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
     ("ampere", "half", 32): AttentionBackwardQuery(64, 32, 4, 1, maxnreg=255),
+    ("sm_120", "half", 64): AttentionBackwardQuery(64, 32, 4, 1, SPLIT_TAIL=False),
     ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
     ("cdna", "half", 128): AttentionBackwardQuery(64, 16, 8, 1),
     ("cdna", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
-    ("rdna", "half", 64): AttentionBackwardQuery(64, 32, 8, 1),
+    ("rdna", "half", 64): AttentionBackwardQuery(64, 16, 4, 1, SPLIT_TAIL=False),
 }
 ATTENTION_BACKWARD_KEY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardKey] = {
     (ANY, "half", 16): AttentionBackwardKey(32, 64, 4, 1),
     (ANY, "half", 32): AttentionBackwardKey(32, 64, 4, 1),
-    (ANY, "half", 64): AttentionBackwardKey(32, 64, 4, 1),
-    (ANY, "half", 128): AttentionBackwardKey(32, 64, 8, 1),
-    (ANY, "half", 256): AttentionBackwardKey(32, 32, 8, 1),
+    (ANY, "half", 64): AttentionBackwardKey(32, 64, 4, 1, SPLIT_TAIL=False),
+    (ANY, "half", 128): AttentionBackwardKey(32, 64, 8, 1, SPLIT_TAIL=False),
+    (ANY, "half", 256): AttentionBackwardKey(32, 32, 8, 1, SPLIT_TAIL=False),
     ("ampere", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("ampere", "half", 32): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("ampere", "half", 64): AttentionBackwardKey(16, 64, 4, 1, maxnreg=255),
     ("ampere", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
     ("blackwell", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
+    ("blackwell", "half", 64): AttentionBackwardKey(32, 64, 4, 1, SPLIT_TAIL=False, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
     ("cdna", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
     ("cdna", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
@@ -821,9 +824,9 @@ def family(target: Target) -> str:
 
 
 def _of_family(table: dict[tuple[str, str, int], Choice], target: Target, kind: str, block_d: int) -> Choice:
-    """The entry of the target's family, or that of any."""
-    own = (family(target), kind, block_d)
-    return table[own if own in table else (ANY, kind, block_d)]
+    """The entry of the target itself, else that of its family, else that of any."""
+    keys = ((owner, kind, block_d) for owner in (target.arch, family(target), ANY))
+    return table[next(key for key in keys if key in table)]
 
 
 TUNED = read_tuned(Path(__file__).with_name("tuned.json"))
