@@ -342,7 +342,7 @@ ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] 
     ("ampere", "half", 256): AttentionBackwardKey(32, 32, 8, 1),
     ("hopper", "half", 16): AttentionBackwardKey(64, 64, 4, 1),
     ("hopper", "half", 32): AttentionBackwardKey(64, 64, 4, 1),
-    ("hopper", "half", 64): AttentionBackwardKey(32, 64, 4, 1, maxnreg=128),
+    ("hopper", "half", 64): AttentionBackwardKey(32, 64, 4, 1),
     ("hopper", "half", 128): AttentionBackwardKey(32, 128, 8, 1),
     ("hopper", "half", 256): AttentionBackwardKey(32, 32, 8, 1),
     ("blackwell", "half", 16): AttentionBackwardKey(64, 64, 4, 1),
@@ -403,7 +403,7 @@ ATTENTION_BACKWARD_ONE_PASS: dict[tuple[str, str, int], AttentionBackwardKey] = 
     ("ampere", "half", 32): AttentionBackwardKey(32, 128, 4, 1, ONE_PASS=True),
     ("ampere", "half", 64): AttentionBackwardKey(16, 128, 4, 1, ONE_PASS=True),
     ("hopper", "half", 32): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
-    ("hopper", "half", 64): AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True),
+    ("hopper", "half", 64): AttentionBackwardKey(64, 128, 8, 1, SPLIT_TAIL=False, ONE_PASS=True),
 }
 ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
     (ANY, "half", 16): AttentionBackwardBias(64, 16, 4, 1),
