@@ -162,16 +162,14 @@ def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) 
 
     A zero-length sequence gives zeros. With `normalise` each is divided by its norm, or by 1e-12 if that is larger.
     """
-    hidden = x.shape[-1]
     sequences = x[: packing.tokens].split(packing.lengths.tolist())
-    empty = x.new_zeros(hidden)
     reduce: dict[Pooling, Callable[[Tensor], Tensor]] = {
         "cls": lambda rows: rows[0],
         "mean": lambda rows: rows.mean(0),
         "max": lambda rows: rows.amax(0),
     }
-    rows = [reduce[how](sequence) if len(sequence) else empty for sequence in sequences]
-    pooled = torch.stack(rows) if rows else x.new_zeros(0, hidden)
+    rows = [reduce[how](sequence) if len(sequence) else sequence.sum(0) for sequence in sequences]
+    pooled = torch.stack(rows) if rows else x[:0]
     return pooled / pooled.norm(dim=-1, keepdim=True).clamp(min=1e-12) if normalise else pooled
 
 

@@ -172,7 +172,7 @@ def pool_backward_kernel(
             acc_largest = largest
         total = tl.reduce(acc_largest, 0, larger)
         count = tl.sum(tl.where(same(acc_largest, total[None, :]), acc_count, 0.0), 0)
-        dpooled /= tl.maximum(count, 1.0)  # a masked column has none
+        dpooled /= larger(count, 1.0)  # a masked column has none
 
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)

@@ -30,7 +30,8 @@ for name in kernel.arg_names:
     if name in constants:
         signature[name] = "constexpr"
     elif name.endswith("_ptr"):
-        signature[name] = "*i64" if "ids" in name or "seed" in name or "rows" in name else "*fp16"
+        integers = {"cu_seqlens_ptr": "*i32", "seed_ptr": "*i64", "out_rows_ptr": "*i64"}
+        signature[name] = integers.get(name, "*i64" if "ids" in name else "*fp16")
     else:
         signature[name] = "fp32" if name in ("eps", "drop_scale") else "i32"
 constants = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in signature}
@@ -52,7 +53,7 @@ def compiled(kernel, tmp_path):
 @pytest.mark.parametrize(
     ("kernel", "strides"),
     [
-        ("layer_norm_forward_kernel", 3),
+        ("layer_norm_forward_kernel", 4),
         ("bias_gelu_forward_kernel", 2),
         ("embedding_forward_kernel", 4),
         ("layer_norm_backward_kernel", 3),

@@ -130,7 +130,10 @@ def ours(target: Target, unit_of: Callable[[Launch], int]) -> Iterator[Contender
             layer_norm_forward, x, parameter, parameter.clone(), residual=residual, x_bias=x_bias, eps=1e-12,
             store_stats=True,
         )  # fmt: skip
-        backward = partial(layer_norm_backward, x.clone(), x, parameter, residual, x_bias, statistic, statistic.clone())
+        backward = partial(
+            layer_norm_backward, x.clone(), x, parameter, statistic, statistic.clone(),
+            residual=residual is not None, x_bias=x_bias is not None,
+        )  # fmt: skip
         yield Contender(f"layer_norm 768{name}", "fastbert", forward, unit_of)
         yield Contender(f"layer_norm backward 768{name}", "fastbert", backward, unit_of)
     x, bias = _states(ROWS, WIDTH), _states(WIDTH)

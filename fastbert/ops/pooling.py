@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch
-from fastbert.ops.common import check_rows, wants_gradient
+from fastbert.ops.common import check_rows, launched, wants_gradient
 from fastbert.packing import Packing
 from fastbert.reference import Pooling
 
@@ -43,7 +43,7 @@ def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) 
     if len(x) > packing.tokens:  # a slice of all rows would cost its gradient a copy
         x = x[: packing.tokens]
     if backend.uses_triton("pool", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
-        return pool_forward(x, packing.cu_seqlens, how, normalise, wants_gradient(x))[0]
+        return launched(pool_forward, x)(x, packing.cu_seqlens, how, normalise, wants_gradient(x))[0]
     pooled = _pool_torch(x, packing, how)
     return F.normalize(pooled) if normalise else pooled
 
@@ -63,13 +63,32 @@ def _pool_torch(x: Tensor, packing: Packing, how: Pooling) -> Tensor:
     lengths = packing.lengths.long()
     if how == "cls":
         if packing.tokens == 0:
-            return x.new_zeros(packing.batch, x.shape[1], dtype=dtype)
+            return x.sum(0, dtype=dtype).expand(packing.batch, -1)
         return x.index_select(0, first_rows(packing)).to(dtype).masked_fill((lengths == 0)[:, None], 0.0)
     x = x.to(dtype)
     if how == "mean":
         return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True) / lengths.clamp(min=1)[:, None]
-    largest = torch.segment_reduce(x, "max", lengths=lengths, unsafe=True)
+    largest: Tensor = _Maximum.apply(x, lengths)  # type: ignore[no-untyped-call]
     return largest.masked_fill((lengths == 0)[:, None], 0.0)
+
+
+class _Maximum(torch.autograd.Function):
+    """The maximum of each sequence. Rows that share it share its gradient; torch's shares only positive ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        largest = torch.segment_reduce(x, "max", lengths=lengths, unsafe=True)
+        ctx.save_for_backward(x, lengths, largest)
+        return largest
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        x, lengths, largest = ctx.saved_tensors
+        each = largest.repeat_interleave(lengths, 0, output_size=len(x))
+        at = (x == each) | (x.isnan() & each.isnan())
+        count = torch.segment_reduce(at.to(x.dtype), "sum", lengths=lengths, unsafe=True)
+        share = (dout / count).repeat_interleave(lengths, 0, output_size=len(x))
+        return share.where(at, 0.0), None
 
 
 @torch.library.custom_op("fastbert::pool_forward", mutates_args=())
