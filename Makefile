@@ -13,9 +13,10 @@ INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 demo: $(INSTALLED)
 	.venv/bin/python examples/demo.py
 
-# All tests but the exhaustive offline compile. The script, and not `python -m pytest`, keeps this folder off sys.path.
+# All tests but the exhaustive offline compile, a process a core and each on one thread. The script, and not
+# `python -m pytest`, keeps this folder off sys.path.
 test: $(INSTALLED)
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal
 
 # Lint, format, types.
 check: $(INSTALLED)

@@ -53,7 +53,9 @@ PAGES = {
     "attention_backward": "attention backward",
     "layer_norm": "layer_norm",
     "bias_gelu": "bias_gelu",
+    "linear_gelu": "linear_gelu",
     "embedding": "embedding",
+    "pooling": "pool",
 }
 NOT_MEASURED = (
     "Not measured yet: nobody has run `make gpu` on a machine with a GPU. It measures all of the above there, beside "
@@ -295,6 +297,11 @@ def floors() -> dict[str, list[tuple[str, cost.Cost, int]]]:
         "bias_gelu": [
             ("forward, 1001 x 3072", cost.bias_gelu(tokens, 3072, half), ffn),
             ("backward, 1001 x 3072", cost.bias_gelu_backward(tokens, 3072, half), ffn),
+        ],
+        "linear_gelu": [("forward, 1001 x 3072 of depth 768", cost.linear_gelu(tokens, 768, 3072, half), ffn)],
+        "pooling": [
+            (f"{how}, {len(lengths)} sequences, 768 columns", cost.pool(lengths, 768, half, how=how), state)
+            for how in ("cls", "mean", "max")
         ],
         "embedding": [
             ("forward, 1001 x 768", cost.embedding(tokens, 768, half, **entries), state),

@@ -147,7 +147,7 @@ def attention_backward() -> str:
             [50, 50, 50, 24],
             "...m ooom mmmm",
             ((8, 90), (168, 90)),
-            ["Q, dO, O, lse", "K and V of each step", "dQ; delta, for the other kernel"],
+            ["Q, dO, O, lse", "K and V of each step", "dQ; (−lse, delta) for the other"],
         ),
         (
             "owns keys",
@@ -155,7 +155,7 @@ def attention_backward() -> str:
             [50, 50, 50, 24],
             ".o.m .o.m mmmm",
             ((75, 8), (75, 144)),
-            ["K, V", "Q, dO, lse, delta of each step", "dK, dV"],
+            ["K, V", "Q, dO, (−lse, delta) of each step", "dK, dV"],
         ),
         (
             "one pass: all keys in one tile",
@@ -216,14 +216,14 @@ def layer_norm() -> str:
             (OWNED, "z = residual + drop(x + x_bias)\nthe row stays in registers"),
             (OWNED, "mean = sum z / hidden\nvar = sum (z − mean)² / hidden"),
             (OWNED, "(z − mean)·rstd·weight + bias"),
-            (WRITTEN, "out; mean and rstd for training"),
+            (WRITTEN, "out; for training z, mean, rstd"),
         ],
     )
     picture.text(20, 200, "Sums over a warp are")
     picture.text(20, 216, "shuffles: no shared memory,")
     picture.text(20, 232, "no barrier.")
     rows_strided(picture, 460, 60, "dweight, dbias,\ndx_bias")
-    picture.text(460, 250, "One row: z again from x and residual, normal = (z − mean)·rstd,")
+    picture.text(460, 250, "One row: z as the forward stored it, normal = (z − mean)·rstd,")
     picture.text(460, 268, "dx = rstd·(g − mean g − n·mean(g·n)), g = dout·weight, n = normal.")
     return picture.svg()
 
@@ -294,12 +294,65 @@ def embedding() -> str:
     return picture.svg()
 
 
+def pooling() -> str:
+    """Forward, without the norm and with it."""
+    picture = Picture(900, 330)
+    for x, title, owned in ((20, "a program: a sequence's line of columns", 1), (330, "of length 1: all columns", 4)):
+        picture.text(x, 32, title, bold=True)
+        picture.text(x, 52, "x [tokens, hidden]: sequences A, B, C")
+        grid(picture, x, 60, [20] * 2, [60] * 4, "." * 8)
+        grid(picture, x, 100, [20] * 3, [60 * owned] * (4 // owned), ("o" if owned == 4 else "rorr") * 3)
+        grid(picture, x, 160, [20], [60] * 4, "." * 4)
+        picture.arrow((x + 30 + 60 * (owned == 1), 104), (x + 30 + 60 * (owned == 1), 214))
+        picture.box(x, 216, 240, 22, WRITTEN, "one float32 row for B")
+    picture.steps(
+        640,
+        60,
+        220,
+        [
+            (READ, "ROWS rows a step, once"),
+            (OWNED, "sum, maximum or first row\nfloat32, a lane its own rows"),
+            (OWNED, "over the lanes; / length; / norm"),
+            (WRITTEN, "out [batch, hidden]"),
+        ],
+    )
+    picture.text(20, 272, "Empty sequences give zeros. A maximum keeps NaN. Nothing is added by atomics.")
+    return picture.svg()
+
+
+def linear_gelu() -> str:
+    """The order of tiles, and one tile."""
+    picture = Picture(900, 360)
+    picture.text(20, 32, "tiles of the result [rows, out]", bold=True)
+    picture.text(20, 52, "GROUP_M rows of tiles at a time, down their columns")
+    for row in range(6):
+        for column in range(5):
+            number = row // 3 * 15 + column * 3 + row % 3
+            picture.box(20 + 54 * column, 60 + 36 * row, 54, 36, OWNED if number % 8 == 2 else PLAIN, str(number))
+    picture.text(20, 298, "Programs, as many as run at once, stride over the tiles: here every eighth.")
+    picture.steps(
+        430,
+        60,
+        330,
+        [
+            (READ, "x [BLOCK_M, BLOCK_K], weight [BLOCK_N, BLOCK_K]\nof each step of the depth"),
+            (OWNED, "acc += x weightᵀ, matrix unit, float32"),
+            (WRITTEN, "for training: acc, without the bias"),
+            (OWNED, "GELU(acc + bias)"),
+            (WRITTEN, "out, rounded once"),
+        ],
+    )
+    return picture.svg()
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention_backward": attention_backward,
     "layer_norm": layer_norm,
     "bias_gelu": bias_gelu,
+    "linear_gelu": linear_gelu,
     "embedding": embedding,
+    "pooling": pooling,
 }
 
 
