@@ -86,8 +86,8 @@ _SUMS = (
 _LEAST = "Both read and write each tensor once; there is no less."
 _TABLES = "Both read and write each tensor once; of ours the lengths and the table of tiles are counted too."
 _MOMENTS = (
-    "Both read and write each tensor once. In training ours takes the moments twice: of the exact sum for the result, of "
-    "the rounded one, which the backward reads, for that."
+    "Both read and write each tensor once. In training ours takes the moments twice: of the exact sum for the result, "
+    "of the rounded one, which the backward reads, for that."
 )
 REASONS: dict[tuple[str, str], str] = {
     ("layer_norm 768", "liger-kernel"): _LEAST,
