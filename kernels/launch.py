@@ -291,6 +291,9 @@ ATTENTION_FORWARD |= {
     if family == "hopper"
 }
 ATTENTION_FORWARD["blackwell", "half", 16] = {"default": AttentionForward(64, 32, 4, 2)}
+ATTENTION_FORWARD["blackwell", "half", 32] = ATTENTION_FORWARD["hopper", "half", 32] | {
+    "aligned": AttentionForward(64, 64, 4, 2),
+}
 ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half", 64] | {
     "aligned": AttentionForward(128, 64, 4, 2),
     "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
