@@ -378,7 +378,7 @@ ATTENTION_BACKWARD_QUERY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardQue
     (ANY, "half", 128): AttentionBackwardQuery(64, 32, 8, 1),
     (ANY, "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
     ("ampere", "half", 32): AttentionBackwardQuery(64, 32, 4, 1, maxnreg=255),
-    ("sm_120", "half", 64): AttentionBackwardQuery(64, 32, 4, 1, SPLIT_TAIL=False),
+    ("sm_120", "half", 64): AttentionBackwardQuery(64, 32, 4, 1, SPLIT_TAIL=False, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
     ("cdna", "half", 128): AttentionBackwardQuery(64, 16, 8, 1),
     ("cdna", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
