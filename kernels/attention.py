@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
-from fastbert.kernels.pieces import keep_mask
+from fastbert.kernels.pieces import keep_mask, load_rows
 
 LOG2E = math.log2(math.e)
 
@@ -54,21 +54,9 @@ def attend_block(
 ):
     """One block of keys folded into the running softmax; `start` is its first column."""
     columns = start + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
     mask_columns = columns < seqlen
-    if MASKED and HEAD_DIM != BLOCK_D:
-        mask_tile = mask_columns[:, None] & (dims < HEAD_DIM)[None, :]
-        key = tl.load(key_ptr + tile_offsets, mask=mask_tile, other=0.0)  # [BLOCK_N, BLOCK_D]
-        value = tl.load(value_ptr + tile_offsets, mask=mask_tile, other=0.0)  # [BLOCK_N, BLOCK_D]
-    elif MASKED:
-        key = tl.load(key_ptr + tile_offsets, mask=mask_columns[:, None], other=0.0)  # [BLOCK_N, BLOCK_D]
-        value = tl.load(value_ptr + tile_offsets, mask=mask_columns[:, None], other=0.0)  # [BLOCK_N, BLOCK_D]
-    elif HEAD_DIM != BLOCK_D:
-        key = tl.load(key_ptr + tile_offsets, mask=(dims < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
-        value = tl.load(value_ptr + tile_offsets, mask=(dims < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
-    else:
-        key = tl.load(key_ptr + tile_offsets)  # [BLOCK_N, BLOCK_D]
-        value = tl.load(value_ptr + tile_offsets)  # [BLOCK_N, BLOCK_D]
+    key = load_rows(key_ptr + tile_offsets, mask_columns, MASKED, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    value = load_rows(value_ptr + tile_offsets, mask_columns, MASKED, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if HAS_BIAS:
@@ -169,15 +157,11 @@ def attention_forward_kernel(
     lanes = tl.arange(0, BLOCK_M)
     rows = first_row + lanes
     dims = tl.arange(0, BLOCK_D)
-    mask_rows = rows < seqlen
-    mask_query = mask_rows[:, None]
-    if HEAD_DIM != BLOCK_D:
-        mask_query = mask_query & (dims < HEAD_DIM)[None, :]
     sequence_ptr = qkv_ptr + begin.to(tl.int64) * qkv_stride_row + head.to(tl.int64) * qkv_stride_head
     # Only scalar bases are 64-bit: a tile's own offsets fit 32 bits (`target.aligned` sees to it) and save registers.
     query_ptr = sequence_ptr + first_row.to(tl.int64) * qkv_stride_row
     query_offsets = lanes[:, None] * qkv_stride_row + dims[None, :]
-    query = tl.load(query_ptr + query_offsets, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+    query = load_rows(query_ptr + query_offsets, rows < seqlen, True, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
 
     if HAS_WINDOW:
         first_key = tl.maximum(first_row - window, 0) // BLOCK_N * BLOCK_N
@@ -210,27 +194,20 @@ def attention_forward_kernel(
     begin_tail = first_key
     if SPLIT_TAIL:
         begin_tail = end_key // BLOCK_N * BLOCK_N
-        for start in tl.range(first_key, begin_tail, BLOCK_N):
+    for masked in tl.static_range(0 if SPLIT_TAIL else 1, 2):  # full blocks of keys, then the masked tail
+        begin_loop = begin_tail if masked else first_key
+        end_loop = end_key if masked else begin_tail
+        # A tail is one block, so there is nothing to pipeline: its buffers' addresses would only take registers.
+        for start in tl.range(begin_loop, end_loop, BLOCK_N, num_stages=1 if SPLIT_TAIL and masked else None):
             acc, row_max, row_sum = attend_block(
                 acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen,
                 rows, scale_log2e, slope_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N,
-                BLOCK_D, False, HAS_BIAS, HAS_ALIBI, HAS_WINDOW, HAS_DROPOUT, PRECISION,
+                BLOCK_D, masked, HAS_BIAS, HAS_ALIBI, HAS_WINDOW, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
             key_ptr += step
             value_ptr += step
             if HAS_BIAS:
                 bias_ptr += bias_step
-    # A tail is one block, so there is nothing to pipeline: its buffers' addresses would only take registers.
-    for start in tl.range(begin_tail, end_key, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
-        acc, row_max, row_sum = attend_block(
-            acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen, rows,
-            scale_log2e, slope_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N, BLOCK_D, True,
-            HAS_BIAS, HAS_ALIBI, HAS_WINDOW, HAS_DROPOUT, PRECISION,
-        )  # fmt: skip
-        key_ptr += step
-        value_ptr += step
-        if HAS_BIAS:
-            bias_ptr += bias_step
 
     inverse = 1.0 / row_sum
     if HAS_BIAS or HAS_WINDOW:  # a row that may attend nothing

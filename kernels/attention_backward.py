@@ -15,22 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
-from fastbert.kernels.pieces import keep_mask
-
-
-@triton.jit
-def load_rows(ptrs, mask_rows, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile `[rows, BLOCK_D]` of a head: 0 in columns beyond HEAD_DIM and, if MASKED, in rows not in `mask_rows`."""
-    mask_dims = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    if MASKED and HEAD_DIM != BLOCK_D:
-        tile = tl.load(ptrs, mask=mask_rows[:, None] & mask_dims, other=0.0)
-    elif MASKED:
-        tile = tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
-    elif HEAD_DIM != BLOCK_D:
-        tile = tl.load(ptrs, mask=mask_dims, other=0.0)
-    else:
-        tile = tl.load(ptrs)
-    return tile
+from fastbert.kernels.pieces import keep_mask, load_rows
 
 
 @triton.jit

@@ -56,8 +56,7 @@ def layer_norm(
 
     Returns:
         `[rows, hidden]` in the dtype of `x`, under autocast in its dtype; with `unpack` `[batch, seqlen, hidden]`, 0 at
-        padding. Sum and statistics are float32 (float64 for
-        float64), the variance in two passes.
+        padding. Sum and statistics are float32 (float64 for float64), the variance in two passes.
 
     Raises:
         ArgumentError: a shape, dtype, device or value is wrong.

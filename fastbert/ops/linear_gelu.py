@@ -83,10 +83,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, weight, bias, ctx.approximate, ctx.store_product = inputs
     _, product = output
     ctx.mark_non_differentiable(product)
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of the product
     ctx.save_for_backward(x, weight, bias, product)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 5
     if not ctx.store_product:
         raise BackendError(
             "linear_gelu_forward", "a gradient asked for after store_product=False", "store_product=True in the forward"

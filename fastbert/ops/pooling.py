@@ -143,12 +143,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, cu_seqlens, how, normalise, store_norm = inputs
     out, norm = output
     ctx.mark_non_differentiable(norm)
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of norm
     ctx.save_for_backward(out if normalise else None, norm, x if how == "max" else None, cu_seqlens)
     ctx.rows, ctx.dtype, ctx.how, ctx.normalise = len(x), x.dtype, how, normalise
     ctx.missing = normalise and not store_norm
 
 
-def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 5
     if ctx.missing:
         raise BackendError(
             "pool_forward", "a gradient asked for after store_norm=False", "store_norm=True in the forward"

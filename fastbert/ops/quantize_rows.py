@@ -14,7 +14,7 @@ from torch import Tensor
 from fastbert import backend, reference
 from fastbert.kernels import launch
 from fastbert.ops.bias_gelu import bias_gelu
-from fastbert.ops.common import check_rows
+from fastbert.ops.common import check_rows, launched
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.reference import Approximate
 
@@ -40,7 +40,7 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     """
     check_rows("x", x)
     if backend.uses_triton("quantize_rows", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
-        return QuantizedRows(*quantize_rows_forward(x))
+        return QuantizedRows(*launched(quantize_rows_forward, x)(x))
     return QuantizedRows(*reference.quantize_rows(x.float()))
 
 
@@ -53,7 +53,8 @@ def layer_norm_quantize(
         ArgumentError, BackendError: as `layer_norm`.
     """
     if backend.uses_triton("layer_norm_quantize", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
-        out, values, scale = layer_norm_quantize_forward(x, weight, bias, residual, x_bias, eps)
+        tensors = (x, weight, bias, residual, x_bias)
+        out, values, scale = launched(layer_norm_quantize_forward, *tensors)(*tensors, eps)
         return out, QuantizedRows(values, scale)
     out = layer_norm(x, weight, bias, residual=residual, x_bias=x_bias, eps=eps)
     return out, quantize_rows(out)
@@ -66,7 +67,7 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor, *, approximate: Approximate = "n
         ArgumentError, BackendError: as `bias_gelu`.
     """
     if backend.uses_triton("bias_gelu_quantize", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
-        return QuantizedRows(*bias_gelu_quantize_forward(x, bias, approximate))
+        return QuantizedRows(*launched(bias_gelu_quantize_forward, x, bias)(x, bias, approximate))
     return quantize_rows(bias_gelu(x, bias, approximate=approximate))
 
 
