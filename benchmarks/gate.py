@@ -1,4 +1,4 @@
-"""The performance gate: static evidence against the baseline, exactly, and against limits; ratios on this CPU.
+"""The performance gate: static evidence against the baseline and limits, exactly; speed and host time on this CPU.
 
     python benchmarks/gate.py [--update] [--base COMMIT] [--arch sm_90 ...] [--only REGEX] [--baseline FILE]
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -222,14 +224,25 @@ def speed(arguments: argparse.Namespace) -> list[str]:
     return reasons + (ratios.against(arguments.base, arguments.only) if arguments.base else [])
 
 
+def host(arguments: argparse.Namespace) -> list[str]:
+    """Measure the host time of a layer beside a rival's; a line on why the gate fails."""
+    if not re.search(arguments.only, "host time of a layer"):
+        return []
+    print("\nhost time of a layer", flush=True)
+    script = Path(__file__).resolve().parent / "host_time.py"
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ended = subprocess.run([sys.executable, str(script)], env=compiling).returncode
+    return [f"host time of a layer: {script.name} ended with {ended}"] if ended else []
+
+
 # Each prints its tables and returns a line for each reason to fail.
-CHECKS: tuple[Callable[[argparse.Namespace], list[str]], ...] = (static, speed)
+CHECKS: tuple[Callable[[argparse.Namespace], list[str]], ...] = (static, speed, host)
 
 
 def main() -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        description="Hold static evidence against the baseline, and speed on this CPU against a rival."
+        description="Hold static evidence against the baseline, and speed and host time on this CPU against a rival."
     )
     parser.add_argument("--update", action="store_true", help="write the baseline anew, whole")
     parser.add_argument("--base", metavar="COMMIT", help="also compare the speed on this CPU with that of a commit")

@@ -9,6 +9,7 @@ log2, so that the exponential is one `exp2` of one fused multiply-add. The grid 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
+from fastbert.kernels.dispatch import Prepared
 from fastbert.kernels.pieces import keep_mask, load_rows
 
 LOG2E = math.log2(math.e)
@@ -260,14 +262,39 @@ def attention_forward(
     Returns:
         out `[rows, heads, head_dim]` (rows of slack are left unwritten), and lse fp32 `[heads, rows]`, or `[heads, 0]`.
     """
-    rows, _, heads, head_dim = qkv.shape
     qkv = target.aligned(qkv)
     if bias is not None and max(bias.stride()[2:]) >= 1 << 22:  # as `aligned`: offsets in a tile are 32-bit
         bias = bias.contiguous()
-    out = torch.empty((rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((heads, rows if store_lse else 0), dtype=torch.float32, device=qkv.device)
-    if len(tiles) == 0:
-        return out, lse
+    run = prepare_attention_forward(
+        qkv, cu_seqlens, tiles, max_seqlen, scale=scale, bias=bias, alibi_slopes=alibi_slopes, window=window,
+        dropout=dropout, store_lse=store_lse,
+    )  # fmt: skip
+    return run(qkv, cu_seqlens, tiles, bias, alibi_slopes, seed)
+
+
+def prepare_attention_forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    tiles: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+    store_lse: bool = False,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`attention_forward` as a function of tensors that are as these but for their contents, 16-byte aligned.
+
+    It takes qkv, cu_seqlens, tiles, bias, alibi_slopes and seed; those left out at the end are None. An lse that it
+    need not store is the same empty tensor each time.
+    """
+    rows, _, heads, head_dim = qkv.shape
+    strides = *qkv.stride()[:3], heads * head_dim, head_dim, rows if store_lse else 1
+    bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
+    no_lse = None if store_lse else qkv.new_empty((heads, 0), dtype=torch.float32)
+    options = 0 if window is None else window, launch.drop_threshold(dropout), launch.drop_scale(dropout)
     choice = launch.attention_forward(
         head_dim,
         qkv.dtype,
@@ -278,34 +305,36 @@ def attention_forward(
         bias=bias is not None,
         target=target.of(qkv.device),
     )
-    with target.guard(qkv):
-        attention_forward_kernel[(len(tiles) * heads,)](
-            qkv,
-            out,
-            lse,
-            cu_seqlens,
-            tiles,
-            *qkv.stride()[:3],
-            *out.stride()[:2],
-            lse.stride(0),
-            heads,
-            scale * LOG2E,
-            bias,
-            *((0, 0, 0, 0) if bias is None else bias.stride()),
-            alibi_slopes,
-            0 if window is None else window,
-            seed,
-            launch.drop_threshold(dropout),
-            launch.drop_scale(dropout),
-            HEAD_DIM=head_dim,
-            BLOCK_D=launch.attention_block_d(head_dim),
-            HAS_BIAS=bias is not None,
-            HAS_ALIBI=alibi_slopes is not None,
-            HAS_WINDOW=window is not None,
-            HAS_DROPOUT=dropout > 0.0,
-            STORE_LSE=store_lse,
-            VECTOR=16 // qkv.element_size(),
-            PRECISION="ieee",
-            **launch.arguments(choice),
-        )
-    return out, lse
+    start = Prepared(
+        attention_forward_kernel,
+        (len(tiles) * heads, 1, 1),
+        HEAD_DIM=head_dim,
+        BLOCK_D=launch.attention_block_d(head_dim),
+        HAS_BIAS=bias is not None,
+        HAS_ALIBI=alibi_slopes is not None,
+        HAS_WINDOW=window is not None,
+        HAS_DROPOUT=dropout > 0.0,
+        STORE_LSE=store_lse,
+        VECTOR=16 // qkv.element_size(),
+        PRECISION="ieee",
+        **launch.arguments(choice),
+    )
+
+    def run(
+        qkv: Tensor,
+        cu_seqlens: Tensor,
+        tiles: Tensor,
+        bias: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        out = qkv.new_empty((rows, heads, head_dim))
+        lse = qkv.new_empty((heads, rows), dtype=torch.float32) if no_lse is None else no_lse
+        if len(tiles) > 0:
+            start(
+                qkv, out, lse, cu_seqlens, tiles, *strides, heads, scale * LOG2E, bias, *bias_strides, alibi_slopes,
+                options[0], seed, *options[1:],
+            )  # fmt: skip
+        return out, lse
+
+    return run

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
+from fastbert.kernels.dispatch import dispatch
 from fastbert.kernels.pieces import keep_mask, load_rows
 
 
@@ -539,7 +540,7 @@ def attention_backward(
     if bias is not None and max(bias.stride()[2:]) >= 1 << 22:  # as in attention.py
         bias = bias.contiguous()
     dout = dout if dout.stride() == out.stride() else dout.contiguous()
-    dqkv = torch.empty((rows, 3, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    dqkv = qkv.new_empty((rows, 3, heads, head_dim))
     dqkv[tokens:] = 0
     dbias = None if dbias_shape is None else torch.zeros(dbias_shape, dtype=torch.float32, device=qkv.device)
     if tokens == 0:
@@ -560,29 +561,31 @@ def attention_backward(
     }
     strides_bias = (0, 0, 0, 0) if bias is None else bias.stride()
     scalars = (scale, 0 if window is None else window, launch.drop_threshold(dropout), launch.drop_scale(dropout))
-    row_pairs = None if by_key.ONE_PASS else torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
-    with target.guard(qkv):
-        if not by_key.ONE_PASS:
-            by_query = launch.attention_backward_query(head_dim, qkv.dtype, extras=extras, target=here)
-            attention_backward_query_kernel[(len(query_tiles) * heads,)](
-                qkv, out, dout, lse, row_pairs, dqkv, bias, alibi_slopes, seed, cu_seqlens, query_tiles,
-                *qkv.stride()[:3], *out.stride()[:2], dqkv.stride(0), dqkv.stride(2), lse.stride(0),
-                *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_query),
-            )  # fmt: skip
-        attention_backward_key_kernel[(len(key_tiles) * heads,)](
-            qkv, out, dout, lse, row_pairs, dqkv, bias, alibi_slopes, seed, cu_seqlens, key_tiles,
-            *qkv.stride()[:3], *out.stride()[:2], *dqkv.stride()[:3], lse.stride(0),
-            *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_key),
+    row_pairs = None if by_key.ONE_PASS else lse.new_empty((*lse.shape, 2), dtype=torch.float32)
+    if not by_key.ONE_PASS:
+        by_query = launch.attention_backward_query(head_dim, qkv.dtype, extras=extras, target=here)
+        dispatch(
+            attention_backward_query_kernel, (len(query_tiles) * heads, 1, 1),
+            qkv, out, dout, lse, row_pairs, dqkv, bias, alibi_slopes, seed, cu_seqlens, query_tiles,
+            *qkv.stride()[:3], *out.stride()[:2], dqkv.stride(0), dqkv.stride(2), lse.stride(0),
+            *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_query),
         )  # fmt: skip
-        if bias is not None and dbias is not None:
-            by_bias = launch.attention_backward_bias(head_dim, qkv.dtype, here)
-            full = torch.empty((*dbias.shape[:2], max_seqlen, max_seqlen), dtype=torch.float32, device=qkv.device)
-            tiles = triton.cdiv(max_seqlen, by_bias.BLOCK_M) * triton.cdiv(max_seqlen, by_bias.BLOCK_N)
-            attention_backward_bias_kernel[(full.shape[0] * full.shape[1] * tiles,)](
-                qkv, dout, row_pairs, full, bias, alibi_slopes, seed, cu_seqlens,
-                *qkv.stride()[:3], *out.stride()[:2], lse.stride(0), *strides_bias,
-                len(cu_seqlens) - 1, heads, max_seqlen, *scalars,
-                ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **launch.arguments(by_bias),
-            )  # fmt: skip
-            dbias = full.sum_to_size(dbias.shape)
+    dispatch(
+        attention_backward_key_kernel, (len(key_tiles) * heads, 1, 1),
+        qkv, out, dout, lse, row_pairs, dqkv, bias, alibi_slopes, seed, cu_seqlens, key_tiles,
+        *qkv.stride()[:3], *out.stride()[:2], *dqkv.stride()[:3], lse.stride(0),
+        *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_key),
+    )  # fmt: skip
+    if bias is not None and dbias is not None:
+        by_bias = launch.attention_backward_bias(head_dim, qkv.dtype, here)
+        full = qkv.new_empty((*dbias.shape[:2], max_seqlen, max_seqlen), dtype=torch.float32)
+        tiles = -(-max_seqlen // by_bias.BLOCK_M) * -(-max_seqlen // by_bias.BLOCK_N)
+        dispatch(
+            attention_backward_bias_kernel, (full.shape[0] * full.shape[1] * tiles, 1, 1),
+            qkv, dout, row_pairs, full, bias, alibi_slopes, seed, cu_seqlens,
+            *qkv.stride()[:3], *out.stride()[:2], lse.stride(0), *strides_bias,
+            len(cu_seqlens) - 1, heads, max_seqlen, *scalars,
+            ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **launch.arguments(by_bias),
+        )  # fmt: skip
+        dbias = full.sum_to_size(dbias.shape)
     return dqkv, dbias

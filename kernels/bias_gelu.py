@@ -8,12 +8,15 @@ bounded number of programs stride over the rows; each writes its sums for the bi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
+from fastbert.kernels.dispatch import Prepared, dispatch
 from fastbert.kernels.pieces import (
     gelu_erf,
     gelu_erf_and_gradient,
@@ -86,32 +89,38 @@ def bias_gelu_forward(x: Tensor, bias: Tensor | None, *, approximate: str = "non
     Returns:
         `[rows, width]` in the dtype of `x`.
     """
-    rows, width = len(x), x.shape[1] // 2 if gated else x.shape[1]
     x = target.aligned(x)
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
+    bias = None if bias is None else bias.contiguous()
+    return prepare_bias_gelu_forward(x, bias, approximate=approximate, gated=gated)(x, bias)
+
+
+def prepare_bias_gelu_forward(
+    x: Tensor, bias: Tensor | None, *, approximate: str = "none", gated: bool = False
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`bias_gelu_forward` as a function of tensors that are as these but for their contents, 16-byte aligned."""
+    rows, width = len(x), x.shape[1] // 2 if gated else x.shape[1]
+    x_stride_row = x.stride(0)
     choice = launch.bias_gelu_forward(width, x.dtype, target.of(x.device))
-    with target.guard(x):
-        bias_gelu_forward_kernel[(triton.cdiv(rows, choice.ROWS), triton.cdiv(width, choice.BLOCK))](
-            x,
-            None if bias is None else bias.contiguous(),
-            out,
-            None,
-            x.stride(0),
-            out.stride(0),
-            rows,
-            width,
-            ROWS=choice.ROWS,
-            BLOCK=choice.BLOCK,
-            HAS_BIAS=bias is not None,
-            TANH=approximate == "tanh",
-            GATED=gated,
-            MASK_COLUMNS=width % choice.BLOCK != 0,
-            QUANTIZE=False,
-            num_warps=choice.num_warps,
-        )
-    return out
+    start = Prepared(
+        bias_gelu_forward_kernel,
+        (-(-rows // choice.ROWS), -(-width // choice.BLOCK), 1),
+        ROWS=choice.ROWS,
+        BLOCK=choice.BLOCK,
+        HAS_BIAS=bias is not None,
+        TANH=approximate == "tanh",
+        GATED=gated,
+        MASK_COLUMNS=width % choice.BLOCK != 0,
+        QUANTIZE=False,
+        num_warps=choice.num_warps,
+    )
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        out = x.new_empty((rows, width))
+        if rows > 0 and width > 0:
+            start(x, bias, out, None, x_stride_row, width, rows, width)
+        return out
+
+    return run
 
 
 def bias_gelu_quantize(x: Tensor, bias: Tensor | None, *, approximate: str = "none") -> tuple[Tensor, Tensor]:
@@ -121,30 +130,31 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor | None, *, approximate: str = "no
     """
     rows, width = x.shape
     x = target.aligned(x)
-    values = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    values = x.new_empty((rows, width), dtype=torch.float8_e4m3fn)
+    scale = x.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return values, scale
     choice = launch.quantize_rows(width, x.dtype, target.of(x.device))
     block = launch.row_block(width)
-    with target.guard(x):
-        bias_gelu_forward_kernel[(triton.cdiv(rows, choice.ROWS), 1)](
-            x,
-            None if bias is None else bias.contiguous(),
-            values,
-            scale,
-            x.stride(0),
-            values.stride(0),
-            rows,
-            width,
-            BLOCK=block,
-            HAS_BIAS=bias is not None,
-            TANH=approximate == "tanh",
-            GATED=False,
-            MASK_COLUMNS=width != block,
-            QUANTIZE=True,
-            **launch.arguments(choice),
-        )
+    dispatch(
+        bias_gelu_forward_kernel,
+        (-(-rows // choice.ROWS), 1, 1),
+        x,
+        None if bias is None else bias.contiguous(),
+        values,
+        scale,
+        x.stride(0),
+        values.stride(0),
+        rows,
+        width,
+        BLOCK=block,
+        HAS_BIAS=bias is not None,
+        TANH=approximate == "tanh",
+        GATED=False,
+        MASK_COLUMNS=width != block,
+        QUANTIZE=True,
+        **launch.arguments(choice),
+    )
     return values, scale
 
 
@@ -235,31 +245,32 @@ def bias_gelu_backward(
     """
     rows, width = dout.shape
     dout, x = target.aligned(dout), target.aligned(x)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     bias_width = 0 if bias is None else len(bias)
     if dx.numel() == 0:
         return dx, torch.zeros(bias_width, dtype=torch.float32, device=x.device)
     choice = launch.bias_gelu_backward(width, x.dtype, target.of(x.device), gated=gated)
-    programs = min(choice.PROGRAMS, triton.cdiv(rows, choice.ROWS))
-    sums = torch.empty((programs, bias_width), dtype=torch.float32, device=x.device)
-    with target.guard(x):
-        bias_gelu_backward_kernel[(programs, triton.cdiv(width, choice.BLOCK))](
-            dout,
-            x,
-            None if bias is None else bias.contiguous(),
-            dx,
-            None if bias is None else sums,
-            dout.stride(0),
-            x.stride(0),
-            dx.stride(0),
-            rows,
-            width,
-            ROWS=choice.ROWS,
-            BLOCK=choice.BLOCK,
-            HAS_BIAS=bias is not None,
-            TANH=approximate == "tanh",
-            GATED=gated,
-            MASK_COLUMNS=width % choice.BLOCK != 0,
-            num_warps=choice.num_warps,
-        )
+    programs = min(choice.PROGRAMS, -(-rows // choice.ROWS))
+    sums = x.new_empty((programs, bias_width), dtype=torch.float32)
+    dispatch(
+        bias_gelu_backward_kernel,
+        (programs, -(-width // choice.BLOCK), 1),
+        dout,
+        x,
+        None if bias is None else bias.contiguous(),
+        dx,
+        None if bias is None else sums,
+        dout.stride(0),
+        x.stride(0),
+        dx.stride(0),
+        rows,
+        width,
+        ROWS=choice.ROWS,
+        BLOCK=choice.BLOCK,
+        HAS_BIAS=bias is not None,
+        TANH=approximate == "tanh",
+        GATED=gated,
+        MASK_COLUMNS=width % choice.BLOCK != 0,
+        num_warps=choice.num_warps,
+    )
     return dx, sums.sum(0)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
+from fastbert.kernels.dispatch import dispatch
 from fastbert.kernels.pieces import keep_mask, moments, normalise, normalise_gradient
 
 CHUNK = 64
@@ -113,40 +114,41 @@ def embedding_forward(
     """
     tokens, hidden = len(input_ids), word.shape[1]
     word, position, token_type = target.aligned(word), target.aligned(position), target.aligned(token_type)
-    out = torch.empty((tokens, hidden), dtype=word.dtype, device=word.device)
+    out = word.new_empty((tokens, hidden))
     if tokens == 0:
         return out
     choice = launch.embedding_forward(hidden, word.dtype, target.of(word.device))
-    with target.guard(word):
-        embedding_forward_kernel[(triton.cdiv(tokens, choice.ROWS),)](
-            input_ids.contiguous(),
-            position_ids.contiguous(),
-            None if token_type_ids is None else token_type_ids.contiguous(),
-            word,
-            position,
-            token_type,
-            weight.contiguous(),
-            bias.contiguous(),
-            seed,
-            out,
-            word.stride(0),
-            position.stride(0),
-            token_type.stride(0),
-            out.stride(0),
-            tokens,
-            len(word),
-            len(position),
-            len(token_type),
-            eps,
-            launch.drop_threshold(dropout),
-            launch.drop_scale(dropout),
-            HIDDEN=hidden,
-            ROWS=choice.ROWS,
-            BLOCK=launch.row_block(hidden),
-            HAS_TYPES=token_type_ids is not None,
-            HAS_DROPOUT=dropout > 0.0,
-            num_warps=choice.num_warps,
-        )
+    dispatch(
+        embedding_forward_kernel,
+        (-(-tokens // choice.ROWS), 1, 1),
+        input_ids.contiguous(),
+        position_ids.contiguous(),
+        None if token_type_ids is None else token_type_ids.contiguous(),
+        word,
+        position,
+        token_type,
+        weight.contiguous(),
+        bias.contiguous(),
+        seed,
+        out,
+        word.stride(0),
+        position.stride(0),
+        token_type.stride(0),
+        out.stride(0),
+        tokens,
+        len(word),
+        len(position),
+        len(token_type),
+        eps,
+        launch.drop_threshold(dropout),
+        launch.drop_scale(dropout),
+        HIDDEN=hidden,
+        ROWS=choice.ROWS,
+        BLOCK=launch.row_block(hidden),
+        HAS_TYPES=token_type_ids is not None,
+        HAS_DROPOUT=dropout > 0.0,
+        num_warps=choice.num_warps,
+    )
     return out
 
 
@@ -338,42 +340,45 @@ def table_gradient(dtotal: Tensor, ids: Tensor, table: Tensor, padding_idx: int 
     sorted_ids, order = torch.sort(ids, stable=True)
     first = torch.searchsorted(sorted_ids, sorted_ids, out_int32=True)
     last = torch.searchsorted(sorted_ids, sorted_ids, out_int32=True, right=True)
-    windows = triton.cdiv(tokens, CHUNK)
-    sums = torch.empty((2 * windows, hidden), dtype=torch.float32, device=table.device)
+    windows = -(-tokens // CHUNK)
+    sums = table.new_empty((2 * windows, hidden), dtype=torch.float32)
     choice = launch.embedding_backward_table(hidden, dtotal.dtype, target.of(table.device))
-    blocks = triton.cdiv(hidden, choice.BLOCK)
+    blocks = -(-hidden // choice.BLOCK)
     shared = {"HIDDEN": hidden, "CHUNK": CHUNK, "ROWS": choice.ROWS, "BLOCK": choice.BLOCK}
     entries, skipped = len(table), -1 if padding_idx is None else padding_idx
-    with target.guard(table):
-        embedding_chunks_kernel[(tokens, blocks)](
-            dtotal,
+    dispatch(
+        embedding_chunks_kernel,
+        (tokens, blocks, 1),
+        dtotal,
+        sorted_ids,
+        order,
+        first,
+        last,
+        dtable,
+        sums,
+        dtotal.stride(0),
+        dtable.stride(0),
+        entries,
+        skipped,
+        **shared,
+        num_warps=choice.num_warps,
+    )
+    if tokens > CHUNK:
+        dispatch(
+            embedding_runs_kernel,
+            (windows, blocks, 1),
+            sums,
             sorted_ids,
-            order,
             first,
             last,
             dtable,
-            sums,
-            dtotal.stride(0),
             dtable.stride(0),
+            tokens,
             entries,
             skipped,
             **shared,
             num_warps=choice.num_warps,
         )
-        if tokens > CHUNK:
-            embedding_runs_kernel[(windows, blocks)](
-                sums,
-                sorted_ids,
-                first,
-                last,
-                dtable,
-                dtable.stride(0),
-                tokens,
-                entries,
-                skipped,
-                **shared,
-                num_warps=choice.num_warps,
-            )
     return dtable
 
 
@@ -407,45 +412,46 @@ def embedding_backward(
     dout = target.aligned(dout)
     aligned_word, aligned_position = target.aligned(word), target.aligned(position)
     aligned_token_type = target.aligned(token_type)
-    dtotal = torch.empty((tokens, hidden), dtype=word.dtype, device=word.device)
+    dtotal = word.new_empty((tokens, hidden))
     choice = launch.embedding_backward(hidden, word.dtype, target.of(word.device))
-    programs = min(choice.PROGRAMS, triton.cdiv(tokens, choice.ROWS))
+    programs = min(choice.PROGRAMS, -(-tokens // choice.ROWS))
     has_types = token_type_ids is not None
-    sums = torch.empty((2 if has_types else 3, programs, hidden), dtype=torch.float32, device=word.device)
+    sums = word.new_empty((2 if has_types else 3, programs, hidden), dtype=torch.float32)
     if tokens > 0:
-        with target.guard(word):
-            embedding_backward_kernel[(programs,)](
-                dout,
-                input_ids.contiguous(),
-                position_ids.contiguous(),
-                None if token_type_ids is None else token_type_ids.contiguous(),
-                aligned_word,
-                aligned_position,
-                aligned_token_type,
-                weight.contiguous(),
-                seed,
-                dtotal,
-                sums[0],
-                sums[1],
-                None if has_types else sums[2],
-                dout.stride(0),
-                aligned_word.stride(0),
-                aligned_position.stride(0),
-                aligned_token_type.stride(0),
-                dtotal.stride(0),
-                tokens,
-                len(word),
-                len(position),
-                len(token_type),
-                eps,
-                launch.drop_threshold(dropout),
-                launch.drop_scale(dropout),
-                HIDDEN=hidden,
-                BLOCK=launch.row_block(hidden),
-                HAS_TYPES=has_types,
-                HAS_DROPOUT=dropout > 0.0,
-                **launch.arguments(choice),
-            )
+        dispatch(
+            embedding_backward_kernel,
+            (programs, 1, 1),
+            dout,
+            input_ids.contiguous(),
+            position_ids.contiguous(),
+            None if token_type_ids is None else token_type_ids.contiguous(),
+            aligned_word,
+            aligned_position,
+            aligned_token_type,
+            weight.contiguous(),
+            seed,
+            dtotal,
+            sums[0],
+            sums[1],
+            None if has_types else sums[2],
+            dout.stride(0),
+            aligned_word.stride(0),
+            aligned_position.stride(0),
+            aligned_token_type.stride(0),
+            dtotal.stride(0),
+            tokens,
+            len(word),
+            len(position),
+            len(token_type),
+            eps,
+            launch.drop_threshold(dropout),
+            launch.drop_scale(dropout),
+            HIDDEN=hidden,
+            BLOCK=launch.row_block(hidden),
+            HAS_TYPES=has_types,
+            HAS_DROPOUT=dropout > 0.0,
+            **launch.arguments(choice),
+        )
     totals = sums.sum(1)
     if token_type_ids is None:
         dtoken_type = torch.zeros_like(token_type, memory_format=torch.contiguous_format)

@@ -6,11 +6,13 @@ GPU and comes first.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, cast, get_args
 
 import torch
 
@@ -18,10 +20,31 @@ from fastbert.kernels.target import Target
 
 WIDEST_ROW = 8192
 
+P = ParamSpec("P")
 Choice = TypeVar("Choice")
 
 # cuBLAS and `bias_gelu`; `linear_gelu_forward`; or cuBLASLt's own epilogue, which knows GELU by tanh only.
 Form = Literal["fused pass", "epilogue", "cublaslt"]
+
+
+# The choice where nothing was measured, its target, and the words by which a measured one is known.
+Described: TypeAlias = tuple[Choice, Target, str]
+
+
+def measured_first(describe: Callable[P, Described[Choice]]) -> Callable[P, Choice]:
+    """A function that chooses for the op of its name: what was measured, or else what `describe` says once and for all.
+
+    Few different arguments may come, because all that `describe` said is kept.
+    """
+    op = describe.__name__.removeprefix("_")
+    described = cast(Callable[P, Described[Choice]], functools.cache(describe))
+
+    @functools.wraps(describe)
+    def choose(*args: P.args, **options: P.kwargs) -> Choice:
+        choice, target, shape = described(*args, **options)
+        return TUNED.get((target.arch, op, shape), choice)
+
+    return choose
 
 
 @dataclass(frozen=True)
@@ -440,6 +463,7 @@ for _table, _nvidia, _block_d in itertools.product(_BACKWARD, ("ampere", "hopper
     _table[_nvidia, "single", _block_d] = replace(_table[ANY, "single", _block_d], maxnreg=255)
 
 
+@functools.cache
 def attention_block_d(head_dim: int) -> int:
     """Columns of the tile that holds a head: the next power of two, at least the 16 that a dot needs."""
     return max(16, 1 << (head_dim - 1).bit_length())
@@ -477,31 +501,33 @@ def attention_forward(
         extras: a bias, ALiBi, a window or dropout is on.
         bias: a bias is.
     """
+    short, aligned = max_seqlen <= 64, rows == batch * max_seqlen and max_seqlen % 64 == 0
+    return _attention_forward(head_dim, dtype, bias, extras, short, aligned, target)
+
+
+@measured_first
+def _attention_forward(
+    head_dim: int, dtype: torch.dtype, bias: bool, extras: bool, short: bool, aligned: bool, target: Target
+) -> Described[AttentionForward]:
     kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
     own = ATTENTION_FORWARD.get((target.arch, kind, block_d), {})
     choices = ATTENTION_FORWARD[family(target), kind, block_d] | own
-    regimes = {
-        "bias": bias,
-        "extras": extras,
-        "short": max_seqlen <= 64,
-        "aligned": rows == batch * max_seqlen and max_seqlen % 64 == 0,
-    }
+    regimes = {"bias": bias, "extras": extras, "short": short, "aligned": aligned}
     regime = next((name for name, applies in regimes.items() if applies and name in choices), "default")
-    return tuned(
-        "attention_forward", target, choices[regime], f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
-    )
+    return choices[regime], target, f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
 
 
+@measured_first
 def attention_backward_query(
     head_dim: int, dtype: torch.dtype, *, extras: bool, target: Target
-) -> AttentionBackwardQuery:
+) -> Described[AttentionBackwardQuery]:
     """The choice for the gradient of the queries; `extras` as in `attention_forward`."""
     kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
     needs_room = kind == "half" and (extras or _padded(head_dim))
     table = ATTENTION_BACKWARD_QUERY_EXTRAS if needs_room else ATTENTION_BACKWARD_QUERY
     choice = _of_family(table, target, kind, block_d)
     shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={'extras' if needs_room else 'default'}"
-    return tuned("attention_backward_query", target, choice, shape)
+    return choice, target, shape
 
 
 def attention_backward_key(
@@ -513,25 +539,33 @@ def attention_backward_key(
         dbias: the bias needs a gradient, and with it what one pass does not write.
         extras: as in `attention_forward`.
     """
+    one_pass = ATTENTION_BACKWARD_ONE_PASS.get((family(target), _KINDS[dtype], attention_block_d(head_dim)))
+    fits = one_pass is not None and max_seqlen <= one_pass.BLOCK_N
+    return _attention_backward_key(head_dim, dtype, extras or dbias, one_pass if fits else None, target)
+
+
+@measured_first
+def _attention_backward_key(
+    head_dim: int, dtype: torch.dtype, extras: bool, one_pass: AttentionBackwardKey | None, target: Target
+) -> Described[AttentionBackwardKey]:
     kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
-    needs_room = kind == "half" and (extras or dbias or _padded(head_dim))
-    one_pass = ATTENTION_BACKWARD_ONE_PASS.get((family(target), kind, block_d))
     choice: AttentionBackwardKey | None
-    if needs_room:
+    if kind == "half" and (extras or _padded(head_dim)):
         choice, regime = _of_family(ATTENTION_BACKWARD_KEY_EXTRAS, target, kind, block_d), "extras"
-    elif one_pass is not None and max_seqlen <= one_pass.BLOCK_N:
+    elif one_pass is not None:
         choice, regime = one_pass, "one_pass"
     else:
         choice, regime = _of_family(ATTENTION_BACKWARD_KEY, target, kind, block_d), "default"
     assert choice is not None  # `attention_unserved` has said so
     shape = f"head_dim={head_dim},dtype={_NAMES[dtype]},regime={regime}"
-    return tuned("attention_backward_key", target, choice, shape)
+    return choice, target, shape
 
 
-def attention_backward_bias(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBackwardBias:
+@measured_first
+def attention_backward_bias(head_dim: int, dtype: torch.dtype, target: Target) -> Described[AttentionBackwardBias]:
     """The choice for the gradient of the bias."""
     choice = _of_family(ATTENTION_BACKWARD_BIAS, target, _KINDS[dtype], attention_block_d(head_dim))
-    return tuned("attention_backward_bias", target, choice, f"head_dim={head_dim},dtype={_NAMES[dtype]}")
+    return choice, target, f"head_dim={head_dim},dtype={_NAMES[dtype]}"
 
 
 def _padded(head_dim: int) -> bool:
@@ -550,16 +584,18 @@ def elementwise_unserved(dtype: torch.dtype) -> str | None:
     return None if dtype in _KINDS else f"{dtype} is not float16, bfloat16 or float32"
 
 
-def layer_norm_forward(hidden: int, dtype: torch.dtype, target: Target) -> LayerNormForward:
+@measured_first
+def layer_norm_forward(hidden: int, dtype: torch.dtype, target: Target) -> Described[LayerNormForward]:
     """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
     default = LayerNormForward(*_whole_rows(hidden, dtype, target))
-    return tuned("layer_norm_forward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+    return default, target, f"hidden={hidden},dtype={_NAMES[dtype]}"
 
 
-def layer_norm_backward(hidden: int, dtype: torch.dtype, target: Target) -> LayerNormBackward:
+@measured_first
+def layer_norm_backward(hidden: int, dtype: torch.dtype, target: Target) -> Described[LayerNormBackward]:
     """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
     default = LayerNormBackward(*_strided_rows(hidden, dtype, target))
-    return tuned("layer_norm_backward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+    return default, target, f"hidden={hidden},dtype={_NAMES[dtype]}"
 
 
 def quantize_rows(width: int, dtype: torch.dtype, target: Target) -> QuantizeRows:
@@ -578,25 +614,31 @@ def fp8_unserved(dtype: torch.dtype, target: Target) -> str | None:
     return None if dtype == torch.bfloat16 else f"{dtype}: products with row scales are written in bfloat16 only"
 
 
-def embedding_forward(hidden: int, dtype: torch.dtype, target: Target) -> EmbeddingForward:
+@measured_first
+def embedding_forward(hidden: int, dtype: torch.dtype, target: Target) -> Described[EmbeddingForward]:
     """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
     default = EmbeddingForward(*_whole_rows(hidden, dtype, target))
-    return tuned("embedding_forward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+    return default, target, f"hidden={hidden},dtype={_NAMES[dtype]}"
 
 
-def embedding_backward(hidden: int, dtype: torch.dtype, target: Target) -> EmbeddingBackward:
+@measured_first
+def embedding_backward(hidden: int, dtype: torch.dtype, target: Target) -> Described[EmbeddingBackward]:
     """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
     default = EmbeddingBackward(*_strided_rows(hidden, dtype, target))
-    return tuned("embedding_backward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+    return default, target, f"hidden={hidden},dtype={_NAMES[dtype]}"
 
 
-def embedding_backward_table(hidden: int, dtype: torch.dtype, target: Target) -> EmbeddingBackwardTable:
+@measured_first
+def embedding_backward_table(hidden: int, dtype: torch.dtype, target: Target) -> Described[EmbeddingBackwardTable]:
     """The choice for tables of `hidden` columns whose tokens' gradients have `dtype`: 32 elements a lane."""
     default = EmbeddingBackwardTable(ROWS=4, BLOCK=min(256, row_block(hidden)), num_warps=1)
-    return tuned("embedding_backward_table", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+    return default, target, f"hidden={hidden},dtype={_NAMES[dtype]}"
 
 
-def pool_forward(hidden: int, dtype: torch.dtype, target: Target, *, how: str, normalise: bool) -> PoolForward:
+@measured_first
+def pool_forward(
+    hidden: int, dtype: torch.dtype, target: Target, *, how: str, normalise: bool
+) -> Described[PoolForward]:
     """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None.
 
     The first row alone ("cls") gets a warp for every 1024 columns, and a program for each of them unless normalised.
@@ -612,13 +654,14 @@ def pool_forward(hidden: int, dtype: torch.dtype, target: Target, *, how: str, n
         regime, default = "whole", PoolForward(ROWS=rows, BLOCK=columns, num_warps=512 // target.warp_size)
     else:
         regime, default = "line", PoolForward(ROWS=64, BLOCK=_line(columns, dtype), num_warps=4)
-    return tuned("pool_forward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]},regime={regime}")
+    return default, target, f"hidden={hidden},dtype={_NAMES[dtype]},regime={regime}"
 
 
-def pool_backward(hidden: int, dtype: torch.dtype, target: Target) -> PoolBackward:
+@measured_first
+def pool_backward(hidden: int, dtype: torch.dtype, target: Target) -> Described[PoolBackward]:
     """The choice for rows of `hidden` columns; `row_wise_unserved` must have said None."""
     default = PoolBackward(ROWS=32, BLOCK=_line(row_block(hidden), dtype), num_warps=4)
-    return tuned("pool_backward", target, default, f"hidden={hidden},dtype={_NAMES[dtype]}")
+    return default, target, f"hidden={hidden},dtype={_NAMES[dtype]}"
 
 
 def _line(columns: int, dtype: torch.dtype) -> int:
@@ -626,17 +669,21 @@ def _line(columns: int, dtype: torch.dtype) -> int:
     return min(columns, 128 // dtype.itemsize)
 
 
-def bias_gelu_forward(width: int, dtype: torch.dtype, target: Target) -> BiasGeluForward:
+@measured_first
+def bias_gelu_forward(width: int, dtype: torch.dtype, target: Target) -> Described[BiasGeluForward]:
     """The choice for rows of `width` columns: 4 rows of the widest block that divides them, with 32 elements a lane.
 
     A block that does not divide them needs masks, so it is small, with 8 elements a lane.
     """
     rows, block, warps = _column_blocks(width)
     default = BiasGeluForward(ROWS=rows, BLOCK=block, num_warps=warps)
-    return tuned("bias_gelu_forward", target, default, f"width={width},dtype={_NAMES[dtype]}")
+    return default, target, f"width={width},dtype={_NAMES[dtype]}"
 
 
-def bias_gelu_backward(width: int, dtype: torch.dtype, target: Target, *, gated: bool = False) -> BiasGeluBackward:
+@measured_first
+def bias_gelu_backward(
+    width: int, dtype: torch.dtype, target: Target, *, gated: bool = False
+) -> Described[BiasGeluBackward]:
     """The tiles of `bias_gelu_forward`, and programs for 4096 warps in all: 32 on each of 128 multiprocessors.
 
     Gated, which holds five tensors and not three, half the rows of the wide blocks.
@@ -647,7 +694,7 @@ def bias_gelu_backward(width: int, dtype: torch.dtype, target: Target, *, gated:
     programs = max(1, 4096 // (-(-width // block) * warps))
     default = BiasGeluBackward(ROWS=rows, BLOCK=block, PROGRAMS=programs, num_warps=warps)
     form = ",gated" if gated else ""
-    return tuned("bias_gelu_backward", target, default, f"width={width},dtype={_NAMES[dtype]}{form}")
+    return default, target, f"width={width},dtype={_NAMES[dtype]}{form}"
 
 
 # (family, kind of dtype) -> tiles. Every form of the kernel compiles without spills; four warps for 128 x 128 run fewer
@@ -680,19 +727,36 @@ def linear_gelu(
         gradient: it will be asked for, so the product is kept.
     """
     regime = "training" if gradient else {"none": "erf", "tanh": "tanh"}[approximate]
-    shape = f"{_product(rows, width, depth, dtype)},regime={regime}"
-    return tuned("linear_gelu", target, LinearGelu("fused pass"), shape)
+    return _linear_gelu(_row_bound(rows), width, depth, dtype, regime, target)
+
+
+@measured_first
+def _linear_gelu(
+    row_bound: int, width: int, depth: int, dtype: torch.dtype, regime: str, target: Target
+) -> Described[LinearGelu]:
+    shape = f"{_product(row_bound, width, depth, dtype)},regime={regime}"
+    return LinearGelu("fused pass"), target, shape
 
 
 def linear_gelu_forward(rows: int, width: int, depth: int, dtype: torch.dtype, target: Target) -> LinearGeluForward:
     """The choice for `[rows, depth] x [depth, width]`."""
+    return _linear_gelu_forward(_row_bound(rows), width, depth, dtype, target)
+
+
+@measured_first
+def _linear_gelu_forward(
+    row_bound: int, width: int, depth: int, dtype: torch.dtype, target: Target
+) -> Described[LinearGeluForward]:
     default = LINEAR_GELU_FORWARD[family(target), _KINDS[dtype]]
-    return tuned("linear_gelu_forward", target, default, _product(rows, width, depth, dtype))
+    return default, target, _product(row_bound, width, depth, dtype)
 
 
-def _product(rows: int, width: int, depth: int, dtype: torch.dtype) -> str:
-    bound = next((bound for bound in ROW_BOUNDS if rows <= bound), ROW_BOUNDS[-1])
-    return f"rows={bound},width={width},depth={depth},dtype={_NAMES[dtype]}"
+def _row_bound(rows: int) -> int:
+    return next((bound for bound in ROW_BOUNDS if rows <= bound), ROW_BOUNDS[-1])
+
+
+def _product(row_bound: int, width: int, depth: int, dtype: torch.dtype) -> str:
+    return f"rows={row_bound},width={width},depth={depth},dtype={_NAMES[dtype]}"
 
 
 def _column_blocks(width: int) -> tuple[int, int, int]:
@@ -704,6 +768,7 @@ def _column_blocks(width: int) -> tuple[int, int, int]:
     return 4, block, max(1, block // 64)
 
 
+@functools.cache
 def row_block(width: int) -> int:
     """Columns of the tile that holds a row whole: the next power of two, at least the 8 of one dropout draw."""
     return max(8, 1 << (width - 1).bit_length())
@@ -744,19 +809,16 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     return rows, 1024 // warps, warps, 255 if thrifty and target.backend == "cuda" else 0
 
 
+@functools.cache
 def drop_threshold(dropout: float) -> int:
     """Draws of 0..65535 below this are dropped: `dropout` rounded to a multiple of 2^-16 below 1."""
     return min(round(dropout * 65536), 65535)
 
 
+@functools.cache
 def drop_scale(dropout: float) -> float:
     """What the kept elements are multiplied by, so that the expectation is unchanged."""
     return 65536 / (65536 - drop_threshold(dropout))
-
-
-def tuned(op: str, target: Target, default: Choice, shape: str) -> Choice:
-    """The measured choice for this target, op and shape, or `default` where nothing was measured."""
-    return TUNED.get((target.arch, op, shape), default)
 
 
 def read_tuned(path: Path) -> dict[tuple[str, str, str], Any]:

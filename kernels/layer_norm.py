@@ -9,12 +9,15 @@ parameters, which are then added up: no atomics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
+from fastbert.kernels.dispatch import Prepared, dispatch
 from fastbert.kernels.pieces import keep_mask, moments, normalise, normalise_gradient, quantize
 
 
@@ -123,52 +126,80 @@ def layer_norm_forward(
         out `[rows, hidden]`, or `[out_size, hidden]`, in the dtype of `x`; total, what is normalised, `[rows, hidden]`
         likewise, or `[0]` where it is `x` or not stored; mean and rstd float32 `[rows]`, or `[0]`.
     """
-    rows, hidden = x.shape
     x = target.aligned(x)
     residual = None if residual is None else target.aligned(residual)
+    x_bias = None if x_bias is None else x_bias.contiguous()
+    run = prepare_layer_norm_forward(
+        x, residual=residual, x_bias=x_bias, dropout=dropout, eps=eps, out_rows=out_rows, out_size=out_size,
+        store_stats=store_stats, quantize=quantized is not None,
+    )  # fmt: skip
+    return run(x, weight.contiguous(), bias.contiguous(), residual, x_bias, seed, out_rows, *(quantized or ()))
+
+
+def prepare_layer_norm_forward(
+    x: Tensor,
+    *,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    dropout: float = 0.0,
+    eps: float,
+    out_rows: Tensor | None = None,
+    out_size: int = 0,
+    store_stats: bool = False,
+    quantize: bool = False,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`layer_norm_forward` as a function of tensors that are as these but for their contents, 16-byte aligned.
+
+    It takes x, weight, bias, residual, x_bias, seed, out_rows and the two of `quantized`; those left out at the end are
+    None. What it need not store it returns as the same empty tensors each time.
+    """
+    rows, hidden = x.shape
+    x_stride_row, residual_stride_row = x.stride(0), 0 if residual is None else residual.stride(0)
     size = rows if out_rows is None else out_size
-    allocate = torch.empty if size == rows else torch.zeros
-    out = allocate((size, hidden), dtype=x.dtype, device=x.device)
-    adds = residual is not None or x_bias is not None or dropout > 0.0
-    total = torch.empty((rows, hidden) if store_stats and adds else (0,), dtype=x.dtype, device=x.device)
-    mean = torch.empty(rows if store_stats else 0, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    if rows == 0:
-        return out, total, mean, rstd
+    stores_total = store_stats and (residual is not None or x_bias is not None or dropout > 0.0)
+    nothing = x.new_empty(0), x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
+    drop_threshold, drop_scale = launch.drop_threshold(dropout), launch.drop_scale(dropout)
     choice = launch.layer_norm_forward(hidden, x.dtype, target.of(x.device))
-    with target.guard(x):
-        layer_norm_forward_kernel[(triton.cdiv(rows, choice.ROWS),)](
-            x,
-            weight.contiguous(),
-            bias.contiguous(),
-            residual,
-            None if x_bias is None else x_bias.contiguous(),
-            seed,
-            out_rows,
-            out,
-            total,
-            mean,
-            rstd,
-            *((None, None) if quantized is None else quantized),
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            out.stride(0),
-            rows,
-            eps,
-            launch.drop_threshold(dropout),
-            launch.drop_scale(dropout),
-            HIDDEN=hidden,
-            ROWS=choice.ROWS,
-            BLOCK=launch.row_block(hidden),
-            HAS_RESIDUAL=residual is not None,
-            HAS_X_BIAS=x_bias is not None,
-            HAS_DROPOUT=dropout > 0.0,
-            HAS_OUT_ROWS=out_rows is not None,
-            STORE_STATS=store_stats,
-            QUANTIZE=quantized is not None,
-            num_warps=choice.num_warps,
-        )
-    return out, total, mean, rstd
+    start = Prepared(
+        layer_norm_forward_kernel,
+        (-(-rows // choice.ROWS), 1, 1),
+        HIDDEN=hidden,
+        ROWS=choice.ROWS,
+        BLOCK=launch.row_block(hidden),
+        HAS_RESIDUAL=residual is not None,
+        HAS_X_BIAS=x_bias is not None,
+        HAS_DROPOUT=dropout > 0.0,
+        HAS_OUT_ROWS=out_rows is not None,
+        STORE_STATS=store_stats,
+        QUANTIZE=quantize,
+        num_warps=choice.num_warps,
+    )
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        x_bias: Tensor | None,
+        seed: Tensor | None = None,
+        out_rows: Tensor | None = None,
+        values: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out = x.new_empty((rows, hidden)) if size == rows else x.new_zeros((size, hidden))
+        total, mean, rstd = nothing
+        if stores_total:
+            total = x.new_empty((rows, hidden))
+        if store_stats:
+            mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+        if rows > 0:
+            start(
+                x, weight, bias, residual, x_bias, seed, out_rows, out, total, mean, rstd, values, scale, x_stride_row,
+                residual_stride_row, hidden, rows, eps, drop_threshold, drop_scale,
+            )  # fmt: skip
+        return out, total, mean, rstd
+
+    return run
 
 
 @triton.jit
@@ -285,43 +316,44 @@ def layer_norm_backward(
     """
     rows, hidden = total.shape
     dout, total = target.aligned(dout), target.aligned(total)
-    dx = torch.empty((rows, hidden), dtype=total.dtype, device=total.device)
+    dx = total.new_empty((rows, hidden))
     dresidual = torch.empty_like(dx) if residual and dropout > 0.0 else dx.new_empty(0)
     choice = launch.layer_norm_backward(hidden, total.dtype, target.of(total.device))
-    programs = min(choice.PROGRAMS, triton.cdiv(rows, choice.ROWS))
+    programs = min(choice.PROGRAMS, -(-rows // choice.ROWS))
     sum_biases = hidden <= 4096  # wider rows leave registers for one sum, so torch adds up dout and dx
     parameters = 1 if not sum_biases else 3 if x_bias else 2
-    sums = torch.empty((parameters, programs, hidden), dtype=torch.float32, device=total.device)
+    sums = total.new_empty((parameters, programs, hidden), dtype=torch.float32)
     if rows > 0:
-        with target.guard(total):
-            layer_norm_backward_kernel[(programs,)](
-                dout,
-                total,
-                weight.contiguous(),
-                out_rows,
-                mean,
-                rstd,
-                seed,
-                dresidual,
-                dx,
-                sums[0],
-                sums[1] if sum_biases else None,
-                sums[2] if sum_biases and x_bias else None,
-                dout.stride(0),
-                total.stride(0),
-                dx.stride(0),
-                rows,
-                launch.drop_threshold(dropout),
-                launch.drop_scale(dropout),
-                HIDDEN=hidden,
-                BLOCK=launch.row_block(hidden),
-                HAS_RESIDUAL=residual,
-                HAS_X_BIAS=x_bias,
-                SUM_BIASES=sum_biases,
-                HAS_DROPOUT=dropout > 0.0,
-                HAS_OUT_ROWS=out_rows is not None,
-                **launch.arguments(choice),
-            )
+        dispatch(
+            layer_norm_backward_kernel,
+            (programs, 1, 1),
+            dout,
+            total,
+            weight.contiguous(),
+            out_rows,
+            mean,
+            rstd,
+            seed,
+            dresidual,
+            dx,
+            sums[0],
+            sums[1] if sum_biases else None,
+            sums[2] if sum_biases and x_bias else None,
+            dout.stride(0),
+            total.stride(0),
+            dx.stride(0),
+            rows,
+            launch.drop_threshold(dropout),
+            launch.drop_scale(dropout),
+            HIDDEN=hidden,
+            BLOCK=launch.row_block(hidden),
+            HAS_RESIDUAL=residual,
+            HAS_X_BIAS=x_bias,
+            SUM_BIASES=sum_biases,
+            HAS_DROPOUT=dropout > 0.0,
+            HAS_OUT_ROWS=out_rows is not None,
+            **launch.arguments(choice),
+        )
     dparameters = sums.sum(1)
     if not sum_biases:
         dout = dout if out_rows is None else dout.index_select(0, out_rows)

@@ -7,12 +7,12 @@ in L2. In training the product is stored too, without the bias: `bias_gelu`'s ba
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
+from fastbert.kernels.dispatch import dispatch
 from fastbert.kernels.pieces import gelu_erf, gelu_erf_half, gelu_tanh
 
 
@@ -105,30 +105,31 @@ def linear_gelu_forward(
     """
     (rows, depth), width = x.shape, weight.shape[0]
     x, weight = target.aligned(x), target.aligned(weight)
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    product = torch.empty((rows if store_product else 0, width), dtype=x.dtype, device=x.device)
+    out = x.new_empty((rows, width))
+    product = x.new_empty((rows if store_product else 0, width))
     if out.numel() == 0:
         return out, product
     choice = launch.linear_gelu_forward(rows, width, depth, x.dtype, target.of(x.device))
-    tiles = triton.cdiv(rows, choice.BLOCK_M) * triton.cdiv(width, choice.BLOCK_N)
-    with target.guard(x):
-        linear_gelu_forward_kernel[(min(tiles, choice.PROGRAMS * target.multiprocessors(x.device)),)](
-            x,
-            weight,
-            None if bias is None else bias.contiguous(),
-            product if store_product else None,
-            out,
-            x.stride(0),
-            weight.stride(0),
-            out.stride(0),
-            rows,
-            width,
-            depth,
-            HAS_BIAS=bias is not None,
-            TANH=approximate == "tanh",
-            STORE_PRODUCT=store_product,
-            MASK_DEPTH=depth % choice.BLOCK_K != 0,
-            PRECISION="ieee",
-            **launch.arguments(choice),
-        )
+    tiles = -(-rows // choice.BLOCK_M) * -(-width // choice.BLOCK_N)
+    dispatch(
+        linear_gelu_forward_kernel,
+        (min(tiles, choice.PROGRAMS * target.multiprocessors(x.device)), 1, 1),
+        x,
+        weight,
+        None if bias is None else bias.contiguous(),
+        product if store_product else None,
+        out,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        rows,
+        width,
+        depth,
+        HAS_BIAS=bias is not None,
+        TANH=approximate == "tanh",
+        STORE_PRODUCT=store_product,
+        MASK_DEPTH=depth % choice.BLOCK_K != 0,
+        PRECISION="ieee",
+        **launch.arguments(choice),
+    )
     return out, product

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
+from fastbert.kernels.dispatch import dispatch
 
 NORM_EPS = tl.constexpr(1e-12)  # the eps of torch.nn.functional.normalize
 
@@ -99,24 +100,25 @@ def pool_forward(
     batch, hidden = len(cu_seqlens) - 1, x.shape[1]
     x = target.aligned(x)
     store_norm = normalise and store_norm
-    out = torch.empty((batch, hidden), dtype=torch.float32, device=x.device)
-    norm = torch.empty(batch if store_norm else 0, dtype=torch.float32, device=x.device)
+    out = x.new_empty((batch, hidden), dtype=torch.float32)
+    norm = x.new_empty(batch if store_norm else 0, dtype=torch.float32)
     if out.numel() == 0:
         return out, norm.zero_()
     choice = launch.pool_forward(hidden, x.dtype, target.of(x.device), how=how, normalise=normalise)
-    with target.guard(x):
-        pool_forward_kernel[(batch * triton.cdiv(hidden, choice.BLOCK),)](
-            x,
-            cu_seqlens,
-            out,
-            norm,
-            x.stride(0),
-            HIDDEN=hidden,
-            HOW=how,
-            NORMALISE=normalise,
-            STORE_NORM=store_norm,
-            **launch.arguments(choice),
-        )
+    dispatch(
+        pool_forward_kernel,
+        (batch * -(-hidden // choice.BLOCK), 1, 1),
+        x,
+        cu_seqlens,
+        out,
+        norm,
+        x.stride(0),
+        HIDDEN=hidden,
+        HOW=how,
+        NORMALISE=normalise,
+        STORE_NORM=store_norm,
+        **launch.arguments(choice),
+    )
     return out, norm
 
 
@@ -219,20 +221,21 @@ def pool_backward(
         return dx
     x = None if x is None else target.aligned(x)
     choice = launch.pool_backward(hidden, dtype, target.of(dout.device))
-    with target.guard(dout):
-        pool_backward_kernel[(batch * triton.cdiv(hidden, choice.BLOCK),)](
-            dout.contiguous(),
-            out,
-            norm,
-            x,
-            cu_seqlens,
-            dx,
-            0 if x is None else x.stride(0),
-            dx.stride(0),
-            HIDDEN=hidden,
-            COLUMNS=launch.row_block(hidden),
-            HOW=how,
-            NORMALISE=normalise,
-            **launch.arguments(choice),
-        )
+    dispatch(
+        pool_backward_kernel,
+        (batch * -(-hidden // choice.BLOCK), 1, 1),
+        dout.contiguous(),
+        out,
+        norm,
+        x,
+        cu_seqlens,
+        dx,
+        0 if x is None else x.stride(0),
+        dx.stride(0),
+        HIDDEN=hidden,
+        COLUMNS=launch.row_block(hidden),
+        HOW=how,
+        NORMALISE=normalise,
+        **launch.arguments(choice),
+    )
     return dx

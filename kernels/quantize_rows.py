@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
+from fastbert.kernels.dispatch import dispatch
 from fastbert.kernels.pieces import quantize
 
 
@@ -50,21 +51,22 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, width = x.shape
     x = target.aligned(x)
-    values = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    values = x.new_empty((rows, width), dtype=torch.float8_e4m3fn)
+    scale = x.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return values, scale
     choice = launch.quantize_rows(width, x.dtype, target.of(x.device))
-    with target.guard(x):
-        quantize_rows_kernel[(triton.cdiv(rows, choice.ROWS),)](
-            x,
-            values,
-            scale,
-            x.stride(0),
-            values.stride(0),
-            rows,
-            WIDTH=width,
-            BLOCK=launch.row_block(width),
-            **launch.arguments(choice),
-        )
+    dispatch(
+        quantize_rows_kernel,
+        (-(-rows // choice.ROWS), 1, 1),
+        x,
+        values,
+        scale,
+        x.stride(0),
+        values.stride(0),
+        rows,
+        WIDTH=width,
+        BLOCK=launch.row_block(width),
+        **launch.arguments(choice),
+    )
     return values, scale

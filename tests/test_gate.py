@@ -252,6 +252,7 @@ def test_update_writes_the_file_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gate.evidence, "collect", lambda archs, only: evidence_of())
     monkeypatch.setattr(gate.evidence, "compared", lambda archs: theirs)
     monkeypatch.setattr(gate.evidence.rivals, "installed", lambda: installed)
+    monkeypatch.setattr(gate, "CHECKS", (gate.static,))
     monkeypatch.setattr(sys, "argv", ["gate.py", "--update", "--baseline", str(path)])
     assert gate.main() == 0
     assert path.read_text() == gate.evidence.dump(evidence_of() | ({"rivals": theirs} if installed else {}))
@@ -268,6 +269,7 @@ def test_update_keeps_the_figures_of_rivals_that_are_not_installed(
     path.write_text(json.dumps(evidence_of(registers=70) | theirs))
     monkeypatch.setattr(gate.evidence, "collect", lambda archs, only: evidence_of())
     monkeypatch.setattr(gate.evidence.rivals, "installed", lambda: False)
+    monkeypatch.setattr(gate, "CHECKS", (gate.static,))
     monkeypatch.setattr(sys, "argv", ["gate.py", "--update", "--baseline", str(path)])
     assert gate.main() == 0
     assert json.loads(path.read_text()) == evidence_of() | theirs
@@ -285,3 +287,17 @@ def test_reading_a_baseline_raises_a_typed_error(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError) as caught:
         gate.read_baseline(tmp_path / "none.json")
     assert caught.value.argument == str(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("status", "reasons"), [(0, 0), (1, 1)])
+def test_too_much_host_time_fails(monkeypatch: pytest.MonkeyPatch, status: int, reasons: int) -> None:
+    ran: list[Any] = []
+
+    def ended(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        ran.append(command[-1])
+        assert "TRITON_INTERPRET" not in env
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(gate.subprocess, "run", ended)
+    assert len(gate.host(Namespace(only=""))) == reasons
+    assert gate.host(Namespace(only="layer_norm")) == [] and [Path(script).name for script in ran] == ["host_time.py"]

@@ -55,6 +55,14 @@ def test_each_defect_is_reported(toys: dict[str, Any], arch: str, case: str, sai
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_dispatch_starts_what_triton_would(toys: dict[str, Any], arch: str) -> None:
+    found = toys["dispatched"][arch]
+    assert found["first"] == found["again"] == found["triton"]
+    assert len(set(found["triton"])) == {"sm_90": 20, "gfx942": 25}[arch], "all that tells arguments apart was tried"
+    assert found["other"][0] not in found["triton"], "another constexpr is other code"
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_sound_kernels_are_not_reported(toys: dict[str, Any], arch: str) -> None:
     assert toys["violations"][arch]["good"] == []
     assert toys["violations"][arch]["row-wise"] == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,27 @@ def attention(
     if backend.uses_triton("attention", qkv, unserved):
         return _attention_triton(qkv, packing, scale, bias, alibi_slopes, window, dropout, seed, gradient)
     return _attention_torch(qkv, packing, scale, bias, alibi_slopes, window, dropout, seed)
+
+
+def prepare_attention(qkv: Tensor, packing: Packing) -> Callable[[Tensor, Packing], Tensor] | None:
+    """Inference without options as a function of tensors of one kind, see `repeats`; None: the kernel can't serve it.
+
+    Raises:
+        ArgumentError, BackendError: as `attention`.
+    """
+    from fastbert.kernels import attention as kernel
+
+    _check(qkv, packing, None, None, None, None, 0.0, None)
+    head_dim, here = qkv.shape[-1], target.of(qkv.device)
+    unserved = launch.attention_unserved(head_dim, qkv.dtype, here, gradient=False)
+    if not backend.uses_triton("attention", qkv, unserved):
+        return None
+    choice = launch.attention_forward(
+        head_dim, qkv.dtype, packing.max_seqlen, rows=len(qkv), batch=packing.batch, extras=False, target=here
+    )
+    tiles = packing.tiles(choice.BLOCK_M)
+    start = kernel.prepare_attention_forward(qkv, packing.cu_seqlens, tiles, packing.max_seqlen, scale=head_dim**-0.5)
+    return lambda qkv, packing: start(qkv, packing.cu_seqlens, packing.tiles(choice.BLOCK_M))[0]
 
 
 def _check(

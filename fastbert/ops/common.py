@@ -72,7 +72,7 @@ def cast_states(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
         `x` and the others, those that are None left out.
     """
     states = [state for state in (x, *others) if state is not None]
-    if not torch.is_autocast_enabled(x.device.type):
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
         return tuple(states)
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(state if state.dtype == torch.float64 else state.to(dtype) for state in states)
@@ -83,19 +83,23 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def launched(op: CustomOpDef, *tensors: Tensor | None) -> Callable[..., Any]:
-    """The launcher of a kernel, `op` without torch's dispatch around it, or `op` itself where that is of use.
-
-    It is where autograd records these tensors, and under anything that looks on: torch.compile, exporters, tracers,
-    dispatch modes, functorch's transforms.
-    """
-    looked_on = (
+def observed() -> bool:
+    """Whether anything looks on or changes what ops do: torch.compile, tracers, dispatch modes, functorch, autocast."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
     )
-    return op if looked_on or wants_gradient(*tensors) else op._init_fn
+
+
+def launched(op: CustomOpDef, *tensors: Tensor | None) -> Callable[..., Any]:
+    """The launcher of a kernel, `op` without torch's dispatch around it, or `op` itself where that is of use.
+
+    It is where autograd records these tensors, and where they are `observed`.
+    """
+    return op if wants_gradient(*tensors) or observed() else op._init_fn
 
 
 def runs_bare(x: Tensor, *others: Tensor | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,6 +139,34 @@ def linear_layer_norm(
     return layer_norm(
         product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps, unpack=unpack
     )
+
+
+def prepare_linear_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float,
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor] | None:
+    """Inference of `linear_layer_norm` as a function of tensors of one kind, see `repeats`; None: it can't be served.
+
+    Raises:
+        ArgumentError, BackendError: as `layer_norm`.
+    """
+    from fastbert.kernels import layer_norm as kernel
+
+    check_linear(x, weight, x_bias)
+    product = x.new_empty((len(x), len(weight)))
+    _check(product, norm_weight, norm_bias, residual, x_bias, eps, None)
+    if not backend.uses_triton("linear_layer_norm", x, launch.row_wise_unserved(len(weight), x.dtype)):
+        return None
+    start = kernel.prepare_layer_norm_forward(product, residual=residual, x_bias=x_bias, eps=eps)
+    return lambda x, weight, x_bias, residual, norm_weight, norm_bias: start(
+        F.linear(x, weight), norm_weight, norm_bias, residual, x_bias
+    )[0]
 
 
 def _check(

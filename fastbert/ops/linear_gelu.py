@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,13 +48,37 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     return F.gelu(product, approximate=approximate)
 
 
+def prepare_linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: Approximate = "none"
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """Inference as a function of tensors of one kind, see `repeats`; None: the kernels can't serve it.
+
+    Raises:
+        ArgumentError, BackendError: as `linear_gelu`.
+    """
+    from fastbert.kernels import bias_gelu as kernel
+
+    check_linear(x, weight, bias)
+    check_approximate(approximate)
+    if not backend.uses_triton("linear_gelu", x, launch.elementwise_unserved(x.dtype)):
+        return None
+    if _form(x, weight, approximate, gradient=False) != "fused pass":
+        return lambda x, weight, bias: _linear_gelu_triton(x, weight, bias, approximate)
+    product = x.new_empty((len(x), len(weight)))
+    start = kernel.prepare_bias_gelu_forward(product, bias, approximate=approximate)
+    return lambda x, weight, bias: start(F.linear(x, weight), bias)
+
+
+def _form(x: Tensor, weight: Tensor, approximate: Approximate, *, gradient: bool) -> launch.Form:
+    (rows, depth), width = x.shape, weight.shape[0]
+    here = target.of(x.device)
+    return launch.linear_gelu(rows, width, depth, x.dtype, approximate=approximate, gradient=gradient, target=here).form
+
+
 def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: Approximate) -> Tensor:
     (x,) = cast_states(x)
     gradient = wants_gradient(x, weight, bias)
-    (rows, depth), width = x.shape, weight.shape[0]
-    here = target.of(x.device)
-    choice = launch.linear_gelu(rows, width, depth, x.dtype, approximate=approximate, gradient=gradient, target=here)
-    match choice.form:
+    match _form(x, weight, approximate, gradient=gradient):
         case "epilogue":
             forward = launched(linear_gelu_forward, x, weight, bias)
             return forward(x, *cast_states(weight), bias, approximate, store_product=gradient)[0]

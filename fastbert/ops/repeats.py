@@ -1,0 +1,53 @@
+"""Calls of one kind, in inference through the kernels: checked, decided and prepared once.
+
+What the host does for a layer takes longer than what a GPU does for one of a small batch, and nearly all of it depends
+on shapes and dtypes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastbert.kernels import target
+from fastbert.ops.common import observed, wants_gradient
+
+Run = Callable[..., Any]
+
+MOST = 4096  # kinds kept
+
+_kept: dict[tuple[Hashable, ...], Run] = {}
+
+
+def prepared(
+    options: tuple[Hashable, ...], tensors: tuple[Tensor | None, ...], prepare: Callable[[], Run | None]
+) -> Run | None:
+    """What does the work for tensors of this kind, made by `prepare` for the first of them; None: go the long way.
+
+    That is the way of autograd, autocast, what looks on, and tensors that a kernel would copy first. Ask only where
+    `backend.decide` says Triton.
+
+    Args:
+        options: what is to be done, and all else that it depends on.
+        tensors: a tensor first. Of one kind are those of the same shapes, dtypes and devices.
+        prepare: gives None, or raises, where the kernels can't serve the call.
+    """
+    first = tensors[0]
+    assert first is not None
+    if wants_gradient(*tensors) or observed():
+        return None
+    kinds = [None if x is None else (x.dtype, x.device, x.shape, _as_it_lies(x)) for x in tensors]
+    key = options, target.of(first.device), *kinds
+    run = _kept.get(key)
+    if run is None and all(kind is None or kind[-1] for kind in kinds) and (run := prepare()) is not None:
+        if len(_kept) >= MOST:
+            _kept.clear()
+        _kept[key] = run
+    return run
+
+
+def _as_it_lies(x: Tensor) -> bool:
+    """Whether kernels take a tensor as it is: an ordinary one, contiguous, in 16-byte pieces."""
+    return type(x) in (Tensor, nn.Parameter) and x.is_contiguous() and x.data_ptr() % 16 == 0

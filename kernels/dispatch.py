@@ -1,0 +1,84 @@
+"""Start a kernel, and from its second time on past Triton's search for the compiled code.
+
+`kernel[grid](...)` binds, describes and hashes every argument to find the code that was compiled for such arguments:
+some 20 us of Python, about as long as BERT's small kernels run. Of an argument the code depends on little: of a tensor
+on its dtype and on whether its address is a multiple of 16 bytes, of a whole number on whether it is 1, a multiple of
+16, or too large for 32 bits (Triton's `specialize.cc`). That little is the key here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastbert.kernels import target
+
+Grid = tuple[int, int, int]
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # by what the code depends on
+
+
+def dispatch(kernel: Any, grid: Grid, *arguments: Any, **constexprs: Any) -> None:
+    """`kernel[grid](*arguments, **constexprs)` on the device of the first argument, a tensor.
+
+    Triton's knobs, such as `debug`, are those of the first launch of its kind.
+
+    Args:
+        kernel: a function under `triton.jit`.
+        grid: programs along x, y and z.
+        arguments: tensors, whole numbers, floats and None for the parameters that are no constexpr; these come first.
+        constexprs: the others, and options of the compiler.
+    """
+    Prepared(kernel, grid, **constexprs)(*arguments)
+
+
+class Prepared:
+    """Launches of one kind, which differ in the addresses of their tensors only: `dispatch` that need not search again.
+
+    All tensors must be multiples of 16 bytes from the second call on, if they were in the first.
+    """
+
+    def __init__(self, kernel: Any, grid: Grid, **constexprs: Any) -> None:
+        self.kernel = kernel
+        self.grid = grid
+        self.constexprs = constexprs
+        self.launch: Any = None
+        self.rest: tuple[Any, ...] = ()
+
+    def __call__(self, *arguments: Any) -> None:
+        """Launch with the arguments of `dispatch`."""
+        with target.guard(arguments[0]):
+            if self.launch is not None:
+                self.launch(*arguments, *self.rest)
+            elif isinstance(self.kernel, JITFunction):
+                self._search(arguments)
+            else:  # the interpreter compiles nothing
+                self.kernel[self.grid](*arguments, **self.constexprs)
+
+    def _search(self, arguments: tuple[Any, ...]) -> None:
+        here = target.of(arguments[0].device)
+        key = (self.kernel.fn, driver.active, driver.active.get_current_device(), *self.constexprs.values())
+        key += tuple(_kind(argument, here) for argument in arguments)
+        self.rest = tuple(self.constexprs[name] for name in self.kernel.arg_names[len(arguments) :])
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = _compiled[key] = self.kernel[self.grid](*arguments, **self.constexprs)
+            self.launch = compiled[self.grid]
+        else:
+            self.launch = compiled[self.grid]
+            self.launch(*arguments, *self.rest)
+
+
+def _kind(argument: Any, here: target.Target) -> Any:
+    """What a kernel's code depends on of an argument."""
+    if argument is None:
+        return None
+    if isinstance(argument, int):
+        return argument if argument < 2 else (argument % 16 == 0, argument >> 31)
+    if isinstance(argument, float):
+        return float
+    if here.backend == "hip":  # AMD's code also knows whether offsets fit 32 bits
+        return argument.dtype, argument.data_ptr() % 16 == 0, argument.untyped_storage().nbytes() >> 31
+    return argument.dtype, argument.data_ptr() % 16 == 0

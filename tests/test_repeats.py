@@ -1,0 +1,159 @@
+"""Layers of one kind are prepared once, give the very results of the long way, and go that way where they must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbert import backend
+from fastbert.config import EncoderConfig
+from fastbert.encoder import EncoderLayer
+from fastbert.errors import ArgumentError
+from fastbert.kernels.target import interpreted
+from fastbert.ops import repeats
+from fastbert.packing import Packing
+
+pytestmark = pytest.mark.skipif(not interpreted(), reason="the kernels need Triton's interpreter here")
+
+HIDDEN, HEADS, INTERMEDIATE = 32, 2, 48
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Rows of each call that a layer was prepared for, on the Triton path and with nothing kept from before."""
+    rows: list[int] = []
+    prepare = EncoderLayer._prepare
+
+    def noted(layer: EncoderLayer, x: Tensor, packing: Packing) -> Any:
+        rows.append(len(x))
+        return prepare(layer, x, packing)
+
+    monkeypatch.setattr(EncoderLayer, "_prepare", noted)
+    monkeypatch.setattr(repeats, "_kept", {})
+    with backend.use_backend("triton"), torch.no_grad():
+        yield rows
+
+
+def layer(**changes: Any) -> EncoderLayer:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "num_heads": HEADS, "intermediate_size": INTERMEDIATE}
+    made = EncoderLayer(EncoderConfig(**(sizes | changes))).eval()
+    for parameter in made.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return made
+
+
+def the_long_way(layer: EncoderLayer, x: Tensor, packing: Packing) -> Tensor:
+    """All rows are read, which no layer is prepared for."""
+    return layer(x, packing, read=torch.arange(len(x)))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_lengths_and_contents_may_change(activation: str, prepared: list[int], nan_empty: None) -> None:
+    made = layer(activation=activation)
+    for lengths in ([3, 5, 1], [1, 3, 5], [5, 2, 2]):
+        x, packing = torch.randn(9, HIDDEN), Packing.from_lengths(lengths)
+        assert torch.equal(made(x, packing), the_long_way(made, x, packing)), lengths
+    assert prepared == [9], "as many tokens and sequences, and the longest as long: of one kind"
+
+
+@pytest.mark.parametrize("lengths", [[3, 6, 1], [4, 4, 1], [3, 5, 1, 0], [3, 5]])
+def test_another_layout_is_another_kind(lengths: list[int], prepared: list[int]) -> None:
+    made = layer()
+    made(torch.randn(9, HIDDEN), Packing.from_lengths([3, 5, 1]))
+    packing = Packing.from_lengths(lengths)
+    x = torch.randn(9 if sum(lengths) < 9 else sum(lengths), HIDDEN)  # with [3, 5] a row of slack
+    real = slice(packing.tokens)
+    assert torch.equal(made(x, packing)[real], the_long_way(made, x, packing)[real])
+    assert len(prepared) == 2
+
+
+def test_weights_may_change_in_any_way(prepared: list[int]) -> None:
+    made, x, packing = layer(), torch.randn(8, HIDDEN), Packing.from_lengths([3, 5])
+    before = made(x, packing)
+    made.qkv.weight.mul_(2.0)
+    assert not torch.equal(made(x, packing), before)
+    made.output.bias = torch.nn.Parameter(torch.randn(HIDDEN))
+    made.attention_norm.weight.data = torch.randn(HIDDEN)
+    assert torch.equal(made(x, packing), the_long_way(made, x, packing))
+    assert len(prepared) == 1
+    made.half()
+    assert torch.equal(made(x.half(), packing), the_long_way(made, x.half(), packing))
+    assert len(prepared) == 2
+
+
+def test_layers_that_compute_alike_share_what_is_prepared(prepared: list[int]) -> None:
+    x, packing = torch.randn(8, HIDDEN), Packing.from_lengths([3, 5])
+    for made in (layer(), layer(), layer(eps=1e-3), layer(activation="relu"), layer(num_heads=4)):
+        assert torch.equal(made(x, packing), the_long_way(made, x, packing))
+    assert len(prepared) == 4
+
+
+@pytest.mark.parametrize("way", ["strided", "misaligned", "subclass", "gradient", "autocast", "torch", "mode", "vmap"])
+def test_the_long_way_is_gone_where_it_must_be(way: str, prepared: list[int]) -> None:
+    made, x, packing = layer(), torch.randn(8, HIDDEN), Packing.from_lengths([3, 5])
+    expected = the_long_way(made, x, packing)
+    match way:
+        case "strided":
+            got = made(torch.randn(8, 2 * HIDDEN)[:, :HIDDEN].copy_(x), packing)
+        case "misaligned":
+            got = made(torch.empty(8 * HIDDEN + 1)[1:].view(8, HIDDEN).copy_(x), packing)
+        case "subclass":
+            got = made(x.as_subclass(type("Subclass", (Tensor,), {})), packing)
+        case "gradient":
+            with torch.enable_grad():
+                got = made(x, packing)
+            assert got.requires_grad
+        case "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                got = made(x, packing)
+            assert got.dtype == torch.bfloat16
+            expected = got
+        case "torch":
+            with backend.use_backend("torch"):
+                got = expected = made(x, packing)
+        case "mode":
+            from torch.utils.flop_counter import FlopCounterMode
+
+            with FlopCounterMode(display=False):
+                got = made(x, packing)
+        case "vmap":
+            got = expected = torch.func.vmap(lambda once: once * 1.0)(made(x, packing))
+            prepared.clear()
+    assert torch.equal(got, expected)
+    assert prepared == []
+
+
+def test_a_wrong_call_is_refused_each_time(prepared: list[int]) -> None:
+    made = layer()
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="weight"):
+            made(torch.randn(8, HIDDEN + 8), Packing.from_lengths([3, 5]))
+        with pytest.raises(ArgumentError, match="qkv"):
+            made(torch.randn(7, HIDDEN), Packing.from_lengths([3, 5]))
+
+
+def test_an_empty_batch(prepared: list[int]) -> None:
+    made, x, packing = layer(), torch.randn(0, HIDDEN), Packing.from_lengths([])
+    for _ in range(2):
+        assert made(x, packing).shape == (0, HIDDEN)
+
+
+def test_no_more_kinds_are_kept_than_said(monkeypatch: pytest.MonkeyPatch, prepared: list[int]) -> None:
+    monkeypatch.setattr(repeats, "MOST", 2)
+    made = layer()
+    for tokens in (3, 4, 5, 3):
+        made(torch.randn(tokens, HIDDEN), Packing.from_lengths([tokens]))
+        assert len(repeats._kept) <= 2
+    assert prepared == [3, 4, 5, 3]
+
+
+def test_what_the_kernels_cannot_serve_goes_the_long_way() -> None:
+    """Under `use_backend("triton")` that ends in an error, with its reason."""
+    made, x = layer().double(), torch.randn(8, HIDDEN).double()
+    with pytest.raises(backend.BackendError, match="float64"):
+        made(x, Packing.from_lengths([3, 5]))
