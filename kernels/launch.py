@@ -225,7 +225,11 @@ SINGLE = AttentionForward(16, 16, 4, 1, SPLIT_TAIL=False, maxnreg=255)
 # among those without spills. float32 has no tensor-core form that meets the error rule, so its tiles are small. CDNA's
 # matrix instruction takes 32 rows of a wave: with fewer for each, waves would share rows and compute the softmax twice.
 ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
-    ("ampere", "half", 16): {"default": AttentionForward(64, 64, 4, 3), "extras": AttentionForward(64, 32, 4, 2)},
+    ("ampere", "half", 16): {
+        "default": AttentionForward(64, 64, 4, 3),
+        "extras": AttentionForward(64, 32, 4, 2),
+        "bias": AttentionForward(64, 32, 4, 2, maxnreg=255),
+    },
     ("ampere", "half", 32): {
         "default": AttentionForward(64, 64, 4, 3),
         "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
@@ -313,7 +317,10 @@ ATTENTION_FORWARD |= {
     for (family, kind, block_d), choices in ATTENTION_FORWARD.items()
     if family == "hopper"
 }
-ATTENTION_FORWARD["blackwell", "half", 16] = {"default": AttentionForward(64, 32, 4, 2)}
+ATTENTION_FORWARD["blackwell", "half", 16] = {
+    "default": AttentionForward(64, 32, 4, 2),
+    "bias": AttentionForward(64, 16, 4, 2),
+}
 ATTENTION_FORWARD["blackwell", "half", 32] = ATTENTION_FORWARD["hopper", "half", 32] | {
     "aligned": AttentionForward(64, 64, 4, 2),
 }
@@ -336,7 +343,7 @@ ATTENTION_BACKWARD_QUERY: dict[tuple[str, str, int], AttentionBackwardQuery] = {
     ("ampere", "half", 64): AttentionBackwardQuery(128, 32, 4, 1),
     ("sm_120", "half", 64): AttentionBackwardQuery(64, 32, 4, 2),
     ("ampere", "half", 128): AttentionBackwardQuery(128, 32, 8, 2),
-    ("ampere", "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
+    ("ampere", "half", 256): AttentionBackwardQuery(32, 32, 8, 1, maxnreg=255),
     ("hopper", "half", 16): AttentionBackwardQuery(64, 64, 4, 3),
     ("hopper", "half", 32): AttentionBackwardQuery(64, 64, 4, 3),
     ("hopper", "half", 64): AttentionBackwardQuery(64, 64, 4, 3),
@@ -401,6 +408,8 @@ ATTENTION_BACKWARD_QUERY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardQue
     (ANY, "half", 128): AttentionBackwardQuery(64, 32, 8, 1),
     (ANY, "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
     ("ampere", "half", 32): AttentionBackwardQuery(64, 32, 4, 1, maxnreg=255),
+    ("ampere", "half", 128): AttentionBackwardQuery(64, 32, 8, 1, SPLIT_TAIL=False),
+    ("ampere", "half", 256): AttentionBackwardQuery(32, 32, 8, 1, SPLIT_TAIL=False, maxnreg=255),
     ("sm_120", "half", 64): AttentionBackwardQuery(64, 32, 4, 1, SPLIT_TAIL=False, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
     ("cdna", "half", 128): AttentionBackwardQuery(64, 16, 8, 1),
@@ -417,6 +426,7 @@ ATTENTION_BACKWARD_KEY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardKey] 
     ("ampere", "half", 32): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("ampere", "half", 64): AttentionBackwardKey(16, 64, 4, 1, maxnreg=255),
     ("ampere", "half", 128): AttentionBackwardKey(16, 64, 8, 1),
+    ("sm_120", "half", 128): AttentionBackwardKey(16, 64, 8, 1, SPLIT_TAIL=False),
     ("blackwell", "half", 16): AttentionBackwardKey(32, 64, 4, 1, maxnreg=255),
     ("blackwell", "half", 64): AttentionBackwardKey(32, 64, 4, 1, SPLIT_TAIL=False, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
@@ -441,6 +451,7 @@ ATTENTION_BACKWARD_BIAS: dict[tuple[str, str, int], AttentionBackwardBias] = {
     (ANY, "single", 32): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 64): AttentionBackwardBias(16, 16, 4, 1),
     (ANY, "single", 128): AttentionBackwardBias(16, 16, 8, 1),
+    ("ampere", "half", 64): AttentionBackwardBias(64, 16, 4, 1, maxnreg=255),
     ("ampere", "half", 128): AttentionBackwardBias(64, 16, 4, 1, maxnreg=255),
     ("hopper", "half", 16): AttentionBackwardBias(64, 32, 4, 1),
     ("hopper", "half", 32): AttentionBackwardBias(64, 32, 4, 1),
@@ -643,14 +654,15 @@ def pool_forward(
 
     The first row alone ("cls") gets a warp for every 1024 columns, and a program for each of them unless normalised.
     All rows are read a line of 128 bytes wide, 64 of them a step. Where they are normalised a program is alone with a
-    sequence, so it gets 512 lanes, each with 32 elements: four 16-byte loads of halves in flight.
+    sequence, so it gets 512 lanes, each with 32 elements: four 16-byte loads of halves in flight. On sm_120, where it
+    may have 64 registers a lane, 16 elements.
     """
     columns = row_block(hidden)
     if how == "cls":
         block = columns if normalise else min(1024, columns)
         regime, default = "first", PoolForward(ROWS=1, BLOCK=block, num_warps=max(1, block // 1024))
     elif normalise:
-        rows = max(1, min(64, 512 * 32 // columns))
+        rows = max(1, min(64, 512 * (16 if target.arch == "sm_120" else 32) // columns))
         regime, default = "whole", PoolForward(ROWS=rows, BLOCK=columns, num_warps=512 // target.warp_size)
     else:
         regime, default = "line", PoolForward(ROWS=64, BLOCK=_line(columns, dtype), num_warps=4)
@@ -794,8 +806,9 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
 
     Two rows of 512 columns of half types share the weight and the work around it. The sums for the parameters take
     registers too. Where one warp for 1024 columns would spill, in float32 and on RDNA, there are two; not for 8192
-    columns on NVIDIA, where 16 warps have fewer registers a lane. So too for 4096 columns on Blackwell. At 4096, and
-    at 1024 in float32, NVIDIA's assembler would rather spill than take more than 128 and 80 registers.
+    columns on NVIDIA, where 16 warps have fewer registers a lane. So too for 4096 columns on Blackwell. At 4096 and
+    8192, at 1024 in float32, and at 512 on sm_120, NVIDIA's assembler would rather spill than take more than 128, 80
+    and 168 registers.
     """
     rows, warps = _whole_rows(width, dtype, target)
     columns = row_block(width)
@@ -805,7 +818,9 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
         warps *= 2
     if columns == 4096 and family(target) == "blackwell" and dtype != torch.float32:
         warps *= 2
-    thrifty = columns == 4096 or (columns == 1024 and dtype == torch.float32)
+    thrifty = (
+        columns >= 4096 or (columns == 1024 and dtype == torch.float32) or (columns == 512 and target.arch == "sm_120")
+    )
     return rows, 1024 // warps, warps, 255 if thrifty and target.backend == "cuda" else 0
 
 

@@ -270,7 +270,7 @@ def layer_norm(
         dropout=DROPOUT if dropout else 0.0,
         seed=_seed() if dropout else None,
         eps=1e-12,
-        **({"out_rows": torch.empty(1001, dtype=torch.int64), "out_size": PADDED} if unpack else {}),
+        **({"out_rows": torch.arange(1001), "out_size": PADDED} if unpack else {}),
         store_stats=store_stats,
     )
     options = {
@@ -286,7 +286,7 @@ def layer_norm(
 
 def embedding(width: int, dtype: torch.dtype, *, token_types: bool = True, dropout: bool = False) -> Case:
     """BERT's three tables and LayerNorm, for 1001 tokens."""
-    ids = torch.empty(1001, dtype=torch.int64)
+    ids = torch.arange(1001)
     run = partial(
         embedding_forward,
         ids,
@@ -378,7 +378,7 @@ def layer_norm_gradient(
         x_bias=x_bias,
         dropout=DROPOUT if dropout else 0.0,
         seed=_seed() if dropout else None,
-        out_rows=torch.empty(1001, dtype=torch.int64) if unpack else None,
+        out_rows=torch.arange(1001) if unpack else None,
     )
     options = {
         "residual": residual,
@@ -392,7 +392,7 @@ def layer_norm_gradient(
 
 def embedding_gradient(width: int, dtype: torch.dtype, *, token_types: bool = True, dropout: bool = False) -> Case:
     """The backward of `embedding`: the gradient of each token, and the sums for each table."""
-    ids = torch.empty(1001, dtype=torch.int64)
+    ids = torch.arange(1001)
     run = partial(
         embedding_backward,
         torch.empty(1001, width, dtype=dtype),
