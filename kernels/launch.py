@@ -323,10 +323,12 @@ ATTENTION_FORWARD["blackwell", "half", 16] = {
 }
 ATTENTION_FORWARD["blackwell", "half", 32] = ATTENTION_FORWARD["hopper", "half", 32] | {
     "aligned": AttentionForward(64, 64, 4, 2),
+    "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
 }
 ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half", 64] | {
     "aligned": AttentionForward(128, 64, 4, 2),
-    "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
+    "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False, maxnreg=255),
+    "bias": AttentionForward(64, 32, 4, 1, SPLIT_TAIL=False),
 }
 ATTENTION_FORWARD["blackwell", "half", 128] = ATTENTION_FORWARD["hopper", "half", 128] | {
     "bias": AttentionForward(64, 16, 4, 2, SPLIT_TAIL=False)
@@ -408,7 +410,7 @@ ATTENTION_BACKWARD_QUERY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardQue
     (ANY, "half", 128): AttentionBackwardQuery(64, 32, 8, 1),
     (ANY, "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
     ("ampere", "half", 32): AttentionBackwardQuery(64, 32, 4, 1, maxnreg=255),
-    ("ampere", "half", 128): AttentionBackwardQuery(64, 32, 8, 1, SPLIT_TAIL=False),
+    ("ampere", "half", 128): AttentionBackwardQuery(64, 32, 8, 1, SPLIT_TAIL=False, maxnreg=255),
     ("ampere", "half", 256): AttentionBackwardQuery(32, 32, 8, 1, SPLIT_TAIL=False, maxnreg=255),
     ("sm_120", "half", 64): AttentionBackwardQuery(64, 32, 4, 1, SPLIT_TAIL=False, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),

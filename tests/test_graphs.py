@@ -81,6 +81,15 @@ def test_changing_lengths_replay_one_graph(made: list[FakeGraph]) -> None:
     assert [graph.replays for graph in made] == [4]
 
 
+def test_lengths_of_a_batch_before_are_forgotten(made: list[FakeGraph]) -> None:
+    """Where the sequences before ended, a hundred rows before the end of these, no sequence may begin."""
+    plain, model = bert(), fastbert.graphed(bert())
+    for lengths in ([89] * 9 + [96], [113] * 7 + [117, 116]):
+        arguments = batch(*lengths)
+        same(model(**arguments), plain(**arguments))
+    assert len(made) == 1
+
+
 def test_padded_calls_are_those_of_the_plain_model(made: list[FakeGraph]) -> None:
     plain, model = bert(), fastbert.graphed(bert())
     mask = torch.tensor([[1] * 9 + [0] * 3, [0] * 7 + [1] * 5, [1, 0] * 6])
