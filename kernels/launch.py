@@ -333,6 +333,9 @@ ATTENTION_FORWARD["blackwell", "half", 64] = ATTENTION_FORWARD["hopper", "half",
 ATTENTION_FORWARD["blackwell", "half", 128] = ATTENTION_FORWARD["hopper", "half", 128] | {
     "bias": AttentionForward(64, 16, 4, 2, SPLIT_TAIL=False)
 }
+ATTENTION_FORWARD["blackwell", "half", 256] = ATTENTION_FORWARD["hopper", "half", 256] | {
+    "bias": AttentionForward(64, 16, 8, 2)
+}
 # By arch, before those of its family: this spills on sm_86, sm_89 and sm_120, which are of the family too.
 ATTENTION_FORWARD["sm_80", "half", 128] = {"default": AttentionForward(128, 32, 4, 2, SPLIT_TAIL=False)}
 
@@ -413,6 +416,7 @@ ATTENTION_BACKWARD_QUERY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardQue
     ("ampere", "half", 128): AttentionBackwardQuery(64, 32, 8, 1, SPLIT_TAIL=False, maxnreg=255),
     ("ampere", "half", 256): AttentionBackwardQuery(32, 32, 8, 1, SPLIT_TAIL=False, maxnreg=255),
     ("sm_120", "half", 64): AttentionBackwardQuery(64, 32, 4, 1, SPLIT_TAIL=False, maxnreg=255),
+    ("blackwell", "half", 128): AttentionBackwardQuery(64, 32, 8, 1, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
     ("cdna", "half", 128): AttentionBackwardQuery(64, 16, 8, 1),
     ("cdna", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
@@ -656,15 +660,15 @@ def pool_forward(
 
     The first row alone ("cls") gets a warp for every 1024 columns, and a program for each of them unless normalised.
     All rows are read a line of 128 bytes wide, 64 of them a step. Where they are normalised a program is alone with a
-    sequence, so it gets 512 lanes, each with 32 elements: four 16-byte loads of halves in flight. On sm_120, where it
-    may have 64 registers a lane, 16 elements.
+    sequence, so it gets 512 lanes, each with 32 elements: four 16-byte loads of halves in flight. On Blackwell it
+    has 16, or the assembler spills rather than take more than 64 registers.
     """
     columns = row_block(hidden)
     if how == "cls":
         block = columns if normalise else min(1024, columns)
         regime, default = "first", PoolForward(ROWS=1, BLOCK=block, num_warps=max(1, block // 1024))
     elif normalise:
-        rows = max(1, min(64, 512 * (16 if target.arch == "sm_120" else 32) // columns))
+        rows = max(1, min(64, 512 * (16 if target.arch in ("sm_100", "sm_120") else 32) // columns))
         regime, default = "whole", PoolForward(ROWS=rows, BLOCK=columns, num_warps=512 // target.warp_size)
     else:
         regime, default = "line", PoolForward(ROWS=64, BLOCK=_line(columns, dtype), num_warps=4)

@@ -10,12 +10,13 @@ import torch
 from real_weights import fetched
 
 import fastbert
-from fastbert import backend
+from fastbert import backend, quantization
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.heads import BertForSequenceClassification
 from fastbert.kernels.target import KNOWN, pretend
 from fastbert.models import BertModel
+from fastbert.ops.quantize_rows import bias_gelu_quantize
 from fastbert.packing import Packing
 from fastbert.tasks import TextEncoder
 
@@ -63,6 +64,30 @@ def test_each_activation_on_each_path(activation, path, generator):
         got = run(fastbert.quantize(model, dtype="fp8"), ids, packing)
     near = cosines(got.numpy(), run(model, ids, packing).numpy())
     assert 0.99 <= near.min() < 1 - 1e-6
+
+
+@pytest.mark.parametrize(("activation", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
+def test_gelu_has_the_form_of_the_config(activation, approximate, generator, monkeypatch):
+    """Both are nearer to each other than e4m3 tells apart, so the call is looked at."""
+    asked = []
+
+    def noted(x, bias, *, approximate):
+        asked.append(approximate)
+        return bias_gelu_quantize(x, bias, approximate=approximate)
+
+    monkeypatch.setattr(quantization, "bias_gelu_quantize", noted)
+    run(fastbert.quantize(random_model(generator, activation=activation), dtype="fp8"), *batch(generator))
+    assert asked == [approximate] * 2
+
+
+def test_a_weight_is_kept_without_bias(generator):
+    """Rounding errors of e4m3, up to 1 in 16, cancel over a matrix; a scale that is off by 1 in 100 does not."""
+    linear = torch.nn.Linear(256, 128)
+    torch.nn.init.normal_(linear.weight, generator=generator)
+    made = quantization.QuantizedLinear(linear)
+    kept = made.values.view(torch.float8_e4m3fn).float() * made.scale.view(torch.float32)[:, None]
+    assert (kept - linear.weight).abs().max() <= linear.weight.abs().max() / 16
+    assert abs((kept * linear.weight).sum() / linear.weight.square().sum() - 1) < 0.001
 
 
 def test_a_shared_part_is_the_same_tensor_and_the_model_stays(generator):

@@ -55,10 +55,10 @@ def the_long_way(layer: EncoderLayer, x: Tensor, packing: Packing) -> Tensor:
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_lengths_and_contents_may_change(activation: str, prepared: list[int], nan_empty: None) -> None:
     made = layer(activation=activation)
-    for lengths in ([3, 5, 1], [1, 3, 5], [5, 2, 2]):
-        x, packing = torch.randn(9, HIDDEN), Packing.from_lengths(lengths)
+    for lengths in ([20, 3, 17], [3, 17, 20], [20, 10, 10]):
+        x, packing = torch.randn(40, HIDDEN), Packing.from_lengths(lengths)
         assert torch.equal(made(x, packing), the_long_way(made, x, packing)), lengths
-    assert prepared == [9], "as many tokens and sequences, and the longest as long: of one kind"
+    assert prepared == [40], "as many tokens and sequences, and the longest as long: of one kind"
 
 
 @pytest.mark.parametrize("lengths", [[3, 6, 1], [4, 4, 1], [3, 5, 1, 0], [3, 5]])
@@ -70,6 +70,15 @@ def test_another_layout_is_another_kind(lengths: list[int], prepared: list[int])
     real = slice(packing.tokens)
     assert torch.equal(made(x, packing)[real], the_long_way(made, x, packing)[real])
     assert len(prepared) == 2
+
+
+def test_as_many_rows_with_fewer_tokens_are_another_kind(prepared: list[int]) -> None:
+    """Else the rows past the tokens of the first call would belong to no program of the second."""
+    made, x = layer(), torch.randn(40, HIDDEN)
+    made(x, Packing.from_lengths([20, 1]))
+    packing = Packing.from_lengths([20, 20])
+    assert torch.equal(made(x, packing), the_long_way(made, x, packing))
+    assert prepared == [40, 40]
 
 
 def test_weights_may_change_in_any_way(prepared: list[int]) -> None:
