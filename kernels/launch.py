@@ -276,7 +276,11 @@ ATTENTION_FORWARD: dict[tuple[str, str, int], dict[str, AttentionForward]] = {
         "short": AttentionForward(64, 64, 4, 1, SPLIT_TAIL=False),
         "extras": AttentionForward(64, 32, 4, 2, SPLIT_TAIL=False),
     },
-    ("hopper", "half", 256): {"default": AttentionForward(128, 32, 8, 2), "extras": AttentionForward(64, 32, 8, 2)},
+    ("hopper", "half", 256): {
+        "default": AttentionForward(128, 32, 8, 2),
+        "extras": AttentionForward(64, 32, 8, 2),
+        "bias": AttentionForward(64, 32, 8, 2, SPLIT_TAIL=False),
+    },
     ("hopper", "single", 16): {"default": SINGLE},
     ("hopper", "single", 32): {"default": SINGLE},
     ("hopper", "single", 64): {"default": SINGLE},
@@ -411,10 +415,9 @@ ATTENTION_BACKWARD_QUERY_EXTRAS: dict[tuple[str, str, int], AttentionBackwardQue
     (ANY, "half", 32): AttentionBackwardQuery(64, 32, 4, 1),
     (ANY, "half", 64): AttentionBackwardQuery(64, 32, 4, 1),
     (ANY, "half", 128): AttentionBackwardQuery(64, 32, 8, 1),
-    (ANY, "half", 256): AttentionBackwardQuery(32, 32, 8, 1),
+    (ANY, "half", 256): AttentionBackwardQuery(32, 32, 8, 1, SPLIT_TAIL=False, maxnreg=255),
     ("ampere", "half", 32): AttentionBackwardQuery(64, 32, 4, 1, maxnreg=255),
     ("ampere", "half", 128): AttentionBackwardQuery(64, 32, 8, 1, SPLIT_TAIL=False, maxnreg=255),
-    ("ampere", "half", 256): AttentionBackwardQuery(32, 32, 8, 1, SPLIT_TAIL=False, maxnreg=255),
     ("sm_120", "half", 64): AttentionBackwardQuery(64, 32, 4, 1, SPLIT_TAIL=False, maxnreg=255),
     ("blackwell", "half", 128): AttentionBackwardQuery(64, 32, 8, 1, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardQuery(64, 16, 8, 1),
@@ -705,10 +708,10 @@ def bias_gelu_backward(
 ) -> Described[BiasGeluBackward]:
     """The tiles of `bias_gelu_forward`, and programs for 4096 warps in all: 32 on each of 128 multiprocessors.
 
-    Gated, which holds five tensors and not three, half the rows of the wide blocks.
+    Gated, which holds five tensors and not three, half the rows.
     """
     rows, block, warps = _column_blocks(width)
-    if gated and width % block == 0:
+    if gated:
         rows //= 2
     programs = max(1, 4096 // (-(-width // block) * warps))
     default = BiasGeluBackward(ROWS=rows, BLOCK=block, PROGRAMS=programs, num_warps=warps)

@@ -68,8 +68,11 @@ def test_backward_of_bias_gelu(width, programs):
     assert backward == launch.BiasGeluBackward(forward.ROWS, forward.BLOCK, programs, forward.num_warps)
 
 
-def test_backward_of_gated_bias_gelu_takes_fewer_rows_of_a_wide_block():
-    rows = [launch.bias_gelu_backward(width, torch.float16, KNOWN["sm_90"], gated=True).ROWS for width in (3072, 1152)]
+@pytest.mark.parametrize("width", [3072, 1152])
+def test_backward_of_gated_bias_gelu_takes_half_the_rows(width):
+    rows = [
+        launch.bias_gelu_backward(width, torch.float16, KNOWN["sm_90"], gated=gated).ROWS for gated in (True, False)
+    ]
     assert rows == [2, 4]
 
 
