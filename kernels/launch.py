@@ -708,10 +708,10 @@ def bias_gelu_backward(
 ) -> Described[BiasGeluBackward]:
     """The tiles of `bias_gelu_forward`, and programs for 4096 warps in all: 32 on each of 128 multiprocessors.
 
-    Gated, which holds five tensors and not three, half the rows.
+    Gated, which holds five tensors and not three, half the rows of wide blocks, and of widths not divisible by 16.
     """
     rows, block, warps = _column_blocks(width)
-    if gated:
+    if gated and (width % block == 0 or width % 16):
         rows //= 2
     programs = max(1, 4096 // (-(-width // block) * warps))
     default = BiasGeluBackward(ROWS=rows, BLOCK=block, PROGRAMS=programs, num_warps=warps)

@@ -84,12 +84,11 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def observed() -> bool:
-    """Whether anything looks on or changes what ops do: torch.compile, tracers, dispatch modes, functorch, autocast."""
+    """Whether anything looks on: torch.compile, exporters, tracers, dispatch modes, functorch's transforms."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_any_autocast_enabled()
         or torch._C._is_tracing()
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastbert.kernels import target
@@ -36,7 +37,7 @@ def prepared(
     """
     first = tensors[0]
     assert first is not None
-    if wants_gradient(*tensors) or observed():
+    if wants_gradient(*tensors) or observed() or torch._C._is_any_autocast_enabled():
         return None
     kinds = [None if x is None else (x.dtype, x.device, x.shape, _as_it_lies(x)) for x in tensors]
     key = options, target.of(first.device), *kinds
