@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, cast, get_args
 
@@ -45,6 +46,15 @@ def measured_first(describe: Callable[P, Described[Choice]]) -> Callable[P, Choi
         return TUNED.get((target.arch, op, shape), choice)
 
     return choose
+
+
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of the installed Triton, which is not loaded for it; (0, 0) where there is none."""
+    try:
+        major, minor, *_ = metadata.version("triton").split(".")
+    except metadata.PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
 
 
 @dataclass(frozen=True)
@@ -340,8 +350,10 @@ ATTENTION_FORWARD["blackwell", "half", 128] = ATTENTION_FORWARD["hopper", "half"
 ATTENTION_FORWARD["blackwell", "half", 256] = ATTENTION_FORWARD["hopper", "half", 256] | {
     "bias": AttentionForward(64, 16, 8, 2)
 }
-# By arch, before those of its family: this spills on sm_86, sm_89 and sm_120, which are of the family too.
-ATTENTION_FORWARD["sm_80", "half", 128] = {"default": AttentionForward(128, 32, 4, 2, SPLIT_TAIL=False)}
+# By arch, before those of its family: this spills on sm_86, sm_89 and sm_120, which are of the family too, and with
+# Triton 3.9 on sm_80.
+if triton_version() < (3, 9):
+    ATTENTION_FORWARD["sm_80", "half", 128] = {"default": AttentionForward(128, 32, 4, 2, SPLIT_TAIL=False)}
 
 # (family or target, kind of dtype, BLOCK_D) -> choice; ANY stands for those without an entry of their own; None where
 # no tile fits. On CDNA a wave takes 32 rows of what a program owns: with fewer, two waves would compute the same.

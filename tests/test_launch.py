@@ -223,3 +223,15 @@ def test_a_malformed_file_says_where(tuned, says, tmp_path):
 
 def test_the_shipped_file_can_be_read():
     assert launch.read_tuned(launch.Path(launch.__file__).with_name("tuned.json")) == launch.TUNED
+
+
+def test_the_version_of_triton_is_known_without_loading_it(monkeypatch):
+    for version, wanted in (("3.7.1", (3, 7)), ("3.10.0+git1", (3, 10))):
+        monkeypatch.setattr(launch.metadata, "version", lambda name, version=version: version)
+        assert launch.triton_version() == wanted
+
+    def missing(name):
+        raise launch.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(launch.metadata, "version", missing)
+    assert launch.triton_version() == (0, 0)
