@@ -411,7 +411,7 @@ ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] 
     ("cdna", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
     ("rdna", "half", 16): AttentionBackwardKey(32, 64, 4, 1),
     ("rdna", "half", 32): AttentionBackwardKey(32, 64, 4, 1),
-    ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1),
+    ("rdna", "half", 64): AttentionBackwardKey(16, 32, 4, 1, SPLIT_TAIL=False),
     ("rdna", "half", 128): None,
     ("rdna", "half", 256): None,
     ("rdna", "single", 64): None,
