@@ -57,16 +57,16 @@ def first_device() -> torch.device:
 
 def decide(device: torch.device) -> Decision:
     """The path for tensors on `device`, were the call one that the kernels serve."""
-    return _decide(device, _forced)
+    return _decide(device, _forced, _forced == "triton" and target.interpreted())
 
 
 @cache
-def _decide(device: torch.device, forced: Path | None) -> Decision:
+def _decide(device: torch.device, forced: Path | None, interpreted: bool) -> Decision:
     if forced == "torch":
         return Decision("torch", 'use_backend("torch") is in force')
     if device.type == "cuda":
         return Decision("triton", "the tensor is on a GPU")
-    if device.type == "cpu" and forced == "triton" and target.interpreted():
+    if device.type == "cpu" and interpreted:
         return Decision("triton", 'use_backend("triton") is in force, under Triton\'s interpreter')
     return Decision("torch", f"the tensor is on {device.type}; the Triton kernels need a GPU")
 

@@ -60,8 +60,9 @@ def test_an_unknown_backend():
         pass
 
 
-def test_case_20_launches_are_guarded_by_the_device_of_the_tensor(monkeypatch):
-    """The model is on cuda:1 while device 0 is current: a fake driver sees the switch."""
+@pytest.mark.parametrize(("current", "switches"), [(0, 1), (1, 0)])
+def test_case_20_launches_are_guarded_by_the_device_of_the_tensor(monkeypatch, current, switches):
+    """The model is on cuda:1: where another device is current, a fake driver sees the switch."""
     calls = []
 
     class FakeDevice:
@@ -73,5 +74,6 @@ def test_case_20_launches_are_guarded_by_the_device_of_the_tensor(monkeypatch):
         device = torch.device("cuda", 1)
 
     monkeypatch.setattr(torch.cuda, "device", FakeDevice)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     target.guard(OnGpu())
-    assert calls == [torch.device("cuda", 1)]
+    assert calls == [torch.device("cuda", 1)] * switches
