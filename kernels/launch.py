@@ -21,6 +21,8 @@ from fastbert.kernels.target import Target
 
 WIDEST_ROW = 8192
 
+BLACKWELL = ("sm_100", "sm_120")  # of two families of tiles, for sm_120 has no tcgen05
+
 P = ParamSpec("P")
 Choice = TypeVar("Choice")
 
@@ -685,7 +687,7 @@ def pool_forward(
         block = columns if normalise else min(1024, columns)
         regime, default = "first", PoolForward(ROWS=1, BLOCK=block, num_warps=max(1, block // 1024))
     elif normalise:
-        rows = max(1, min(64, 512 * (16 if target.arch in ("sm_100", "sm_120") else 32) // columns))
+        rows = max(1, min(64, 512 * (16 if target.arch in BLACKWELL else 32) // columns))
         regime, default = "whole", PoolForward(ROWS=rows, BLOCK=columns, num_warps=512 // target.warp_size)
     else:
         regime, default = "line", PoolForward(ROWS=64, BLOCK=_line(columns, dtype), num_warps=4)
@@ -830,7 +832,7 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     Two rows of 512 columns of half types share the weight and the work around it. The sums for the parameters take
     registers too. Where one warp for 1024 columns would spill, in float32 and on RDNA, there are two; not for 8192
     columns on NVIDIA, where 16 warps have fewer registers a lane. So too for 4096 columns on Blackwell. At 4096 and
-    8192, at 1024 in float32, and at 512 on sm_120, NVIDIA's assembler would rather spill than take more than 128, 80
+    8192, at 1024 in float32, and at 512 on Blackwell, NVIDIA's assembler would rather spill than take more than 128, 80
     and 168 registers.
     """
     rows, warps = _whole_rows(width, dtype, target)
@@ -842,7 +844,7 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     if columns == 4096 and family(target) == "blackwell" and dtype != torch.float32:
         warps *= 2
     thrifty = (
-        columns >= 4096 or (columns == 1024 and dtype == torch.float32) or (columns == 512 and target.arch == "sm_120")
+        columns >= 4096 or (columns == 1024 and dtype == torch.float32) or (columns == 512 and target.arch in BLACKWELL)
     )
     return rows, 1024 // warps, warps, 255 if thrifty and target.backend == "cuda" else 0
 
