@@ -45,9 +45,14 @@ def measured_first(describe: Callable[P, Described[Choice]]) -> Callable[P, Choi
     @functools.wraps(describe)
     def choose(*args: P.args, **options: P.kwargs) -> Choice:
         choice, target, shape = described(*args, **options)
-        return TUNED.get((target.arch, op, shape), choice)
+        return tuned(op, target, choice, shape)
 
     return choose
+
+
+def tuned(op: str, target: Target, default: Choice, shape: str) -> Choice:
+    """The measured choice for this target, op and shape, or `default` where nothing was measured."""
+    return TUNED.get((target.arch, op, shape), default)
 
 
 def triton_version() -> tuple[int, int]:
