@@ -59,7 +59,7 @@ class Prepared:
 
     def _search(self, arguments: tuple[Any, ...]) -> None:
         here = target.of(arguments[0].device)
-        key = (self.kernel.fn, driver.active, driver.active.get_current_device(), *self.constexprs.values())
+        key = (self.kernel.fn, driver.active, driver.active.get_current_device(), *self.constexprs.items())
         key += tuple(_kind(argument, here) for argument in arguments)
         self.rest = tuple(self.constexprs[name] for name in self.kernel.arg_names[len(arguments) :])
         compiled = _compiled.get(key)

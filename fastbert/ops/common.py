@@ -72,7 +72,7 @@ def cast_states(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
         `x` and the others, those that are None left out.
     """
     states = [state for state in (x, *others) if state is not None]
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+    if not torch.is_autocast_enabled(x.device.type):
         return tuple(states)
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(state if state.dtype == torch.float64 else state.to(dtype) for state in states)

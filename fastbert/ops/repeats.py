@@ -23,7 +23,7 @@ _kept: dict[tuple[Hashable, ...], Run] = {}
 
 
 def prepared(
-    options: tuple[Hashable, ...], tensors: tuple[Tensor | None, ...], prepare: Callable[[], Run | None]
+    options: tuple[Hashable, ...], tensors: tuple[Tensor, ...], prepare: Callable[[], Run | None]
 ) -> Run | None:
     """What does the work for tensors of this kind, made by `prepare` for the first of them; None: go the long way.
 
@@ -32,17 +32,15 @@ def prepared(
 
     Args:
         options: what is to be done, and all else that it depends on.
-        tensors: a tensor first. Of one kind are those of the same shapes, dtypes and devices.
+        tensors: all it reads. Of one kind are those of the same shapes, dtypes and devices.
         prepare: gives None, or raises, where the kernels can't serve the call.
     """
-    first = tensors[0]
-    assert first is not None
     if wants_gradient(*tensors) or observed() or torch._C._is_any_autocast_enabled():
         return None
-    kinds = [None if x is None else (x.dtype, x.device, x.shape, _as_it_lies(x)) for x in tensors]
-    key = options, target.of(first.device), *kinds
+    kinds = [(x.dtype, x.device, x.shape, _as_it_lies(x)) for x in tensors]
+    key = options, target.of(tensors[0].device), *kinds
     run = _kept.get(key)
-    if run is None and all(kind is None or kind[-1] for kind in kinds) and (run := prepare()) is not None:
+    if run is None and all(as_it_lies for *_, as_it_lies in kinds) and (run := prepare()) is not None:
         if len(_kept) >= MOST:
             _kept.clear()
         _kept[key] = run
