@@ -1,6 +1,7 @@
 """Which path runs, and why.
 
-A tensor on a GPU takes the Triton kernels, a tensor on the CPU plain torch. Under Triton's interpreter
+A tensor on a GPU takes the Triton kernels; a tensor on the CPU torch, and the CPU's own kernels (`fastbert.native`) where
+they serve. Under Triton's interpreter
 (TRITON_INTERPRET=1, for tests) the kernels also run on CPU tensors when asked for by `use_backend("triton")`.
 """
 
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
+from fastbert.native.machine import Machine, host
 
-Path = Literal["triton", "torch"]
+Path = Literal["triton", "native", "torch"]
+Forced = Literal["triton", "torch"]
 
-_forced: Path | None = None
+_forced: Forced | None = None
 _said: set[str] = set()
 
 
@@ -34,7 +37,7 @@ class Decision:
 
 
 @contextmanager
-def use_backend(path: Path) -> Iterator[None]:
+def use_backend(path: Forced) -> Iterator[None]:
     """Force one path inside a `with` block, for the whole process.
 
     `use_backend("torch")` runs plain torch on any device. `use_backend("triton")` raises BackendError where the
@@ -61,13 +64,18 @@ def decide(device: torch.device) -> Decision:
 
 
 @cache
-def _decide(device: torch.device, forced: Path | None, interpreted: bool) -> Decision:
+def _decide(device: torch.device, forced: Forced | None, interpreted: bool) -> Decision:
     if forced == "torch":
         return Decision("torch", 'use_backend("torch") is in force')
     if device.type == "cuda":
         return Decision("triton", "the tensor is on a GPU")
     if device.type == "cpu" and interpreted:
         return Decision("triton", 'use_backend("triton") is in force, under Triton\'s interpreter')
+    if device.type == "cpu" and forced is None:
+        machine = host()
+        if isinstance(machine, Machine):
+            return Decision("native", f"the tensor is on a CPU whose kernels are compiled here: {machine.described}")
+        return Decision("torch", f"the tensor is on a CPU without kernels of its own: {machine}")
     return Decision("torch", f"the tensor is on {device.type}; the Triton kernels need a GPU")
 
 
@@ -80,7 +88,7 @@ def uses_triton(op: str, x: Tensor, unserved: str | None = None) -> bool:
     decision = decide(x.device)
     if decision.path == "triton" and unserved is None:
         return True
-    reason = decision.reason if decision.path == "torch" else unserved
+    reason = unserved if decision.path == "triton" else decision.reason
     if _forced == "triton":
         raise BackendError(op, reason, "a call that the Triton kernels serve", "Leave use_backend to run plain torch.")
     if decision.path == "triton":

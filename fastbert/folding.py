@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastbert.config import Activation, EncoderConfig
 from fastbert.encoder import Encoder, EncoderLayer
-from fastbert.ops.attention import SCORES, attend
+from fastbert.ops.attention import attend
 from fastbert.ops.common import runs_bare
 from fastbert.packing import Packing
 
@@ -63,13 +63,12 @@ class FoldedEncoder:
 
     Attributes:
         shift: `[hidden]`, added to the rows that come in.
-        scores, buffers: memory that is used again by every batch and layer, so that it stays in the caches.
+        buffers: memory that is used again by every batch and layer, so that it stays in the caches.
     """
 
     config: EncoderConfig
     shift: Tensor
     layers: list[_FoldedLayer]
-    scores: Tensor = field(default_factory=lambda: torch.empty(SCORES))
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
@@ -80,7 +79,7 @@ class FoldedEncoder:
         for layer in self.layers:
             qkv = torch.mm(x, layer.qkv, out=self._buffer("qkv", x, layer.qkv)).view(-1, 3, heads, head_dim)
             context = self._buffer("context", x, layer.attention_output)
-            attend(qkv, packing, head_dim**-0.5, context.view(-1, heads, head_dim), self.scores)
+            attend(qkv, packing, head_dim**-0.5, context.view(-1, heads, head_dim))
             if read is not None and layer is self.layers[-1]:
                 context, x = context.index_select(0, read), x.index_select(0, read)
             x = layer.attention_norm(x.addmm_(context, layer.attention_output))

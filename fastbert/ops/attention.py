@@ -14,14 +14,9 @@ from torch.autograd.function import once_differentiable
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
-from fastbert.ops.common import cast_states, check_dropout, launched, wants_gradient
+from fastbert.ops.common import cast_states, check_dropout, launched, native_machine, wants_gradient
 from fastbert.ops.dropout import keep_lines
 from fastbert.packing import Block, Packing
-
-# Where `attend` takes no maximum off: from this length on, while a sequence's scores, heads * length^2, are about what
-# the caches hold. Measured on two cores with AVX512: there it takes 1% to 42% less time than torch's SDPA.
-UNSHIFTED_FROM = 96
-SCORES = 2**20
 
 
 def attention(
@@ -151,7 +146,7 @@ def _attention_torch(
         if wants_gradient(qkv):
             return _attention_exact(qkv, packing, scale)
         out = qkv.new_empty(len(qkv), *qkv.shape[2:])
-        attend(qkv, packing, scale, out, torch.empty(SCORES))
+        attend(qkv, packing, scale, out)
         return out
     keep = None
     if dropout > 0.0 and seed is not None:
@@ -277,51 +272,27 @@ def _keep(block: Block, heads: int, dropout: float, seed: Tensor) -> Tensor:
     return keep.view(-1, block.seqlen, block.seqlen)
 
 
-def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor, scores: Tensor) -> None:
-    """Attention on a CPU without gradient, bias, window or dropout, each run of one length by the form that suits it.
+def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor) -> None:
+    """Attention on a CPU without gradient, bias, window or dropout, by a kernel where there is one for it.
 
     Args:
         qkv, packing, scale: as in `attention`.
         out: contiguous `[rows, heads, head_dim]` <- the result.
-        scores: float32 `[SCORES]`, overwritten.
     """
-    heads = qkv.shape[2]
     out[packing.tokens :] = 0
-    totals = []
+    machine = native_machine(qkv)
+    if machine is not None and qkv.shape[-1] % 8 == 0:
+        from fastbert.native import attention as kernel
+
+        cu_seqlens = packing.cu_seqlens
+        kernel.attention_forward(machine, qkv.contiguous(), cu_seqlens, packing.max_seqlen, scale, out)
+        return
     begin = 0
     for (count, length), run in zip(packing.runs, _runs(qkv, packing), strict=True):
+        query, key, value = run.permute(2, 0, 3, 1, 4)
         place = out[begin : begin + count * length].unflatten(0, (count, length))
-        if qkv.dtype == torch.float32 and length >= UNSHIFTED_FROM and heads * length**2 <= SCORES:
-            totals += [_attend_unshifted(run[i], scale, place[i], scores) for i in range(count)]
-        else:
-            query, key, value = run.permute(2, 0, 3, 1, 4)
-            place.copy_(F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2))
+        place.copy_(F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2))
         begin += count * length
-    if totals and not _in_range(torch.cat(totals), out):
-        out.copy_(_attention_exact(qkv, packing, scale))
-
-
-def _attend_unshifted(qkv: Tensor, scale: float, out: Tensor, scores: Tensor) -> Tensor:
-    """Attention of one sequence, `[length, 3, heads, head_dim]` -> `out`, that takes no row's maximum off its scores.
-
-    It is as exact as with that, as long as nothing leaves the range of float32; see `_in_range`. (Scores of MiniLM
-    reach 83 on reviews of films, and e^83 is 1e36. A constant taken off instead would round small scores away.)
-
-    Returns:
-        What each row's exponentials add up to, `[heads * length]`.
-    """
-    query, key, value = qkv.permute(1, 2, 0, 3)
-    exponentials = scores[: len(query) * len(qkv) ** 2].view(len(query), len(qkv), len(qkv))
-    torch.baddbmm(exponentials, query, key.transpose(1, 2), beta=0, alpha=scale, out=exponentials).exp_()
-    total = exponentials.sum(-1, keepdim=True)
-    torch.div(torch.bmm(exponentials, value).transpose(0, 1), total.transpose(0, 1), out=out)
-    return total.flatten()
-
-
-def _in_range(totals: Tensor, out: Tensor) -> bool:
-    """Whether nothing overflowed, and no row is so small that what it lost to underflow could count; False for NaN."""
-    lowest, highest = torch.aminmax(totals)
-    return bool((lowest > 1e-20) & highest.isfinite() & out.sum().isfinite())
 
 
 def _attention_triton(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from fastbert import backend
 from fastbert.errors import ArgumentError
+from fastbert.native.machine import Machine, host
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -99,6 +101,14 @@ def launched(op: CustomOpDef, *tensors: Tensor | None) -> Callable[..., Any]:
     It is where autograd records these tensors, and where they are `observed`.
     """
     return op if wants_gradient(*tensors) or observed() else op._init_fn
+
+
+def native_machine(x: Tensor) -> Machine | None:
+    """The CPU whose own kernels may run on `x`, which autograd does not record; None where they don't."""
+    if x.device.type != "cpu" or backend.decide(x.device).path != "native" or observed():
+        return None
+    machine = host()
+    return machine if isinstance(machine, Machine) and x.dtype in machine.dtypes else None
 
 
 def runs_bare(x: Tensor, *others: Tensor | None) -> bool:

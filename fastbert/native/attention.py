@@ -1,0 +1,194 @@
+"""attention of packed sequences on a CPU: forward, without bias, window or dropout.
+
+A task is a head of a sequence. Its keys are transposed once, so that scores are made for a vector of keys at a time;
+then `ROWS` queries after `ROWS` go through scores, softmax and the sum of values, all of it in the nearest cache.
+bfloat16 is multiplied by pairs: two neighbours of a head for the scores, two keys for the sum of values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache, partial
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from fastbert.native.code import F32, I16, I32, Code, Kernel, Value, compiled, float_bits
+from fastbert.native.machine import Machine
+
+PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
+
+
+def attention_forward(machine: Machine, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor) -> None:
+    """Softmax(q k^T scale) v of each head of each sequence.
+
+    Args:
+        qkv: contiguous `[rows, 3, heads, head_dim]`, float32, or bfloat16 where the machine multiplies it; head_dim a
+            multiple of 8.
+        cu_seqlens: int32 `[batch + 1]`.
+        out: contiguous `[rows, heads, head_dim]` <- the result; rows past the last sequence are not written.
+    """
+    heads, head_dim = qkv.shape[2:]
+    width = -(-max_seqlen // (2 * machine.lanes)) * 2 * machine.lanes
+    columns = -(-head_dim // machine.lanes) * machine.lanes
+    # the transposed keys, the pairs of values, the queries and the scores
+    worker_bytes = 4 * (2 * width * columns + _rows(machine) * (columns + width))
+    scratch = torch.empty(torch.get_num_threads() * worker_bytes, dtype=torch.uint8)
+    tasks = (len(cu_seqlens) - 1) * heads
+    addresses = (x.data_ptr() for x in (qkv, out, cu_seqlens, scratch))
+    _kernel(machine, head_dim, qkv.dtype)(tasks, *addresses, worker_bytes, heads, float_bits(scale * math.log2(math.e)))
+
+
+def _rows(machine: Machine) -> int:
+    """Queries at a time: with two vectors of keys they fill half of the registers."""
+    return machine.registers // 4
+
+
+@cache
+def _kernel(machine: Machine, head_dim: int, dtype: torch.dtype) -> Kernel:
+    body = partial(_attend, head_dim=head_dim, bfloat16=dtype == torch.bfloat16)
+    return compiled(machine, "attention_forward", PARAMETERS, body)
+
+
+def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
+    lanes, rows = code.lanes, _rows(code.machine)
+    size = 2 if bfloat16 else 4
+    depth = head_dim // 2 if bfloat16 else head_dim  # 32-bit words of a head
+    word = I32 if bfloat16 else F32
+    blocks = -(-depth // lanes)  # vectors of words of a head
+    columns = -(-head_dim // lanes)  # vectors of float32 of a head
+    heads = code["heads"]
+    sequence, head = code.task // heads, code.task % heads
+    first = code.widened(code.load(code["cu_seqlens"] + sequence * 4, I32))
+    length = code.widened(code.load(code["cu_seqlens"] + sequence * 4 + 4, I32)) - first
+    row_bytes = heads * (3 * head_dim * size)
+    query = code["qkv"] + first * row_bytes + head * (head_dim * size)
+    key, value = query + heads * (head_dim * size), query + heads * (2 * head_dim * size)
+    out_bytes = heads * (head_dim * size)
+    out = code["out"] + first * out_bytes + head * (head_dim * size)
+    width = ((length + (2 * lanes - 1)) // (2 * lanes)) * (2 * lanes)
+
+    keys = code["scratch"] + code.worker * code["worker_bytes"]
+    queries = keys + width * (4 * blocks * lanes)
+    scores = queries + 4 * rows * blocks * lanes
+    values = scores + width * (4 * rows)
+    last = length - 1
+
+    def transpose(j: Value) -> None:
+        """Words `[lanes keys, depth]` -> `[j / (2 lanes), depth, 2 lanes]` of all keys."""
+        tile = keys + (j // (2 * lanes)) * (4 * blocks * lanes * 2 * lanes) + (j % (2 * lanes)) * 4
+        for block in range(blocks):
+            count = min(lanes, depth - block * lanes)
+            words = [
+                code.load_first(key + code.minimum(j + i, last) * row_bytes + 4 * block * lanes, word, count, lanes)
+                for i in range(lanes)
+            ]  # [lanes, count]
+            for i, column in enumerate(code.transposed(words)[:count]):
+                code.store(column, tile + 4 * 2 * lanes * (block * lanes + i))
+
+    def pair(j: Value) -> None:
+        """Values of keys j and j + 1 -> int32 `[j / 2, columns]`, each column's two in a word."""
+        for c in range(columns):
+            count = min(lanes, head_dim - c * lanes)
+            two = (
+                code.load_first(value + code.minimum(j + i, last) * row_bytes + 2 * c * lanes, I16, count, lanes)
+                for i in range(2)
+            )
+            for half, words in enumerate(code.interleaved(*two)):
+                place = values + j * (2 * columns * lanes) + 4 * c * lanes + 2 * half * lanes
+                code.store(words, place)
+
+    def dot(total: Value, a: Value, b: Value) -> Value:
+        return code.dot_bfloat16(total, a, b) if bfloat16 else code.fma(a, b, total)
+
+    code.loop(0, width, lanes, transpose)
+    if bfloat16:
+        code.loop(0, length, 2, pair)
+
+    def attend_rows(i: Value) -> None:
+        places = [code.minimum(i + r, last) for r in range(rows)]  # the last row again where there are no more
+        for r, place in enumerate(places):
+            for block in range(blocks):
+                count = min(lanes, depth - block * lanes)
+                words = code.load_first(query + place * row_bytes + 4 * block * lanes, word, count, lanes)
+                code.store(words, queries + 4 * (r * blocks + block) * lanes)
+
+        def score(j: Value, *greatest: Value) -> Sequence[Value]:
+            """Scores of 2 * lanes keys, `[j / lanes, rows, lanes]`, and the greatest so far in each lane of a row."""
+            tile = keys + j * (4 * blocks * lanes)
+
+            def multiply(d: Value, *totals: Value) -> Sequence[Value]:
+                pair = [code.load(tile + d * (8 * lanes) + 4 * half * lanes, word, lanes) for half in range(2)]
+                made = []
+                for r in range(rows):
+                    q = code.splat(code.load(queries + d * 4 + 4 * r * blocks * lanes, word))
+                    made += [dot(totals[2 * r + half], q, pair[half]) for half in range(2)]
+                return made
+
+            totals = code.loop(0, depth, 1, multiply, *[code.vector()] * (2 * rows))
+            following = []
+            for r in range(rows):
+                for half in range(2):
+                    code.store(totals[2 * r + half], scores + j * (4 * rows) + 4 * (half * rows + r) * lanes)
+                following.append(code.maximum(greatest[r], code.maximum(totals[2 * r], totals[2 * r + 1])))
+            return following
+
+        # keys past the last are copies of it, so that they change no row's greatest score
+        greatest = code.loop(0, width, 2 * lanes, score, *[code.vector(-math.inf)] * rows)
+        scale = code.splat(code.float_of("scale"))
+        numbers = code.lane_numbers()
+        sums = []
+        for r in range(rows):
+            shift = code.splat(code.greatest(greatest[r])) * scale
+
+            def exponential(j: Value, *total: Value, r: int = r, shift: Value = shift) -> Sequence[Value]:
+                place = scores + j * (4 * rows) + 4 * r * lanes
+                power = code.exp2(code.fma(code.load(place, F32, lanes), scale, code.negative(shift)))
+                power = code.select(numbers < code.splat_int32(length - j), power, code.vector())
+                if bfloat16:
+                    code.store(code.to_bfloat16(power), place)
+                else:
+                    code.store(power, place)
+                return [total[0] + power]
+
+            sums.append(code.sum(code.loop(0, width, lanes, exponential, code.vector())[0]))
+
+        for c in range(0, columns, 2):
+            group = range(c, min(c + 2, columns))
+
+            def sum_values(j: Value, *totals: Value, group: range = group) -> Sequence[Value]:
+                """The values of `lanes` keys, times their weights."""
+                block = scores + j * (4 * rows)
+
+                def multiply(k: Value, *totals: Value) -> Sequence[Value]:
+                    if bfloat16:
+                        row = values + (j + k * 2) * (2 * columns * lanes)
+                        vectors = [code.load(row + 4 * c * lanes, I32, lanes) for c in group]
+                    else:
+                        row = value + (j + k) * row_bytes
+                        counts = [min(lanes, head_dim - c * lanes) for c in group]
+                        vectors = [
+                            code.load_first(row + 4 * c * lanes, F32, n, lanes) for c, n in zip(group, counts, strict=True)
+                        ]
+                    made = []
+                    for r in range(rows):
+                        weight = code.splat(code.load(block + k * 4 + 4 * r * lanes, word))
+                        made += [dot(totals[r * len(group) + n], weight, vector) for n, vector in enumerate(vectors)]
+                    return made
+
+                count = code.minimum(length - j, lanes)
+                return code.loop(0, (count + 1) // 2 if bfloat16 else count, 1, multiply, *totals)
+
+            totals = code.loop(0, length, lanes, sum_values, *[code.vector()] * (rows * len(group)))
+            for r, place in enumerate(places):
+                factor = code.splat(code.constant(F32, 1.0) / sums[r])
+                for n, column in enumerate(group):
+                    result = totals[r * len(group) + n] * factor
+                    if bfloat16:
+                        result = code.to_bfloat16(result)
+                    lanes_left = min(lanes, head_dim - column * lanes)
+                    code.store(result, out + place * out_bytes + size * column * lanes, lanes_left)
+
+    code.loop(0, length, rows, attend_rows)

@@ -1,0 +1,393 @@
+"""What a CPU kernel is written in: vectors of float32 in the widths of this machine, loops, and one task at a time.
+
+A kernel is a function of a task's number. `compiled` makes machine code of it with LLVM, which llvmlite brings, so no
+compiler need be installed; `Kernel` runs its tasks on the threads of torch, which are OpenMP's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+
+from fastbert.native.machine import Machine
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+POINTER = ir.PointerType()
+
+
+class BFloatType(ir.types.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(BFloatType)
+
+
+class Value:
+    """An integer (int64 unless said), a float32, or a vector of either, with Python's operators."""
+
+    def __init__(self, code: Code, raw: Any) -> None:
+        self.code, self.raw = code, raw
+
+    @property
+    def type(self) -> Any:
+        return self.raw.type
+
+    @property
+    def floating(self) -> bool:
+        return getattr(self.type, "element", self.type) == F32
+
+    def _of(self, other: Value | float) -> Any:
+        return other.raw if isinstance(other, Value) else self.code.constant(self.type, other).raw
+
+    def _binary(self, name: str, other: Value | float) -> Value:
+        made = getattr(self.code.builder, f"f{name}" if self.floating else name)(self.raw, self._of(other))
+        return Value(self.code, made)
+
+    def __add__(self, other: Value | float) -> Value:
+        return self._binary("add", other)
+
+    def __sub__(self, other: Value | float) -> Value:
+        return self._binary("sub", other)
+
+    def __mul__(self, other: Value | float) -> Value:
+        return self._binary("mul", other)
+
+    def __truediv__(self, other: Value | float) -> Value:
+        return self._binary("div", other)
+
+    def __floordiv__(self, other: Value | int) -> Value:
+        return Value(self.code, self.code.builder.udiv(self.raw, self._of(other)))
+
+    def __mod__(self, other: Value | int) -> Value:
+        return Value(self.code, self.code.builder.urem(self.raw, self._of(other)))
+
+    def __lshift__(self, bits: int) -> Value:
+        return Value(self.code, self.code.builder.shl(self.raw, self._of(bits)))
+
+    def __lt__(self, other: Value | float) -> Value:
+        compare = self.code.builder.fcmp_ordered if self.floating else self.code.builder.icmp_signed
+        return Value(self.code, compare("<", self.raw, self._of(other)))
+
+
+class Code:
+    """The kernel being written.
+
+    Attributes:
+        machine: for which.
+        task, worker: int64: the number of the task at hand, and of the thread that does it.
+    """
+
+    def __init__(self, machine: Machine, builder: Any, arguments: dict[str, Value]) -> None:
+        self.machine, self.builder = machine, builder
+        self.lanes = machine.lanes
+        self.arguments = arguments
+        self.task = self.worker = Value(self, ir.Constant(I64, 0))
+
+    def __getitem__(self, parameter: str) -> Value:
+        """The argument of this name, int64."""
+        return Value(self, self.arguments[parameter])
+
+    def float_of(self, parameter: str) -> Value:
+        """The argument of this name, which `float_bits` made of a float."""
+        return Value(self, self.builder.bitcast(self.builder.trunc(self.arguments[parameter], I32), F32))
+
+    def constant(self, type_: Any, number: float) -> Value:
+        """A number as a scalar, or in each lane of a vector."""
+        if isinstance(type_, ir.VectorType):
+            return Value(self, ir.Constant(type_, [number] * type_.count))
+        return Value(self, ir.Constant(type_, number))
+
+    def number(self, number: int) -> Value:
+        """An int64."""
+        return self.constant(I64, number)
+
+    def vector(self, number: float = 0.0) -> Value:
+        """float32 `[lanes]`, the same number in each."""
+        return self.constant(ir.VectorType(F32, self.lanes), number)
+
+    def loop(
+        self, begin: Value | int, end: Value | int, step: int, body: Callable[..., Sequence[Value] | None], *carried: Value
+    ) -> list[Value]:
+        """Run `body(i, *carried)`, which gives the next `carried`, for `range(begin, end, step)`; the last of them."""
+        builder, before = self.builder, self.builder.block
+        header, inside, after = (builder.append_basic_block(name) for name in ("loop", "body", "done"))
+        builder.branch(header)
+        builder.position_at_end(header)
+        index = builder.phi(I64)
+        states = [builder.phi(value.type) for value in carried]
+        builder.cbranch(builder.icmp_signed("<", index, self._int(end)), inside, after)
+        builder.position_at_end(inside)
+        following = body(Value(self, index), *(Value(self, state) for state in states)) or ()
+        for state, value, next_value in zip(states, carried, following, strict=True):
+            state.add_incoming(value.raw, before)
+            state.add_incoming(next_value.raw, builder.block)
+        index.add_incoming(self._int(begin), before)
+        index.add_incoming(builder.add(index, ir.Constant(I64, step)), builder.block)
+        builder.branch(header)
+        builder.position_at_end(after)
+        return [Value(self, state) for state in states]
+
+    def _int(self, number: Value | int) -> Any:
+        return number.raw if isinstance(number, Value) else ir.Constant(I64, number)
+
+    def minimum(self, a: Value, b: Value | int) -> Value:
+        """The lesser of two integers."""
+        return self.select(a < b, a, b if isinstance(b, Value) else self.number(b))
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        """The greater, lane by lane, of floats."""
+        return self._call("llvm.maxnum", a.type, a, b)
+
+    def select(self, condition: Value, yes: Value, no: Value) -> Value:
+        """Lane by lane where `condition` is a vector."""
+        return Value(self, self.builder.select(condition.raw, yes.raw, no.raw))
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, rounded once."""
+        return self._call("llvm.fma", a.type, a, b, c)
+
+    def rsqrt(self, x: Value) -> Value:
+        """1 / sqrt(x) of a scalar float."""
+        return self.constant(F32, 1.0) / self._call("llvm.sqrt", F32, x)
+
+    def load(self, address: Value, type_: Any, lanes: int | None = None) -> Value:
+        """A scalar, or `lanes` of a type from int64 `address` on."""
+        whole = type_ if lanes is None else ir.VectorType(type_, lanes)
+        return Value(self, self.builder.load(self._pointer(address), typ=whole, align=_size(type_)))
+
+    def store(self, value: Value, address: Value, lanes: int | None = None) -> None:
+        """Write a scalar or a vector; of that, the first `lanes` where they are told."""
+        type_ = value.type
+        if lanes is None or lanes == type_.count:
+            self.builder.store(value.raw, self._pointer(address), align=_size(getattr(type_, "element", type_)))
+        else:
+            mask = ir.Constant(ir.VectorType(ir.IntType(1), type_.count), [i < lanes for i in range(type_.count)])
+            alignment = ir.Constant(I32, _size(type_.element))
+            self._call("llvm.masked.store", None, value, Value(self, self._pointer(address)), alignment, mask)
+
+    def load_first(self, address: Value, type_: Any, count: int, lanes: int) -> Value:
+        """A vector of `lanes`, of which the first `count` are read and the others are 0."""
+        if count == lanes:
+            return self.load(address, type_, lanes)
+        vector = ir.VectorType(type_, lanes)
+        mask = ir.Constant(ir.VectorType(ir.IntType(1), lanes), [i < count for i in range(lanes)])
+        alignment, zeros = ir.Constant(I32, _size(type_)), ir.Constant(vector, [0] * lanes)
+        return self._call("llvm.masked.load", vector, Value(self, self._pointer(address)), alignment, mask, zeros)
+
+    def splat(self, scalar: Value, lanes: int | None = None) -> Value:
+        """A vector with the scalar in each lane."""
+        type_ = ir.VectorType(scalar.type, lanes or self.lanes)
+        first = self.builder.insert_element(ir.Constant(type_, ir.Undefined), scalar.raw, ir.Constant(I32, 0))
+        return self.shuffle(Value(self, first), Value(self, first), [0] * type_.count)
+
+    def shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
+        """The lanes of `a` and then `b` with these numbers."""
+        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+        return Value(self, self.builder.shuffle_vector(a.raw, b.raw, mask))
+
+    def interleaved(self, a: Value, b: Value) -> tuple[Value, Value]:
+        """a0 b0 a1 b1 ..., in two vectors."""
+        count = a.type.count
+        order = [number for i in range(count) for number in (i, i + count)]
+        return self.shuffle(a, b, order[:count]), self.shuffle(a, b, order[count:])
+
+    def transposed(self, rows: list[Value]) -> list[Value]:
+        """As many vectors as lanes: lane i of row j becomes lane j of row i."""
+        half = len(rows) // 2
+        for _ in range(int(math.log2(len(rows)))):
+            rows = [vector for i in range(half) for vector in self.interleaved(rows[i], rows[i + half])]
+        return rows
+
+    def sum(self, x: Value) -> Value:
+        """All lanes added up."""
+        zero = self.constant(F32, 0.0)
+        return self._call("llvm.vector.reduce.fadd", F32, zero, x, flags="reassoc", suffix=x.type)
+
+    def greatest(self, x: Value) -> Value:
+        """The greatest lane."""
+        return self._call("llvm.vector.reduce.fmax", F32, x, flags="nnan", suffix=x.type)
+
+    def negative(self, x: Value) -> Value:
+        """-x of floats."""
+        return Value(self, self.builder.fneg(x.raw))
+
+    def lane_numbers(self) -> Value:
+        """int32 0, 1, 2, ..."""
+        return Value(self, ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes))))
+
+    def splat_int32(self, x: Value) -> Value:
+        """A vector with the integer in each lane."""
+        return self.splat(Value(self, self.builder.trunc(x.raw, I32)))
+
+    def exp2(self, x: Value) -> Value:
+        """2^x to about an ulp; 2^-126 for anything lower, and NaN stays. x is at most 127.
+
+        The polynomial is the minimax one of degree 6 for 2^f - 1 over f, |f| <= 1/2 (made by Remez' exchange).
+        """
+        x = self.select(x < -126.0, self.vector(-126.0), x)
+        whole = self._call("llvm.nearbyint", x.type, x)
+        rest, total = x - whole, self.vector(EXP2[0])
+        for coefficient in EXP2[1:]:
+            total = self.fma(total, rest, self.vector(coefficient))
+        integers = ir.VectorType(I32, self.lanes)
+        power = Value(self, self.builder.fptosi(whole.raw, integers)) << 23
+        bits = Value(self, self.builder.bitcast(total.raw, integers)) + power
+        return Value(self, self.builder.bitcast(bits.raw, x.type))
+
+    def from_bfloat16(self, x: Value) -> Value:
+        """int16 bits of bfloat16 `[lanes]` -> float32 `[lanes]`."""
+        wide = self.builder.zext(x.raw, ir.VectorType(I32, x.type.count))
+        shifted = Value(self, wide) << 16
+        return Value(self, self.builder.bitcast(shifted.raw, ir.VectorType(F32, x.type.count)))
+
+    def to_bfloat16(self, x: Value) -> Value:
+        """float32 `[lanes]` -> int16 bits of bfloat16, rounded to nearest even."""
+        narrow = self.builder.fptrunc(x.raw, ir.VectorType(BFloatType(), x.type.count))
+        return Value(self, self.builder.bitcast(narrow, ir.VectorType(I16, x.type.count)))
+
+    def dot_bfloat16(self, total: Value, a: Value, b: Value) -> Value:
+        """total + a0 * b0 + a1 * b1 of each lane's pair of bfloat16, both int32 `[lanes]`."""
+        pairs = ir.VectorType(BFloatType(), 2 * self.lanes)
+        a, b = (Value(self, self.builder.bitcast(x.raw, pairs)) for x in (a, b))
+        return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", total.type, total, a, b, suffix="")
+
+    def bitcast(self, x: Value, type_: Any) -> Value:
+        """The same bits as another type."""
+        return Value(self, self.builder.bitcast(x.raw, type_))
+
+    def widened(self, x: Value) -> Value:
+        """An int32 as an int64."""
+        return Value(self, self.builder.sext(x.raw, I64))
+
+    def _pointer(self, address: Value) -> Any:
+        return self.builder.inttoptr(address.raw, POINTER)
+
+    def _call(self, name: str, result: Any, *arguments: Any, flags: str = "", suffix: Any = None) -> Value:
+        """An intrinsic of LLVM; its name goes on with the type it is for."""
+        raw = [argument.raw if isinstance(argument, Value) else argument for argument in arguments]
+        type_ = suffix if suffix is not None else result if result is not None else raw[0].type
+        if type_ != "":
+            name += f".{_mangled(type_)}" + (".p0" if "masked" in name else "")
+        module = self.builder.module
+        function = module.globals.get(name)
+        if function is None:
+            signature = ir.FunctionType(ir.VoidType() if result is None else result, [x.type for x in raw])
+            function = ir.Function(module, signature, name)
+        return Value(self, self.builder.call(function, raw, fastmath=(flags,) if flags else ()))
+
+
+# float32 coefficients of 2^f, |f| <= 1/2, highest power first; see `Code.exp2`.
+EXP2 = (
+    1.5353362e-4, 1.3398875e-3, 9.6184369e-3, 5.5503324e-2, 2.4022648e-1, 6.9314718e-1, 1.0,
+)  # fmt: skip
+
+
+def _size(type_: Any) -> int:
+    return {"i8": 1, "i16": 2, "i32": 4, "float": 4, "i64": 8, "bfloat": 2}[str(type_)]
+
+
+def _mangled(type_: Any) -> str:
+    if isinstance(type_, ir.VectorType):
+        return f"v{type_.count}{_mangled(type_.element)}"
+    return {"float": "f32", "bfloat": "bf16"}.get(str(type_), str(type_))
+
+
+def float_bits(number: float) -> int:
+    """A float32 as the integer that a kernel takes."""
+    return ctypes.c_uint32.from_buffer(ctypes.c_float(number)).value
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Machine code of a kernel.
+
+    Attributes:
+        address: of `worker(int64 *arguments)`, which takes tasks until there are none.
+        engine: keeps the code alive.
+        assembly: the code as text.
+    """
+
+    address: int
+    engine: Any
+    assembly: str
+
+    def __call__(self, tasks: int, *arguments: int) -> None:
+        """Run tasks 0 to `tasks` on torch's threads; the arguments in the order of the parameters."""
+        given = (ctypes.c_int64 * (3 + len(arguments)))(0, 0, tasks, *arguments)
+        _openmp().GOMP_parallel(ctypes.c_void_p(self.address), given, min(tasks, torch.get_num_threads()), 0)
+
+
+@cache
+def _openmp() -> Any:
+    """The OpenMP that torch runs on, so that its threads are used and no others are made."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
+@cache
+def _initialise() -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+def compiled(machine: Machine, name: str, parameters: Sequence[str], body: Callable[[Code], None]) -> Kernel:
+    """A kernel of what `body` writes for one task.
+
+    Args:
+        parameters: names of the int64 arguments: numbers, addresses, or `float_bits`.
+    """
+    _initialise()
+    module = ir.Module(name)
+    module.triple = llvm.get_process_triple()
+    worker = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name)
+    builder = ir.IRBuilder(worker.append_basic_block("entry"))
+
+    def field(i: int) -> Any:
+        return builder.gep(worker.args[0], [ir.Constant(I64, i)], source_etype=I64)
+
+    one = ir.Constant(I64, 1)
+    number = builder.atomic_rmw("add", field(1), one, "monotonic")
+    tasks = builder.load(field(2), typ=I64)
+    code = Code(machine, builder, {})
+    code.arguments = {parameter: builder.load(field(3 + i), typ=I64) for i, parameter in enumerate(parameters)}
+    following, inside, done = (builder.append_basic_block(label) for label in ("next", "task", "end"))
+    builder.branch(following)
+    builder.position_at_end(following)
+    task = builder.atomic_rmw("add", field(0), one, "monotonic")
+    builder.cbranch(builder.icmp_signed("<", task, tasks), inside, done)
+    builder.position_at_end(inside)
+    code.task, code.worker = Value(code, task), Value(code, number)
+    body(code)
+    builder.branch(following)
+    builder.position_at_end(done)
+    builder.ret_void()
+
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    target_machine = llvm.Target.from_triple(module.triple).create_target_machine(
+        cpu=machine.cpu, features=machine.features, opt=3, jit=True
+    )
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.slp_vectorization = options.loop_vectorization = False
+    options.loop_unrolling = False
+    passes = llvm.create_pass_builder(target_machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    assembly = target_machine.emit_assembly(parsed)
+    engine = llvm.create_mcjit_compiler(parsed, target_machine)
+    engine.finalize_object()
+    return Kernel(engine.get_function_address(name), engine, assembly)
+

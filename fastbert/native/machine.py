@@ -1,0 +1,62 @@
+"""The vector unit of this CPU, as the kernels are written for it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A CPU to compile for.
+
+    Attributes:
+        cpu: LLVM's name of it.
+        features: LLVM's list of what it can do, "+avx512f,-amx-tile,...".
+        lanes: float32 in a vector.
+        registers: vector registers.
+        bfloat16: whether it multiplies pairs of bfloat16.
+    """
+
+    cpu: str
+    features: str
+    lanes: int
+    registers: int
+    bfloat16: bool
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What the kernels read and write."""
+        return (torch.float32, torch.bfloat16) if self.bfloat16 else (torch.float32,)
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        return f"{self.cpu}, {self.lanes} floats a vector, {'with' if self.bfloat16 else 'without'} bfloat16"
+
+
+@cache
+def host() -> Machine | str:
+    """The CPU at hand; or in words why kernels are not compiled for it."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return f"{platform.system()} on {platform.machine()}: CPU kernels are written for Linux on x86-64"
+    try:
+        import llvmlite.binding as llvm
+    except ImportError:
+        return "llvmlite is not installed"
+    features = llvm.get_host_cpu_features()
+    if not (features.get("avx2") and features.get("fma")):
+        return "a CPU without AVX2"
+    wide = bool(features.get("avx512f") and features.get("avx512bw") and features.get("avx512vl"))
+    # LLVM prefers vectors of 256 bits on many CPUs with AVX-512 unless it is told.
+    flags = features.flatten() + (",-prefer-256-bit" if wide else "")
+    return Machine(
+        llvm.get_host_cpu_name(),
+        flags,
+        lanes=16 if wide else 8,
+        registers=32 if wide else 16,
+        bfloat16=wide and bool(features.get("avx512bf16")),
+    )
