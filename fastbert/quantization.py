@@ -1,15 +1,19 @@
-"""`fastbert.quantize`: a model whose encoders multiply in fp8, for inference.
+"""`fastbert.quantize`: a model whose encoders multiply in 8 bits, for inference: fp8 on a GPU, int8 on a CPU.
 
-A layer's four products take e4m3 on both sides: weights with a scale for each output channel, activations with a scale
+In fp8 a layer's four products take e4m3 on both sides: weights with a scale for each output channel, activations with a scale
 for each token. LayerNorm and GELU write their results quantized. Attention's output is quantized by a kernel of its
-own, because a token's scale spans the heads, and a program of attention owns one head. Residuals, LayerNorm, attention
-and the heads of a model compute as before.
+own, because a token's scale spans the heads, and a program of attention owns one head.
+
+In int8 weights have a scale for each output channel, activations a scale and a zero point for each token; sums are exact,
+in int32. What follows a product, to the next one's int8, is one pass over its rows.
+
+Residuals, LayerNorm, attention and the heads of a model compute as before.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Literal, NoReturn, TypeVar, cast, get_args
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,9 @@ from fastbert.encoder import Encoder, EncoderLayer
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.ops.attention import attention
-from fastbert.ops.common import wants_gradient
+from fastbert.native.rows import Int8Matrix, Int8Rows
+from fastbert.ops.common import native_machine, wants_gradient
+from fastbert.ops.int8 import linear_int8, quantize_rows_int8, quantize_weight
 from fastbert.ops.quantize_rows import (
     QuantizedRows,
     bias_gelu_quantize,
@@ -31,7 +37,7 @@ from fastbert.ops.quantize_rows import (
 )
 from fastbert.packing import Packing
 
-QuantizedDType = Literal["fp8"]
+QuantizedDType = Literal["fp8", "int8"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -51,7 +57,7 @@ def quantize(model: Model, *, dtype: QuantizedDType) -> Model:
             that can't, or a gradient is asked for.
     """
     if dtype not in get_args(QuantizedDType):
-        raise ArgumentError("dtype", repr(dtype), "'fp8'")
+        raise ArgumentError("dtype", repr(dtype), "'fp8' or 'int8'")
     if model.training:
         raise ArgumentError("model", "a model in training mode", "one in eval mode", "Call model.eval() first.")
     made: Model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -59,12 +65,13 @@ def quantize(model: Model, *, dtype: QuantizedDType) -> Model:
     if not encoders:
         raise ArgumentError("model", type(model).__name__, "a module with a fastbert.Encoder in it")
     for name, encoder in encoders.items():
-        _check_config(encoder.config)
+        if dtype == "fp8":
+            _check_config(encoder.config)
         for parameter in encoder.parameters():
-            _check_device(parameter)
+            _check_device(parameter, dtype)
         if name == "":
-            return QuantizedEncoder(encoder)  # type: ignore[return-value]  # the model is the encoder
-        made.set_submodule(name, QuantizedEncoder(encoder))
+            return QuantizedEncoder(encoder, dtype)  # type: ignore[return-value]  # the model is the encoder
+        made.set_submodule(name, QuantizedEncoder(encoder, dtype))
     return made
 
 
@@ -75,14 +82,18 @@ def _check_config(config: EncoderConfig) -> None:
             raise ArgumentError(name, width, "a multiple of 16, which products in fp8 need")
 
 
-def _check_device(x: Tensor) -> None:
-    """Raise BackendError unless the device of `x` multiplies in fp8 and writes its dtype."""
+def _check_device(x: Tensor, dtype: QuantizedDType) -> None:
+    """Raise BackendError unless the device of `x` multiplies so and writes its dtype."""
+    if dtype == "int8":
+        if x.device.type != "cpu":
+            raise BackendError("quantize", f"a model on {x.device}", "one on the CPU, or dtype='fp8'")
+        return
     unserved = launch.fp8_unserved(x.dtype, target.of(x.device))
     if unserved is not None:
         raise BackendError("quantize", unserved, "a bfloat16 model on an NVIDIA GPU from sm_89 on, or on the CPU")
 
 
-class QuantizedLinear(nn.Module):
+class Fp8Linear(nn.Module):
     """The weight of an `nn.Linear` in e4m3, and its bias as it was."""
 
     values: Tensor
@@ -102,17 +113,17 @@ class QuantizedLinear(nn.Module):
         return linear_quantized(x, weight, self.bias if add_bias else None, dtype)
 
 
-class QuantizedLayer(nn.Module):
+class Fp8Layer(nn.Module):
     """An `EncoderLayer` whose products are in fp8."""
 
     def __init__(self, layer: EncoderLayer) -> None:
         super().__init__()
         self.config = layer.config
-        self.qkv = QuantizedLinear(layer.qkv)
-        self.attention_output = QuantizedLinear(layer.attention_output)
+        self.qkv = Fp8Linear(layer.qkv)
+        self.attention_output = Fp8Linear(layer.attention_output)
         self.attention_norm = layer.attention_norm
-        self.intermediate = QuantizedLinear(layer.intermediate)
-        self.output = QuantizedLinear(layer.output)
+        self.intermediate = Fp8Linear(layer.intermediate)
+        self.output = Fp8Linear(layer.output)
         self.output_norm = layer.output_norm
 
     def forward(
@@ -140,19 +151,81 @@ class QuantizedLayer(nn.Module):
 
 
 def _project_add_norm(
-    x: QuantizedRows, linear: QuantizedLinear, residual: Tensor, norm: nn.LayerNorm
+    x: QuantizedRows, linear: Fp8Linear, residual: Tensor, norm: nn.LayerNorm
 ) -> tuple[Tensor, QuantizedRows]:
     product = linear(x, residual.dtype, add_bias=False)
     return layer_norm_quantize(product, norm.weight, norm.bias, residual=residual, x_bias=linear.bias, eps=norm.eps)
 
 
-class QuantizedEncoder(Encoder):
-    """An `Encoder` whose products are in fp8; made by `quantize`."""
+class Int8Linear(nn.Module):
+    """The weight of an `nn.Linear` in int8, and its bias as it was."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    values: Tensor
+    scale: Tensor
+    sum: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        matrix = quantize_weight(linear.weight)
+        self.register_buffer("values", matrix.values)
+        # As integers, because `Module.to(dtype)` casts what is floating.
+        self.register_buffer("scale", matrix.scale.view(torch.int32))
+        self.register_buffer("sum", matrix.sum.view(torch.int32))
+        self.bias = linear.bias
+
+    def forward(self, x: Int8Rows, dtype: torch.dtype, **after: Any) -> tuple[Tensor | None, Int8Rows | None]:
+        """`ops.int8.linear_int8`."""
+        matrix = Int8Matrix(self.values, self.scale.view(torch.float32), self.sum.view(torch.float32))
+        return linear_int8(x, matrix, self.bias.float(), dtype, **after)
+
+
+class Int8Layer(nn.Module):
+    """An `EncoderLayer` whose products are in int8."""
+
+    def __init__(self, layer: EncoderLayer) -> None:
+        super().__init__()
+        self.config = layer.config
+        self.qkv = Int8Linear(layer.qkv)
+        self.attention_output = Int8Linear(layer.attention_output)
+        self.attention_norm = layer.attention_norm
+        self.intermediate = Int8Linear(layer.intermediate)
+        self.output = Int8Linear(layer.output)
+        self.output_norm = layer.output_norm
+
+    def forward(
+        self, x: Tensor, quantized: Int8Rows, packing: Packing, bias: Tensor | None, read: Tensor | None
+    ) -> tuple[Tensor, Int8Rows]:
+        """As `EncoderLayer.forward`, with the input and the result quantized beside them."""
+        config = self.config
+        qkv, _ = self.qkv(quantized, _attention_dtype(x))
+        context = attention(qkv.view(-1, 3, config.num_heads, config.head_dim), packing, bias=bias).flatten(1)
+        if read is not None:
+            context, x = context.index_select(0, read), x.index_select(0, read)
+        norm, output_norm = (_parameters(norm) for norm in (self.attention_norm, self.output_norm))
+        x, quantized = self.attention_output(quantize_rows_int8(context), x.dtype, residual=x, norm=norm, int8=True)
+        _, wide = self.intermediate(quantized, x.dtype, activation=config.activation, out=False, int8=True)
+        return self.output(wide, x.dtype, residual=x, norm=output_norm, int8=True)  # type: ignore[no-any-return]
+
+
+def _attention_dtype(x: Tensor) -> torch.dtype:
+    """bfloat16 where the CPU multiplies it: its rounding is small beside that of int8."""
+    machine = native_machine(x)
+    return torch.bfloat16 if machine is not None and machine.bfloat16 else x.dtype
+
+
+def _parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return norm.weight.float(), norm.bias.float(), norm.eps
+
+
+class QuantizedEncoder(Encoder):
+    """An `Encoder` whose products are in 8 bits; made by `quantize`."""
+
+    def __init__(self, encoder: Encoder, dtype: QuantizedDType) -> None:
         nn.Module.__init__(self)
         self.config = encoder.config
-        self.layers = nn.ModuleList(QuantizedLayer(cast(EncoderLayer, layer)) for layer in encoder.layers)
+        self.dtype = dtype
+        kind = Fp8Layer if dtype == "fp8" else Int8Layer
+        self.layers = nn.ModuleList(kind(cast(EncoderLayer, layer)) for layer in encoder.layers)
         self.training = False
 
     def train(self, mode: bool = True) -> QuantizedEncoder:
@@ -178,13 +251,13 @@ class QuantizedEncoder(Encoder):
         """As `Encoder.run`.
 
         Raises:
-            BackendError: a gradient is asked for, or the device can't multiply in fp8.
+            BackendError: a gradient is asked for, or the device can't multiply so.
         """
         if wants_gradient(x):
             raise BackendError("quantize", "a gradient asked for", "torch.no_grad() around it")
-        _check_device(x)
+        _check_device(x, self.dtype)
         states = [x if read is None or len(self.layers) else x.index_select(0, read)]
-        quantized = quantize_rows(x)
+        quantized = quantize_rows(x) if self.dtype == "fp8" else quantize_rows_int8(x)
         for i, layer in enumerate(self.layers):
             x, quantized = layer(states[-1], quantized, packing, bias, read if i + 1 == len(self.layers) else None)
             states.append(x)

@@ -222,6 +222,52 @@ class Code:
         """The greatest lane."""
         return self._call("llvm.vector.reduce.fmax", F32, x, flags="nnan", suffix=x.type)
 
+    def least(self, x: Value) -> Value:
+        """The least lane."""
+        return self._call("llvm.vector.reduce.fmin", F32, x, flags="nnan", suffix=x.type)
+
+    def minimum_float(self, a: Value, b: Value) -> Value:
+        """The lesser, lane by lane, of floats."""
+        return self._call("llvm.minnum", a.type, a, b)
+
+    def first(self, x: Value, count: int) -> Value:
+        """The first `count` lanes of floats, and 0 in the others."""
+        return x if count == self.lanes else self.shuffle(x, self.vector(), [*range(count), *[self.lanes] * (self.lanes - count)])
+
+    def nearest(self, x: Value) -> Value:
+        """Floats rounded to whole numbers, halves to even ones."""
+        return self._call("llvm.nearbyint", x.type, x)
+
+    def to_float(self, x: Value) -> Value:
+        """int32 `[lanes]` -> float32."""
+        return Value(self, self.builder.sitofp(x.raw, ir.VectorType(F32, self.lanes)))
+
+    def to_int8(self, x: Value) -> Value:
+        """Whole float32 `[lanes]` that fit -> int8."""
+        integers = self.builder.fptosi(x.raw, ir.VectorType(I32, self.lanes))
+        return Value(self, self.builder.trunc(integers, ir.VectorType(I8, self.lanes)))
+
+    def erf(self, x: Value) -> Value:
+        """The error function, to 3e-8 before rounding.
+
+        x * P(x^2) / Q(x^2), fitted to |x| <= 4, past which it is 1 within that.
+        """
+        x = self.maximum(self.minimum_float(x, self.vector(4.0)), self.vector(-4.0))
+        square = x * x
+        return x * self._polynomial(square, ERF_P) / self._polynomial(square, ERF_Q)
+
+    def sigmoid(self, x: Value) -> Value:
+        """1 / (1 + e^-x)."""
+        power = self.exp2(self.minimum_float(x * -1.4426950408889634, self.vector(126.0)))
+        return self.vector(1.0) / (power + 1.0)
+
+    def _polynomial(self, x: Value, coefficients: Sequence[float]) -> Value:
+        """Coefficients from that of the highest power on."""
+        total = self.vector(coefficients[0])
+        for coefficient in coefficients[1:]:
+            total = self.fma(total, x, self.vector(coefficient))
+        return total
+
     def negative(self, x: Value) -> Value:
         """-x of floats."""
         return Value(self, self.builder.fneg(x.raw))
@@ -240,10 +286,8 @@ class Code:
         The polynomial is the minimax one of degree 6 for 2^f - 1 over f, |f| <= 1/2 (made by Remez' exchange).
         """
         x = self.select(x < -126.0, self.vector(-126.0), x)
-        whole = self._call("llvm.nearbyint", x.type, x)
-        rest, total = x - whole, self.vector(EXP2[0])
-        for coefficient in EXP2[1:]:
-            total = self.fma(total, rest, self.vector(coefficient))
+        whole = self.nearest(x)
+        total = self._polynomial(x - whole, EXP2)
         integers = ir.VectorType(I32, self.lanes)
         power = Value(self, self.builder.fptosi(whole.raw, integers)) << 23
         bits = Value(self, self.builder.bitcast(total.raw, integers)) + power
@@ -295,6 +339,9 @@ class Code:
 EXP2 = (
     1.5353362e-4, 1.3398875e-3, 9.6184369e-3, 5.5503324e-2, 2.4022648e-1, 6.9314718e-1, 1.0,
 )  # fmt: skip
+# float32 coefficients of `Code.erf`, highest power first.
+ERF_P = (1.9748054e-6, 2.8804107e-4, 4.0036892e-3, 5.3467616e-2, 1.9625018e-1, 1.1283790)
+ERF_Q = (3.7480584e-5, 1.2163677e-3, 1.5444513e-2, 1.1647691e-1, 5.0725335e-1, 1.0)
 
 
 def _size(type_: Any) -> int:

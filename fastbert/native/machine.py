@@ -60,3 +60,10 @@ def host() -> Machine | str:
         registers=32 if wide else 16,
         bfloat16=wide and bool(features.get("avx512bf16")),
     )
+
+
+@cache
+def made_by_amd() -> bool:
+    """Whether the CPU at hand is AMD's."""
+    machine = host()
+    return isinstance(machine, Machine) and machine.cpu.startswith("znver")
