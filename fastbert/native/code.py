@@ -310,6 +310,12 @@ class Code:
         a, b = (Value(self, self.builder.bitcast(x.raw, pairs)) for x in (a, b))
         return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", total.type, total, a, b, suffix="")
 
+    def dot_int8(self, total: Value, a: Value, b: Value) -> Value:
+        """int32 total + the four products of each lane's bytes: of uint8 in `a` and int8 in `b`, both int32 `[lanes]`."""
+        fours = ir.VectorType(I8, 4 * self.lanes)
+        a, b = (self.bitcast(x, fours) for x in (a, b))
+        return self._call(f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", total.type, total, a, b, suffix="")
+
     def bitcast(self, x: Value, type_: Any) -> Value:
         """The same bits as another type."""
         return Value(self, self.builder.bitcast(x.raw, type_))

@@ -18,7 +18,7 @@ class Machine:
         features: LLVM's list of what it can do, "+avx512f,-amx-tile,...".
         lanes: float32 in a vector.
         registers: vector registers.
-        bfloat16: whether it multiplies pairs of bfloat16.
+        bfloat16, int8: whether it multiplies pairs of bfloat16, and fours of int8.
     """
 
     cpu: str
@@ -26,6 +26,7 @@ class Machine:
     lanes: int
     registers: int
     bfloat16: bool
+    int8: bool
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -35,7 +36,9 @@ class Machine:
     @property
     def described(self) -> str:
         """In words."""
-        return f"{self.cpu}, {self.lanes} floats a vector, {'with' if self.bfloat16 else 'without'} bfloat16"
+        return f"{self.cpu}, {self.lanes} floats a vector, " + (
+            f"products of bfloat16: {'yes' if self.bfloat16 else 'no'}, of int8: {'yes' if self.int8 else 'no'}"
+        )
 
 
 @cache
@@ -59,6 +62,7 @@ def host() -> Machine | str:
         lanes=16 if wide else 8,
         registers=32 if wide else 16,
         bfloat16=wide and bool(features.get("avx512bf16")),
+        int8=wide and bool(features.get("avx512vnni")),
     )
 
 

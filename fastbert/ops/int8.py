@@ -6,15 +6,17 @@ here has a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.rows import Int8Matrix, Int8Rows
+from fastbert.native.rows import COLUMNS, Int8Matrix, Int8Rows
 from fastbert.ops.common import check_rows, native_machine
 
-_ACTIVATE = {
+_ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
@@ -23,11 +25,14 @@ _ACTIVATE = {
 
 
 def quantize_weight(weight: Tensor) -> Int8Matrix:
-    """`[out, in]` -> int8 `[in, out]`; of each output the largest magnitude becomes 127."""
+    """`[out, in]` in int8; of each output the largest magnitude becomes 127."""
     exact = weight.detach().float()
     scale = exact.abs().amax(1).clamp_min(1e-30) / 127.0
     values = (exact / scale[:, None]).round().to(torch.int8)
-    return Int8Matrix(values.t().contiguous(), scale, scale * values.sum(1, dtype=torch.int32))
+    total = scale * values.sum(1, dtype=torch.int32)
+    width, depth = values.shape
+    values = F.pad(values, (0, -depth % 4, 0, -width % COLUMNS)).unflatten(1, (-1, 4)).unflatten(0, (-1, COLUMNS))
+    return Int8Matrix(values.transpose(1, 2).contiguous(), scale, total)
 
 
 def quantize_rows_int8(x: Tensor) -> Int8Rows:
@@ -59,45 +64,41 @@ def linear_int8(
     out: bool = True,
     int8: bool = False,
 ) -> tuple[Tensor | None, Int8Rows | None]:
-    """`x @ weight + bias`, its activation, + residual, and LayerNorm, those that are asked for: `[rows, in]` -> `[rows, out]`.
+    """`x @ weight + bias`, then activation, + residual and LayerNorm, those that are asked for: `[rows, in]` -> `[rows, out]`.
 
     Args:
         dtype: of the result.
         norm: LayerNorm's weight and bias, float32 `[out]`, and its eps.
         out, int8: whether the result is wanted in `dtype`, and whether in int8, quantized before it is rounded.
     """
-    product = torch._int_mm(x.values, weight.values)
+    rows, depth = x.values.shape
     machine = native_machine(x.scale)
-    if machine is not None and dtype in machine.dtypes:
-        from fastbert.native import row_wise as kernel
+    if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
+        from fastbert.native import linear_int8 as kernel
 
-        made = torch.empty(product.shape, dtype=dtype) if out else None
-        quantized = kernel.row_wise(
-            machine,
-            product,
-            scaled=(x, weight),
-            bias=bias,
-            activation=activation,
-            residual=residual,
-            norm=norm,
-            out=made,
-            int8=int8,
+        made = torch.empty(rows, len(weight.scale), dtype=dtype) if out else None
+        quantized = kernel.linear_int8(
+            machine, x, weight, bias, activation=activation, residual=residual, norm=norm, out=made, int8=int8
         )
         return made, quantized
-    total = x.scale[:, None] * (product * weight.scale - x.zero[:, None] * weight.sum) + bias
+    total = (x.floats() @ weight.plain()[:depth].float()) * weight.scale + bias
     if activation is not None:
         total = _ACTIVATE[activation](total)
     if residual is not None:
         total = total + residual
     if norm is not None:
-        total = F.layer_norm(total, norm[0].shape, *norm)
+        norm_weight, norm_bias, eps = norm
+        total = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
     return total.to(dtype) if out else None, _quantized(total) if int8 else None
 
 
 def _quantized(x: Tensor) -> Int8Rows:
     low, high = x.amin(1).clamp_max(0.0), x.amax(1).clamp_min(0.0)
-    scale = (high - low) / 255.0
-    scale = torch.where(scale < 1e-30, 1.0, scale)
-    zero = (-low / scale - 128.0).round()
-    values = torch.addcmul(zero[:, None], x, 1.0 / scale[:, None]).round().clamp(-128.0, 127.0)
-    return Int8Rows(values.to(torch.int8), scale, zero)
+    step = (high - low) / 255.0
+    step = torch.where(step < 1e-30, 1.0, step)
+    zero = (-low / step).round()
+    made = Int8Rows.empty(*x.shape)
+    made.values.copy_(torch.addcmul(zero[:, None], x, 1.0 / step[:, None]).round().clamp(0.0, 255.0))
+    made.scale.copy_(step)
+    made.zero.copy_(zero)
+    return made
