@@ -25,9 +25,9 @@ from fastbert.encoder import Encoder, EncoderLayer
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.ops.attention import attention
-from fastbert.native.rows import Int8Matrix, Int8Rows
+from fastbert.native.matrices import Int8Rows, Matrix
 from fastbert.ops.common import native_machine, wants_gradient
-from fastbert.ops.int8 import linear_int8, quantize_rows_int8, quantize_weight
+from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.quantize_rows import (
     QuantizedRows,
     bias_gelu_quantize,
@@ -166,16 +166,16 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        matrix = quantize_weight(linear.weight)
+        matrix = Matrix.quantized(linear.weight)
         self.register_buffer("values", matrix.values)
         # As integers, because `Module.to(dtype)` casts what is floating.
-        self.register_buffer("scale", matrix.scale.view(torch.int32))
-        self.register_buffer("sum", matrix.sum.view(torch.int32))
+        for name in ("scale", "sum"):
+            self.register_buffer(name, cast(Tensor, getattr(matrix, name)).view(torch.int32))
         self.bias = linear.bias
 
     def forward(self, x: Int8Rows, dtype: torch.dtype, **after: Any) -> tuple[Tensor | None, Int8Rows | None]:
         """`ops.int8.linear_int8`."""
-        matrix = Int8Matrix(self.values, self.scale.view(torch.float32), self.sum.view(torch.float32))
+        matrix = Matrix(self.values, len(self.scale), self.scale.view(torch.float32), self.sum.view(torch.float32))
         return linear_int8(x, matrix, self.bias.float(), dtype, **after)
 
 

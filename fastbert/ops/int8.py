@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.rows import COLUMNS, Int8Matrix, Int8Rows
+from fastbert.native.matrices import Int8Rows, Matrix
 from fastbert.ops.common import check_rows, native_machine
 
 _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -22,17 +22,6 @@ _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-
-
-def quantize_weight(weight: Tensor) -> Int8Matrix:
-    """`[out, in]` in int8; of each output the largest magnitude becomes 127."""
-    exact = weight.detach().float()
-    scale = exact.abs().amax(1).clamp_min(1e-30) / 127.0
-    values = (exact / scale[:, None]).round().to(torch.int8)
-    total = scale * values.sum(1, dtype=torch.int32)
-    width, depth = values.shape
-    values = F.pad(values, (0, -depth % 4, 0, -width % COLUMNS)).unflatten(1, (-1, 4)).unflatten(0, (-1, COLUMNS))
-    return Int8Matrix(values.transpose(1, 2).contiguous(), scale, total)
 
 
 def quantize_rows_int8(x: Tensor) -> Int8Rows:
@@ -54,7 +43,7 @@ def quantize_rows_int8(x: Tensor) -> Int8Rows:
 
 def linear_int8(
     x: Int8Rows,
-    weight: Int8Matrix,
+    weight: Matrix,
     bias: Tensor,
     dtype: torch.dtype,
     *,
@@ -72,12 +61,13 @@ def linear_int8(
         out, int8: whether the result is wanted in `dtype`, and whether in int8, quantized before it is rounded.
     """
     rows, depth = x.values.shape
+    assert weight.scale is not None
     machine = native_machine(x.scale)
     if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
-        from fastbert.native import linear_int8 as kernel
+        from fastbert.native import linear as kernel
 
-        made = torch.empty(rows, len(weight.scale), dtype=dtype) if out else None
-        quantized = kernel.linear_int8(
+        made = torch.empty(rows, weight.width, dtype=dtype) if out else None
+        quantized = kernel.linear(
             machine, x, weight, bias, activation=activation, residual=residual, norm=norm, out=made, int8=int8
         )
         return made, quantized

@@ -1,0 +1,170 @@
+"""linear: a product and all that happens to its rows, on a CPU: in float32, in bfloat16, or in int8.
+
+A task is `TASK_ROWS` rows of the product. They are copied side by side; then for `COLUMNS` outputs after `COLUMNS` their
+weights, which lie together, meet a few rows at a time. A sum stays in its register until it is whole, and goes through
+bias, activation and residual sum into the nearest cache as float32; LayerNorm and the writing follow there, see
+`row_wise`. bfloat16 is multiplied by pairs into float32, int8 by fours into int32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from fastbert.config import Activation
+from fastbert.native.code import F32, I32, Code, Kernel, Value, compiled, float_bits
+from fastbert.native.machine import Machine
+from fastbert.native.matrices import COLUMNS, Int8Rows, Matrix
+from fastbert.native.row_wise import Finish, activated, address, finish, load_states
+
+# Rows of a task: a weight is read from the caches far away once for so many. A multiple of what `_rows` gives.
+TASK_ROWS = 48
+
+PARAMETERS = (
+    "x", "x_scale", "x_zero", "rows", "weight", "weight_scale", "weight_sum", "bias", "residual", "norm_weight",
+    "norm_bias", "eps", "copy", "scratch", "out", "out_values", "out_scale", "out_zero",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the kernel is compiled for: its shapes and the steps it has."""
+
+    dtype: torch.dtype
+    words: int
+    activation: Activation | None
+    residual: torch.dtype | None
+    finish: Finish
+
+
+def linear(
+    machine: Machine,
+    x: Tensor | Int8Rows,
+    weight: Matrix,
+    bias: Tensor,
+    *,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    out: Tensor | None = None,
+    int8: bool = False,
+) -> Int8Rows | None:
+    """`x @ weight + bias`, then activation, + residual and LayerNorm, those that are asked for.
+
+    Args:
+        x: contiguous `[rows, in]` in the weight's dtype, or rows in int8 where that is int8; a row is whole words.
+        bias: float32 `[out]`.
+        residual: contiguous `[rows, out]`, of a dtype of `machine.dtypes`.
+        norm: LayerNorm's weight and bias, float32 `[out]`, and its eps.
+        out: contiguous `[rows, out]` <- the result, if it is wanted; may be `residual` itself.
+        int8: also give it in int8, quantized before it is rounded.
+    """
+    values = x.values if isinstance(x, Int8Rows) else x
+    rows, width = len(values), weight.width
+    made = Int8Rows.empty(rows, width) if int8 else None
+    parts = Finish(width, norm is not None, None if out is None else out.dtype, int8)
+    words = weight.values.shape[1]
+    steps = Steps(
+        weight.values.dtype, words, activation, None if residual is None else residual.dtype, parts
+    )
+    threads = torch.get_num_threads()
+    copy = torch.empty(threads, TASK_ROWS, words)
+    scratch = torch.empty(threads, TASK_ROWS, parts.scratch_width)
+    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    _kernel(machine, steps)(
+        -(-rows // TASK_ROWS),
+        address(values),
+        address(x.scale if isinstance(x, Int8Rows) else None),
+        address(x.zero if isinstance(x, Int8Rows) else None),
+        rows,
+        *(address(part) for part in (weight.values, weight.scale, weight.sum, bias, residual, norm_weight, norm_bias)),
+        float_bits(eps),
+        *(address(part) for part in (copy, scratch, out)),
+        *(address(made and part) for part in (made and made.values, made and made.scale, made and made.zero)),
+    )
+    return made
+
+
+def _rows(machine: Machine) -> int:
+    """Rows at a time: with their columns they are 24 vectors of sums where there are 32 registers, 8 where there are 16."""
+    return 12 if machine.registers == 32 else 2
+
+
+@cache
+def _kernel(machine: Machine, steps: Steps) -> Kernel:
+    return compiled(machine, "linear", PARAMETERS, partial(_product, steps=steps))
+
+
+def _product(code: Code, steps: Steps) -> None:
+    lanes, words, width = code.lanes, steps.words, steps.finish.width
+    rows_at_once = _rows(code.machine)
+    int8 = steps.dtype == torch.int8
+    word = F32 if steps.dtype == torch.float32 else I32
+    dot = {torch.float32: lambda t, a, b: code.fma(a, b, t), torch.bfloat16: code.dot_bfloat16, torch.int8: code.dot_int8}
+    first = code.task * TASK_ROWS
+    last = code["rows"] - 1
+    copy = code["copy"] + code.worker * (TASK_ROWS * words * 4)
+    scratch_bytes = steps.finish.scratch_width * 4
+    scratch = code["scratch"] + code.worker * (TASK_ROWS * scratch_bytes)
+
+    def copy_row(local: Value) -> None:
+        source, place = code["x"] + code.minimum(first + local, last) * (words * 4), copy + local * (words * 4)
+        whole = words // lanes * lanes
+        code.loop(0, whole, lanes, lambda k: code.store(code.load(source + k * 4, word, lanes), place + k * 4))
+        if whole < words:
+            rest = words - whole
+            code.store(code.load_first(source + whole * 4, word, rest, lanes), place + whole * 4, rest)
+
+    code.loop(0, TASK_ROWS, 1, copy_row)
+
+    def column_block(column: Value, counts: Sequence[int]) -> None:
+        weight = code["weight"] + column * (words * 4)
+
+        def row_block(local: Value) -> None:
+            values = copy + local * (words * 4)
+
+            def multiply(k: Value, *totals: Value) -> Sequence[Value]:
+                line = weight + k * (4 * COLUMNS)
+                vectors = [code.load(line + 4 * lanes * n, word, lanes) for n in range(len(counts))]  # [lanes] words
+                made = []
+                for r in range(rows_at_once):
+                    x = code.splat(code.load(values + k * 4 + 4 * r * words, word))
+                    made += [dot[steps.dtype](totals[r * len(counts) + n], x, w) for n, w in enumerate(vectors)]
+                return made
+
+            zero = code.constant(ir.VectorType(I32 if int8 else F32, lanes), 0)
+            totals = code.loop(0, words, 1, multiply, *[zero] * (rows_at_once * len(counts)))
+            for n, count in enumerate(counts):
+                place = column + n * lanes
+                names = ("bias", "weight_scale", "weight_sum") if int8 else ("bias",)
+                bias, *scaling = (code.load_first(code[name] + place * 4, F32, count, lanes) for name in names)
+                for r in range(rows_at_once):
+                    x = totals[r * len(counts) + n]
+                    there = code.minimum(first + local + r, last)
+                    if int8:
+                        scale, zero = (code.splat(code.load(code[name] + there * 4, F32)) for name in ("x_scale", "x_zero"))
+                        x = code.fma(code.to_float(x) * scaling[0] - zero * scaling[1], scale, bias)
+                    else:
+                        x = x + bias
+                    if steps.activation is not None:
+                        x = activated(code, x, steps.activation)
+                    if steps.residual is not None:
+                        x = x + load_states(code, "residual", steps.residual, there * width + place, count)
+                    code.store(x, scratch + (local + r) * scratch_bytes + place * 4)
+
+        code.loop(0, TASK_ROWS, rows_at_once, row_block)
+
+    whole = width // COLUMNS * COLUMNS
+    code.loop(0, whole, COLUMNS, lambda column: column_block(column, [lanes] * (COLUMNS // lanes)))
+    if whole < width:
+        column_block(code.number(whole), [min(lanes, width - begin) for begin in range(whole, width, lanes)])
+
+    def finish_row(local: Value) -> None:
+        finish(code, first + local, scratch + local * scratch_bytes, steps.finish)
+
+    code.loop(0, code.minimum(code["rows"] - first, TASK_ROWS), 1, finish_row)
