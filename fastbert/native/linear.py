@@ -22,12 +22,16 @@ from fastbert.native.machine import Machine
 from fastbert.native.matrices import COLUMNS, Int8Rows, Matrix
 from fastbert.native.row_wise import Finish, activated, address, finish, load_states
 
-# Rows of a task: a weight is read from the caches far away once for so many. A multiple of what `_rows` gives.
+# Most rows of a task: a weight is read from the caches far away once for so many. A multiple of what `_rows` gives.
 TASK_ROWS = 48
+# Words between two rows that are copied, beyond a row: rows of 3072 words would share one set of the nearest cache.
+GAP = 16
+# Words that are summed in float32 before their sum is added: so rounding grows no faster than in a BLAS.
+CHUNK = 384
 
 PARAMETERS = (
-    "x", "x_scale", "x_zero", "rows", "weight", "weight_scale", "weight_sum", "bias", "residual", "norm_weight",
-    "norm_bias", "eps", "copy", "scratch", "out", "out_values", "out_scale", "out_zero",
+    "x", "x_scale", "x_zero", "rows", "task_rows", "weight", "weight_scale", "weight_sum", "bias", "residual",
+    "norm_weight", "norm_bias", "eps", "copy", "scratch", "out", "out_values", "out_scale", "out_zero",
 )  # fmt: skip
 
 
@@ -73,15 +77,18 @@ def linear(
         weight.values.dtype, words, activation, None if residual is None else residual.dtype, parts
     )
     threads = torch.get_num_threads()
-    copy = torch.empty(threads, TASK_ROWS, words)
+    at_once = _rows(machine)
+    task_rows = min(TASK_ROWS, -(-rows // (threads * at_once)) * at_once)
+    copy = torch.empty(threads, TASK_ROWS, words + GAP)
     scratch = torch.empty(threads, TASK_ROWS, parts.scratch_width)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     _kernel(machine, steps)(
-        -(-rows // TASK_ROWS),
+        -(-rows // task_rows) if rows else 0,
         address(values),
         address(x.scale if isinstance(x, Int8Rows) else None),
         address(x.zero if isinstance(x, Int8Rows) else None),
         rows,
+        task_rows,
         *(address(part) for part in (weight.values, weight.scale, weight.sum, bias, residual, norm_weight, norm_bias)),
         float_bits(eps),
         *(address(part) for part in (copy, scratch, out)),
@@ -106,39 +113,50 @@ def _product(code: Code, steps: Steps) -> None:
     int8 = steps.dtype == torch.int8
     word = F32 if steps.dtype == torch.float32 else I32
     dot = {torch.float32: lambda t, a, b: code.fma(a, b, t), torch.bfloat16: code.dot_bfloat16, torch.int8: code.dot_int8}
-    first = code.task * TASK_ROWS
+    task_rows = code["task_rows"]
+    first = code.task * task_rows
     last = code["rows"] - 1
-    copy = code["copy"] + code.worker * (TASK_ROWS * words * 4)
+    copy_bytes = (words + GAP) * 4
+    copy = code["copy"] + code.worker * (TASK_ROWS * copy_bytes)
     scratch_bytes = steps.finish.scratch_width * 4
     scratch = code["scratch"] + code.worker * (TASK_ROWS * scratch_bytes)
 
     def copy_row(local: Value) -> None:
-        source, place = code["x"] + code.minimum(first + local, last) * (words * 4), copy + local * (words * 4)
+        source, place = code["x"] + code.minimum(first + local, last) * (words * 4), copy + local * copy_bytes
         whole = words // lanes * lanes
         code.loop(0, whole, lanes, lambda k: code.store(code.load(source + k * 4, word, lanes), place + k * 4))
         if whole < words:
             rest = words - whole
             code.store(code.load_first(source + whole * 4, word, rest, lanes), place + whole * 4, rest)
 
-    code.loop(0, TASK_ROWS, 1, copy_row)
+    code.loop(0, task_rows, 1, copy_row)
 
     def column_block(column: Value, counts: Sequence[int]) -> None:
         weight = code["weight"] + column * (words * 4)
 
         def row_block(local: Value) -> None:
-            values = copy + local * (words * 4)
+            values = copy + local * copy_bytes
 
             def multiply(k: Value, *totals: Value) -> Sequence[Value]:
                 line = weight + k * (4 * COLUMNS)
                 vectors = [code.load(line + 4 * lanes * n, word, lanes) for n in range(len(counts))]  # [lanes] words
                 made = []
                 for r in range(rows_at_once):
-                    x = code.splat(code.load(values + k * 4 + 4 * r * words, word))
+                    x = code.splat(code.load(values + k * 4 + r * copy_bytes, word))
                     made += [dot[steps.dtype](totals[r * len(counts) + n], x, w) for n, w in enumerate(vectors)]
                 return made
 
             zero = code.constant(ir.VectorType(I32 if int8 else F32, lanes), 0)
-            totals = code.loop(0, words, 1, multiply, *[zero] * (rows_at_once * len(counts)))
+            zeros = [zero] * (rows_at_once * len(counts))
+
+            def add_chunk(begin: Value, *totals: Value) -> Sequence[Value]:
+                sums = code.loop(begin, code.minimum(begin + CHUNK, code.number(words)), 1, multiply, *zeros)
+                return [total + part for total, part in zip(totals, sums, strict=True)]
+
+            if steps.dtype == torch.float32 and words > CHUNK:
+                totals = code.loop(0, words, CHUNK, add_chunk, *zeros)
+            else:
+                totals = code.loop(0, words, 1, multiply, *zeros)
             for n, count in enumerate(counts):
                 place = column + n * lanes
                 names = ("bias", "weight_scale", "weight_sum") if int8 else ("bias",)
@@ -157,7 +175,7 @@ def _product(code: Code, steps: Steps) -> None:
                         x = x + load_states(code, "residual", steps.residual, there * width + place, count)
                     code.store(x, scratch + (local + r) * scratch_bytes + place * 4)
 
-        code.loop(0, TASK_ROWS, rows_at_once, row_block)
+        code.loop(0, task_rows, rows_at_once, row_block)
 
     whole = width // COLUMNS * COLUMNS
     code.loop(0, whole, COLUMNS, lambda column: column_block(column, [lanes] * (COLUMNS // lanes)))
@@ -167,4 +185,4 @@ def _product(code: Code, steps: Steps) -> None:
     def finish_row(local: Value) -> None:
         finish(code, first + local, scratch + local * scratch_bytes, steps.finish)
 
-    code.loop(0, code.minimum(code["rows"] - first, TASK_ROWS), 1, finish_row)
+    code.loop(0, code.minimum(code["rows"] - first, task_rows), 1, finish_row)
