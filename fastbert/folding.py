@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from fastbert.config import Activation, EncoderConfig
 from fastbert.encoder import Encoder, EncoderLayer
+from fastbert.native.machine import made_by_amd
 from fastbert.ops.attention import attend
-from fastbert.ops.common import onednn_fuses, runs_bare
+from fastbert.ops.common import runs_bare
 from fastbert.packing import Packing
 
 _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -42,7 +43,7 @@ FEWEST_ROWS = 16
 def serves(encoder: Encoder, x: Tensor) -> bool:
     """Whether folding is meant for a run of `encoder` on `x`: float32, a CPU, no gradient, no dropout, many rows."""
     bare = x.dtype == torch.float32 and not torch.is_grad_enabled() and runs_bare(x) and len(x) >= FEWEST_ROWS
-    if onednn_fuses(x):
+    if made_by_amd():  # there BLAS is not the fastest that can be had
         return False
     return bare and not encoder.training and len(encoder.layers) > 0 and type(encoder) is Encoder
 

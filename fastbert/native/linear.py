@@ -78,7 +78,8 @@ def linear(
     )
     threads = torch.get_num_threads()
     at_once = _rows(machine)
-    task_rows = min(TASK_ROWS, -(-rows // (threads * at_once)) * at_once)
+    tasks = -(-rows // (TASK_ROWS * threads)) * threads
+    task_rows = -(-rows // (max(tasks, 1) * at_once)) * at_once
     copy = torch.empty(threads, TASK_ROWS, words + GAP)
     scratch = torch.empty(threads, TASK_ROWS, parts.scratch_width)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
