@@ -25,7 +25,7 @@ from fastbert.encoder import Encoder, EncoderLayer
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.ops.attention import attention
-from fastbert.native.matrices import Int8Rows, Matrix
+from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.ops.common import native_machine, wants_gradient
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.quantize_rows import (
@@ -166,7 +166,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        matrix = Matrix.quantized(linear.weight)
+        matrix = Int8Matrix.of(linear.weight)
         self.register_buffer("values", matrix.values)
         # As integers, because `Module.to(dtype)` casts what is floating.
         for name in ("scale", "sum"):
@@ -175,7 +175,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Int8Rows, dtype: torch.dtype, **after: Any) -> tuple[Tensor | None, Int8Rows | None]:
         """`ops.int8.linear_int8`."""
-        matrix = Matrix(self.values, len(self.scale), self.scale.view(torch.float32), self.sum.view(torch.float32))
+        matrix = Int8Matrix(self.values, self.scale.view(torch.float32), self.sum.view(torch.float32))
         return linear_int8(x, matrix, self.bias.float(), dtype, **after)
 
 

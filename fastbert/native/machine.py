@@ -71,12 +71,3 @@ def made_by_amd() -> bool:
     """Whether the CPU at hand is AMD's."""
     machine = host()
     return isinstance(machine, Machine) and machine.cpu.startswith("znver")
-
-
-def multiplies_well() -> bool:
-    """Whether products by kernels of ours were measured to be as fast as a BLAS: with AVX-512 on Zen 4.
-
-    Intel's with AMX multiply bfloat16 and int8 several times as fast as by the instructions that the kernels use.
-    """
-    machine = host()
-    return made_by_amd() and isinstance(machine, Machine) and machine.lanes == 16

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastbert.config import Activation
 from fastbert.native.code import F32, I16, Code, Kernel, Value, compiled, float_bits
 from fastbert.native.machine import Machine
-from fastbert.native.matrices import Int8Rows
+from fastbert.native.int8 import Int8Rows
 
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16

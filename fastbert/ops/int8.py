@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.matrices import Int8Rows, Matrix
+from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.ops.common import check_rows, native_machine
 
 _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -43,7 +43,7 @@ def quantize_rows_int8(x: Tensor) -> Int8Rows:
 
 def linear_int8(
     x: Int8Rows,
-    weight: Matrix,
+    weight: Int8Matrix,
     bias: Tensor,
     dtype: torch.dtype,
     *,
@@ -61,13 +61,12 @@ def linear_int8(
         out, int8: whether the result is wanted in `dtype`, and whether in int8, quantized before it is rounded.
     """
     rows, depth = x.values.shape
-    assert weight.scale is not None
     machine = native_machine(x.scale)
     if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
-        from fastbert.native import linear as kernel
+        from fastbert.native import linear_int8 as kernel
 
         made = torch.empty(rows, weight.width, dtype=dtype) if out else None
-        quantized = kernel.linear(
+        quantized = kernel.linear_int8(
             machine, x, weight, bias, activation=activation, residual=residual, norm=norm, out=made, int8=int8
         )
         return made, quantized

@@ -12,20 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastbert.config import Activation
-from fastbert.native.machine import multiplies_well
-from fastbert.ops.common import check_linear, native_machine, onednn_fuses, runs_bare
+from fastbert.ops.common import check_linear, onednn_fuses
 
 T = TypeVar("T")
 
-# What was made of a weight or a module, by the source and then by what it is for.
-Made = MutableMapping[Any, dict[str, Any]]
+# What was made of a weight or a module, by the source.
+Made = MutableMapping[Any, Any]
 
 # Inside `hold_weights` of this thread.
 _held: ContextVar[Made | None] = ContextVar("held", default=None)
-
-# From so many rows on a product of ours is as fast as oneDNN's, and what follows it is nearly free. Measured on 2 cores.
-NATIVE_ROWS = 96
 
 
 class Layouts:
@@ -66,21 +61,19 @@ def hold_weights(layouts: Layouts | None = None) -> Iterator[None]:
         _held.reset(token)
 
 
-def held(source: Tensor | nn.Module, purpose: str, make: Callable[[], T]) -> T | None:
+def held(source: Tensor | nn.Module, make: Callable[[], T]) -> T | None:
     """What `make()` makes of `source`: once inside `hold_weights`; None outside, where it would not pay."""
     made = _held.get()
     if made is None:
         return None
     if source not in made:
-        made[source] = {}
-    if purpose not in made[source]:
-        made[source][purpose] = make()
-    return cast(T, made[source][purpose])
+        made[source] = make()
+    return cast(T, made[source])
 
 
 def packed(weight: Tensor) -> Tensor:
     """`weight` for oneDNN's products: the copy laid out for them inside `hold_weights`, else as it is."""
-    laid_out = held(weight, "oneDNN", lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+    laid_out = held(weight, lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
     return weight if laid_out is None else laid_out
 
 
@@ -91,59 +84,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ArgumentError: a shape, dtype or device is wrong.
     """
     check_linear(x, weight, bias)
-    made = native_linear(x, weight, bias)
-    if made is not None:
-        return made
     if onednn_fuses(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "none", [], "")
     return F.linear(x, weight, bias)
-
-
-def native_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: Activation | None = None,
-    residual: Tensor | None = None,
-    norm: tuple[Tensor, Tensor, float] | None = None,
-) -> Tensor | None:
-    """A product and the steps after it by the CPU's own kernel; None where that is not meant for it.
-
-    It is inside `hold_weights`, for many rows without gradient, on CPUs where it was measured to be the faster.
-
-    Args:
-        x, weight, bias: as in `linear`, checked.
-        activation, residual, norm: steps after it; see `fastbert.native.linear`. All tensors are checked.
-    """
-    if _held.get() is None or len(x) < NATIVE_ROWS or bias is None or not multiplies_well():
-        return None
-    steps = (residual, *(norm or ())[:2])
-    machine = native_machine(x)
-    if machine is None or x.shape[1] * x.itemsize % 4 or not runs_bare(x, weight, bias, *steps):
-        return None
-    from fastbert.native import linear as kernel
-    from fastbert.native.matrices import Matrix
-
-    matrix = held(weight, "native", lambda: Matrix.of(weight))
-    assert matrix is not None
-    out = x.new_empty(len(x), len(weight))
-    parameters = norm and (_floats(norm[0]), _floats(norm[1]), norm[2])
-    residual = None if residual is None else residual.contiguous()
-    kernel.linear(
-        machine,
-        x.contiguous(),
-        matrix,
-        _floats(bias),
-        activation=activation,
-        residual=residual,
-        norm=parameters,
-        out=out,
-    )
-    return out
-
-
-def _floats(parameter: Tensor) -> Tensor:
-    made = held(parameter, "float32", lambda: parameter.detach().float().contiguous())
-    assert made is not None
-    return made

@@ -1,9 +1,9 @@
-"""linear: a product and all that happens to its rows, on a CPU: in float32, in bfloat16, or in int8.
+"""linear_int8: a product of int8 rows and an int8 weight, and all that happens to its rows, on a CPU.
 
-A task is `TASK_ROWS` rows of the product. They are copied side by side; then for `COLUMNS` outputs after `COLUMNS` their
-weights, which lie together, meet a few rows at a time. A sum stays in its register until it is whole, and goes through
-bias, activation and residual sum into the nearest cache as float32; LayerNorm and the writing follow there, see
-`row_wise`. bfloat16 is multiplied by pairs into float32, int8 by fours into int32.
+A task is up to `TASK_ROWS` rows of the product. They are copied side by side; then for `COLUMNS` outputs after `COLUMNS`
+their weights, which lie together, meet `ROWS` rows at a time. A sum stays in its int32 register until it is whole; then it
+is scaled, and goes through bias, activation and residual sum into the nearest cache as float32. LayerNorm and the writing
+follow there, see `row_wise`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 from fastbert.config import Activation
 from fastbert.native.code import F32, I32, Code, Kernel, Value, compiled, float_bits
 from fastbert.native.machine import Machine
-from fastbert.native.matrices import COLUMNS, Int8Rows, Matrix
+from fastbert.native.int8 import COLUMNS, Int8Matrix, Int8Rows
 from fastbert.native.row_wise import Finish, activated, address, finish, load_states
 
-# Most rows of a task: a weight is read from the caches far away once for so many. A multiple of what `_rows` gives.
+# Rows at a time: with two vectors of outputs they are 24 sums of 32 registers.
+ROWS = 12
+# Most rows of a task: a weight is read from the caches far away once for so many. A multiple of `ROWS`.
 TASK_ROWS = 48
-# Words between two rows that are copied, beyond a row: rows of 3072 words would share one set of the nearest cache.
+# Words between two rows that are copied, beyond a row: rows of 1024 words would share one set of the nearest cache.
 GAP = 16
-# Words that are summed in float32 before their sum is added: so rounding grows no faster than in a BLAS.
-CHUNK = 384
 
 PARAMETERS = (
     "x", "x_scale", "x_zero", "rows", "task_rows", "weight", "weight_scale", "weight_sum", "bias", "residual",
@@ -39,17 +39,16 @@ PARAMETERS = (
 class Steps:
     """What the kernel is compiled for: its shapes and the steps it has."""
 
-    dtype: torch.dtype
     words: int
     activation: Activation | None
     residual: torch.dtype | None
     finish: Finish
 
 
-def linear(
+def linear_int8(
     machine: Machine,
-    x: Tensor | Int8Rows,
-    weight: Matrix,
+    x: Int8Rows,
+    weight: Int8Matrix,
     bias: Tensor,
     *,
     activation: Activation | None = None,
@@ -61,33 +60,27 @@ def linear(
     """`x @ weight + bias`, then activation, + residual and LayerNorm, those that are asked for.
 
     Args:
-        x: contiguous `[rows, in]` in the weight's dtype, or rows in int8 where that is int8; a row is whole words.
+        x: its width a multiple of 4.
         bias: float32 `[out]`.
         residual: contiguous `[rows, out]`, of a dtype of `machine.dtypes`.
         norm: LayerNorm's weight and bias, float32 `[out]`, and its eps.
         out: contiguous `[rows, out]` <- the result, if it is wanted; may be `residual` itself.
         int8: also give it in int8, quantized before it is rounded.
     """
-    values = x.values if isinstance(x, Int8Rows) else x
-    rows, width = len(values), weight.width
+    rows, width = len(x.values), weight.width
     made = Int8Rows.empty(rows, width) if int8 else None
     parts = Finish(width, norm is not None, None if out is None else out.dtype, int8)
     words = weight.values.shape[1]
-    steps = Steps(
-        weight.values.dtype, words, activation, None if residual is None else residual.dtype, parts
-    )
+    steps = Steps(words, activation, None if residual is None else residual.dtype, parts)
     threads = torch.get_num_threads()
-    at_once = _rows(machine)
     tasks = -(-rows // (TASK_ROWS * threads)) * threads
-    task_rows = -(-rows // (max(tasks, 1) * at_once)) * at_once
+    task_rows = -(-rows // (max(tasks, 1) * ROWS)) * ROWS
     copy = torch.empty(threads, TASK_ROWS, words + GAP)
     scratch = torch.empty(threads, TASK_ROWS, parts.scratch_width)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     _kernel(machine, steps)(
         -(-rows // task_rows) if rows else 0,
-        address(values),
-        address(x.scale if isinstance(x, Int8Rows) else None),
-        address(x.zero if isinstance(x, Int8Rows) else None),
+        *(address(part) for part in (x.values, x.scale, x.zero)),
         rows,
         task_rows,
         *(address(part) for part in (weight.values, weight.scale, weight.sum, bias, residual, norm_weight, norm_bias)),
@@ -98,22 +91,13 @@ def linear(
     return made
 
 
-def _rows(machine: Machine) -> int:
-    """Rows at a time: with their columns they are 24 vectors of sums where there are 32 registers, 8 where there are 16."""
-    return 12 if machine.registers == 32 else 2
-
-
 @cache
 def _kernel(machine: Machine, steps: Steps) -> Kernel:
-    return compiled(machine, "linear", PARAMETERS, partial(_product, steps=steps))
+    return compiled(machine, "linear_int8", PARAMETERS, partial(_product, steps=steps))
 
 
 def _product(code: Code, steps: Steps) -> None:
     lanes, words, width = code.lanes, steps.words, steps.finish.width
-    rows_at_once = _rows(code.machine)
-    int8 = steps.dtype == torch.int8
-    word = F32 if steps.dtype == torch.float32 else I32
-    dot = {torch.float32: lambda t, a, b: code.fma(a, b, t), torch.bfloat16: code.dot_bfloat16, torch.int8: code.dot_int8}
     task_rows = code["task_rows"]
     first = code.task * task_rows
     last = code["rows"] - 1
@@ -125,10 +109,10 @@ def _product(code: Code, steps: Steps) -> None:
     def copy_row(local: Value) -> None:
         source, place = code["x"] + code.minimum(first + local, last) * (words * 4), copy + local * copy_bytes
         whole = words // lanes * lanes
-        code.loop(0, whole, lanes, lambda k: code.store(code.load(source + k * 4, word, lanes), place + k * 4))
+        code.loop(0, whole, lanes, lambda k: code.store(code.load(source + k * 4, I32, lanes), place + k * 4))
         if whole < words:
             rest = words - whole
-            code.store(code.load_first(source + whole * 4, word, rest, lanes), place + whole * 4, rest)
+            code.store(code.load_first(source + whole * 4, I32, rest, lanes), place + whole * 4, rest)
 
     code.loop(0, task_rows, 1, copy_row)
 
@@ -140,43 +124,33 @@ def _product(code: Code, steps: Steps) -> None:
 
             def multiply(k: Value, *totals: Value) -> Sequence[Value]:
                 line = weight + k * (4 * COLUMNS)
-                vectors = [code.load(line + 4 * lanes * n, word, lanes) for n in range(len(counts))]  # [lanes] words
+                vectors = [code.load(line + 4 * lanes * n, I32, lanes) for n in range(len(counts))]  # [lanes] words
                 made = []
-                for r in range(rows_at_once):
-                    x = code.splat(code.load(values + k * 4 + r * copy_bytes, word))
-                    made += [dot[steps.dtype](totals[r * len(counts) + n], x, w) for n, w in enumerate(vectors)]
+                for r in range(ROWS):
+                    x = code.splat(code.load(values + k * 4 + r * copy_bytes, I32))
+                    made += [code.dot_int8(totals[r * len(counts) + n], x, w) for n, w in enumerate(vectors)]
                 return made
 
-            zero = code.constant(ir.VectorType(I32 if int8 else F32, lanes), 0)
-            zeros = [zero] * (rows_at_once * len(counts))
-
-            def add_chunk(begin: Value, *totals: Value) -> Sequence[Value]:
-                sums = code.loop(begin, code.minimum(begin + CHUNK, code.number(words)), 1, multiply, *zeros)
-                return [total + part for total, part in zip(totals, sums, strict=True)]
-
-            if steps.dtype == torch.float32 and words > CHUNK:
-                totals = code.loop(0, words, CHUNK, add_chunk, *zeros)
-            else:
-                totals = code.loop(0, words, 1, multiply, *zeros)
+            zero = code.constant(ir.VectorType(I32, lanes), 0)
+            totals = code.loop(0, words, 1, multiply, *[zero] * (ROWS * len(counts)))
             for n, count in enumerate(counts):
                 place = column + n * lanes
-                names = ("bias", "weight_scale", "weight_sum") if int8 else ("bias",)
-                bias, *scaling = (code.load_first(code[name] + place * 4, F32, count, lanes) for name in names)
-                for r in range(rows_at_once):
-                    x = totals[r * len(counts) + n]
+                bias, scale, total = (
+                    code.load_first(code[name] + place * 4, F32, count, lanes)
+                    for name in ("bias", "weight_scale", "weight_sum")
+                )
+                for r in range(ROWS):
                     there = code.minimum(first + local + r, last)
-                    if int8:
-                        scale, zero = (code.splat(code.load(code[name] + there * 4, F32)) for name in ("x_scale", "x_zero"))
-                        x = code.fma(code.to_float(x) * scaling[0] - zero * scaling[1], scale, bias)
-                    else:
-                        x = x + bias
+                    x_scale, x_zero = (code.splat(code.load(code[name] + there * 4, F32)) for name in ("x_scale", "x_zero"))
+                    x = code.to_float(totals[r * len(counts) + n]) * scale - x_zero * total
+                    x = code.fma(x, x_scale, bias)
                     if steps.activation is not None:
                         x = activated(code, x, steps.activation)
                     if steps.residual is not None:
                         x = x + load_states(code, "residual", steps.residual, there * width + place, count)
                     code.store(x, scratch + (local + r) * scratch_bytes + place * 4)
 
-        code.loop(0, task_rows, rows_at_once, row_block)
+        code.loop(0, task_rows, ROWS, row_block)
 
     whole = width // COLUMNS * COLUMNS
     code.loop(0, whole, COLUMNS, lambda column: column_block(column, [lanes] * (COLUMNS // lanes)))
