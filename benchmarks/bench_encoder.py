@@ -24,7 +24,7 @@ from roofline import model_costs
 from torch import Tensor, nn
 from workloads import BYTETRANSFORMER, KERNL, MIXES, TENSORRT
 
-from fastbert import BertModel, load
+from fastbert import BertModel, load, quantize
 from fastbert.kernels.cost import Cost
 from fastbert.ops.linear import hold_weights
 from fastbert.packing import Packing
@@ -126,6 +126,19 @@ def fastbert(case: Case, of: Batch) -> Contender:
     return replace(contender, run=partial(context.run, contender.run), close=close)
 
 
+def fastbert_int8(case: Case, of: Batch) -> Contender:
+    if case.backward or case.dtype != "fp32" or case.device.type != "cpu":
+        raise UnservedError("int8 is for inference on the CPU, made of float32")
+    model = quantize(load(of.folder, dtype=case.torch_dtype), dtype="int8")
+
+    def run() -> list[Tensor]:
+        with torch.inference_mode():
+            return [model(of.ids, packing=of.packing).last_hidden_state]
+
+    contender = Contender(run, lambda results: {"out": results[0]}, case.workload.tokens)
+    return replace(contender, dtype="int8", least_cosine=runtimes.INT8_COSINE)
+
+
 def fastbert_single_call(case: Case, of: Batch) -> Contender:
     """The model called once, and nothing laid out for it."""
     if case.backward or case.device.type != "cpu":
@@ -179,6 +192,7 @@ def runtime(case: Case, of: Batch, run: runtimes.Run) -> Contender:
 
 PROVIDERS = {
     "fastbert": fastbert,
+    "fastbert int8": fastbert_int8,
     "fastbert single call": fastbert_single_call,
     "transformers": transformers,
     "transformers eager": transformers_eager,

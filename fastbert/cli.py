@@ -63,10 +63,12 @@ def encode(
         Literal["mean", "cls", "max"], typer.Option(help="How the tokens of a text become one embedding.")
     ] = "mean",
     normalize: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = True,
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What the model computes in.")] = "fp32",
+    dtype: Annotated[
+        Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
+    ] = "fp32",
     max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, 4096 in bf16.")
+        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, else 4096.")
     ] = None,
 ) -> None:
     """Embed texts, one a line: row i of the result is line i of the input.
@@ -175,10 +177,12 @@ def classify(
         "-"
     ),
     output: Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")] = None,
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What the model computes in.")] = "fp32",
+    dtype: Annotated[
+        Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
+    ] = "fp32",
     max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, 4096 in bf16.")
+        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, else 4096.")
     ] = None,
 ) -> None:
     """Label texts, one a line; JSON lines with text, label and the probability of every label."""
@@ -204,10 +208,12 @@ def tag(
         "-"
     ),
     output: Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")] = None,
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What the model computes in.")] = "fp32",
+    dtype: Annotated[
+        Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
+    ] = "fp32",
     max_length: Annotated[int, typer.Option(help="Most tokens of a window; longer texts are several.")] = 256,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, 4096 in bf16.")
+        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, else 4096.")
     ] = None,
 ) -> None:
     """Find entities in texts, one a line; JSON lines with text and its entities.

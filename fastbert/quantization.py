@@ -44,17 +44,17 @@ Model = TypeVar("Model", bound=nn.Module)
 def quantize(model: Model, *, dtype: QuantizedDType) -> Model:
     """A copy of `model`, for inference, whose fastbert encoders multiply in 8 bits. All but their matrices is shared.
 
-    It runs on NVIDIA GPUs from sm_89 on, in bfloat16. On a CPU it computes the same numbers slowly, to test accuracy.
-
     Args:
         model: any module with a `fastbert.Encoder` in it, in eval mode.
-        dtype: "fp8" for e4m3.
+        dtype: "int8" runs on a CPU, fast where it multiplies int8 (AVX512-VNNI); float32 rounds the least beside it.
+            "fp8", for e4m3, runs on NVIDIA GPUs from sm_89 on, in bfloat16; on a CPU it computes the same numbers slowly,
+            to test accuracy.
 
     Raises:
         ArgumentError: `dtype` is not known; or `model` has no encoder, is in training mode, or has widths that are not
-            multiples of 16.
-        BackendError: the GPU can't, or the model is not in bfloat16 there; also later, where the copy was moved to one
-            that can't, or a gradient is asked for.
+            multiples of 16 (fp8).
+        BackendError: the device can't, or the model is not in bfloat16 (fp8 on a GPU); also later, where the copy was
+            moved to one that can't, or a gradient is asked for.
     """
     if dtype not in get_args(QuantizedDType):
         raise ArgumentError("dtype", repr(dtype), "'fp8' or 'int8'")
@@ -73,6 +73,11 @@ def quantize(model: Model, *, dtype: QuantizedDType) -> Model:
             return QuantizedEncoder(encoder, dtype)  # type: ignore[return-value]  # the model is the encoder
         made.set_submodule(name, QuantizedEncoder(encoder, dtype))
     return made
+
+
+def in_int8(model: nn.Module) -> bool:
+    """Whether `quantize` made it, for int8."""
+    return any(isinstance(part, QuantizedEncoder) and part.dtype == "int8" for part in model.modules())
 
 
 def _check_config(config: EncoderConfig) -> None:

@@ -6,7 +6,8 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +19,24 @@ from fastbert.checkpoints.load import WithHead, load
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
 from fastbert.models import BertModel
-from fastbert.ops.linear import hold_weights
+from fastbert.ops.linear import Layouts, hold_weights
 from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
+from fastbert.quantization import in_int8, quantize
 from fastbert.reference import Pooling
 from fastbert.text import Text, Tokenizer, Tokens, batches, word_spans
 from fastbert.training.metrics import chunks, split_tag
 
-DTypeName = Literal["fp32", "bf16"]
+DTypeName = Literal["fp32", "bf16", "int8"]
 
-DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of the parameters; "int8" is made of float32.
+DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 
-# The fastest of 1024 to 8192 with MiniLM on a 2-core CPU, in float32 and in bfloat16: fills the cores, stays near the
+# The fastest of 1024 to 8192 with MiniLM on a 2-core CPU, in float32 and in 16 or 8 bits: fills the cores, stays near the
 # caches.
 BATCH_TOKENS_FP32, BATCH_TOKENS = 2048, 4096
+Model = TypeVar("Model", bound=nn.Module)
+
 LONG_WORK = 16  # batches; less is done before a progress bar could be read
 
 
@@ -51,7 +56,8 @@ def encode(
     Args:
         texts: strings, or pairs of strings.
         model: a Hugging Face checkpoint folder, loaded anew by each call; or a `TextEncoder`, loaded once.
-        dtype: what the model computes in, "fp32" (default for a folder) or "bf16"; a `TextEncoder` has its own already.
+        dtype: what the model computes in, "fp32" (default for a folder), "bf16" or "int8"; a `TextEncoder` has its own
+            already.
 
     See `TextEncoder.encode` for the other arguments.
 
@@ -61,8 +67,9 @@ def encode(
     """
     if not isinstance(model, TextEncoder):
         model = TextEncoder.from_folder(model, dtype=dtype or "fp32")
-    elif dtype is not None and DTYPES.get(dtype) != model.dtype:
-        raise ArgumentError("dtype", repr(dtype), f"that of the TextEncoder, {model.dtype}", "Leave dtype out.")
+    elif dtype is not None and (DTYPES.get(dtype), dtype == "int8") != (model.dtype, in_int8(model.model)):
+        own = "int8" if in_int8(model.model) else model.dtype
+        raise ArgumentError("dtype", repr(dtype), f"that of the TextEncoder, {own}", "Leave dtype out.")
     return model.encode(
         texts,
         pooling=pooling,
@@ -97,20 +104,26 @@ class TextEncoder:
 
         Args:
             folder: holds config.json, weights, and tokenizer.json or vocab.txt.
-            dtype: "fp32" or "bf16".
+            dtype: "fp32", "bf16", or "int8" on a CPU: `fastbert.quantize` of the model in float32.
             device: where to compute; the first GPU, or the CPU where there is none.
 
         Raises:
-            ArgumentError: `dtype` is neither.
+            ArgumentError: `dtype` is none of these.
+            BackendError: the device has no int8.
             CheckpointError: the folder is not a checkpoint fastbert reads.
         """
         model = load(folder, dtype=_dtype(dtype), device=device or first_device())
-        return cls(model, Tokenizer.from_folder(folder))
+        return cls(_quantized(model, dtype), Tokenizer.from_folder(folder))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """Of the model's parameters."""
         return next(self.model.parameters()).dtype
+
+    @cached_property
+    def layouts(self) -> Layouts:
+        """The weights as they are laid out for the CPU, from the first call on."""
+        return Layouts(self.model)
 
     def encode(
         self,
@@ -130,7 +143,7 @@ class TextEncoder:
             normalize: scale each embedding to length 1 (a zero embedding stays zero).
             max_length: most tokens of a text, special ones included; the rest is cut off.
             batch_tokens: most tokens of a batch (a longer text is a batch of its own); by default 2048 in fp32
-                and 4096 in bf16.
+                and 4096 in bf16 and int8.
             progress: show a bar on stderr, if the work is long.
 
         Raises:
@@ -143,7 +156,7 @@ class TextEncoder:
         device = next(self.model.parameters()).device
         shape = (len(tokens.lengths), self.model.config.hidden_size)
         embeddings = torch.empty(shape, dtype=torch.float32, device=device)
-        with hold_weights():
+        with hold_weights(self.layouts):
             for rows, packing, out in _outputs(self.model, tokens, batch_tokens, "encoding" if progress else None):
                 embeddings[rows] = pool(out.last_hidden_state, packing, pooling, normalise=normalize).float()
         return embeddings.cpu().numpy()
@@ -195,6 +208,11 @@ class TextClassifier:
     model: BertForSequenceClassification
     tokenizer: Tokenizer
 
+    @cached_property
+    def layouts(self) -> Layouts:
+        """As `TextEncoder.layouts`."""
+        return Layouts(self.model)
+
     @classmethod
     def from_folder(
         cls,
@@ -206,7 +224,7 @@ class TextClassifier:
         """Load a checkpoint folder; arguments as `TextEncoder.from_folder`.
 
         Raises:
-            ArgumentError: `dtype` is neither.
+            ArgumentError: `dtype` is none of these.
             CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier that gives one label.
         """
         model = _with_trained_head(BertForSequenceClassification, folder, dtype, device)
@@ -226,7 +244,7 @@ class TextClassifier:
             max_length: most tokens of a text, special ones included; the rest is cut off, and a warning counts the
                 texts that were this long.
             batch_tokens: most tokens of a batch (a longer text is a batch of its own); by default 2048 in fp32
-                and 4096 in bf16.
+                and 4096 in bf16 and int8.
             progress: show a bar on stderr, if the work is long.
 
         Raises:
@@ -240,7 +258,7 @@ class TextClassifier:
             )
         labels = self.model.head_config.labels
         probabilities = torch.empty(len(tokens.lengths), len(labels))
-        with hold_weights():
+        with hold_weights(self.layouts):
             for rows, _, out in _outputs(self.model, tokens, batch_tokens, "classifying" if progress else None):
                 probabilities[rows] = out.logits.float().softmax(1).cpu()
         found: list[Classification] = []
@@ -301,6 +319,11 @@ class TextTagger:
     model: BertForTokenClassification
     tokenizer: Tokenizer
 
+    @cached_property
+    def layouts(self) -> Layouts:
+        """As `TextEncoder.layouts`."""
+        return Layouts(self.model)
+
     @classmethod
     def from_folder(
         cls,
@@ -312,7 +335,7 @@ class TextTagger:
         """Load a checkpoint folder; arguments as `TextEncoder.from_folder`.
 
         Raises:
-            ArgumentError: `dtype` is neither.
+            ArgumentError: `dtype` is none of these.
             CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier of IOB tags.
         """
         model = _with_trained_head(BertForTokenClassification, folder, dtype, device)
@@ -335,7 +358,7 @@ class TextTagger:
             texts: strings.
             max_length: most tokens of a window, special ones included.
             batch_tokens: most tokens of a batch (a longer window is a batch of its own); by default 2048 in fp32
-                and 4096 in bf16.
+                and 4096 in bf16 and int8.
             progress: show a bar on stderr, if the work is long.
 
         Raises:
@@ -348,7 +371,7 @@ class TextTagger:
         encoded = self.tokenizer.encode_words(words, max_length)
         tags = np.zeros(sum(map(len, words)), np.int64)
         scores = np.zeros(len(tags), np.float32)
-        with hold_weights():
+        with hold_weights(self.layouts):
             for rows, _, out in _outputs(self.model, encoded.tokens, batch_tokens, "tagging" if progress else None):
                 best, label = out.logits.float().softmax(1).cpu().max(1)
                 at = encoded.tokens.take(encoded.words, rows)
@@ -383,6 +406,10 @@ def _strings(texts: Iterable[str]) -> list[str]:
     return texts
 
 
+def _quantized(model: Model, name: DTypeName) -> Model:
+    return quantize(model, dtype="int8") if name == "int8" else model
+
+
 def _dtype(name: DTypeName) -> torch.dtype:
     if name not in DTYPES:
         raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
@@ -396,7 +423,7 @@ def _with_trained_head(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UntrainedWarning)
-            return load(folder, kind, dtype=_dtype(dtype), device=device or first_device())
+            return _quantized(load(folder, kind, dtype=_dtype(dtype), device=device or first_device()), dtype)
     except UntrainedWarning as warning:
         raise CheckpointError(
             str(folder), f"no trained {kind.__name__}", "a checkpoint with its head", "Train one: fastbert train --help"
@@ -417,7 +444,7 @@ def _outputs(
     parameter = next(model.parameters())
     device = parameter.device
     if batch_tokens is None:
-        batch_tokens = BATCH_TOKENS_FP32 if parameter.dtype == torch.float32 else BATCH_TOKENS
+        batch_tokens = BATCH_TOKENS_FP32 if parameter.dtype == torch.float32 and not in_int8(model) else BATCH_TOKENS
     groups = batches(lengths, batch_tokens)
     long = description is not None and len(groups) > LONG_WORK
     for rows in _shown(groups, description) if long else groups:
