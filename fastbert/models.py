@@ -145,7 +145,7 @@ class BertModel(nn.Module):
             return [last if read is None else last.index_select(0, read)]
         x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids)
         if not every and inputs.bias is None and folding.serves(self.encoder, x):
-            folded = held(self, lambda: folding.fold(self.encoder, self.embeddings.norm))
+            folded = held(self, "folded", lambda: folding.fold(self.encoder, self.embeddings.norm))
             if folded is not None:
                 return [folded.run(x, inputs.packing, read)]
         return self.encoder.run(x, inputs.packing, inputs.bias, read)

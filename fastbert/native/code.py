@@ -142,6 +142,15 @@ class Code:
         builder.position_at_end(after)
         return [Value(self, state) for state in states]
 
+    def when(self, condition: Value, body: Callable[[], None]) -> None:
+        """Run `body` where a condition holds."""
+        inside, after = (self.builder.append_basic_block(name) for name in ("then", "else"))
+        self.builder.cbranch(condition.raw, inside, after)
+        self.builder.position_at_end(inside)
+        body()
+        self.builder.branch(after)
+        self.builder.position_at_end(after)
+
     def _int(self, number: Value | int) -> Any:
         return number.raw if isinstance(number, Value) else ir.Constant(I64, number)
 

@@ -1,0 +1,139 @@
+"""linear: a product with bias, activation and residual sum, on a CPU, in float32 or bfloat16.
+
+A task is `COLUMNS` outputs of a group of rows: as many as half of a second cache holds, so that the tasks of a group find
+them there. The weights of a task lie together and meet up to `MOST_ROWS` rows at a time; a sum stays in its register until
+it is whole. bfloat16 is multiplied by pairs, into float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.config import Activation
+from fastbert.native.code import F32, I32, Code, Kernel, Value, compiled
+from fastbert.native.machine import Machine
+from fastbert.native.row_wise import activated, address, load_states
+
+# Outputs of a task: two vectors of sums.
+COLUMNS = 32
+# Rows at a time; with two vectors each they take half of the registers.
+MOST_ROWS = 8
+# Words whose products are summed before the sum is added to the others, so that rounding grows no faster than in a BLAS.
+CHUNK = 384
+
+# Bytes of the rows of a group: half of Zen 4's second cache.
+GROUP_BYTES = 2**19
+
+PARAMETERS = ("x", "rows", "group_rows", "weight", "bias", "residual", "out")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the kernel is compiled for: its shapes and the steps it has."""
+
+    dtype: torch.dtype
+    words: int
+    width: int
+    rows: int
+    activation: Activation | None
+    residual: bool
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """`[out, in]` -> `[blocks of outputs, words of inputs, COLUMNS, inputs in a word of 32 bits]`, filled up with zeros."""
+    inputs = 4 // weight.itemsize
+    padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % COLUMNS))
+    return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
+
+
+def linear(
+    machine: Machine,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    *,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """`x @ weight^T + bias`, then activation and + residual, those that are asked for.
+
+    Args:
+        x: contiguous `[rows, in]`, of a dtype of `machine.dtypes`; a row is whole words. At least one row.
+        weight: made by `laid_out`, in the dtype of x.
+        bias: contiguous `[out]`, in the dtype of x.
+        out: contiguous `[rows, out]`, in the dtype of x <- the result; not the residual itself.
+        residual: contiguous `[rows, out]`, in the dtype of x.
+    """
+    rows, width = out.shape
+    at_once = min(MOST_ROWS, 1 << (rows.bit_length() - 1))
+    steps = Steps(x.dtype, weight.shape[1], width, at_once, activation, residual is not None)
+    group_rows = max(GROUP_BYTES // (x.shape[1] * x.itemsize) // at_once, 1) * at_once
+    addresses = (address(part) for part in (weight, bias, residual, out))
+    _kernel(machine, steps)(-(-rows // group_rows) * len(weight), address(x), rows, group_rows, *addresses)
+
+
+@cache
+def _kernel(machine: Machine, steps: Steps) -> Kernel:
+    return compiled(machine, "linear", PARAMETERS, partial(_product, steps=steps))
+
+
+def _product(code: Code, steps: Steps) -> None:
+    lanes, words, width = code.lanes, steps.words, steps.width
+    bfloat16 = steps.dtype == torch.bfloat16
+    word = I32 if bfloat16 else F32
+    blocks = -(-width // COLUMNS)
+    block = code.task % blocks
+    column = block * COLUMNS
+    weight = code["weight"] + block * (words * 4 * COLUMNS)
+    first = (code.task // blocks) * code["group_rows"]
+    last = code.minimum(first + code["group_rows"], code["rows"])
+
+    def column_block(counts: Sequence[int]) -> None:
+        def row_block(begin: Value) -> None:
+            row = code.minimum(begin, code["rows"] - steps.rows)  # the last block goes over some rows again
+            x = code["x"] + row * (words * 4)
+
+            def multiply(k: Value, *totals: Value) -> Sequence[Value]:
+                line = weight + k * (4 * COLUMNS)
+                vectors = [code.load(line + 4 * lanes * n, word, lanes) for n in range(len(counts))]  # [lanes] words
+                made = []
+                for r in range(steps.rows):
+                    value = code.splat(code.load(x + k * 4 + r * (words * 4), word))
+                    for n, vector in enumerate(vectors):
+                        total = totals[r * len(counts) + n]
+                        made.append(code.dot_bfloat16(total, value, vector) if bfloat16 else code.fma(value, vector, total))
+                return made
+
+            zeros = [code.vector()] * (steps.rows * len(counts))
+
+            def add_chunk(begin: Value, *totals: Value) -> Sequence[Value]:
+                sums = code.loop(begin, code.minimum(begin + CHUNK, words), 1, multiply, *zeros)
+                return [total + part for total, part in zip(totals, sums, strict=True)]
+
+            totals = code.loop(0, words, CHUNK, add_chunk, *zeros)
+            for n, count in enumerate(counts):
+                bias = load_states(code, "bias", steps.dtype, column + n * lanes, count)
+                for r in range(steps.rows):
+                    place = (row + r) * width + column + n * lanes
+                    total = totals[r * len(counts) + n] + bias
+                    if steps.activation is not None:
+                        total = activated(code, total, steps.activation)
+                    if steps.residual:
+                        total = total + load_states(code, "residual", steps.dtype, place, count)
+                    total = code.to_bfloat16(total) if bfloat16 else total
+                    code.store(total, code["out"] + place * steps.dtype.itemsize, count)
+
+        code.loop(first, last, steps.rows, row_block)
+
+    whole = width // COLUMNS
+    code.when(block < whole, lambda: column_block([lanes] * (COLUMNS // lanes)))
+    if whole * COLUMNS < width:
+        rest = width - whole * COLUMNS
+        code.when(code.number(whole - 1) < block, lambda: column_block([min(lanes, rest - n) for n in range(0, rest, lanes)]))
