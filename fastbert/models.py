@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import folding
+from fastbert import folding, laid_out
 from fastbert.config import EncoderConfig
 from fastbert.embeddings import Embeddings
 from fastbert.encoder import Encoder, initialise
@@ -144,6 +144,10 @@ class BertModel(nn.Module):
             last = self.graphs.run(self, inputs)
             return [last if read is None else last.index_select(0, read)]
         x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids)
+        if not every and inputs.bias is None and laid_out.serves(self.encoder, x):
+            made = held(self, "laid out", lambda: laid_out.lay_out(self.encoder, x))
+            if made is not None:
+                return [made.run(x, inputs.packing, read)]
         if not every and inputs.bias is None and folding.serves(self.encoder, x):
             folded = held(self, "folded", lambda: folding.fold(self.encoder, self.embeddings.norm))
             if folded is not None:

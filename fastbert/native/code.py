@@ -390,14 +390,18 @@ class Kernel:
 
     def __call__(self, tasks: int, *arguments: int) -> None:
         """Run tasks 0 to `tasks` on torch's threads; the arguments in the order of the parameters."""
-        given = (ctypes.c_int64 * (3 + len(arguments)))(0, 0, tasks, *arguments)
-        _openmp().GOMP_parallel(ctypes.c_void_p(self.address), given, min(tasks, torch.get_num_threads()), 0)
+        if tasks:
+            given = (ctypes.c_int64 * (3 + len(arguments)))(0, 0, tasks, *arguments)
+            _parallel()(self.address, given, min(tasks, torch.get_num_threads()), 0)
 
 
 @cache
-def _openmp() -> Any:
-    """The OpenMP that torch runs on, so that its threads are used and no others are made."""
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+def _parallel() -> Any:
+    """OpenMP's start of a parallel region, of the OpenMP that torch runs on: its threads are used, no others are made."""
+    start = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    start.restype = None
+    return start
 
 
 @cache

@@ -31,6 +31,11 @@ class Int8Rows:
         scale, zero = torch.empty(2, rows)
         return cls(torch.empty(rows, width, dtype=torch.uint8), scale, zero)
 
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of values, scale and zero."""
+        return self.values.data_ptr(), self.scale.data_ptr(), self.zero.data_ptr()
+
     def floats(self) -> Tensor:
         """What they stand for, float32 `[rows, width]`."""
         return self.scale[:, None] * (self.values.float() - self.zero[:, None])
@@ -62,12 +67,7 @@ class Int8Matrix:
         fours = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, COLUMNS))
         return cls(fours.transpose(1, 2).contiguous(), scale, total)
 
-    @property
-    def width(self) -> int:
-        """Outputs."""
-        return len(self.scale)
-
     def plain(self) -> Tensor:
         """The values as `[in, out]`, the inputs filled up to a multiple of 4."""
         blocks, words, *_ = self.values.shape
-        return self.values.permute(1, 3, 0, 2).reshape(words * 4, blocks * COLUMNS)[:, : self.width]
+        return self.values.permute(1, 3, 0, 2).reshape(words * 4, blocks * COLUMNS)[:, : len(self.scale)]

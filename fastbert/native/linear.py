@@ -8,8 +8,8 @@ it is whole. bfloat16 is multiplied by pairs, into float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastbert.config import Activation
 from fastbert.native.code import F32, I32, Code, Kernel, Value, compiled
 from fastbert.native.machine import Machine
-from fastbert.native.row_wise import activated, address, load_states
+from fastbert.native.row_wise import activated, load_states
 
 # Outputs of a task: two vectors of sums.
 COLUMNS = 32
@@ -33,8 +33,7 @@ GROUP_BYTES = 2**19
 PARAMETERS = ("x", "rows", "group_rows", "weight", "bias", "residual", "out")
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """What the kernel is compiled for: its shapes and the steps it has."""
 
     dtype: torch.dtype
@@ -71,12 +70,19 @@ def linear(
         out: contiguous `[rows, out]`, in the dtype of x <- the result; not the residual itself.
         residual: contiguous `[rows, out]`, in the dtype of x.
     """
-    rows, width = out.shape
+    (rows, width), (blocks, words, *_) = out.shape, weight.shape
     at_once = min(MOST_ROWS, 1 << (rows.bit_length() - 1))
-    steps = Steps(x.dtype, weight.shape[1], width, at_once, activation, residual is not None)
-    group_rows = max(GROUP_BYTES // (x.shape[1] * x.itemsize) // at_once, 1) * at_once
-    addresses = (address(part) for part in (weight, bias, residual, out))
-    _kernel(machine, steps)(-(-rows // group_rows) * len(weight), address(x), rows, group_rows, *addresses)
+    group_rows = max(GROUP_BYTES // (4 * words * at_once), 1) * at_once
+    _kernel(machine, Steps(x.dtype, words, width, at_once, activation, residual is not None))(
+        -(-rows // group_rows) * blocks,
+        x.data_ptr(),
+        rows,
+        group_rows,
+        weight.data_ptr(),
+        bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+    )
 
 
 @cache

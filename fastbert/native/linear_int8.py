@@ -9,8 +9,8 @@ follow there, see `row_wise`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from llvmlite import ir
@@ -35,8 +35,7 @@ PARAMETERS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """What the kernel is compiled for: its shapes and the steps it has."""
 
     words: int
@@ -67,7 +66,7 @@ def linear_int8(
         out: contiguous `[rows, out]` <- the result, if it is wanted; may be `residual` itself.
         int8: also give it in int8, quantized before it is rounded.
     """
-    rows, width = len(x.values), weight.width
+    rows, width = x.values.shape[0], weight.scale.shape[0]
     made = Int8Rows.empty(rows, width) if int8 else None
     parts = Finish(width, norm is not None, None if out is None else out.dtype, int8)
     words = weight.values.shape[1]
@@ -80,13 +79,21 @@ def linear_int8(
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     _kernel(machine, steps)(
         -(-rows // task_rows) if rows else 0,
-        *(address(part) for part in (x.values, x.scale, x.zero)),
+        *x.addresses,
         rows,
         task_rows,
-        *(address(part) for part in (weight.values, weight.scale, weight.sum, bias, residual, norm_weight, norm_bias)),
+        weight.values.data_ptr(),
+        weight.scale.data_ptr(),
+        weight.sum.data_ptr(),
+        bias.data_ptr(),
+        address(residual),
+        address(norm_weight),
+        address(norm_bias),
         float_bits(eps),
-        *(address(part) for part in (copy, scratch, out)),
-        *(address(made and part) for part in (made and made.values, made and made.scale, made and made.zero)),
+        copy.data_ptr(),
+        scratch.data_ptr(),
+        address(out),
+        *((0, 0, 0) if made is None else made.addresses),
     )
     return made
 

@@ -8,8 +8,8 @@ Each step is there or not. A row is read once and kept as float32 in the nearest
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ PARAMETERS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Finish:
+class Finish(NamedTuple):
     """What comes of a row of float32: LayerNorm or not, and in what it is written, floats or int8 or both."""
 
     width: int
@@ -43,8 +42,7 @@ class Finish:
         return -(-self.width // 16) * 16
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """What the kernel is compiled for: the steps it has."""
 
     x: torch.dtype
@@ -85,10 +83,14 @@ def row_wise(
         -(-rows // ROWS),
         address(x),
         rows,
-        *(address(part) for part in (bias, residual, norm_weight, norm_bias)),
+        address(bias),
+        address(residual),
+        address(norm_weight),
+        address(norm_bias),
         float_bits(eps),
-        *(address(part) for part in (scratch, out)),
-        *(address(made and part) for part in (made and made.values, made and made.scale, made and made.zero)),
+        scratch.data_ptr(),
+        address(out),
+        *((0, 0, 0) if made is None else made.addresses),
     )
     return made
 

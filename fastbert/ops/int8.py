@@ -65,7 +65,7 @@ def linear_int8(
     if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
         from fastbert.native import linear_int8 as kernel
 
-        made = torch.empty(rows, weight.width, dtype=dtype) if out else None
+        made = torch.empty(rows, len(weight.scale), dtype=dtype) if out else None
         quantized = kernel.linear_int8(
             machine, x, weight, bias, activation=activation, residual=residual, norm=norm, out=made, int8=int8
         )

@@ -26,7 +26,7 @@ from fastbert.ops.common import (
     wants_gradient,
 )
 from fastbert.ops.dropout import drop
-from fastbert.ops.linear import native_linear, packed
+from fastbert.ops.linear import packed
 from fastbert.packing import Packing
 
 
@@ -129,9 +129,6 @@ def linear_layer_norm(
             unpack=unpack,
         )
     tensors = (x, weight, x_bias, residual, norm_weight, norm_bias)
-    made = native_linear(x, weight, x_bias, residual=residual) if dropout == 0.0 else None
-    if made is not None:
-        return layer_norm(made, norm_weight, norm_bias, eps=eps, unpack=unpack)
     if dropout == 0.0 and onednn_fuses(*tensors):
         total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed(weight), x_bias, "add")
         return layer_norm(total, norm_weight, norm_bias, eps=eps, unpack=unpack)

@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastbert.config import Activation
-from fastbert.native.machine import multiplies_well
-from fastbert.ops.common import check_linear, native_machine, onednn_fuses, runs_bare
+from fastbert.ops.common import check_linear, onednn_fuses
 
 T = TypeVar("T")
 
@@ -88,40 +86,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ArgumentError: a shape, dtype or device is wrong.
     """
     check_linear(x, weight, bias)
-    made = native_linear(x, weight, bias)
-    if made is not None:
-        return made
     if onednn_fuses(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "none", [], "")
     return F.linear(x, weight, bias)
-
-
-def native_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: Activation | None = None,
-    residual: Tensor | None = None,
-) -> Tensor | None:
-    """A product and the steps after it by the CPU's own kernel; None where that is not meant for it.
-
-    It is inside `hold_weights`, without gradient, on CPUs where it was measured to be faster than oneDNN.
-
-    Args:
-        x, weight, bias: as in `linear`, checked.
-        activation, residual: steps after it; see `fastbert.native.linear`.
-    """
-    if _held.get() is None or bias is None or not len(x) or not multiplies_well():
-        return None
-    machine = native_machine(x)
-    if machine is None or x.shape[1] * x.itemsize % 4 or not runs_bare(x, weight, bias, residual):
-        return None
-    from fastbert.native import linear as kernel
-
-    laid_out = held(weight, "native", lambda: kernel.laid_out(weight))
-    assert laid_out is not None
-    out = x.new_empty(len(x), len(weight))
-    residual = None if residual is None else residual.contiguous()
-    kernel.linear(machine, x.contiguous(), laid_out, bias.contiguous(), out, activation=activation, residual=residual)
-    return out

@@ -1,0 +1,130 @@
+"""The encoder laid out once for the kernels of this CPU, and run by them with nothing asked in between.
+
+Made inside `ops.linear.hold_weights` by models, as `folding` is, which stands in where these products are not the fastest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.config import EncoderConfig
+from fastbert.encoder import Encoder, EncoderLayer
+from fastbert.native.attention import attention_forward
+from fastbert.native.linear import laid_out, linear
+from fastbert.native.machine import Machine, multiplies_well
+from fastbert.native.row_wise import row_wise
+from fastbert.ops.common import native_machine, runs_bare
+from fastbert.packing import Packing
+
+
+def serves(encoder: Encoder, x: Tensor) -> bool:
+    """Whether this is meant for a run of `encoder` on `x`: a CPU whose kernels multiply well, no gradient, no dropout."""
+    if not multiplies_well() or torch.is_grad_enabled() or encoder.training or type(encoder) is not Encoder:
+        return False
+    config = encoder.config
+    whole = config.head_dim % 8 == 0 and config.intermediate_size * x.itemsize % 4 == 0
+    return whole and len(x) > 0 and native_machine(x) is not None and runs_bare(x)
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """A linear layer: its weight as `native.linear.laid_out` gives it, its bias, and how many numbers it makes."""
+
+    weight: Tensor
+    bias: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> _Product:
+        return cls(laid_out(linear.weight), linear.bias.detach().contiguous(), linear.out_features)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """An `EncoderLayer`'s parts under their names; of a norm weight and bias in float32, and eps."""
+
+    qkv: _Product
+    attention_output: _Product
+    attention_norm: tuple[Tensor, Tensor, float]
+    intermediate: _Product
+    output: _Product
+    output_norm: tuple[Tensor, Tensor, float]
+
+
+@dataclass(frozen=True, eq=False)
+class LaidOutEncoder:
+    """An encoder's weights, laid out by `lay_out`. It does not see them change, and one thread at a time may run it.
+
+    Attributes:
+        buffers: memory that is used again by every batch and layer.
+    """
+
+    machine: Machine
+    config: EncoderConfig
+    layers: list[_Layer]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
+        """The last of what `Encoder.run` returns for these arguments."""
+        machine, config = self.machine, self.config
+        heads, head_dim = config.num_heads, config.head_dim
+        for layer in self.layers:
+            qkv = self._buffer("qkv", x, layer.qkv.width)
+            linear(machine, x, layer.qkv.weight, layer.qkv.bias, qkv)
+            context = self._buffer("context", x, config.hidden_size)
+            if packing.tokens < x.shape[0]:
+                context[packing.tokens :] = 0
+            attention_forward(
+                machine,
+                qkv.view(-1, 3, heads, head_dim),
+                packing.cu_seqlens,
+                packing.max_seqlen,
+                head_dim**-0.5,
+                context.view(-1, heads, head_dim),
+            )
+            if read is not None and layer is self.layers[-1]:
+                context, x = context.index_select(0, read), x.index_select(0, read)
+            x = self._add_norm(context, layer.attention_output, x, layer.attention_norm)
+            wide = self._buffer("intermediate", x, layer.intermediate.width)
+            linear(machine, x, layer.intermediate.weight, layer.intermediate.bias, wide, activation=config.activation)
+            x = self._add_norm(wide, layer.output, x, layer.output_norm)
+        return x
+
+    def _add_norm(self, x: Tensor, product: _Product, residual: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+        total = torch.empty_like(residual)
+        linear(self.machine, x, product.weight, product.bias, total, residual=residual)
+        row_wise(self.machine, total, norm=norm, out=total)
+        return total
+
+    def _buffer(self, name: str, x: Tensor, width: int) -> Tensor:
+        """`[rows of x, width]`, overwritten by the next of the name."""
+        rows, buffer = x.shape[0], self.buffers.get(name)
+        if buffer is None or buffer.shape[0] < rows:
+            buffer = self.buffers[name] = x.new_empty(rows, width)
+        return buffer[:rows]
+
+
+def lay_out(encoder: Encoder, x: Tensor) -> LaidOutEncoder:
+    """`encoder` for inputs as `x`, for which it `serves`."""
+    machine = native_machine(x)
+    assert machine is not None
+    layers = [
+        _Layer(
+            qkv=_Product.of(layer.qkv),
+            attention_output=_Product.of(layer.attention_output),
+            attention_norm=_floats(layer.attention_norm),
+            intermediate=_Product.of(layer.intermediate),
+            output=_Product.of(layer.output),
+            output_norm=_floats(layer.output_norm),
+        )
+        for layer in cast(list[EncoderLayer], list(encoder.layers))
+    ]
+    return LaidOutEncoder(machine, encoder.config, layers)
+
+
+def _floats(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return norm.weight.detach().float().contiguous(), norm.bias.detach().float().contiguous(), norm.eps
