@@ -411,7 +411,7 @@ ATTENTION_BACKWARD_KEY: dict[tuple[str, str, int], AttentionBackwardKey | None] 
     ("blackwell", "half", 64): AttentionBackwardKey(64, 64, 4, 1),
     ("blackwell", "half", 128): AttentionBackwardKey(32, 64, 8, 1, maxnreg=255),
     ("blackwell", "half", 256): AttentionBackwardKey(16, 64, 8, 1),
-    ("cdna", "half", 16): AttentionBackwardKey(64, 64, 2, 1),
+    ("cdna", "half", 16): AttentionBackwardKey(32, 64, 2, 1),
     ("cdna", "half", 32): AttentionBackwardKey(64, 64, 2, 1),
     ("cdna", "half", 64): AttentionBackwardKey(32, 64, 2, 1),
     ("cdna", "half", 128): AttentionBackwardKey(16, 64, 2, 1),

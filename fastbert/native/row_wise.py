@@ -191,14 +191,16 @@ def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, in
 
 
 def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], Value]) -> None:
-    def span(column: Value, count: int, lowest: Value, highest: Value) -> Sequence[Value]:
+    def span(column: Value, count: int, lowest: Value, highest: Value, nothing: Value) -> Sequence[Value]:
         x = kept(column, count)
-        return [code.minimum_float(lowest, x), code.maximum(highest, x)]
+        return [code.minimum_float(lowest, x), code.maximum(highest, x), code.fma(x, code.vector(), nothing)]
 
-    lowest, highest = _columns(code, width, span, code.vector(), code.vector())  # from 0 on: each row can hold it
+    # from 0 on: each row can hold it
+    lowest, highest, nothing = _columns(code, width, span, *[code.vector()] * 3)
     low, high = code.least(lowest), code.greatest(highest)
     step = (high - low) / 255.0
-    step = code.select(step < 1e-30, code.constant(F32, 1.0), step)
+    # `nothing` is NaN where the row has one, or an infinity: the least and the greatest pass over NaN.
+    step = code.select(step < 1e-30, code.constant(F32, 1.0), step) + code.sum(nothing)
     zero = code.nearest(code.negative(low) / step)
     code.store(step, code["out_scale"] + row * 4)
     code.store(zero, code["out_zero"] + row * 4)
@@ -221,6 +223,6 @@ def activated(code: Code, x: Value, activation: Activation) -> Value:
             inner = x * code.fma(x * x, code.vector(0.7978845608028654 * 0.044715), code.vector(0.7978845608028654))
             return x * code.sigmoid(inner * 2.0)
         case "relu":
-            return code.maximum(x, code.vector())
+            return code.select(x < 0.0, code.vector(), x)  # NaN stays
         case "silu":
             return x * code.sigmoid(x)

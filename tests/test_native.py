@@ -1,0 +1,388 @@
+"""The kernels of a CPU against float64, and the encoder that is laid out for them."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastbert import backend, laid_out, reference
+from fastbert.config import EncoderConfig
+from fastbert.errors import ArgumentError
+from fastbert.models import BertModel
+from fastbert.native import attention as native_attention
+from fastbert.native import linear as native_linear
+from fastbert.native import linear_int8 as native_linear_int8
+from fastbert.native.int8 import Int8Matrix
+from fastbert.native.machine import Machine, host
+from fastbert.native.row_wise import row_wise
+from fastbert.ops.attention import attention
+from fastbert.ops.int8 import linear_int8, quantize_rows_int8
+from fastbert.ops.linear import Layouts, hold_weights
+from fastbert.packing import Packing
+from fastbert.testing import assert_close
+
+HOST = host()
+if not isinstance(HOST, Machine):
+    pytest.skip(HOST, allow_module_level=True)
+
+# Without AVX-512 the vectors are half as wide, and there are half as many.
+NARROW = Machine("x86-64-v3", "", lanes=8, registers=16, bfloat16=False, int8=False)
+MACHINES = [pytest.param(HOST, id="host"), pytest.param(NARROW, id="AVX2")]
+DTYPES = [torch.float32, torch.bfloat16]
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    None: lambda x: x,
+}
+
+
+def served(machine, dtype):
+    if dtype not in machine.dtypes:
+        pytest.skip(f"this machine has no {dtype}")
+
+
+def attend(machine, qkv, packing, scale=None):
+    """Native attention, into memory full of NaN."""
+    out = torch.full((len(qkv), *qkv.shape[2:]), torch.nan).to(qkv.dtype)
+    scale = scale or qkv.shape[-1] ** -0.5
+    native_attention.attention_forward(machine, qkv, packing.cu_seqlens, packing.max_seqlen, scale, out)
+    return out
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 40, 64, 80, 128, 256])
+def test_attention(head_dim, dtype, machine, generator):
+    """Lengths around the widths of vectors and of blocks of rows, one of them 0; slack is not written."""
+    served(machine, dtype)
+    packing = Packing.from_lengths([1, 2, 0, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65, 130])
+    qkv = (torch.randn(packing.tokens + 3, 3, 2, head_dim, generator=generator) * 2).to(dtype)
+    qkv[packing.tokens :] = torch.nan
+    out = attend(machine, qkv, packing)
+    assert out[packing.tokens :].isnan().all()
+    qkv, out = qkv[: packing.tokens], out[: packing.tokens]
+    exact, _ = reference.attention(qkv.double(), packing)
+    assert_close(out, reference.attention(qkv, packing)[0], exact)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("scale", [0.01, 3.0, 500.0])
+def test_attention_of_large_and_small_scores(scale, machine, generator):
+    packing = Packing.from_lengths([40, 5])
+    qkv = torch.randn(45, 3, 3, 32, generator=generator)
+    exact, _ = reference.attention(qkv.double(), packing, scale=scale)
+    plain, _ = reference.attention(qkv, packing, scale=scale)
+    assert_close(attend(machine, qkv, packing, scale), plain, exact)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_attention_keeps_nan_in_its_head_and_sequence(machine, value, generator):
+    packing = Packing.from_lengths([20, 30])
+    qkv = torch.randn(50, 3, 2, 16, generator=generator)
+    qkv[33, 1, 1, 3] = value
+    with_nan = attend(machine, qkv, packing).isnan()
+    assert with_nan[20:, 1].all()
+    assert not with_nan[:20].any() and not with_nan[:, 0].any()
+
+
+def test_attention_as_an_op_takes_strides_and_is_watched_by_no_one(generator, monkeypatch):
+    """Through `attention`: a view, a long sequence, and plain torch where it is asked for or something records."""
+    calls = []
+    kernel = native_attention.attention_forward
+    monkeypatch.setattr(native_attention, "attention_forward", lambda *args: calls.append(1) or kernel(*args))
+    packing = Packing.from_lengths([700, 3])
+    qkv = torch.randn(703, 3, 4, 48, generator=generator)[:, :, ::2]
+    exact, _ = reference.attention(qkv.double(), packing)
+    plain, _ = reference.attention(qkv, packing)
+    assert_close(attention(qkv, packing), plain, exact)
+    assert len(calls) == 1
+    with backend.use_backend("torch"):
+        attention(qkv, packing)
+    attention(qkv.clone().requires_grad_(), packing)
+    torch.compile(lambda x: attention(x, packing), backend="eager")(qkv)
+    attention(qkv.double(), packing)
+    attention(qkv[..., :20], packing)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [7, 16, 100, 384])
+def test_row_wise(width, activation, dtype, machine, generator):
+    """Each step with and without LayerNorm; 37 rows are three tasks."""
+    served(machine, dtype)
+    x, residual = ((torch.randn(37, width, generator=generator) * 3).to(dtype) for _ in range(2))
+    bias, weight, norm_bias = torch.randn(3, width, generator=generator)
+
+    def compute(to, last):
+        total = ACTIVATIONS[activation](x.to(to) + bias.to(to)) + residual.to(to)
+        normed = F.layer_norm(total, (width,), weight.to(to), norm_bias.to(to), 1e-5)
+        return (normed if last else total).to(torch.float64 if to == torch.float64 else dtype)
+
+    for norm in (None, (weight, norm_bias, 1e-5)):
+        out = torch.full_like(x, torch.nan)
+        row_wise(machine, x, bias=bias, activation=activation, residual=residual, norm=norm, out=out)
+        assert_close(out, compute(torch.float32, norm), compute(torch.float64, norm))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
+def test_activations_far_out_and_of_nan(activation, machine):
+    x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e30, -200.0, -90.0, 90.0, 200.0, 1e30])])[None]
+    out = torch.empty_like(x)
+    row_wise(machine, x, activation=activation, out=out)
+    assert_close(out, ACTIVATIONS[activation](x), ACTIVATIONS[activation](x.double()))
+    small, made = x[:, :1001], out[:, :1001]  # beside 1e30 nothing else would count
+    assert_close(made, ACTIVATIONS[activation](small), ACTIVATIONS[activation](small.double()))
+    x[0, 5] = torch.nan
+    row_wise(machine, x, activation=activation, out=out)
+    assert out[0, 5].isnan() and out.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("depth", "width"), [(8, 32), (48, 33), (384, 100), (1000, 64)])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 300])
+def test_linear(rows, depth, width, machine, dtype, generator):
+    served(machine, dtype)
+    x = torch.randn(rows, depth, generator=generator).to(dtype)
+    weight = (torch.randn(width, depth, generator=generator) / depth**0.5).to(dtype)
+    bias = torch.randn(width, generator=generator).to(dtype)
+    residual = torch.randn(rows, width, generator=generator).to(dtype)
+    matrix = native_linear.laid_out(weight)
+    for activation, added in ((None, None), ("gelu", None), (None, residual), ("silu", residual)):
+
+        def compute(to, activation=activation, added=added):
+            total = ACTIVATIONS[activation](F.linear(x.to(to), weight.to(to), bias.to(to)))
+            return total if added is None else total + added.to(to)
+
+        out = torch.full((rows, width), torch.nan).to(dtype)
+        native_linear.linear(machine, x, matrix, bias, out, activation=activation, residual=added)
+        assert_close(out, compute(torch.float32).to(dtype), compute(torch.float64))
+
+
+def test_linear_over_several_groups_of_rows(generator, monkeypatch):
+    """Each group has tasks of its own; the last one is short, and goes over rows of the one before it."""
+    monkeypatch.setattr(native_linear, "GROUP_BYTES", 64 * 4 * 16)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((67, 64), (96, 64), (96,)))
+    out = torch.full((67, 96), torch.nan)
+    native_linear.linear(HOST, x, native_linear.laid_out(weight), bias, out)
+    assert_close(out, F.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_rows_are_half_a_step_off_at_most(dtype, machine, generator):
+    served(machine, dtype)
+    x = torch.randn(40, 100, generator=generator).to(dtype)
+    x[3] = 0.0
+    x[4] = 5.0
+    x[5] = -x[5].abs() * 1e-20
+    x[6] = x[6].abs() + 3.0
+    made = row_wise(machine, x, int8=True)
+    steps = (made.floats() - x.float()).abs() / made.scale[:, None]
+    assert steps.max() <= 0.501
+    assert (made.floats()[3] == 0).all()
+    assert ((made.zero >= 0) & (made.zero <= 255) & (made.zero == made.zero.round())).all()
+    spread = (x.float().amax(1).clamp_min(0) - x.float().amin(1).clamp_max(0)) / 255
+    live = spread > 1e-29
+    torch.testing.assert_close(made.scale[live], spread[live])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_int8_can_not_hold_is_nan(value, generator):
+    x = torch.randn(5, 64, generator=generator)
+    x[2, 7] = value
+    for path in (None, "torch"):
+        made = quantize_rows_int8(x) if path is None else forced(lambda: quantize_rows_int8(x))
+        nan = made.floats().isnan().any(1)
+        assert nan.tolist() == [False, False, True, False, False]
+
+
+def forced(run):
+    with backend.use_backend("torch"):
+        return run()
+
+
+@pytest.mark.parametrize("step", ["plain", "gelu", "norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "depth", "width"), [(1, 8, 24), (13, 64, 40), (50, 100, 33), (131, 384, 96)])
+def test_linear_int8(rows, depth, width, dtype, step, generator):
+    """The kernel gives what torch computes from the same integers."""
+    if not HOST.int8:
+        pytest.skip("this machine does not multiply int8")
+    served(HOST, dtype)
+    weight = Int8Matrix.of(torch.randn(width, depth, generator=generator) / depth**0.5)
+    bias, norm_weight, norm_bias = torch.randn(3, width, generator=generator)
+    residual = torch.randn(rows, width, generator=generator).to(dtype)
+    x = quantize_rows_int8(torch.randn(rows, depth, generator=generator))
+    options = {"plain": {}, "gelu": {"activation": "gelu"}, "norm": {"norm": (norm_weight, norm_bias, 1e-5)}}[step]
+    if step == "norm":
+        options["residual"] = residual
+    total = x.floats().double() @ weight.plain()[:depth].double() * weight.scale.double() + bias.double()
+    if step == "gelu":
+        total = F.gelu(total)
+    if step == "norm":
+        total = F.layer_norm(total + residual.double(), (width,), norm_weight.double(), norm_bias.double(), 1e-5)
+    plain, plain_int8 = forced(lambda: linear_int8(x, weight, bias, dtype, int8=True, **options))
+    out, int8 = linear_int8(x, weight, bias, dtype, int8=True, **options)
+    assert_close(out, plain, total)
+    assert (int8.floats() - plain_int8.floats()).abs().max() <= 1.001 * plain_int8.scale.max()
+    assert (int8.floats() - total).abs().max() <= 0.51 * plain_int8.scale.max()
+    nothing, only = linear_int8(x, weight, bias, dtype, out=False, int8=True, **options)
+    assert nothing is None and torch.equal(only.values, int8.values)
+
+
+def test_int8_of_no_rows():
+    weight, bias = Int8Matrix.of(torch.ones(8, 8)), torch.zeros(8)
+    out, _ = linear_int8(quantize_rows_int8(torch.empty(0, 8)), weight, bias, torch.float32)
+    assert out.shape == (0, 8)
+
+
+def test_int8_says_what_it_takes():
+    with pytest.raises(ArgumentError, match="x"):
+        quantize_rows_int8(torch.ones(2, 3, 4))
+
+
+def test_an_int8_weight_is_laid_out_and_back(generator):
+    """A width and a depth that fill no block; zeros beyond, and rows of zeros."""
+    weight = torch.randn(33, 10, generator=generator)
+    weight[4] = 0.0
+    matrix = Int8Matrix.of(weight)
+    near = (matrix.plain()[:10].float() * matrix.scale).t()
+    assert ((near - weight).abs() <= 0.501 * matrix.scale[:, None]).all()
+    assert (matrix.plain()[10:] == 0).all()
+    torch.testing.assert_close(matrix.sum, near.sum(1), atol=1e-6, rtol=1e-6)
+
+
+def random_model(generator, **options):
+    sizes = {"vocab_size": 50, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "intermediate_size": 80}
+    model = BertModel(EncoderConfig(**sizes | {"max_positions": 300} | options)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Grows by one item with each run of an encoder that is laid out, which here is meant for every CPU."""
+    monkeypatch.setattr(laid_out, "multiplies_well", lambda: True)
+    seen = []
+    run = laid_out.LaidOutEncoder.run
+    monkeypatch.setattr(laid_out.LaidOutEncoder, "run", lambda self, *args: seen.append(self) or run(self, *args))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("lengths", [[1], [16, 0, 3], [250, 3, 96]], ids=str)
+def test_laid_out_encoder(lengths, activation, dtype, generator, runs, nan_empty):
+    served(HOST, dtype)
+    model = random_model(generator, activation=activation).to(dtype)
+    packing = Packing.from_lengths(lengths)
+    ids = torch.randint(50, (packing.tokens,), generator=generator)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids, packing=packing).last_hidden_state
+        plain = forced(lambda: model(ids, packing=packing).last_hidden_state)
+        with hold_weights():
+            for _ in range(2):
+                assert_close(model(ids, packing=packing).last_hidden_state, plain, exact, factor=3.0)
+            read = torch.tensor([packing.tokens - 1, 0])
+            inputs = model.read(ids, None, None, None, packing)
+            torch.testing.assert_close(model.run(inputs, read, every=False)[-1], plain[read], atol=0.1, rtol=0.1)
+            torch.testing.assert_close(
+                model.run(inputs, read, every=False)[-1], model.run(inputs, every=False)[-1][read]
+            )
+    assert len(runs) == 5
+
+
+def test_slack_of_a_laid_out_run_is_not_read(generator, runs):
+    encoder = random_model(generator).encoder
+    packing = Packing.from_lengths([5, 9])
+    x = torch.randn(20, 48, generator=generator)
+    with torch.no_grad():
+        made = laid_out.lay_out(encoder, x)
+        whole = made.run(x.clone(), packing)
+        x[14:] = 7.0
+        assert torch.equal(made.run(x, packing)[:14], whole[:14])
+    assert whole.isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["outside", "gradient", "training", "hidden states", "bias", "autocast", "torch"])
+def test_where_the_laid_out_encoder_does_not_run(case, generator, runs):
+    model = random_model(generator, hidden_dropout=0.0, attention_dropout=0.0).train(case == "training")
+    ids = torch.randint(50, (2, 6), generator=generator)
+    options = {"output_hidden_states": True} if case == "hidden states" else {}
+    if case == "bias":
+        options["attention_mask"] = torch.randn(2, 1, 6, 6, generator=generator)
+    with torch.set_grad_enabled(case == "gradient"), torch.autocast("cpu", enabled=case == "autocast"):
+        if case == "outside":
+            model(ids, **options)
+        elif case == "torch":
+            forced(lambda: model(ids))
+        else:
+            with hold_weights():
+                model(ids, **options)
+    assert not runs
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "assigned", "norm", "dtype"])
+def test_layouts_are_kept_until_a_weight_changes(change, generator, runs):
+    model = random_model(generator)
+    layouts = Layouts(model)
+    ids, packing = torch.randint(50, (9,), generator=generator), Packing.from_lengths([4, 5])
+
+    def run():
+        with torch.no_grad(), hold_weights(layouts):
+            return model(ids, packing=packing).last_hidden_state
+
+    run()
+    run()
+    assert runs[0] is runs[1]
+    layer = model.encoder.layers[1]
+    with torch.no_grad():
+        match change:
+            case "in place":
+                layer.output.weight.mul_(1.5)
+            case "data":
+                layer.output.weight.data.mul_(1.5)
+            case "assigned":
+                layer.output.weight = torch.nn.Parameter(layer.output.weight * 1.5)
+            case "norm":
+                layer.output_norm.bias.add_(1.0)
+            case "dtype":
+                model.bfloat16()
+        changed = run()
+        assert runs[2] is not runs[1]
+        torch.testing.assert_close(
+            changed, forced(lambda: model(ids, packing=packing).last_hidden_state), atol=3e-2, rtol=3e-2
+        )
+
+
+def test_what_a_machine_has_decides(monkeypatch):
+    assert replace(HOST, bfloat16=False).dtypes == (torch.float32,)
+    monkeypatch.setattr(backend, "host", lambda: "a CPU of sand")
+    backend._decide.cache_clear()
+    try:
+        decision = backend.decide(torch.device("cpu"))
+        assert decision.path == "torch" and "a CPU of sand" in decision.reason
+    finally:
+        backend._decide.cache_clear()
+
+
+def test_one_task_more_than_rows_of_a_task(generator):
+    """Rows that end inside a task, in a kernel whose tasks share out rows evenly."""
+    if not HOST.int8:
+        pytest.skip("this machine does not multiply int8")
+    for rows in (native_linear_int8.ROWS, native_linear_int8.ROWS + 1, 2 * native_linear_int8.TASK_ROWS + 1):
+        x = torch.randn(rows, 16, generator=generator)
+        weight = Int8Matrix.of(torch.randn(16, 16, generator=generator))
+        out, _ = linear_int8(quantize_rows_int8(x), weight, torch.zeros(16), torch.float32)
+        plain, _ = forced(lambda: linear_int8(quantize_rows_int8(x), weight, torch.zeros(16), torch.float32))
+        torch.testing.assert_close(out, plain)
