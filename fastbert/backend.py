@@ -1,8 +1,8 @@
 """Which path runs, and why.
 
-A tensor on a GPU takes the Triton kernels; a tensor on the CPU torch, and the CPU's own kernels (`fastbert.native`) where
-they serve. Under Triton's interpreter
-(TRITON_INTERPRET=1, for tests) the kernels also run on CPU tensors when asked for by `use_backend("triton")`.
+A tensor on a GPU takes the Triton kernels; one on the CPU takes torch, and the CPU's own kernels (`fastbert.native`)
+where they serve. Under Triton's interpreter (TRITON_INTERPRET=1, for tests) the Triton kernels also run on CPU tensors
+when asked for by `use_backend("triton")`.
 """
 
 from __future__ import annotations

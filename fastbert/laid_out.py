@@ -1,6 +1,6 @@
 """The encoder laid out once for the kernels of this CPU, and run by them with nothing asked in between.
 
-Made inside `ops.linear.hold_weights` by models, as `folding` is, which stands in where these products are not the fastest.
+Models make it inside `ops.linear.hold_weights`. Where these products are not the fastest, they make `folding`'s.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastbert.packing import Packing
 
 
 def serves(encoder: Encoder, x: Tensor) -> bool:
-    """Whether this is meant for a run of `encoder` on `x`: a CPU whose kernels multiply well, no gradient, no dropout."""
+    """Whether it is meant for a run of `encoder` on `x`: a CPU whose kernels multiply well, no gradient, no dropout."""
     if not multiplies_well() or torch.is_grad_enabled() or encoder.training or type(encoder) is not Encoder:
         return False
     config = encoder.config

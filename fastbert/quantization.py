@@ -1,11 +1,11 @@
 """`fastbert.quantize`: a model whose encoders multiply in 8 bits, for inference: fp8 on a GPU, int8 on a CPU.
 
-In fp8 a layer's four products take e4m3 on both sides: weights with a scale for each output channel, activations with a scale
-for each token. LayerNorm and GELU write their results quantized. Attention's output is quantized by a kernel of its
-own, because a token's scale spans the heads, and a program of attention owns one head.
+In fp8 a layer's four products take e4m3 on both sides: weights with a scale for each output channel, activations with a
+scale for each token. LayerNorm and GELU write their results quantized. Attention's output is quantized by a kernel of
+its own, because a token's scale spans the heads, and a program of attention owns one head.
 
-In int8 weights have a scale for each output channel, activations a scale and a zero point for each token; sums are exact,
-in int32. What follows a product, to the next one's int8, is one pass over its rows.
+In int8 weights have a scale for each output channel, activations a scale and a zero point for each token; sums are
+exact, in int32. A product and all that follows it, to the next one's int8, is one kernel.
 
 Residuals, LayerNorm, attention and the heads of a model compute as before.
 """
@@ -24,8 +24,8 @@ from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder, EncoderLayer
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
-from fastbert.ops.attention import attention
 from fastbert.native.int8 import Int8Matrix, Int8Rows
+from fastbert.ops.attention import attention
 from fastbert.ops.common import native_machine, wants_gradient
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.quantize_rows import (
@@ -47,8 +47,8 @@ def quantize(model: Model, *, dtype: QuantizedDType) -> Model:
     Args:
         model: any module with a `fastbert.Encoder` in it, in eval mode.
         dtype: "int8" runs on a CPU, fast where it multiplies int8 (AVX512-VNNI); float32 rounds the least beside it.
-            "fp8", for e4m3, runs on NVIDIA GPUs from sm_89 on, in bfloat16; on a CPU it computes the same numbers slowly,
-            to test accuracy.
+            "fp8", for e4m3, runs on NVIDIA GPUs from sm_89 on, in bfloat16; on a CPU it computes the same numbers
+            slowly, to test accuracy.
 
     Raises:
         ArgumentError: `dtype` is not known; or `model` has no encoder, is in training mode, or has widths that are not
@@ -209,7 +209,7 @@ class Int8Layer(nn.Module):
         norm, output_norm = (_parameters(norm) for norm in (self.attention_norm, self.output_norm))
         x, quantized = self.attention_output(quantize_rows_int8(context), x.dtype, residual=x, norm=norm, int8=True)
         _, wide = self.intermediate(quantized, x.dtype, activation=config.activation, out=False, int8=True)
-        return self.output(wide, x.dtype, residual=x, norm=output_norm, int8=True)  # type: ignore[no-any-return]
+        return self.output(wide, x.dtype, residual=x, norm=output_norm, int8=True)
 
 
 def _attention_dtype(x: Tensor) -> torch.dtype:

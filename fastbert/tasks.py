@@ -32,8 +32,8 @@ DTypeName = Literal["fp32", "bf16", "int8"]
 # Of the parameters; "int8" is made of float32.
 DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 
-# The fastest of 1024 to 8192 with MiniLM on a 2-core CPU, in float32 and in 16 or 8 bits: fills the cores, stays near the
-# caches.
+# The fastest of 1024 to 8192 with MiniLM on a 2-core CPU, in float32 and in 16 or 8 bits, or within 3% of it on either
+# kind of CPU it was measured on: fills the cores, stays near the caches.
 BATCH_TOKENS_FP32, BATCH_TOKENS = 2048, 4096
 Model = TypeVar("Model", bound=nn.Module)
 

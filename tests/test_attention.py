@@ -8,7 +8,6 @@ import torch
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
-from fastbert.ops import attention as ops_attention
 from fastbert.ops.attention import attention, attention_forward
 from fastbert.packing import Packing
 from fastbert.testing import assert_close, random_lengths

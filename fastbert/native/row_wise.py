@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastbert.config import Activation
 from fastbert.native.code import F32, I16, Code, Kernel, Value, compiled, float_bits
-from fastbert.native.machine import Machine
 from fastbert.native.int8 import Int8Rows
+from fastbert.native.machine import Machine
 
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16
@@ -127,9 +127,7 @@ def _rows(code: Code, steps: Steps) -> None:
     code.loop(first, code.minimum(first + ROWS, code["rows"]), 1, row_of)
 
 
-def _columns(
-    code: Code, width: int, body: Callable[..., Sequence[Value] | None], *carried: Value
-) -> Sequence[Value]:
+def _columns(code: Code, width: int, body: Callable[..., Sequence[Value] | None], *carried: Value) -> Sequence[Value]:
     """`body(column, count, *carried)` for each vector of columns; only the last may have less than `lanes`."""
     lanes = code.lanes
     whole = width // lanes * lanes
@@ -148,7 +146,7 @@ def load_states(code: Code, name: str, dtype: torch.dtype, place: Value, count: 
 
 
 def finish(code: Code, row: Value, scratch: Value, steps: Finish) -> None:
-    """From float32 `[width]` at `scratch` to the arguments norm_weight, norm_bias, eps, out, out_values, out_scale, out_zero."""
+    """From the float32 `[width]` at `scratch`: reads norm_weight, norm_bias and eps, writes out, and those of int8."""
     width, lanes = steps.width, code.lanes
 
     def kept(column: Value, count: int) -> Value:

@@ -129,8 +129,8 @@ def runs_bare(x: Tensor, *others: Tensor | None) -> bool:
 def onednn_fuses(x: Tensor, *others: Tensor | None) -> bool:
     """Whether oneDNN's fused linear layers run on these tensors: where they beat all else.
 
-    That is in bfloat16, where the CPU multiplies it. In float32 the BLAS that torch brings, which is Intel's, is as fast
-    on an Intel CPU, and faster by what oneDNN's forms copy; on an AMD CPU it takes a tenth to a third more time.
+    That is in bfloat16, where the CPU multiplies it. In float32 the BLAS that torch brings, Intel's, is as fast on an
+    Intel CPU, and faster by what oneDNN's forms copy; on an AMD CPU it takes a tenth to a third more time.
     """
     return bool(
         x.dtype in (torch.bfloat16, torch.float32)

@@ -53,9 +53,10 @@ def linear_int8(
     out: bool = True,
     int8: bool = False,
 ) -> tuple[Tensor | None, Int8Rows | None]:
-    """`x @ weight + bias`, then activation, + residual and LayerNorm, those that are asked for: `[rows, in]` -> `[rows, out]`.
+    """`x @ weight + bias`, then activation, + residual and LayerNorm, those that are asked for.
 
     Args:
+        x: `[rows, in]`; weight: `[out, in]`; bias: float32 `[out]`; residual: floating `[rows, out]`.
         dtype: of the result.
         norm: LayerNorm's weight and bias, float32 `[out]`, and its eps.
         out, int8: whether the result is wanted in `dtype`, and whether in int8, quantized before it is rounded.
