@@ -6,7 +6,14 @@ Everything else about the package is in pyproject.toml.
 from setuptools import setup
 
 setup(
-    packages=["fastbert", "fastbert.checkpoints", "fastbert.ops", "fastbert.training", "fastbert.kernels"],
+    packages=[
+        "fastbert",
+        "fastbert.checkpoints",
+        "fastbert.native",
+        "fastbert.ops",
+        "fastbert.training",
+        "fastbert.kernels",
+    ],
     package_dir={"fastbert.kernels": "kernels"},
     package_data={"fastbert": ["py.typed"], "fastbert.kernels": ["README.md", "tuned.json"]},
 )

@@ -60,18 +60,19 @@ def first_device() -> torch.device:
 
 def decide(device: torch.device) -> Decision:
     """The path for tensors on `device`, were the call one that the kernels serve."""
-    return _decide(device, _forced, _forced == "triton" and target.interpreted())
+    interpreted = _forced == "triton" and target.interpreted()
+    return _decide(device, _forced, interpreted, torch.compiler.is_compiling())
 
 
 @cache
-def _decide(device: torch.device, forced: Forced | None, interpreted: bool) -> Decision:
+def _decide(device: torch.device, forced: Forced | None, interpreted: bool, compiling: bool) -> Decision:
     if forced == "torch":
         return Decision("torch", 'use_backend("torch") is in force')
     if device.type == "cuda":
         return Decision("triton", "the tensor is on a GPU")
     if device.type == "cpu" and interpreted:
         return Decision("triton", 'use_backend("triton") is in force, under Triton\'s interpreter')
-    if device.type == "cpu" and forced is None:
+    if device.type == "cpu" and forced is None and not compiling:  # torch.compile can't see into our kernels
         machine = host()
         if isinstance(machine, Machine):
             return Decision("native", f"the tensor is on a CPU whose kernels are compiled here: {machine.described}")

@@ -250,7 +250,7 @@ def info() -> None:
 
     print("versions")
     _row("python", platform.python_version())
-    for package in ("fastbert", "torch", "triton", "numpy", "tokenizers", "safetensors", "transformers"):
+    for package in ("fastbert", "torch", "triton", "llvmlite", "numpy", "tokenizers", "safetensors", "transformers"):
         _row(package, _version(package))
     print("devices")
     name, instructions = _cpu()

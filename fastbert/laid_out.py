@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder, EncoderLayer
-from fastbert.native.attention import attention_forward
-from fastbert.native.linear import laid_out, linear
 from fastbert.native.machine import Machine, multiplies_well
-from fastbert.native.row_wise import row_wise
 from fastbert.ops.common import native_machine, runs_bare
 from fastbert.packing import Packing
 
@@ -40,6 +37,8 @@ class _Product:
 
     @classmethod
     def of(cls, linear: nn.Linear) -> _Product:
+        from fastbert.native.linear import laid_out
+
         return cls(laid_out(linear.weight), linear.bias.detach().contiguous(), linear.out_features)
 
 
@@ -70,6 +69,9 @@ class LaidOutEncoder:
 
     def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
         """The last of what `Encoder.run` returns for these arguments."""
+        from fastbert.native.attention import attention_forward
+        from fastbert.native.linear import linear
+
         machine, config = self.machine, self.config
         heads, head_dim = config.num_heads, config.head_dim
         for layer in self.layers:
@@ -95,6 +97,9 @@ class LaidOutEncoder:
         return x
 
     def _add_norm(self, x: Tensor, product: _Product, residual: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+        from fastbert.native.linear import linear
+        from fastbert.native.row_wise import row_wise
+
         total = torch.empty_like(residual)
         linear(self.machine, x, product.weight, product.bias, total, residual=residual)
         row_wise(self.machine, total, norm=norm, out=total)

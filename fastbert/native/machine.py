@@ -40,14 +40,9 @@ class Machine:
         return f"{self.cpu}, {self.lanes} floats a vector, products of {' and '.join(['float32', *narrow])}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
 def host() -> Machine | str:
     """The CPU at hand; or in words why kernels are not compiled for it."""
-    return _host()
-
-
-@cache
-def _host() -> Machine | str:
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return f"{platform.system()} on {platform.machine()}: CPU kernels are written for Linux on x86-64"
     try:
