@@ -14,6 +14,7 @@ from fastbert.models import BertModel
 from fastbert.native import attention as native_attention
 from fastbert.native import linear as native_linear
 from fastbert.native import linear_int8 as native_linear_int8
+from fastbert.native import row_wise as row_wise_module
 from fastbert.native.int8 import Int8Matrix
 from fastbert.native.machine import Machine, host
 from fastbert.native.row_wise import row_wise
@@ -238,6 +239,23 @@ def test_linear_int8(rows, depth, width, dtype, step, generator):
     assert (int8.floats() - total).abs().max() <= 0.51 * plain_int8.scale.max()
     nothing, only = linear_int8(x, weight, bias, dtype, out=False, int8=True, **options)
     assert nothing is None and torch.equal(only.values, int8.values)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("width", [17, 18, 19, 31, 33])
+def test_nothing_is_written_past_a_row(width, machine, generator):
+    """Rows are neighbours and of different tasks: the end of one must not reach into the next."""
+    x = torch.randn(64, width, generator=generator)
+    made = row_wise(machine, x, int8=True)
+    for row in range(63, -1, -1):  # from the last one up, so that each is written after the one below it
+        alone = row_wise(machine, x[row : row + 1], int8=True)
+        assert torch.equal(alone.values[0], made.values[row])
+    values = torch.full((2, width), 77, dtype=torch.uint8)
+    steps = row_wise_module.Steps(torch.float32, False, None, None, row_wise_module.Finish(width, False, None, True))
+    scratch, scale = torch.empty(64), torch.empty(2)
+    arguments = (x.data_ptr(), 1, 0, 0, 0, 0, 0, scratch.data_ptr(), 0, values.data_ptr())
+    row_wise_module._kernel(machine, steps)(1, *arguments, scale.data_ptr(), scale.data_ptr() + 4)
+    assert torch.equal(values[0], made.values[0]) and (values[1] == 77).all()
 
 
 def test_int8_of_no_rows():

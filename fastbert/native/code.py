@@ -191,6 +191,9 @@ class Code:
         type_ = value.type
         if lanes is None or lanes == type_.count:
             self.builder.store(value.raw, self._pointer(address), align=_size(getattr(type_, "element", type_)))
+        elif lanes == 1:  # by LLVM 22 a masked store of one int8 that was made of an int32 writes four bytes
+            first = self.builder.extract_element(value.raw, ir.Constant(I32, 0))
+            self.builder.store(first, self._pointer(address), align=_size(type_.element))
         else:
             mask = ir.Constant(ir.VectorType(ir.IntType(1), type_.count), [i < lanes for i in range(type_.count)])
             alignment = ir.Constant(I32, _size(type_.element))
