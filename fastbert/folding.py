@@ -26,6 +26,7 @@ from fastbert.encoder import Encoder, EncoderLayer
 from fastbert.native.machine import made_by_amd
 from fastbert.ops.attention import attend
 from fastbert.ops.common import runs_bare
+from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
 
 _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -62,17 +63,17 @@ class _FoldedLayer:
 
 @dataclass(frozen=True, eq=False)
 class FoldedEncoder:
-    """An encoder's weights, folded by `fold`. It does not see them change, and one thread at a time may run it.
+    """An encoder's weights, folded by `fold`. It does not see them change.
 
     Attributes:
         shift: `[hidden]`, added to the rows that come in.
-        buffers: memory that is used again by every batch and layer, so that it stays in the caches.
+        buffers: memory that stays in the caches.
     """
 
     config: EncoderConfig
     shift: Tensor
     layers: list[_FoldedLayer]
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    buffers: Buffers = field(default_factory=Buffers)
 
     def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
         """The last of what `Encoder.run` returns for these arguments; `x` is overwritten."""
@@ -80,22 +81,19 @@ class FoldedEncoder:
         heads, head_dim = config.num_heads, config.head_dim
         x.add_(self.shift)
         for layer in self.layers:
-            qkv = torch.mm(x, layer.qkv, out=self._buffer("qkv", x, layer.qkv)).view(-1, 3, heads, head_dim)
-            context = self._buffer("context", x, layer.attention_output)
+            qkv = torch.mm(x, layer.qkv, out=self.buffers.room("qkv", x, layer.qkv.shape[1])).view(
+                -1, 3, heads, head_dim
+            )
+            context = self.buffers.room("context", x, layer.attention_output.shape[1])
             attend(qkv, packing, head_dim**-0.5, context.view(-1, heads, head_dim))
             if read is not None and layer is self.layers[-1]:
                 context, x = context.index_select(0, read), x.index_select(0, read)
             x = layer.attention_norm(x.addmm_(context, layer.attention_output))
-            wide = torch.mm(x, layer.intermediate, out=self._buffer("intermediate", x, layer.intermediate))
+            wide = torch.mm(
+                x, layer.intermediate, out=self.buffers.room("intermediate", x, layer.intermediate.shape[1])
+            )
             x = layer.output_norm(x.addmm_(_ACTIVATE[config.activation](wide), layer.output))
         return x
-
-    def _buffer(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
-        """Room for `x @ weight`."""
-        buffer = self.buffers.get(name)
-        if buffer is None or len(buffer) < len(x):
-            buffer = self.buffers[name] = x.new_empty(len(x), weight.shape[1])
-        return buffer[: len(x)]
 
 
 def fold(encoder: Encoder, norm: nn.LayerNorm) -> FoldedEncoder | None:

@@ -15,6 +15,7 @@ from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder, EncoderLayer
 from fastbert.native.machine import Machine, multiplies_well
 from fastbert.ops.common import native_machine, runs_bare
+from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
 
 
@@ -56,16 +57,12 @@ class _Layer:
 
 @dataclass(frozen=True, eq=False)
 class LaidOutEncoder:
-    """An encoder's weights, laid out by `lay_out`. It does not see them change, and one thread at a time may run it.
-
-    Attributes:
-        buffers: memory that is used again by every batch and layer.
-    """
+    """An encoder's weights, laid out by `lay_out`. It does not see them change."""
 
     machine: Machine
     config: EncoderConfig
     layers: list[_Layer]
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    buffers: Buffers = field(default_factory=Buffers)
 
     def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
         """The last of what `Encoder.run` returns for these arguments."""
@@ -75,9 +72,9 @@ class LaidOutEncoder:
         machine, config = self.machine, self.config
         heads, head_dim = config.num_heads, config.head_dim
         for layer in self.layers:
-            qkv = self._buffer("qkv", x, layer.qkv.width)
+            qkv = self.buffers.room("qkv", x, layer.qkv.width)
             linear(machine, x, layer.qkv.weight, layer.qkv.bias, qkv)
-            context = self._buffer("context", x, config.hidden_size)
+            context = self.buffers.room("context", x, config.hidden_size)
             if packing.tokens < x.shape[0]:
                 context[packing.tokens :] = 0
             attention_forward(
@@ -91,7 +88,7 @@ class LaidOutEncoder:
             if read is not None and layer is self.layers[-1]:
                 context, x = context.index_select(0, read), x.index_select(0, read)
             x = self._add_norm(context, layer.attention_output, x, layer.attention_norm)
-            wide = self._buffer("intermediate", x, layer.intermediate.width)
+            wide = self.buffers.room("intermediate", x, layer.intermediate.width)
             linear(machine, x, layer.intermediate.weight, layer.intermediate.bias, wide, activation=config.activation)
             x = self._add_norm(wide, layer.output, x, layer.output_norm)
         return x
@@ -104,13 +101,6 @@ class LaidOutEncoder:
         linear(self.machine, x, product.weight, product.bias, total, residual=residual)
         row_wise(self.machine, total, norm=norm, out=total)
         return total
-
-    def _buffer(self, name: str, x: Tensor, width: int) -> Tensor:
-        """`[rows of x, width]`, overwritten by the next of the name."""
-        rows, buffer = x.shape[0], self.buffers.get(name)
-        if buffer is None or buffer.shape[0] < rows:
-            buffer = self.buffers[name] = x.new_empty(rows, width)
-        return buffer[:rows]
 
 
 def lay_out(encoder: Encoder, x: Tensor) -> LaidOutEncoder:

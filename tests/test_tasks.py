@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,15 @@ def test_progress_is_for_long_work_on_stderr(
     printed = capsys.readouterr()
     assert printed.out == "" and "encoding" in printed.err
     np.testing.assert_array_equal(shown, expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_threads_share_an_encoder(dtype: str, minilm: Path) -> None:
+    """What is laid out is kept between calls, and buffers with it: one thread must not write into another's."""
+    encoder = TextEncoder.from_folder(minilm, dtype=dtype, device="cpu")
+    texts = [[f"{word} " * (5 + 9 * i) for word in ("good", "film", "the end")] * 6 for i in range(8)]
+    alone = [encoder.encode(one) for one in texts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for got, expected in zip(pool.map(encoder.encode, texts), alone, strict=True):
+                np.testing.assert_allclose(got, expected, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -45,6 +46,20 @@ class Layouts:
         if self._state is None or state[0] != self._state[0] or not torch.equal(state[1], self._state[1]):
             self._made, self._state = WeakIdKeyDictionary(), state
         return self._made
+
+
+class Buffers(threading.local):
+    """Memory for intermediate results that is used again by every layer and batch; each thread has its own."""
+
+    def __init__(self) -> None:
+        self._of_name: dict[str, Tensor] = {}
+
+    def room(self, name: str, x: Tensor, width: int) -> Tensor:
+        """`[rows of x, width]` in the dtype of x; what was asked for by this name before is overwritten."""
+        rows, buffer = x.shape[0], self._of_name.get(name)
+        if buffer is None or buffer.shape[0] < rows:
+            buffer = self._of_name[name] = x.new_empty(rows, width)
+        return buffer[:rows]
 
 
 @contextmanager
