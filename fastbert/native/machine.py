@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +52,10 @@ def host() -> Machine | str:
         import llvmlite.binding as llvm
     except ImportError:
         return "llvmlite is not installed"
+    try:
+        parallel_start()
+    except (OSError, AttributeError) as error:
+        return f"torch's OpenMP can't be used: {error}"
     features = llvm.get_host_cpu_features()
     if not (features.get("avx2") and features.get("fma")):
         return "a CPU without AVX2"
@@ -63,6 +70,19 @@ def host() -> Machine | str:
         bfloat16=wide and bool(features.get("avx512bf16")),
         int8=wide and bool(features.get("avx512vnni")),
     )
+
+
+@cache
+def parallel_start() -> Any:
+    """`GOMP_parallel(worker, arguments, threads, flags)` of the OpenMP that torch runs on: its threads are used.
+
+    Raises:
+        OSError, AttributeError: torch brings no such thing.
+    """
+    start = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    start.restype = None
+    return start
 
 
 @cache

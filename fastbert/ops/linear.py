@@ -38,9 +38,9 @@ class Layouts:
 
     def current(self) -> Made:
         """All that was made of the weights as they are."""
-        parameters = list(self._model.parameters())
+        parameters = [parameter for parameter in self._model.parameters() if parameter.device.type == "cpu"]
         with torch.no_grad():
-            sample = [parameter.view(-1)[:8] for parameter in parameters if parameter.dim() > 1]
+            sample = [parameter.reshape(-1)[:8] for parameter in parameters if parameter.dim() > 1]
             versions = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
             state = versions, torch.cat([part.float() for part in sample]) if sample else torch.empty(0)
         if self._state is None or state[0] != self._state[0] or not torch.equal(state[1], self._state[1]):
