@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -149,15 +151,67 @@ class TextEncoder:
         Raises:
             ArgumentError: an argument is not as described; `texts[i]` names the item.
         """
-        if pooling not in get_args(Pooling):  # before the work, not at the end of the first batch
+        self._check(pooling, max_length)
+        tokens = self.tokenizer.encode(texts, max_length)
+        return self._embed(tokens, pooling, normalize, batch_tokens, "encoding" if progress else None)
+
+    def encode_stream(
+        self,
+        texts: Iterable[Text],
+        *,
+        texts_at_once: int = 8192,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        max_length: int = 256,
+        batch_tokens: int | None = None,
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """`encode` of more texts than memory holds: an array of each `texts_at_once` of them, in their order.
+
+        The next ones are taken from `texts` and tokenised, in a thread, while these are encoded. See `encode` for the
+        other arguments.
+
+        Raises:
+            ArgumentError: as `encode`, where `texts[i]` counts from the first of an array; or `texts_at_once` is not
+                positive.
+        """
+        self._check(pooling, max_length)
+        if texts_at_once < 1:
+            raise ArgumentError("texts_at_once", texts_at_once, "a positive number of texts")
+        return self._stream(iter(texts), texts_at_once, pooling, normalize, max_length, batch_tokens)
+
+    def _stream(
+        self,
+        texts: Iterator[Text],
+        texts_at_once: int,
+        pooling: Pooling,
+        normalize: bool,
+        max_length: int,
+        batch_tokens: int | None,
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        def tokenise() -> Tokens | None:
+            part = list(islice(texts, texts_at_once))
+            return self.tokenizer.encode(part, max_length) if part else None
+
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(tokenise)
+            while (tokens := waiting.result()) is not None:
+                waiting = pool.submit(tokenise)
+                yield self._embed(tokens, pooling, normalize, batch_tokens, None)
+
+    def _check(self, pooling: Pooling, max_length: int) -> None:
+        """Before the work, not at the end of the first batch."""
+        if pooling not in get_args(Pooling):
             raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Pooling))}")
         _check_max_length(max_length, self.model)
-        tokens = self.tokenizer.encode(texts, max_length)
+
+    def _embed(
+        self, tokens: Tokens, pooling: Pooling, normalize: bool, batch_tokens: int | None, description: str | None
+    ) -> npt.NDArray[np.float32]:
         device = next(self.model.parameters()).device
         shape = (len(tokens.lengths), self.model.config.hidden_size)
         embeddings = torch.empty(shape, dtype=torch.float32, device=device)
         with hold_weights(self.layouts):
-            for rows, packing, out in _outputs(self.model, tokens, batch_tokens, "encoding" if progress else None):
+            for rows, packing, out in _outputs(self.model, tokens, batch_tokens, description):
                 embeddings[rows] = pool(out.last_hidden_state, packing, pooling, normalise=normalize).float()
         return embeddings.cpu().numpy()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,35 @@ def test_threads_share_an_encoder(dtype: str, minilm: Path) -> None:
         for _ in range(3):
             for got, expected in zip(pool.map(encoder.encode, texts), alone, strict=True):
                 np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_stream_is_encoded_as_it_comes(encoder: TextEncoder) -> None:
+    """In the order of the texts, the same as at once, and taking no more of them than the next array's."""
+    taken: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for i in range(23):
+            taken.append(i)
+            yield f"text number {i} " * (1 + i % 5)
+
+    stream = encoder.encode_stream(texts(), texts_at_once=4)
+    assert not taken
+    parts = [next(stream)]
+    assert len(taken) <= 8
+    parts += stream
+    assert [len(part) for part in parts] == [4, 4, 4, 4, 4, 3]
+    np.testing.assert_allclose(np.concatenate(parts), encoder.encode(texts()), atol=1e-6)
+    assert list(encoder.encode_stream([])) == []
+
+
+def test_a_stream_says_what_is_wrong(encoder: TextEncoder) -> None:
+    for options, name in (({"texts_at_once": 0}, "texts_at_once"), ({"pooling": "sum"}, "pooling")):
+        with pytest.raises(ArgumentError, match=name):
+            encoder.encode_stream(["a"], **options)
+    stream = encoder.encode_stream(["a", "b", 3], texts_at_once=2)
+    assert next(stream).shape == (2, 384)
+    with pytest.raises(ArgumentError, match=r"texts\[0\]"):
+        next(stream)
+    stream = encoder.encode_stream(iter(["a"] * 100), texts_at_once=2)
+    next(stream)
+    stream.close()
