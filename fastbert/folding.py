@@ -44,9 +44,9 @@ FEWEST_ROWS = 16
 def serves(encoder: Encoder, x: Tensor) -> bool:
     """Whether folding is meant for a run of `encoder` on `x`: float32, a CPU, no gradient, no dropout, many rows."""
     bare = x.dtype == torch.float32 and not torch.is_grad_enabled() and runs_bare(x) and len(x) >= FEWEST_ROWS
-    if made_by_amd():  # there BLAS is not the fastest that can be had
+    if not bare or made_by_amd():  # there BLAS is not the fastest that can be had
         return False
-    return bare and not encoder.training and len(encoder.layers) > 0 and type(encoder) is Encoder
+    return not encoder.training and len(encoder.layers) > 0 and type(encoder) is Encoder
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,11 +21,12 @@ from fastbert.packing import Packing
 
 def serves(encoder: Encoder, x: Tensor) -> bool:
     """Whether it is meant for a run of `encoder` on `x`: a CPU whose kernels multiply well, no gradient, no dropout."""
-    if not multiplies_well() or torch.is_grad_enabled() or encoder.training or type(encoder) is not Encoder:
+    bare = not torch.is_grad_enabled() and runs_bare(x)  # first, for torch.compile, which can't read what follows
+    if not bare or encoder.training or type(encoder) is not Encoder or not multiplies_well():
         return False
     config = encoder.config
     whole = config.head_dim % 8 == 0 and config.intermediate_size * x.itemsize % 4 == 0
-    return whole and len(x) > 0 and native_machine(x) is not None and runs_bare(x)
+    return whole and len(x) > 0 and native_machine(x) is not None
 
 
 @dataclass(frozen=True, eq=False)
