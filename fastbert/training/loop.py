@@ -287,6 +287,8 @@ class _Run:
         if self.writes:
             for folder in self.out.glob(f"{CHECKPOINT}*"):
                 shutil.rmtree(folder)
+            for leftover in self.out.glob(".*.tmp"):  # of a run that was killed while it wrote a file
+                leftover.unlink()
         return metrics
 
     def restore(self) -> None:
