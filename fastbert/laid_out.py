@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder, EncoderLayer
+from fastbert.native.layout import laid_out
 from fastbert.native.machine import Machine, multiplies_well
 from fastbert.ops.common import native_machine, runs_bare
+from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
 
@@ -31,7 +33,7 @@ def serves(encoder: Encoder, x: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """A linear layer: its weight as `native.linear.laid_out` gives it, its bias, and how many numbers it makes."""
+    """A linear layer: its weight as `native.layout.laid_out` gives it, its bias, and how many numbers it makes."""
 
     weight: Tensor
     bias: Tensor
@@ -39,8 +41,6 @@ class _Product:
 
     @classmethod
     def of(cls, linear: nn.Linear) -> _Product:
-        from fastbert.native.linear import laid_out
-
         return cls(laid_out(linear.weight), linear.bias.detach().contiguous(), linear.out_features)
 
 
@@ -112,15 +112,11 @@ def lay_out(encoder: Encoder, x: Tensor) -> LaidOutEncoder:
         _Layer(
             qkv=_Product.of(layer.qkv),
             attention_output=_Product.of(layer.attention_output),
-            attention_norm=_floats(layer.attention_norm),
+            attention_norm=in_float32(layer.attention_norm),
             intermediate=_Product.of(layer.intermediate),
             output=_Product.of(layer.output),
-            output_norm=_floats(layer.output_norm),
+            output_norm=in_float32(layer.output_norm),
         )
         for layer in cast(list[EncoderLayer], list(encoder.layers))
     ]
     return LaidOutEncoder(machine, encoder.config, layers)
-
-
-def _floats(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight.detach().float().contiguous(), norm.bias.detach().float().contiguous(), norm.eps

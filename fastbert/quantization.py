@@ -13,7 +13,8 @@ Residuals, LayerNorm, attention and the heads of a model compute as before.
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
+from collections.abc import Callable
+from typing import Any, Generic, Literal, NoReturn, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.ops.attention import attention
 from fastbert.ops.common import native_machine, wants_gradient
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
+from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.quantize_rows import (
     QuantizedRows,
     bias_gelu_quantize,
@@ -39,6 +41,7 @@ from fastbert.packing import Packing
 
 QuantizedDType = Literal["fp8", "int8"]
 Model = TypeVar("Model", bound=nn.Module)
+Quantized = TypeVar("Quantized", bound=nn.Module)
 
 
 def quantize(model: Model, *, dtype: QuantizedDType) -> Model:
@@ -118,18 +121,25 @@ class Fp8Linear(nn.Module):
         return linear_quantized(x, weight, self.bias if add_bias else None, dtype)
 
 
-class Fp8Layer(nn.Module):
+class _QuantizedLayer(nn.Module, Generic[Quantized]):
+    """An `EncoderLayer`'s parts under their names, its linear layers as `linear` makes them."""
+
+    def __init__(self, layer: EncoderLayer, linear: Callable[[nn.Linear], Quantized]) -> None:
+        super().__init__()
+        self.config = layer.config
+        self.qkv = linear(layer.qkv)
+        self.attention_output = linear(layer.attention_output)
+        self.attention_norm = layer.attention_norm
+        self.intermediate = linear(layer.intermediate)
+        self.output = linear(layer.output)
+        self.output_norm = layer.output_norm
+
+
+class Fp8Layer(_QuantizedLayer[Fp8Linear]):
     """An `EncoderLayer` whose products are in fp8."""
 
     def __init__(self, layer: EncoderLayer) -> None:
-        super().__init__()
-        self.config = layer.config
-        self.qkv = Fp8Linear(layer.qkv)
-        self.attention_output = Fp8Linear(layer.attention_output)
-        self.attention_norm = layer.attention_norm
-        self.intermediate = Fp8Linear(layer.intermediate)
-        self.output = Fp8Linear(layer.output)
-        self.output_norm = layer.output_norm
+        super().__init__(layer, Fp8Linear)
 
     def forward(
         self, x: Tensor, quantized: QuantizedRows, packing: Packing, bias: Tensor | None, read: Tensor | None
@@ -184,18 +194,11 @@ class Int8Linear(nn.Module):
         return linear_int8(x, matrix, self.bias.float(), dtype, **after)
 
 
-class Int8Layer(nn.Module):
+class Int8Layer(_QuantizedLayer[Int8Linear]):
     """An `EncoderLayer` whose products are in int8."""
 
     def __init__(self, layer: EncoderLayer) -> None:
-        super().__init__()
-        self.config = layer.config
-        self.qkv = Int8Linear(layer.qkv)
-        self.attention_output = Int8Linear(layer.attention_output)
-        self.attention_norm = layer.attention_norm
-        self.intermediate = Int8Linear(layer.intermediate)
-        self.output = Int8Linear(layer.output)
-        self.output_norm = layer.output_norm
+        super().__init__(layer, Int8Linear)
 
     def forward(
         self, x: Tensor, quantized: Int8Rows, packing: Packing, bias: Tensor | None, read: Tensor | None
@@ -206,7 +209,7 @@ class Int8Layer(nn.Module):
         context = attention(qkv.view(-1, 3, config.num_heads, config.head_dim), packing, bias=bias).flatten(1)
         if read is not None:
             context, x = context.index_select(0, read), x.index_select(0, read)
-        norm, output_norm = (_parameters(norm) for norm in (self.attention_norm, self.output_norm))
+        norm, output_norm = (in_float32(norm) for norm in (self.attention_norm, self.output_norm))
         x, quantized = self.attention_output(quantize_rows_int8(context), x.dtype, residual=x, norm=norm, int8=True)
         _, wide = self.intermediate(quantized, x.dtype, activation=config.activation, out=False, int8=True)
         return self.output(wide, x.dtype, residual=x, norm=output_norm, int8=True)
@@ -216,10 +219,6 @@ def _attention_dtype(x: Tensor) -> torch.dtype:
     """bfloat16 where the CPU multiplies it: its rounding is small beside that of int8."""
     machine = native_machine(x)
     return torch.bfloat16 if machine is not None and machine.bfloat16 else x.dtype
-
-
-def _parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight.float(), norm.bias.float(), norm.eps
 
 
 class QuantizedEncoder(Encoder):

@@ -29,6 +29,8 @@ from fastbert.reference import Pooling
 from fastbert.text import Text, Tokenizer, Tokens, batches, word_spans
 from fastbert.training.metrics import chunks, split_tag
 
+Model = TypeVar("Model", bound=nn.Module)
+
 DTypeName = Literal["fp32", "bf16", "int8"]
 
 # Of the parameters; "int8" is made of float32.
@@ -37,8 +39,6 @@ DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 # The fastest of 1024 to 8192 with MiniLM on a 2-core CPU, in float32 and in 16 or 8 bits, or within 3% of it on either
 # kind of CPU it was measured on: fills the cores, stays near the caches.
 BATCH_TOKENS_FP32, BATCH_TOKENS = 2048, 4096
-Model = TypeVar("Model", bound=nn.Module)
-
 LONG_WORK = 16  # batches; less is done before a progress bar could be read
 
 
@@ -82,8 +82,19 @@ def encode(
     )
 
 
+class _Holder:
+    """What has a model, and keeps its weights laid out."""
+
+    model: nn.Module
+
+    @cached_property
+    def layouts(self) -> Layouts:
+        """The weights as they are laid out for the CPU, from the first call on."""
+        return Layouts(self.model)
+
+
 @dataclass(frozen=True, eq=False)
-class TextEncoder:
+class TextEncoder(_Holder):
     """A model and its tokenizer, loaded once to encode often.
 
     Attributes:
@@ -121,11 +132,6 @@ class TextEncoder:
     def dtype(self) -> torch.dtype:
         """Of the model's parameters."""
         return next(self.model.parameters()).dtype
-
-    @cached_property
-    def layouts(self) -> Layouts:
-        """The weights as they are laid out for the CPU, from the first call on."""
-        return Layouts(self.model)
 
     def encode(
         self,
@@ -251,7 +257,7 @@ def classify(
 
 
 @dataclass(frozen=True, eq=False)
-class TextClassifier:
+class TextClassifier(_Holder):
     """A sequence classifier and its tokenizer, loaded once to be used often.
 
     Attributes:
@@ -261,11 +267,6 @@ class TextClassifier:
 
     model: BertForSequenceClassification
     tokenizer: Tokenizer
-
-    @cached_property
-    def layouts(self) -> Layouts:
-        """As `TextEncoder.layouts`."""
-        return Layouts(self.model)
 
     @classmethod
     def from_folder(
@@ -362,7 +363,7 @@ def tag(
 
 
 @dataclass(frozen=True, eq=False)
-class TextTagger:
+class TextTagger(_Holder):
     """A token classifier of IOB tags and its tokenizer, loaded once to be used often.
 
     Attributes:
@@ -372,11 +373,6 @@ class TextTagger:
 
     model: BertForTokenClassification
     tokenizer: Tokenizer
-
-    @cached_property
-    def layouts(self) -> Layouts:
-        """As `TextEncoder.layouts`."""
-        return Layouts(self.model)
 
     @classmethod
     def from_folder(

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_bert import random_model
 
 from fastbert import backend, laid_out, reference
-from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
-from fastbert.models import BertModel
 from fastbert.native import attention as native_attention
+from fastbert.native import layout as native_layout
 from fastbert.native import linear as native_linear
 from fastbert.native import linear_int8 as native_linear_int8
 from fastbert.native import row_wise as row_wise_module
@@ -157,7 +157,7 @@ def test_linear(rows, depth, width, machine, dtype, generator):
     weight = (torch.randn(width, depth, generator=generator) / depth**0.5).to(dtype)
     bias = torch.randn(width, generator=generator).to(dtype)
     residual = torch.randn(rows, width, generator=generator).to(dtype)
-    matrix = native_linear.laid_out(weight)
+    matrix = native_layout.laid_out(weight)
     for activation, added in ((None, None), ("gelu", None), (None, residual), ("silu", residual)):
 
         def compute(to, activation=activation, added=added):
@@ -174,7 +174,7 @@ def test_linear_over_several_groups_of_rows(generator, monkeypatch):
     monkeypatch.setattr(native_linear, "GROUP_BYTES", 64 * 4 * 16)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((67, 64), (96, 64), (96,)))
     out = torch.full((67, 96), torch.nan)
-    native_linear.linear(HOST, x, native_linear.laid_out(weight), bias, out)
+    native_linear.linear(HOST, x, native_layout.laid_out(weight), bias, out)
     assert_close(out, F.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
 
 
@@ -278,14 +278,6 @@ def test_an_int8_weight_is_laid_out_and_back(generator):
     assert ((near - weight).abs() <= 0.501 * matrix.scale[:, None]).all()
     assert (matrix.plain()[10:] == 0).all()
     torch.testing.assert_close(matrix.sum, near.sum(1), atol=1e-6, rtol=1e-6)
-
-
-def random_model(generator, **options):
-    sizes = {"vocab_size": 50, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "intermediate_size": 80}
-    model = BertModel(EncoderConfig(**sizes | {"max_positions": 300} | options)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 @pytest.fixture

@@ -8,25 +8,16 @@ import numpy as np
 import pytest
 import torch
 from real_weights import fetched
+from tiny_bert import random_model
 
 import fastbert
 from fastbert import backend, quantization
-from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.heads import BertForSequenceClassification
 from fastbert.kernels.target import KNOWN, pretend
-from fastbert.models import BertModel
 from fastbert.ops.quantize_rows import bias_gelu_quantize
 from fastbert.packing import Packing
 from fastbert.tasks import TextEncoder
-
-
-def random_model(generator, **options):
-    sizes = {"vocab_size": 50, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "intermediate_size": 80}
-    model = BertModel(EncoderConfig(**sizes | {"max_positions": 64} | options)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 def batch(generator):

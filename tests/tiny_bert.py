@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,3 +79,12 @@ def names(path: Path, count: int, seed: int) -> Path:
         lines.append("")
     path.write_text("\n".join(lines))
     return path
+
+
+def random_model(generator: torch.Generator, **options: Any) -> BertModel:
+    """One in eval mode, every parameter of it off its initial value; `options` are an EncoderConfig's."""
+    sizes = {"vocab_size": 50, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "intermediate_size": 80}
+    model = BertModel(EncoderConfig(**sizes | {"max_positions": 300} | options)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model

@@ -207,11 +207,11 @@ class Code:
         alignment, zeros = ir.Constant(I32, _size(type_)), ir.Constant(vector, [0] * lanes)
         return self._call("llvm.masked.load", vector, Value(self, self._pointer(address)), alignment, mask, zeros)
 
-    def splat(self, scalar: Value, lanes: int | None = None) -> Value:
+    def splat(self, scalar: Value) -> Value:
         """A vector with the scalar in each lane."""
-        type_ = ir.VectorType(scalar.type, lanes or self.lanes)
+        type_ = ir.VectorType(scalar.type, self.lanes)
         first = self.builder.insert_element(ir.Constant(type_, ir.Undefined), scalar.raw, ir.Constant(I32, 0))
-        return self.shuffle(Value(self, first), Value(self, first), [0] * type_.count)
+        return self.shuffle(Value(self, first), Value(self, first), [0] * self.lanes)
 
     def shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
         """The lanes of `a` and then `b` with these numbers."""
@@ -395,12 +395,10 @@ class Kernel:
     Attributes:
         address: of `worker(int64 *arguments)`, which takes tasks until there are none.
         engine: keeps the code alive.
-        assembly: the code as text.
     """
 
     address: int
     engine: Any
-    assembly: str
 
     def __call__(self, tasks: int, *arguments: int) -> None:
         """Run tasks 0 to `tasks` on torch's threads; the arguments in the order of the parameters."""
@@ -457,7 +455,6 @@ def compiled(machine: Machine, name: str, parameters: Sequence[str], body: Calla
     options.loop_unrolling = False
     passes = llvm.create_pass_builder(target_machine, options)
     passes.getModulePassManager().run(parsed, passes)
-    assembly = target_machine.emit_assembly(parsed)
     engine = llvm.create_mcjit_compiler(parsed, target_machine)
     engine.finalize_object()
-    return Kernel(engine.get_function_address(name), engine, assembly)
+    return Kernel(engine.get_function_address(name), engine)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Outputs of a product that are made together: two vectors of sums.
-COLUMNS = 32
+from fastbert.native.layout import COLUMNS, laid_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +44,7 @@ class Int8Matrix:
     """The weight of a linear layer in int8, a scale for each output.
 
     Attributes:
-        values: int8 `[blocks of outputs, in / 4, COLUMNS, 4]`: `COLUMNS` outputs together, and of each the next four
-            inputs. Past the last output and the last input are zeros.
+        values: int8 `[blocks of outputs, words of inputs, COLUMNS, 4]`, see `layout.laid_out`.
         scale: float32 `[out]`.
         sum: float32 `[out]`, scale * the sum of the values: what a zero point of 1 takes off a product.
     """
@@ -63,9 +60,7 @@ class Int8Matrix:
         scale = exact.abs().amax(1).clamp_min(1e-30) / 127.0
         values = (exact / scale[:, None]).round().to(torch.int8)
         total = scale * values.sum(1, dtype=torch.int32)
-        padded = F.pad(values, (0, -values.shape[1] % 4, 0, -len(values) % COLUMNS))
-        fours = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, COLUMNS))
-        return cls(fours.transpose(1, 2).contiguous(), scale, total)
+        return cls(laid_out(values), scale, total)
 
     def plain(self) -> Tensor:
         """The values as `[in, out]`, the inputs filled up to a multiple of 4."""

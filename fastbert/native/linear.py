@@ -12,16 +12,14 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.config import Activation
 from fastbert.native.code import F32, I32, Code, Kernel, Value, compiled
+from fastbert.native.layout import COLUMNS
 from fastbert.native.machine import Machine
 from fastbert.native.row_wise import activated, load_states
 
-# Outputs of a task: two vectors of sums.
-COLUMNS = 32
 # Rows at a time; with two vectors each they take half of the registers.
 MOST_ROWS = 8
 # Words whose products are summed before that sum joins the others, so that rounding grows no faster than in a BLAS.
@@ -44,13 +42,6 @@ class Steps(NamedTuple):
     residual: bool
 
 
-def laid_out(weight: Tensor) -> Tensor:
-    """`[out, in]` -> `[blocks of outputs, words of inputs, COLUMNS, inputs in a word of 4 bytes]`, zeros at the end."""
-    inputs = 4 // weight.itemsize
-    padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % COLUMNS))
-    return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
-
-
 def linear(
     machine: Machine,
     x: Tensor,
@@ -65,7 +56,7 @@ def linear(
 
     Args:
         x: contiguous `[rows, in]`, of a dtype of `machine.dtypes`; a row is whole words. At least one row.
-        weight: made by `laid_out`, in the dtype of x.
+        weight: made by `layout.laid_out`, in the dtype of x.
         bias: contiguous `[out]`, in the dtype of x.
         out: contiguous `[rows, out]`, in the dtype of x <- the result; not the residual itself.
         residual: contiguous `[rows, out]`, in the dtype of x.

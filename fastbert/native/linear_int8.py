@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastbert.config import Activation
 from fastbert.native.code import F32, I32, Code, Kernel, Value, compiled, float_bits
-from fastbert.native.int8 import COLUMNS, Int8Matrix, Int8Rows
+from fastbert.native.int8 import Int8Matrix, Int8Rows
+from fastbert.native.layout import COLUMNS
 from fastbert.native.machine import Machine
 from fastbert.native.row_wise import Finish, activated, address, finish, load_states
 
@@ -72,13 +73,13 @@ def linear_int8(
     words = weight.values.shape[1]
     steps = Steps(words, activation, None if residual is None else residual.dtype, parts)
     threads = torch.get_num_threads()
-    tasks = -(-rows // (TASK_ROWS * threads)) * threads
-    task_rows = -(-rows // (max(tasks, 1) * ROWS)) * ROWS
+    tasks = -(-max(rows, 1) // (TASK_ROWS * threads)) * threads  # as many for each thread
+    task_rows = -(-max(rows, 1) // (tasks * ROWS)) * ROWS
     copy = torch.empty(threads, TASK_ROWS, words + GAP)
     scratch = torch.empty(threads, TASK_ROWS, parts.scratch_width)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     _kernel(machine, steps)(
-        -(-rows // task_rows) if rows else 0,
+        -(-rows // task_rows),
         *x.addresses,
         rows,
         task_rows,

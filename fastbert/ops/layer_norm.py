@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
@@ -192,6 +192,11 @@ def _check(
     if unpack is not None and (len(x), x.device) != (unpack.tokens, unpack.indices.device):
         given = f"{unpack.tokens} tokens on {unpack.indices.device}"
         raise ArgumentError("unpack", given, f"as many tokens as x has rows, {len(x)}, on {x.device}")
+
+
+def in_float32(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    """Weight and bias of a LayerNorm in float32, and its eps, as the kernels of a CPU take them."""
+    return norm.weight.detach().float().contiguous(), norm.bias.detach().float().contiguous(), norm.eps
 
 
 def check_eps(eps: float) -> None:
