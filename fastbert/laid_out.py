@@ -88,17 +88,23 @@ class LaidOutEncoder:
             )
             if read is not None and layer is self.layers[-1]:
                 context, x = context.index_select(0, read), x.index_select(0, read)
-            x = self._add_norm(context, layer.attention_output, x, layer.attention_norm)
+            total = self.buffers.room("attention_total", x, config.hidden_size)
+            x = self._add_norm(context, layer.attention_output, x, layer.attention_norm, total)
             wide = self.buffers.room("intermediate", x, layer.intermediate.width)
             linear(machine, x, layer.intermediate.weight, layer.intermediate.bias, wide, activation=config.activation)
-            x = self._add_norm(wide, layer.output, x, layer.output_norm)
+            # What is returned is the caller's; what the next layer reads is read no more when that writes its own.
+            total = (
+                torch.empty_like(x) if layer is self.layers[-1] else self.buffers.room("total", x, config.hidden_size)
+            )
+            x = self._add_norm(wide, layer.output, x, layer.output_norm, total)
         return x
 
-    def _add_norm(self, x: Tensor, product: _Product, residual: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    def _add_norm(
+        self, x: Tensor, product: _Product, residual: Tensor, norm: tuple[Tensor, Tensor, float], total: Tensor
+    ) -> Tensor:
         from fastbert.native.linear import linear
         from fastbert.native.row_wise import row_wise
 
-        total = torch.empty_like(residual)
         linear(self.machine, x, product.weight, product.bias, total, residual=residual)
         row_wise(self.machine, total, norm=norm, out=total)
         return total

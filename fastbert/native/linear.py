@@ -96,6 +96,10 @@ def _product(code: Code, steps: Steps) -> None:
         def row_block(begin: Value) -> None:
             row = code.minimum(begin, code["rows"] - steps.rows)  # the last block goes over some rows again
             x = code["x"] + row * (words * 4)
+            if steps.residual:
+                for r in range(steps.rows):
+                    for line in range(0, steps.dtype.itemsize * sum(counts), 64):
+                        code.prefetch(code["residual"] + ((row + r) * width + column) * steps.dtype.itemsize + line)
 
             def multiply(k: Value, *totals: Value) -> Sequence[Value]:
                 line = weight + k * (4 * COLUMNS)
