@@ -5,8 +5,10 @@ Models make it inside `ops.linear.hold_weights`. Where these products are not th
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,14 @@ from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
 
+if TYPE_CHECKING:
+    from fastbert.native.code import Launch, Program
+
+# Tokens: BERT's longest sequence. Up to it the way from launch to launch is worth being prepared.
+SHORT = 512
+# Of so many sizes.
+KEPT_RUNS = 64
+
 
 def serves(encoder: Encoder, x: Tensor) -> bool:
     """Whether it is meant for a run of `encoder` on `x`: a CPU whose kernels multiply well, no gradient, no dropout."""
@@ -28,7 +38,7 @@ def serves(encoder: Encoder, x: Tensor) -> bool:
         return False
     config = encoder.config
     whole = config.head_dim % 8 == 0 and config.intermediate_size * x.itemsize % 4 == 0
-    return whole and len(x) > 0 and native_machine(x) is not None
+    return whole and len(x) > 0 and config.num_layers > 0 and native_machine(x) is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +67,35 @@ class _Layer:
 
 
 @dataclass(frozen=True, eq=False)
+class _Run:
+    """A `Program` and the memory it is tied to.
+
+    Attributes:
+        x, cu_seqlens: what it reads, to be filled before it runs.
+        out: what it writes.
+    """
+
+    x: Tensor
+    cu_seqlens: Tensor
+    out: Tensor
+    program: Program
+
+
+class _Runs(threading.local):
+    """The runs of little text that were used last, by their sizes; each thread has its own."""
+
+    def __init__(self) -> None:
+        self._of_sizes: dict[tuple[int, ...], _Run] = {}
+
+    def get(self, sizes: tuple[int, ...], make: Callable[[], _Run]) -> _Run:
+        run = self._of_sizes.pop(sizes, None) or make()
+        self._of_sizes[sizes] = run  # as the last one
+        if len(self._of_sizes) > KEPT_RUNS:
+            del self._of_sizes[next(iter(self._of_sizes))]
+        return run
+
+
+@dataclass(frozen=True, eq=False)
 class LaidOutEncoder:
     """An encoder's weights, laid out by `lay_out`. It does not see them change."""
 
@@ -64,50 +103,89 @@ class LaidOutEncoder:
     config: EncoderConfig
     layers: list[_Layer]
     buffers: Buffers = field(default_factory=Buffers)
+    runs: _Runs = field(default_factory=_Runs)
 
     def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
         """The last of what `Encoder.run` returns for these arguments."""
+        from fastbert.native.code import Program
+
+        if read is None and len(x) == packing.tokens <= SHORT:
+            return self._run_again(x, packing)
+        context = self.buffers.room("context", x, self.config.hidden_size)
+        context[packing.tokens :] = 0
+        launches, states = self._before_last_transform(x, packing.cu_seqlens, packing.max_seqlen)
+        if read is not None:
+            Program(launches).run()
+            launches, context, states = [], context.index_select(0, read), states.index_select(0, read)
+        out = torch.empty_like(states)
+        Program(launches + self._transform(self.layers[-1], context, states, out)).run()
+        return out
+
+    def _run_again(self, x: Tensor, packing: Packing) -> Tensor:
+        """`run` of little text: what was prepared for the same sizes is a single call."""
+        sizes = len(x), packing.batch, packing.max_seqlen, torch.get_num_threads()
+        run = self.runs.get(sizes, lambda: self._prepared(x, packing))
+        run.x.copy_(x)
+        run.cu_seqlens.copy_(packing.cu_seqlens)
+        run.program.run()
+        return run.out.clone()
+
+    def _prepared(self, x: Tensor, packing: Packing) -> _Run:
+        from fastbert.native.code import Program
+
+        with torch.inference_mode(False):  # what is made inside could not be written to outside
+            own, cu_seqlens, out = torch.empty_like(x), torch.empty_like(packing.cu_seqlens), torch.empty_like(x)
+        context = self.buffers.room("context", x, self.config.hidden_size)
+        launches, states = self._before_last_transform(own, cu_seqlens, packing.max_seqlen)
+        return _Run(own, cu_seqlens, out, Program(launches + self._transform(self.layers[-1], context, states, out)))
+
+    def _before_last_transform(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[list[Launch], Tensor]:
+        """All up to the last layer's attention, which is left in "context"; and the input of that layer."""
+        states, context = (self.buffers.room(name, x, self.config.hidden_size) for name in ("states", "context"))
+        launches = []
+        for layer in self.layers[:-1]:
+            launches += [*self._attend(layer, x, cu_seqlens, max_seqlen), *self._transform(layer, context, x, states)]
+            x = states
+        return launches + self._attend(self.layers[-1], x, cu_seqlens, max_seqlen), x
+
+    def _attend(self, layer: _Layer, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[Launch]:
+        """From x to "context"."""
         from fastbert.native.attention import attention_forward
         from fastbert.native.linear import linear
 
-        machine, config = self.machine, self.config
-        heads, head_dim = config.num_heads, config.head_dim
-        for layer in self.layers:
-            qkv = self.buffers.room("qkv", x, layer.qkv.width)
-            linear(machine, x, layer.qkv.weight, layer.qkv.bias, qkv)
-            context = self.buffers.room("context", x, config.hidden_size)
-            if packing.tokens < x.shape[0]:
-                context[packing.tokens :] = 0
-            attention_forward(
-                machine,
-                qkv.view(-1, 3, heads, head_dim),
-                packing.cu_seqlens,
-                packing.max_seqlen,
-                head_dim**-0.5,
-                context.view(-1, heads, head_dim),
-            )
-            if read is not None and layer is self.layers[-1]:
-                context, x = context.index_select(0, read), x.index_select(0, read)
-            total = self.buffers.room("attention_total", x, config.hidden_size)
-            x = self._add_norm(context, layer.attention_output, x, layer.attention_norm, total)
-            wide = self.buffers.room("intermediate", x, layer.intermediate.width)
-            linear(machine, x, layer.intermediate.weight, layer.intermediate.bias, wide, activation=config.activation)
-            # What is returned is the caller's; what the next layer reads is read no more when that writes its own.
-            total = (
-                torch.empty_like(x) if layer is self.layers[-1] else self.buffers.room("total", x, config.hidden_size)
-            )
-            x = self._add_norm(wide, layer.output, x, layer.output_norm, total)
-        return x
+        heads, head_dim = self.config.num_heads, self.config.head_dim
+        qkv = self.buffers.room("qkv", x, layer.qkv.width)
+        context = self.buffers.room("context", x, self.config.hidden_size).view(-1, heads, head_dim)
+        of_heads = qkv.view(-1, 3, heads, head_dim)
+        return [
+            linear(self.machine, x, layer.qkv.weight, layer.qkv.bias, qkv),
+            attention_forward(self.machine, of_heads, cu_seqlens, max_seqlen, head_dim**-0.5, context),
+        ]
+
+    def _transform(self, layer: _Layer, context: Tensor, x: Tensor, out: Tensor) -> list[Launch]:
+        """What follows attention; `out` may be `x`."""
+        from fastbert.native.linear import linear
+
+        machine, intermediate = self.machine, layer.intermediate
+        attended = self.buffers.room("attended", x, self.config.hidden_size)
+        wide = self.buffers.room("wide", x, intermediate.width)
+        activation = self.config.activation
+        return [
+            *self._add_norm(context, layer.attention_output, x, layer.attention_norm, attended),
+            linear(machine, attended, intermediate.weight, intermediate.bias, wide, activation=activation),
+            *self._add_norm(wide, layer.output, attended, layer.output_norm, out),
+        ]
 
     def _add_norm(
-        self, x: Tensor, product: _Product, residual: Tensor, norm: tuple[Tensor, Tensor, float], total: Tensor
-    ) -> Tensor:
+        self, x: Tensor, product: _Product, residual: Tensor, norm: tuple[Tensor, Tensor, float], out: Tensor
+    ) -> list[Launch]:
         from fastbert.native.linear import linear
         from fastbert.native.row_wise import row_wise
 
-        linear(self.machine, x, product.weight, product.bias, total, residual=residual)
-        row_wise(self.machine, total, norm=norm, out=total)
-        return total
+        return [
+            linear(self.machine, x, product.weight, product.bias, out, residual=residual),
+            row_wise(self.machine, out, norm=norm, out=out),
+        ]
 
 
 def lay_out(encoder: Encoder, x: Tensor) -> LaidOutEncoder:

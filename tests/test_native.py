@@ -15,7 +15,7 @@ from fastbert.native import layout as native_layout
 from fastbert.native import linear as native_linear
 from fastbert.native import linear_int8 as native_linear_int8
 from fastbert.native import row_wise as row_wise_module
-from fastbert.native.int8 import Int8Matrix
+from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.native.machine import Machine, host
 from fastbert.native.row_wise import row_wise
 from fastbert.ops.attention import attention
@@ -46,11 +46,17 @@ def served(machine, dtype):
         pytest.skip(f"this machine has no {dtype}")
 
 
+def quantized(machine, x):
+    made = Int8Rows.empty(*x.shape)
+    row_wise(machine, x, out_int8=made).run()
+    return made
+
+
 def attend(machine, qkv, packing, scale=None):
     """Native attention, into memory full of NaN."""
     out = torch.full((len(qkv), *qkv.shape[2:]), torch.nan).to(qkv.dtype)
     scale = scale or qkv.shape[-1] ** -0.5
-    native_attention.attention_forward(machine, qkv, packing.cu_seqlens, packing.max_seqlen, scale, out)
+    native_attention.attention_forward(machine, qkv, packing.cu_seqlens, packing.max_seqlen, scale, out).run()
     return out
 
 
@@ -129,7 +135,7 @@ def test_row_wise(width, activation, dtype, machine, generator):
 
     for norm in (None, (weight, norm_bias, 1e-5)):
         out = torch.full_like(x, torch.nan)
-        row_wise(machine, x, bias=bias, activation=activation, residual=residual, norm=norm, out=out)
+        row_wise(machine, x, bias=bias, activation=activation, residual=residual, norm=norm, out=out).run()
         assert_close(out, compute(torch.float32, norm), compute(torch.float64, norm))
 
 
@@ -138,12 +144,12 @@ def test_row_wise(width, activation, dtype, machine, generator):
 def test_activations_far_out_and_of_nan(activation, machine):
     x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e30, -200.0, -90.0, 90.0, 200.0, 1e30])])[None]
     out = torch.empty_like(x)
-    row_wise(machine, x, activation=activation, out=out)
+    row_wise(machine, x, activation=activation, out=out).run()
     assert_close(out, ACTIVATIONS[activation](x), ACTIVATIONS[activation](x.double()))
     small, made = x[:, :1001], out[:, :1001]  # beside 1e30 nothing else would count
     assert_close(made, ACTIVATIONS[activation](small), ACTIVATIONS[activation](small.double()))
     x[0, 5] = torch.nan
-    row_wise(machine, x, activation=activation, out=out)
+    row_wise(machine, x, activation=activation, out=out).run()
     assert out[0, 5].isnan() and out.isnan().sum() == 1
 
 
@@ -165,7 +171,7 @@ def test_linear(rows, depth, width, machine, dtype, generator):
             return total if added is None else total + added.to(to)
 
         out = torch.full((rows, width), torch.nan).to(dtype)
-        native_linear.linear(machine, x, matrix, bias, out, activation=activation, residual=added)
+        native_linear.linear(machine, x, matrix, bias, out, activation=activation, residual=added).run()
         assert_close(out, compute(torch.float32).to(dtype), compute(torch.float64))
 
 
@@ -174,7 +180,7 @@ def test_linear_over_several_groups_of_rows(generator, monkeypatch):
     monkeypatch.setattr(native_linear, "GROUP_BYTES", 64 * 4 * 16)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((67, 64), (96, 64), (96,)))
     out = torch.full((67, 96), torch.nan)
-    native_linear.linear(HOST, x, native_layout.laid_out(weight), bias, out)
+    native_linear.linear(HOST, x, native_layout.laid_out(weight), bias, out).run()
     assert_close(out, F.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
 
 
@@ -187,7 +193,7 @@ def test_quantized_rows_are_half_a_step_off_at_most(dtype, machine, generator):
     x[4] = 5.0
     x[5] = -x[5].abs() * 1e-20
     x[6] = x[6].abs() + 3.0
-    made = row_wise(machine, x, int8=True)
+    made = quantized(machine, x)
     steps = (made.floats() - x.float()).abs() / made.scale[:, None]
     assert steps.max() <= 0.501
     assert (made.floats()[3] == 0).all()
@@ -246,15 +252,15 @@ def test_linear_int8(rows, depth, width, dtype, step, generator):
 def test_nothing_is_written_past_a_row(width, machine, generator):
     """Rows are neighbours and of different tasks: the end of one must not reach into the next."""
     x = torch.randn(64, width, generator=generator)
-    made = row_wise(machine, x, int8=True)
+    made = quantized(machine, x)
     for row in range(63, -1, -1):  # from the last one up, so that each is written after the one below it
-        alone = row_wise(machine, x[row : row + 1], int8=True)
+        alone = quantized(machine, x[row : row + 1])
         assert torch.equal(alone.values[0], made.values[row])
     values = torch.full((2, width), 77, dtype=torch.uint8)
     steps = row_wise_module.Steps(torch.float32, False, None, None, row_wise_module.Finish(width, False, None, True))
     scratch, scale = torch.empty(64), torch.empty(2)
-    arguments = (x.data_ptr(), 1, 0, 0, 0, 0, 0, scratch.data_ptr(), 0, values.data_ptr())
-    row_wise_module._kernel(machine, steps)(1, *arguments, scale.data_ptr(), scale.data_ptr() + 4)
+    arguments = (x, 1, None, None, None, None, 0, scratch, None, values, scale, scale[1:])
+    row_wise_module._kernel(machine, steps)(1, *arguments).run()
     assert torch.equal(values[0], made.values[0]) and (values[1] == 77).all()
 
 

@@ -14,7 +14,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from fastbert.native.code import F32, I16, I32, Code, Kernel, Value, compiled, float_bits
+from fastbert.native.code import F32, I16, I32, Code, Kernel, Launch, Value, compiled, float_bits
 from fastbert.native.machine import Machine
 
 PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
@@ -22,7 +22,7 @@ PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "s
 
 def attention_forward(
     machine: Machine, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor
-) -> None:
+) -> Launch:
     """Softmax(q k^T scale) v of each head of each sequence.
 
     Args:
@@ -38,8 +38,8 @@ def attention_forward(
     worker_bytes = 4 * (2 * width * columns + _rows(machine) * (columns + width))
     scratch = torch.empty(torch.get_num_threads() * worker_bytes, dtype=torch.uint8)
     tasks = (len(cu_seqlens) - 1) * heads
-    addresses = (x.data_ptr() for x in (qkv, out, cu_seqlens, scratch))
-    _kernel(machine, head_dim, qkv.dtype)(tasks, *addresses, worker_bytes, heads, float_bits(scale * math.log2(math.e)))
+    kernel = _kernel(machine, head_dim, qkv.dtype)
+    return kernel(tasks, qkv, out, cu_seqlens, scratch, worker_bytes, heads, float_bits(scale * math.log2(math.e)))
 
 
 def _rows(machine: Machine) -> int:

@@ -1,7 +1,7 @@
 """What a CPU kernel is written in: vectors of float32 in the widths of this machine, loops, and one task at a time.
 
 A kernel is a function of a task's number. `compiled` makes machine code of it with LLVM, which llvmlite brings, so no
-compiler need be installed; `Kernel` runs its tasks on the threads of torch, which are OpenMP's.
+compiler need be installed; a `Program` of kernels runs on the threads of torch, which are OpenMP's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
+from torch import Tensor
 
-from fastbert.native.machine import Machine, parallel_start
+from fastbert.native.machine import Machine, openmp
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = ir.PointerType()
@@ -292,7 +293,7 @@ class Code:
         """1 / x of a vector, to an ulp or two, for x from 2^-125 to 2^126; NaN stays."""
         if 32 * self.lanes < 512:
             return self.vector(1.0) / x
-        # A vector is divided in the time of a dozen products. The estimate's relative error of 2^-14 becomes its square.
+        # On Zen 4 a division takes the time of a dozen products. The estimate's error of 2^-14 becomes its square.
         bits = self.constant(ir.IntType(16), -1)
         estimate = self._call("llvm.x86.avx512.rcp14.ps.512", x.type, x, self.vector(), bits, suffix="")
         return self.fma(estimate, self.fma(self.negative(x), estimate, self.vector(1.0)), estimate)
@@ -402,23 +403,124 @@ def float_bits(number: float) -> int:
     return ctypes.c_uint32.from_buffer(ctypes.c_float(number)).value
 
 
+class Launch:
+    """A kernel's tasks and its arguments, for a `Program` to run. It keeps the memory that tensors among them have."""
+
+    def __init__(self, kernel: Kernel, tasks: int, arguments: Sequence[Tensor | int | None]) -> None:
+        self.kernel, self.tasks, self.arguments = kernel, tasks, arguments
+        # What a worker reads: the next task, the next thread's number, how many tasks; then the arguments.
+        self.fields = (ctypes.c_int64 * (3 + len(arguments)))(0, 0, tasks, *map(_integer, arguments))
+
+    def run(self) -> None:
+        """Run it alone."""
+        Program([self]).run()
+
+
+def _integer(argument: Tensor | int | None) -> int:
+    """The argument as a kernel gets it: the address of a tensor's first element, 0 for None, which no step reads."""
+    if argument is None:
+        return 0
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument
+
+
 @dataclass(frozen=True)
 class Kernel:
     """Machine code of a kernel.
 
     Attributes:
-        address: of `worker(int64 *arguments)`, which takes tasks until there are none.
+        address: of `worker(int64 *fields)`, which takes tasks until there are none.
         engine: keeps the code alive.
     """
 
     address: int
     engine: Any
 
-    def __call__(self, tasks: int, *arguments: int) -> None:
-        """Run tasks 0 to `tasks` on torch's threads; the arguments in the order of the parameters."""
-        if tasks:
-            given = (ctypes.c_int64 * (3 + len(arguments)))(0, 0, tasks, *arguments)
-            parallel_start()(self.address, given, min(tasks, torch.get_num_threads()), 0)
+    def __call__(self, tasks: int, *arguments: Tensor | int | None) -> Launch:
+        """Tasks 0 to `tasks`; the arguments in the order of the parameters."""
+        return Launch(self, tasks, arguments)
+
+
+class Program:
+    """Launches that follow one another: the tasks of each begin when all of the one before are done.
+
+    A run is a single call on torch's threads, so that short launches cost little. It may run often, but not in two
+    threads at once.
+    """
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self.launches = launches
+        threads = min(max((launch.tasks for launch in launches), default=1), torch.get_num_threads())
+        addresses = [x for one in launches for x in (one.kernel.address, ctypes.addressof(one.fields))]
+        self._fields = (ctypes.c_int64 * (2 + len(addresses)))(len(launches), threads, *addresses)
+
+    def run(self) -> None:
+        """Run them all."""
+        _driver()(self._fields)
+
+
+# What runs a `Program`: %program is how many launches there are, on how many threads, and of each launch the address of
+# its worker and of its fields.
+DRIVER = """
+declare void @GOMP_parallel(ptr, ptr, i32, i32)
+declare void @GOMP_barrier()
+
+define void @team(ptr %program) {
+entry:
+  %launches = load i64, ptr %program
+  br label %next
+next:
+  %i = phi i64 [0, %entry], [%following, %launch]
+  %more = icmp slt i64 %i, %launches
+  br i1 %more, label %launch, label %done
+launch:
+  %following = add i64 %i, 1
+  %worker_at = getelementptr [2 x i64], ptr %program, i64 %following, i64 0
+  %fields_at = getelementptr [2 x i64], ptr %program, i64 %following, i64 1
+  %worker = load ptr, ptr %worker_at
+  %fields = load ptr, ptr %fields_at
+  call void %worker(ptr %fields)
+  call void @GOMP_barrier()
+  br label %next
+done:
+  ret void
+}
+
+define void @run(ptr %program) {
+entry:
+  %launches = load i64, ptr %program
+  br label %next
+next:
+  %i = phi i64 [0, %entry], [%following, %reset]
+  %more = icmp slt i64 %i, %launches
+  br i1 %more, label %reset, label %start
+reset:
+  %following = add i64 %i, 1
+  %fields_at = getelementptr [2 x i64], ptr %program, i64 %following, i64 1
+  %fields = load ptr, ptr %fields_at
+  store <2 x i64> zeroinitializer, ptr %fields, align 8
+  br label %next
+start:
+  %threads_at = getelementptr i64, ptr %program, i64 1
+  %threads = load i32, ptr %threads_at
+  call void @GOMP_parallel(ptr @team, ptr %program, i32 %threads, i32 0)
+  ret void
+}
+"""
+
+
+@cache
+def _driver() -> Any:
+    """`run` of `DRIVER`."""
+    _initialise()
+    for name, function in openmp().items():
+        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    parsed = llvm.parse_assembly(DRIVER)
+    parsed.verify()
+    engine = llvm.create_mcjit_compiler(parsed, llvm.Target.from_default_triple().create_target_machine(jit=True))
+    engine.finalize_object()
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("run"))
+    run.engine = engine  # type: ignore[attr-defined]  # keeps the code alive
+    return run
 
 
 @cache

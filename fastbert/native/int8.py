@@ -30,13 +30,17 @@ class Int8Rows:
         return cls(torch.empty(rows, width, dtype=torch.uint8), scale, zero)
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
-        """Of values, scale and zero."""
-        return self.values.data_ptr(), self.scale.data_ptr(), self.zero.data_ptr()
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, scale and zero, as a kernel takes them."""
+        return self.values, self.scale, self.zero
 
     def floats(self) -> Tensor:
         """What they stand for, float32 `[rows, width]`."""
         return self.scale[:, None] * (self.values.float() - self.zero[:, None])
+
+
+# `Int8Rows.parts` of none.
+NO_ROWS = (None, None, None)
 
 
 @dataclass(frozen=True, eq=False)

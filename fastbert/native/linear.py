@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.code import F32, I32, Code, Kernel, Value, compiled
+from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
 from fastbert.native.layout import COLUMNS
 from fastbert.native.machine import Machine
 from fastbert.native.row_wise import activated, load_states
@@ -28,7 +28,10 @@ CHUNK = 384
 # Bytes of the rows of a group: half of Zen 4's second cache.
 GROUP_BYTES = 2**19
 
-PARAMETERS = ("x", "rows", "group_rows", "weight", "bias", "residual", "out")
+# Bytes ahead of the weights in use that are fetched, which a cache is slow to do by itself once they fill none.
+AHEAD = 8192
+
+PARAMETERS = ("x", "rows", "group_rows", "weight", "next_weight", "bias", "residual", "out")
 
 
 class Steps(NamedTuple):
@@ -51,7 +54,7 @@ def linear(
     *,
     activation: Activation | None = None,
     residual: Tensor | None = None,
-) -> None:
+) -> Launch:
     """`x @ weight^T + bias`, then activation and + residual, those that are asked for.
 
     Args:
@@ -64,16 +67,9 @@ def linear(
     (rows, width), (blocks, words, *_) = out.shape, weight.shape
     at_once = min(MOST_ROWS, 1 << (rows.bit_length() - 1))
     group_rows = max(GROUP_BYTES // (4 * words * at_once), 1) * at_once
-    _kernel(machine, Steps(x.dtype, words, width, at_once, activation, residual is not None))(
-        -(-rows // group_rows) * blocks,
-        x.data_ptr(),
-        rows,
-        group_rows,
-        weight.data_ptr(),
-        bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        out.data_ptr(),
-    )
+    kernel = _kernel(machine, Steps(x.dtype, words, width, at_once, activation, residual is not None))
+    next_weight = weight[0].nbytes * torch.get_num_threads()
+    return kernel(-(-rows // group_rows) * blocks, x, rows, group_rows, weight, next_weight, bias, residual, out)
 
 
 @cache
@@ -96,6 +92,8 @@ def _product(code: Code, steps: Steps) -> None:
         def row_block(begin: Value) -> None:
             row = code.minimum(begin, code["rows"] - steps.rows)  # the last block goes over some rows again
             x = code["x"] + row * (words * 4)
+            # The last rows find their weights in a near cache: time to fetch those of this thread's next task.
+            ahead = code.select(begin + steps.rows < last, code.number(AHEAD), code["next_weight"])
             if steps.residual:
                 for r in range(steps.rows):
                     for line in range(0, steps.dtype.itemsize * sum(counts), 64):
@@ -104,6 +102,8 @@ def _product(code: Code, steps: Steps) -> None:
             def multiply(k: Value, *totals: Value) -> Sequence[Value]:
                 line = weight + k * (4 * COLUMNS)
                 vectors = [code.load(line + 4 * lanes * n, word, lanes) for n in range(len(counts))]  # [lanes] words
+                for n in range(len(counts)):
+                    code.prefetch(line + 4 * lanes * n + ahead)
                 made = []
                 for r in range(steps.rows):
                     value = code.splat(code.load(x + k * 4 + r * (words * 4), word))

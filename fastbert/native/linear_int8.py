@@ -17,11 +17,11 @@ from llvmlite import ir
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.code import F32, I32, Code, Kernel, Value, compiled, float_bits
-from fastbert.native.int8 import Int8Matrix, Int8Rows
+from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled, float_bits
+from fastbert.native.int8 import NO_ROWS, Int8Matrix, Int8Rows
 from fastbert.native.layout import COLUMNS
 from fastbert.native.machine import Machine
-from fastbert.native.row_wise import Finish, activated, address, finish, load_states
+from fastbert.native.row_wise import Finish, activated, finish, load_states
 
 # Rows at a time: with two vectors of outputs they are 24 sums of 32 registers.
 ROWS = 12
@@ -55,8 +55,8 @@ def linear_int8(
     residual: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
-    int8: bool = False,
-) -> Int8Rows | None:
+    out_int8: Int8Rows | None = None,
+) -> Launch:
     """`x @ weight + bias`, then activation, + residual and LayerNorm, those that are asked for.
 
     Args:
@@ -65,11 +65,10 @@ def linear_int8(
         residual: contiguous `[rows, out]`, of a dtype of `machine.dtypes`.
         norm: LayerNorm's weight and bias, float32 `[out]`, and its eps.
         out: contiguous `[rows, out]` <- the result, if it is wanted; may be `residual` itself.
-        int8: also give it in int8, quantized before it is rounded.
+        out_int8: `[rows, out]` <- the result, quantized before it is rounded.
     """
     rows, width = x.values.shape[0], weight.scale.shape[0]
-    made = Int8Rows.empty(rows, width) if int8 else None
-    parts = Finish(width, norm is not None, None if out is None else out.dtype, int8)
+    parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     words = weight.values.shape[1]
     steps = Steps(words, activation, None if residual is None else residual.dtype, parts)
     threads = torch.get_num_threads()
@@ -78,25 +77,24 @@ def linear_int8(
     copy = torch.empty(threads, TASK_ROWS, words + GAP)
     scratch = torch.empty(threads, TASK_ROWS, parts.scratch_width)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    _kernel(machine, steps)(
+    return _kernel(machine, steps)(
         -(-rows // task_rows),
-        *x.addresses,
+        *x.parts,
         rows,
         task_rows,
-        weight.values.data_ptr(),
-        weight.scale.data_ptr(),
-        weight.sum.data_ptr(),
-        bias.data_ptr(),
-        address(residual),
-        address(norm_weight),
-        address(norm_bias),
+        weight.values,
+        weight.scale,
+        weight.sum,
+        bias,
+        residual,
+        norm_weight,
+        norm_bias,
         float_bits(eps),
-        copy.data_ptr(),
-        scratch.data_ptr(),
-        address(out),
-        *((0, 0, 0) if made is None else made.addresses),
+        copy,
+        scratch,
+        out,
+        *(NO_ROWS if out_int8 is None else out_int8.parts),
     )
-    return made
 
 
 @cache

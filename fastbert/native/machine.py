@@ -53,7 +53,7 @@ def host() -> Machine | str:
     except ImportError:
         return "llvmlite is not installed"
     try:
-        parallel_start()
+        openmp()
     except (OSError, AttributeError) as error:
         return f"torch's OpenMP can't be used: {error}"
     features = llvm.get_host_cpu_features()
@@ -73,16 +73,14 @@ def host() -> Machine | str:
 
 
 @cache
-def parallel_start() -> Any:
-    """`GOMP_parallel(worker, arguments, threads, flags)` of the OpenMP that torch runs on: its threads are used.
+def openmp() -> dict[str, Any]:
+    """Functions of the OpenMP that torch runs on, by name: what is started with them runs on torch's threads.
 
     Raises:
         OSError, AttributeError: torch brings no such thing.
     """
-    start = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
-    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    start.restype = None
-    return start
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return {name: getattr(library, name) for name in ("GOMP_parallel", "GOMP_barrier")}
 
 
 @cache

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.code import F32, I16, Code, Kernel, Value, compiled, float_bits
-from fastbert.native.int8 import Int8Rows
+from fastbert.native.code import F32, I16, Code, Kernel, Launch, Value, compiled, float_bits
+from fastbert.native.int8 import NO_ROWS, Int8Rows
 from fastbert.native.machine import Machine
 
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
@@ -61,8 +61,8 @@ def row_wise(
     residual: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
-    int8: bool = False,
-) -> Int8Rows | None:
+    out_int8: Int8Rows | None = None,
+) -> Launch:
     """The steps that are asked for, row by row.
 
     Args:
@@ -71,33 +71,26 @@ def row_wise(
         residual: contiguous `[rows, width]`, of a dtype of `machine.dtypes`.
         norm: LayerNorm's weight and bias, float32 `[width]`, and its eps.
         out: contiguous `[rows, width]` <- the result, if it is wanted; may be `x` or `residual` itself.
-        int8: also give it in 8 bits, quantized before it is rounded, in 255 steps that span each row and 0.
+        out_int8: `[rows, width]` <- the result in 255 steps that span each row and 0, quantized before it is rounded.
     """
     rows, width = x.shape
-    made = Int8Rows.empty(rows, width) if int8 else None
-    parts = Finish(width, norm is not None, None if out is None else out.dtype, int8)
+    parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     steps = Steps(x.dtype, bias is not None, activation, None if residual is None else residual.dtype, parts)
     scratch = torch.empty(torch.get_num_threads(), parts.scratch_width)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    _kernel(machine, steps)(
+    return _kernel(machine, steps)(
         -(-rows // ROWS),
-        address(x),
+        x,
         rows,
-        address(bias),
-        address(residual),
-        address(norm_weight),
-        address(norm_bias),
+        bias,
+        residual,
+        norm_weight,
+        norm_bias,
         float_bits(eps),
-        scratch.data_ptr(),
-        address(out),
-        *((0, 0, 0) if made is None else made.addresses),
+        scratch,
+        out,
+        *(NO_ROWS if out_int8 is None else out_int8.parts),
     )
-    return made
-
-
-def address(x: Tensor | None) -> int:
-    """Of the first element; 0 for None, which no step reads."""
-    return 0 if x is None else x.data_ptr()
 
 
 @cache
@@ -121,13 +114,15 @@ def _rows(code: Code, steps: Steps) -> None:
                 x = x + load_states(code, "residual", steps.residual, place, count)
             code.store(x, scratch + column * 4)
 
-        _columns(code, steps.finish.width, read)
+        over_columns(code, steps.finish.width, read)
         finish(code, row, scratch, steps.finish)
 
     code.loop(first, code.minimum(first + ROWS, code["rows"]), 1, row_of)
 
 
-def _columns(code: Code, width: int, body: Callable[..., Sequence[Value] | None], *carried: Value) -> Sequence[Value]:
+def over_columns(
+    code: Code, width: int, body: Callable[..., Sequence[Value] | None], *carried: Value
+) -> Sequence[Value]:
     """`body(column, count, *carried)` for each vector of columns; only the last may have less than `lanes`."""
     lanes = code.lanes
     whole = width // lanes * lanes
@@ -161,7 +156,7 @@ def finish(code: Code, row: Value, scratch: Value, steps: Finish) -> None:
             x = code.to_bfloat16(kept(column, lanes)) if out == torch.bfloat16 else kept(column, lanes)
             code.store(x, code["out"] + (row * width + column) * out.itemsize, count)
 
-        _columns(code, width, write)
+        over_columns(code, width, write)
     if steps.int8:
         _quantize(code, row, width, kept)
 
@@ -170,13 +165,13 @@ def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, in
     def add(column: Value, count: int, total: Value) -> Sequence[Value]:
         return [total + kept(column, count)]
 
-    mean = code.splat(code.sum(_columns(code, width, add, code.vector())[0]) / width)
+    mean = code.splat(code.sum(over_columns(code, width, add, code.vector())[0]) / width)
 
     def add_squares(column: Value, count: int, total: Value) -> Sequence[Value]:
         centred = code.first(kept(column, code.lanes) - mean, count)
         return [code.fma(centred, centred, total)]
 
-    variance = code.sum(_columns(code, width, add_squares, code.vector())[0]) / width
+    variance = code.sum(over_columns(code, width, add_squares, code.vector())[0]) / width
     rstd = code.splat(code.rsqrt(variance + code.float_of("eps")))
 
     def normalise(column: Value, count: int) -> None:
@@ -185,7 +180,7 @@ def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, in
         )
         code.store(code.fma((kept(column, code.lanes) - mean) * rstd, weight, bias), scratch + column * 4)
 
-    _columns(code, width, normalise)
+    over_columns(code, width, normalise)
 
 
 def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], Value]) -> None:
@@ -194,7 +189,7 @@ def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], V
         return [code.minimum_float(lowest, x), code.maximum(highest, x), code.fma(x, code.vector(), nothing)]
 
     # from 0 on: each row can hold it
-    lowest, highest, nothing = _columns(code, width, span, *[code.vector()] * 3)
+    lowest, highest, nothing = over_columns(code, width, span, *[code.vector()] * 3)
     low, high = code.least(lowest), code.greatest(highest)
     step = (high - low) / 255.0
     # `nothing` is NaN where the row has one, or an infinity: the least and the greatest pass over NaN.
@@ -209,7 +204,7 @@ def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], V
         whole = code.maximum(code.minimum_float(whole, code.vector(255.0)), code.vector(0.0))
         code.store(code.to_int8(whole), code["out_values"] + row * width + column, count)
 
-    _columns(code, width, write)
+    over_columns(code, width, write)
 
 
 def activated(code: Code, x: Value, activation: Activation) -> Value:

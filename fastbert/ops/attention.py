@@ -284,8 +284,8 @@ def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor) -> None:
     if machine is not None and qkv.shape[-1] % 8 == 0:
         from fastbert.native import attention as kernel
 
-        cu_seqlens = packing.cu_seqlens
-        kernel.attention_forward(machine, qkv.contiguous(), cu_seqlens, packing.max_seqlen, scale, out)
+        qkv, longest = qkv.contiguous(), packing.max_seqlen
+        kernel.attention_forward(machine, qkv, packing.cu_seqlens, longest, scale, out).run()
         return
     begin = 0
     for (count, length), run in zip(packing.runs, _runs(qkv, packing), strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.ops.common import check_dropout, check_parameter, check_rows, launched
+from fastbert.ops.common import check_dropout, check_parameter, check_rows, launched, native_machine, wants_gradient
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import check_eps, normalise
 
@@ -130,13 +130,24 @@ def _embedding_torch(
 ) -> Tensor:
     _check_inside("input_ids", input_ids, word)
     _check_inside("position_ids", position_ids, position)
+    if token_type_ids is not None:
+        _check_inside("token_type_ids", token_type_ids, token_type)
+    tables = word, position, token_type
+    machine = native_machine(word)
+    if machine is not None and dropout == 0.0 and not wants_gradient(*tables, weight, bias):
+        from fastbert.native import embedding as kernel
+
+        ids = (part if part is None else part.contiguous() for part in (input_ids, position_ids, token_type_ids))
+        out = word.new_empty(len(input_ids), word.shape[1])
+        norm = weight.float(), bias.float(), eps
+        kernel.embedding(machine, *ids, *(table.contiguous() for table in tables), norm, out).run()
+        return out
     total = F.embedding(input_ids, word, padding_idx=padding_idx, sparse=sparse)
     total = total.to(torch.promote_types(word.dtype, torch.float32))  # half types are summed in float32, rounded once
     total = total + F.embedding(position_ids, position)
     if token_type_ids is None:
         total = total + token_type[0]
     else:
-        _check_inside("token_type_ids", token_type_ids, token_type)
         total = total + F.embedding(token_type_ids, token_type)
     if seed is None or dropout == 0.0:
         return normalise(total, weight, bias, eps, word.dtype)

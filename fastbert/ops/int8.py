@@ -36,8 +36,8 @@ def quantize_rows_int8(x: Tensor) -> Int8Rows:
         return _quantized(x.float())
     from fastbert.native import row_wise as kernel
 
-    made = kernel.row_wise(machine, x.contiguous(), int8=True)
-    assert made is not None
+    made = Int8Rows.empty(*x.shape)
+    kernel.row_wise(machine, x.contiguous(), out_int8=made).run()
     return made
 
 
@@ -66,10 +66,12 @@ def linear_int8(
     if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
         from fastbert.native import linear_int8 as kernel
 
-        made = torch.empty(rows, len(weight.scale), dtype=dtype) if out else None
-        quantized = kernel.linear_int8(
-            machine, x, weight, bias, activation=activation, residual=residual, norm=norm, out=made, int8=int8
-        )
+        shape = rows, len(weight.scale)
+        made = torch.empty(shape, dtype=dtype) if out else None
+        quantized = Int8Rows.empty(*shape) if int8 else None
+        kernel.linear_int8(
+            machine, x, weight, bias, activation=activation, residual=residual, norm=norm, out=made, out_int8=quantized
+        ).run()
         return made, quantized
     total = (x.floats() @ weight.plain()[:depth].float()) * weight.scale + bias
     if activation is not None:

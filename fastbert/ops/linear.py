@@ -58,7 +58,8 @@ class Buffers(threading.local):
         """`[rows of x, width]` in the dtype of x; what was asked for by this name before is overwritten."""
         rows, buffer = x.shape[0], self._of_name.get(name)
         if buffer is None or buffer.shape[0] < rows:
-            buffer = self._of_name[name] = x.new_empty(rows, width)
+            with torch.inference_mode(False):  # what is made inside could not be written to outside
+                buffer = self._of_name[name] = x.new_empty(rows, width)
         return buffer[:rows]
 
 

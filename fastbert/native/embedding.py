@@ -1,0 +1,101 @@
+"""embedding on a CPU: the sum of three tables' rows and its LayerNorm, forward, without dropout."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert.native.code import I64, Code, Kernel, Launch, Value, compiled, float_bits
+from fastbert.native.machine import Machine
+from fastbert.native.row_wise import ROWS, Finish, finish, load_states, over_columns
+
+PARAMETERS = (
+    "input_ids", "position_ids", "token_type_ids", "rows", "word", "position", "token_type", "norm_weight", "norm_bias",
+    "eps", "scratch", "out",
+)  # fmt: skip
+
+
+class Steps(NamedTuple):
+    """What the kernel is compiled for: dtypes of the tables, and whether there are token types."""
+
+    word: torch.dtype
+    position: torch.dtype
+    token_type: torch.dtype
+    types: bool
+    finish: Finish
+
+
+def embedding(
+    machine: Machine,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    out: Tensor,
+) -> Launch:
+    """LN(word[input_ids] + position[position_ids] + token_type[token_type_ids]), rounded once.
+
+    Args:
+        input_ids, position_ids, token_type_ids: contiguous int64 `[rows]`, inside their tables, which is not looked at;
+            no token types are type 0.
+        word, position, token_type: contiguous `[entries, width]`, of dtypes of `machine.dtypes`.
+        norm: LayerNorm's weight and bias, float32 `[width]`, and its eps.
+        out: contiguous `[rows, width]`, in the dtype of `word` <- the result.
+    """
+    rows, width = out.shape
+    norm_weight, norm_bias, eps = norm
+    steps = Steps(
+        word.dtype,
+        position.dtype,
+        token_type.dtype,
+        token_type_ids is not None,
+        Finish(width, norm=True, out=out.dtype, int8=False),
+    )
+    scratch = torch.empty(torch.get_num_threads(), steps.finish.scratch_width)
+    return _kernel(machine, steps)(
+        -(-rows // ROWS),
+        input_ids,
+        position_ids,
+        token_type_ids,
+        rows,
+        word,
+        position,
+        token_type,
+        norm_weight,
+        norm_bias,
+        float_bits(eps),
+        scratch,
+        out,
+    )
+
+
+@cache
+def _kernel(machine: Machine, steps: Steps) -> Kernel:
+    return compiled(machine, "embedding", PARAMETERS, partial(_rows, steps=steps))
+
+
+def _rows(code: Code, steps: Steps) -> None:
+    width = steps.finish.width
+    first = code.task * ROWS
+    scratch = code["scratch"] + code.worker * (steps.finish.scratch_width * 4)
+
+    def row_of(row: Value) -> None:
+        word, position = (code.load(code[ids] + row * 8, I64) * width for ids in ("input_ids", "position_ids"))
+        type_ = code.load(code["token_type_ids"] + row * 8, I64) * width if steps.types else code.number(0)
+
+        def read(column: Value, count: int) -> None:
+            total = load_states(code, "word", steps.word, word + column, count)
+            total = total + load_states(code, "position", steps.position, position + column, count)
+            total = total + load_states(code, "token_type", steps.token_type, type_ + column, count)
+            code.store(total, scratch + column * 4)
+
+        over_columns(code, width, read)
+        finish(code, row, scratch, steps.finish)
+
+    code.loop(first, code.minimum(first + ROWS, code["rows"]), 1, row_of)
