@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder, EncoderLayer
-from fastbert.native.layout import laid_out
+from fastbert.native.layout import laid_out_together
 from fastbert.native.machine import Machine, multiplies_well
 from fastbert.ops.common import native_machine, runs_bare
 from fastbert.ops.layer_norm import in_float32
@@ -48,10 +48,6 @@ class _Product:
     weight: Tensor
     bias: Tensor
     width: int
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> _Product:
-        return cls(laid_out(linear.weight), linear.bias.detach().contiguous(), linear.out_features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,15 +188,29 @@ def lay_out(encoder: Encoder, x: Tensor) -> LaidOutEncoder:
     """`encoder` for inputs as `x`, for which it `serves`."""
     machine = native_machine(x)
     assert machine is not None
-    layers = [
-        _Layer(
-            qkv=_Product.of(layer.qkv),
-            attention_output=_Product.of(layer.attention_output),
-            attention_norm=in_float32(layer.attention_norm),
-            intermediate=_Product.of(layer.intermediate),
-            output=_Product.of(layer.output),
-            output_norm=in_float32(layer.output_norm),
-        )
-        for layer in cast(list[EncoderLayer], list(encoder.layers))
+    layers = cast(list[EncoderLayer], list(encoder.layers))
+    linears = [
+        linear for layer in layers for linear in (layer.qkv, layer.attention_output, layer.intermediate, layer.output)
     ]
-    return LaidOutEncoder(machine, encoder.config, layers)
+    weights = laid_out_together([linear.weight for linear in linears])
+    products = iter(
+        [
+            _Product(weight, linear.bias.detach().contiguous(), linear.out_features)
+            for weight, linear in zip(weights, linears, strict=True)
+        ]
+    )
+    return LaidOutEncoder(
+        machine,
+        encoder.config,
+        [
+            _Layer(
+                qkv=next(products),
+                attention_output=next(products),
+                attention_norm=in_float32(layer.attention_norm),
+                intermediate=next(products),
+                output=next(products),
+                output_norm=in_float32(layer.output_norm),
+            )
+            for layer in layers
+        ],
+    )

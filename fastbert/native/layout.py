@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,3 +17,17 @@ def laid_out(weight: Tensor) -> Tensor:
     inputs = 4 // weight.itemsize
     padded = F.pad(weight.detach(), (0, -weight.shape[1] % inputs, 0, -len(weight) % COLUMNS))
     return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
+
+
+def laid_out_together(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Each `laid_out`, of one dtype, one after another in memory: what is fetched past one's end is the next one."""
+    inputs = 4 // weights[0].itemsize
+    sizes = [
+        (len(weight) + -len(weight) % COLUMNS) * (weight.shape[1] + -weight.shape[1] % inputs) for weight in weights
+    ]
+    parts = torch.empty(sum(sizes), dtype=weights[0].dtype).split(sizes)
+    made = []
+    for weight, part in zip(weights, parts, strict=True):
+        one = laid_out(weight)
+        made.append(part.view_as(one).copy_(one))
+    return made

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.nn import Parameter
 
 from fastbert import backend
 from fastbert.errors import ArgumentError
@@ -105,7 +106,12 @@ def launched(op: CustomOpDef, *tensors: Tensor | None) -> Callable[..., Any]:
 
 def native_machine(x: Tensor) -> Machine | None:
     """The CPU whose own kernels may run on `x`, which autograd does not record; None where they don't."""
-    if x.device.type != "cpu" or type(x) is not Tensor or backend.decide(x.device).path != "native" or observed():
+    if (
+        x.device.type != "cpu"
+        or type(x) not in (Tensor, Parameter)
+        or backend.decide(x.device).path != "native"
+        or observed()
+    ):
         return None
     machine = host()
     return machine if isinstance(machine, Machine) and x.dtype in machine.dtypes else None
