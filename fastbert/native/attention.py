@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache, partial, reduce
 
 import torch
 from torch import Tensor
@@ -32,9 +32,9 @@ def attention_forward(
         out: contiguous `[rows, heads, head_dim]` <- the result; rows past the last sequence are not written.
     """
     heads, head_dim = qkv.shape[2:]
-    width = -(-max_seqlen // (2 * machine.lanes)) * 2 * machine.lanes
+    width = -(-max_seqlen // (2 * machine.lanes)) * 2 * machine.lanes + 2 * machine.lanes
     columns = -(-head_dim // machine.lanes) * machine.lanes
-    # the transposed keys, the pairs of values, the queries and the scores
+    # the transposed keys, the values, the queries and the scores
     worker_bytes = 4 * (2 * width * columns + _rows(machine) * (columns + width))
     scratch = torch.empty(torch.get_num_threads() * worker_bytes, dtype=torch.uint8)
     tasks = (len(cu_seqlens) - 1) * heads
@@ -69,10 +69,11 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
     key, value = query + heads * (head_dim * size), query + heads * (2 * head_dim * size)
     out_bytes = heads * (head_dim * size)
     out = code["out"] + first * out_bytes + head * (head_dim * size)
-    width = ((length + (2 * lanes - 1)) // (2 * lanes)) * (2 * lanes)
+    width = ((length + (lanes - 1)) // lanes) * lanes
 
     keys = code["scratch"] + code.worker * code["worker_bytes"]
-    queries = keys + width * (4 * blocks * lanes)
+    pairs = width // (2 * lanes) * (2 * lanes)  # keys in whole tiles of two vectors
+    queries = keys + (pairs + 2 * lanes) * (4 * blocks * lanes)
     scores = queries + 4 * rows * blocks * lanes
     values = scores + width * (4 * rows)
     last = length - 1
@@ -104,9 +105,18 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
     def dot(total: Value, a: Value, b: Value) -> Value:
         return code.dot_bfloat16(total, a, b) if bfloat16 else code.fma(a, b, total)
 
+    def copy(j: Value) -> None:
+        """Values of key j -> float32 `[j, columns]`: rows of qkv lie so far apart that they would share a few lines."""
+        for c in range(columns):
+            count = min(lanes, head_dim - c * lanes)
+            vector = code.load_first(value + j * row_bytes + 4 * c * lanes, F32, count, lanes)
+            code.store(vector, values + (j * columns + c) * (4 * lanes))
+
     code.loop(0, width, lanes, transpose)
     if bfloat16:
         code.loop(0, length, 2, pair)
+    else:
+        code.loop(0, length, 1, copy)
 
     def attend_rows(i: Value) -> None:
         places = [code.minimum(i + r, last) for r in range(rows)]  # the last row again where there are no more
@@ -116,45 +126,50 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
                 words = code.load_first(query + place * row_bytes + 4 * block * lanes, word, count, lanes)
                 code.store(words, queries + 4 * (r * blocks + block) * lanes)
 
-        def score(j: Value, *greatest: Value) -> Sequence[Value]:
-            """Scores of 2 * lanes keys, `[j / lanes, rows, lanes]`, and the greatest so far in each lane of a row."""
+        def score(j: Value, *greatest: Value, halves: int) -> Sequence[Value]:
+            """Scores of so many vectors of keys, `[j / lanes, rows, lanes]`, and the greatest in each lane of a row."""
             tile = keys + j * (4 * blocks * lanes)
 
             def multiply(d: Value, *totals: Value) -> Sequence[Value]:
-                pair = [code.load(tile + d * (8 * lanes) + 4 * half * lanes, word, lanes) for half in range(2)]
+                line = [code.load(tile + d * (8 * lanes) + 4 * half * lanes, word, lanes) for half in range(halves)]
                 made = []
                 for r in range(rows):
                     q = code.splat(code.load(queries + d * 4 + 4 * r * blocks * lanes, word))
-                    made += [dot(totals[2 * r + half], q, pair[half]) for half in range(2)]
+                    made += [dot(totals[halves * r + half], q, line[half]) for half in range(halves)]
                 return made
 
-            totals = code.loop(0, depth, 1, multiply, *[code.vector()] * (2 * rows))
+            totals = code.loop(0, depth, 1, multiply, *[code.vector()] * (halves * rows))
             following = []
             for r in range(rows):
-                for half in range(2):
-                    code.store(totals[2 * r + half], scores + j * (4 * rows) + 4 * (half * rows + r) * lanes)
-                following.append(code.maximum(greatest[r], code.maximum(totals[2 * r], totals[2 * r + 1])))
+                row = totals[halves * r : halves * r + halves]
+                for half, vector in enumerate(row):
+                    code.store(vector, scores + j * (4 * rows) + 4 * (half * rows + r) * lanes)
+                following.append(reduce(code.maximum, row, greatest[r]))
             return following
 
         # keys past the last are copies of it, so that they change no row's greatest score
-        greatest = code.loop(0, width, 2 * lanes, score, *[code.vector(-math.inf)] * rows)
+        lowest = [code.vector(-math.inf)] * rows
+        greatest = code.loop(0, pairs, 2 * lanes, partial(score, halves=2), *lowest)
+        greatest = code.loop(pairs, width, lanes, partial(score, halves=1), *greatest)
         scale = code.splat(code.float_of("scale"))
         numbers = code.lane_numbers()
-        sums = []
-        for r in range(rows):
-            shift = code.splat(code.greatest(greatest[r])) * scale
+        shifts = [code.negative(code.splat(code.greatest(row)) * scale) for row in greatest]
 
-            def exponential(j: Value, *total: Value, r: int = r, shift: Value = shift) -> Sequence[Value]:
+        def exponentials(j: Value, *totals: Value, masked: bool) -> Sequence[Value]:
+            """Of `lanes` keys of each row, in the place of their scores; 0 past the last key, if there are such."""
+            following = []
+            for r in range(rows):
                 place = scores + j * (4 * rows) + 4 * r * lanes
-                power = code.exp2(code.fma(code.load(place, F32, lanes), scale, code.negative(shift)))
-                power = code.select(numbers < code.splat_int32(length - j), power, code.vector())
-                if bfloat16:
-                    code.store(code.to_bfloat16(power), place)
-                else:
-                    code.store(power, place)
-                return [total[0] + power]
+                power = code.exp2(code.fma(code.load(place, F32, lanes), scale, shifts[r]))
+                if masked:
+                    power = code.select(numbers < code.splat_int32(length - j), power, code.vector())
+                code.store(code.to_bfloat16(power) if bfloat16 else power, place)
+                following.append(totals[r] + power)
+            return following
 
-            sums.append(code.sum(code.loop(0, width, lanes, exponential, code.vector())[0]))
+        whole = length // lanes * lanes
+        totals = code.loop(0, whole, lanes, partial(exponentials, masked=False), *[code.vector()] * rows)
+        sums = code.loop(whole, width, lanes, partial(exponentials, masked=True), *totals)
 
         for c in range(0, columns, 2):
             group = range(c, min(c + 2, columns))
@@ -164,16 +179,8 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
                 block = scores + j * (4 * rows)
 
                 def multiply(k: Value, *totals: Value) -> Sequence[Value]:
-                    if bfloat16:
-                        row = values + (j + k * 2) * (2 * columns * lanes)
-                        vectors = [code.load(row + 4 * c * lanes, I32, lanes) for c in group]
-                    else:
-                        row = value + (j + k) * row_bytes
-                        counts = [min(lanes, head_dim - c * lanes) for c in group]
-                        vectors = [
-                            code.load_first(row + 4 * c * lanes, F32, n, lanes)
-                            for c, n in zip(group, counts, strict=True)
-                        ]
+                    row = values + (j + k * (4 // size)) * (size * columns * lanes)
+                    vectors = [code.load(row + 4 * c * lanes, word, lanes) for c in group]
                     made = []
                     for r in range(rows):
                         weight = code.splat(code.load(block + k * 4 + 4 * r * lanes, word))
@@ -185,7 +192,7 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
 
             totals = code.loop(0, length, lanes, sum_values, *[code.vector()] * (rows * len(group)))
             for r, place in enumerate(places):
-                factor = code.splat(code.constant(F32, 1.0) / sums[r])
+                factor = code.splat(code.constant(F32, 1.0) / code.sum(sums[r]))
                 for n, column in enumerate(group):
                     result = totals[r * len(group) + n] * factor
                     if bfloat16:

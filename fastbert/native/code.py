@@ -294,7 +294,7 @@ class Code:
         if 32 * self.lanes < 512:
             return self.vector(1.0) / x
         # On Zen 4 a division takes the time of a dozen products. The estimate's error of 2^-14 becomes its square.
-        bits = self.constant(ir.IntType(16), -1)
+        bits = self.constant(I16, -1)
         estimate = self._call("llvm.x86.avx512.rcp14.ps.512", x.type, x, self.vector(), bits, suffix="")
         return self.fma(estimate, self.fma(self.negative(x), estimate, self.vector(1.0)), estimate)
 
@@ -318,11 +318,17 @@ class Code:
         return self.splat(Value(self, self.builder.trunc(x.raw, I32)))
 
     def exp2(self, x: Value) -> Value:
-        """2^x to about an ulp; 2^-126 for anything lower, and NaN stays. x is at most 127.
+        """2^x to about an ulp; at most 2^-126 for anything lower, and NaN stays. x is at most 127.
 
         The polynomial of degree 6 was fitted to 2^f, |f| <= 1/2, by least squares whose weights even out the relative
         error: it is 2e-9 before rounding.
         """
+        if 32 * self.lanes == 512:  # which has an instruction for either end
+            every, nearest, as_it_is = self.constant(I16, -1), self.constant(I32, 8), self.constant(I32, 4)
+            rest = self._call("llvm.x86.avx512.mask.reduce.ps.512", x.type, x, nearest, x, every, as_it_is, suffix="")
+            power = self._polynomial(rest, EXP2)
+            scaled = power, x - rest, power, every, as_it_is
+            return self._call("llvm.x86.avx512.mask.scalef.ps.512", x.type, *scaled, suffix="")
         x = self.select(x < -126.0, self.vector(-126.0), x)
         whole = self.nearest(x)
         total = self._polynomial(x - whole, EXP2)

@@ -59,7 +59,7 @@ def host() -> Machine | str:
     features = llvm.get_host_cpu_features()
     if not (features.get("avx2") and features.get("fma")):
         return "a CPU without AVX2"
-    wide = bool(features.get("avx512f") and features.get("avx512bw") and features.get("avx512vl"))
+    wide = all(features.get(f"avx512{part}") for part in ("f", "bw", "dq", "vl"))
     # LLVM prefers vectors of 256 bits on many CPUs with AVX-512 unless it is told.
     flags = features.flatten() + (",-prefer-256-bit" if wide else "")
     return Machine(
