@@ -11,9 +11,11 @@ from tiny_bert import random_model
 from fastbert import backend, laid_out, reference
 from fastbert.errors import ArgumentError
 from fastbert.native import attention as native_attention
+from fastbert.native import embedding as native_embedding
 from fastbert.native import layout as native_layout
 from fastbert.native import linear as native_linear
 from fastbert.native import linear_int8 as native_linear_int8
+from fastbert.native import pooling as native_pooling
 from fastbert.native import row_wise as row_wise_module
 from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.native.machine import Machine, host
@@ -137,6 +139,52 @@ def test_row_wise(width, activation, dtype, machine, generator):
         out = torch.full_like(x, torch.nan)
         row_wise(machine, x, bias=bias, activation=activation, residual=residual, norm=norm, out=out).run()
         assert_close(out, compute(torch.float32, norm), compute(torch.float64, norm))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("types", [True, False])
+@pytest.mark.parametrize("width", [7, 16, 100, 384])
+def test_embedding(width, types, dtype, machine, generator):
+    """37 rows are three tasks; the first and the last entry of each table are among them; one table is in float32."""
+    served(machine, dtype)
+    word, position = (torch.randn(entries, width, generator=generator).to(dtype) for entries in (31, 17))
+    token_type = torch.randn(2, width, generator=generator)
+    ids = [torch.arange(37) % entries for entries in (31, 17, 2)]
+    weight, bias = torch.randn(2, width, generator=generator)
+    out = torch.full((37, width), torch.nan).to(dtype)
+    given = [*ids[:2], ids[2] if types else None]
+    native_embedding.embedding(machine, *given, word, position, token_type, (weight, bias, 1e-12), out).run()
+
+    def compute(to):
+        total = word.to(to)[ids[0]] + position.to(to)[ids[1]] + token_type.to(to)[ids[2] if types else 0]
+        return F.layer_norm(total, (width,), weight.to(to), bias.to(to), 1e-12)
+
+    assert_close(out, compute(torch.float32).to(dtype), compute(torch.float64))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("how", ["cls", "mean", "max"])
+@pytest.mark.parametrize("width", [7, 16, 100])
+def test_pool(width, how, normalise, dtype, machine, generator):
+    """Sequences of no rows at either end; a long one far from 0; one with NaN, and slack of NaN."""
+    served(machine, dtype)
+    packing = Packing.from_lengths([0, 5, 0, 70, 1, 1000, 9, 0])
+    x = torch.randn(packing.tokens + 2, width, generator=generator)
+    x[76:1076] += 300.0
+    x[1080, 3] = torch.nan
+    x = x.to(dtype)
+    x[packing.tokens :] = torch.nan
+    out = torch.full((packing.batch, width), torch.nan)
+    native_pooling.pool_forward(machine, x, packing.cu_seqlens, out, how=how, normalise=normalise).run()
+    exact = reference.pool(x.double(), packing, how, normalise=normalise)
+    plain = reference.pool(x.float(), packing, how, normalise=normalise)
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert exact.isnan().any() == (how != "cls")
+    known = [0, 1, 2, 3, 4, 5, 7]
+    assert_close(out[known], plain[known], exact[known])
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -169,6 +169,10 @@ class Code:
         """The greater, lane by lane, of floats."""
         return self._call("llvm.maxnum", a.type, a, b)
 
+    def maximum_or_nan(self, a: Value, b: Value) -> Value:
+        """The greater, lane by lane, of floats; NaN where either is."""
+        return self._call("llvm.maximum", a.type, a, b)
+
     def select(self, condition: Value, yes: Value, no: Value) -> Value:
         """Lane by lane where `condition` is a vector."""
         return Value(self, self.builder.select(condition.raw, yes.raw, no.raw))
@@ -179,7 +183,11 @@ class Code:
 
     def rsqrt(self, x: Value) -> Value:
         """1 / sqrt(x) of a scalar float."""
-        return self.constant(F32, 1.0) / self._call("llvm.sqrt", F32, x)
+        return self.constant(F32, 1.0) / self.sqrt(x)
+
+    def sqrt(self, x: Value) -> Value:
+        """The square root of a scalar float."""
+        return self._call("llvm.sqrt", F32, x)
 
     def load(self, address: Value, type_: Any, lanes: int | None = None) -> Value:
         """A scalar, or `lanes` of a type from int64 `address` on."""
@@ -267,8 +275,9 @@ class Code:
         return self._call("llvm.nearbyint", x.type, x)
 
     def to_float(self, x: Value) -> Value:
-        """int32 `[lanes]` -> float32."""
-        return Value(self, self.builder.sitofp(x.raw, ir.VectorType(F32, self.lanes)))
+        """An integer -> float32; int32 `[lanes]` -> float32 `[lanes]`."""
+        whole = ir.VectorType(F32, x.type.count) if isinstance(x.type, ir.VectorType) else F32
+        return Value(self, self.builder.sitofp(x.raw, whole))
 
     def to_int8(self, x: Value) -> Value:
         """Whole float32 `[lanes]` that fit -> int8."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch
-from fastbert.ops.common import check_rows, launched, wants_gradient
+from fastbert.ops.common import check_rows, launched, native_machine, wants_gradient
 from fastbert.packing import Packing
 from fastbert.reference import Pooling
 
@@ -44,6 +44,13 @@ def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) 
         x = x[: packing.tokens]
     if backend.uses_triton("pool", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
         return launched(pool_forward, x)(x, packing.cu_seqlens, how, normalise, wants_gradient(x))[0]
+    machine = native_machine(x)
+    if machine is not None and not wants_gradient(x):
+        from fastbert.native import pooling as kernel
+
+        out = x.new_empty(packing.batch, x.shape[1], dtype=torch.float32)
+        kernel.pool_forward(machine, x.contiguous(), packing.cu_seqlens, out, how=how, normalise=normalise).run()
+        return out
     pooled = _pool_torch(x, packing, how)
     return F.normalize(pooled) if normalise else pooled
 

@@ -1,0 +1,96 @@
+"""pool on a CPU: one vector a sequence, its first row, or the mean or the maximum of its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
+from fastbert.native.machine import Machine
+from fastbert.native.row_wise import load_states, over_columns
+from fastbert.reference import Pooling
+
+# Rows whose sum is made before it joins the others, so that rounding grows with the root of a long sequence at most.
+CHUNK = 32
+
+PARAMETERS = ("x", "cu_seqlens", "out")
+
+
+class Steps(NamedTuple):
+    """What the kernel is compiled for."""
+
+    dtype: torch.dtype
+    width: int
+    how: Pooling
+    normalise: bool
+
+
+def pool_forward(
+    machine: Machine, x: Tensor, cu_seqlens: Tensor, out: Tensor, *, how: Pooling, normalise: bool
+) -> Launch:
+    """See `ops.pooling.pool`.
+
+    Args:
+        x: contiguous `[rows, width]`, of a dtype of `machine.dtypes`.
+        cu_seqlens: int32 `[batch + 1]`.
+        out: contiguous float32 `[batch, width]` <- the result.
+    """
+    kernel = _kernel(machine, Steps(x.dtype, x.shape[1], how, normalise))
+    return kernel(len(cu_seqlens) - 1, x, cu_seqlens, out)
+
+
+@cache
+def _kernel(machine: Machine, steps: Steps) -> Kernel:
+    return compiled(machine, "pool_forward", PARAMETERS, partial(_pool, steps=steps))
+
+
+def _pool(code: Code, steps: Steps) -> None:
+    width = steps.width
+    first, end = (code.widened(code.load(code["cu_seqlens"] + (code.task + i) * 4, I32)) for i in range(2))
+    length = end - first
+    out = code["out"] + code.task * (width * 4)
+
+    def total(column: Value, count: int, end: Value) -> Value:
+        def add(row: Value, total: Value) -> Sequence[Value]:
+            return [total + load_states(code, "x", steps.dtype, row * width + column, count)]
+
+        def add_chunk(begin: Value, total: Value) -> Sequence[Value]:
+            return [total + code.loop(begin, code.minimum(begin + CHUNK, end), 1, add, code.vector())[0]]
+
+        return code.loop(first, end, CHUNK, add_chunk, code.vector())[0]
+
+    def greatest(column: Value, count: int) -> Value:
+        def compare(row: Value, greatest: Value) -> Sequence[Value]:
+            return [code.maximum_or_nan(greatest, load_states(code, "x", steps.dtype, row * width + column, count))]
+
+        vector = code.loop(first, end, 1, compare, code.vector(-math.inf))[0]
+        return code.first(code.select(length < 1, code.vector(), vector), count)
+
+    def pooled(column: Value, count: int, squares: Value) -> Sequence[Value]:
+        match steps.how:
+            case "cls":
+                vector = total(column, count, first + code.minimum(length, 1))
+            case "mean":
+                vector = total(column, count, end) / code.splat(
+                    code.to_float(code.select(length < 1, code.number(1), length))
+                )
+            case "max":
+                vector = greatest(column, count)
+        code.store(vector, out + column * 4, count)
+        return [code.fma(vector, vector, squares)]
+
+    squares = over_columns(code, width, pooled, code.vector())[0]
+    if steps.normalise:
+        norm = code.maximum_or_nan(code.sqrt(code.sum(squares)), code.constant(F32, 1e-12))
+        divisor = code.splat(norm)
+
+        def divide(column: Value, count: int) -> None:
+            vector = code.load_first(out + column * 4, F32, count, code.lanes)
+            code.store(vector / divisor, out + column * 4, count)
+
+        over_columns(code, width, divide)
