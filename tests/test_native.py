@@ -17,9 +17,11 @@ from fastbert.native import linear as native_linear
 from fastbert.native import linear_int8 as native_linear_int8
 from fastbert.native import pooling as native_pooling
 from fastbert.native import row_wise as row_wise_module
+from fastbert.native import weight_gradient as native_weight_gradient
 from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.native.machine import Machine, host
 from fastbert.native.row_wise import row_wise
+from fastbert.ops import linear as ops_linear
 from fastbert.ops.attention import attention
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.linear import Layouts, hold_weights
@@ -230,6 +232,81 @@ def test_linear_over_several_groups_of_rows(generator, monkeypatch):
     out = torch.full((67, 96), torch.nan)
     native_linear.linear(HOST, x, native_layout.laid_out(weight), bias, out).run()
     assert_close(out, F.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(7, 3), (32, 8), (100, 33), (128, 64), (300, 150)])
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_weight_gradient(rows, inputs, outputs, machine, generator):
+    """It is added; inputs and outputs around the sizes of a task."""
+    x, dout = (torch.randn(rows, width, generator=generator) for width in (inputs, outputs))
+    before = torch.randn(outputs, inputs, generator=generator)
+    dweight = before.clone()
+    native_weight_gradient.weight_gradient(machine, x, dout, dweight).run()
+    assert_close(dweight, before + dout.t() @ x, before.double() + dout.t().double() @ x.double())
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Grows by one item with each linear layer that is recorded by kernels, which here are meant for every CPU."""
+    monkeypatch.setattr(ops_linear, "multiplies_well", lambda: True)
+    seen, kernel = [], ops_linear._by_kernel
+    monkeypatch.setattr(ops_linear, "_by_kernel", lambda *args: seen.append(1) or kernel(*args))
+    return seen
+
+
+@pytest.mark.parametrize("wanted", ["all", "x", "weight", "no bias"])
+def test_gradients_of_a_linear_layer(wanted, generator, recorded):
+    """Of operands that are no neighbours in memory, against float64."""
+    rows = ops_linear.LEAST_ROWS + 5
+    x = torch.randn(40, rows, generator=generator).t().requires_grad_(wanted != "weight")
+    weight = torch.randn(40, 70, generator=generator).t().requires_grad_(wanted != "x")
+    bias = None if wanted == "no bias" else torch.randn(70, generator=generator).requires_grad_(wanted == "all")
+    leaves = [leaf for leaf in (x, weight, bias) if leaf is not None and leaf.requires_grad]
+    dout = torch.randn(70, rows, generator=generator).t()
+
+    def compute(run, to):
+        given = [
+            None if leaf is None else leaf.detach().to(to).requires_grad_(leaf.requires_grad)
+            for leaf in (x, weight, bias)
+        ]
+        out = run(*given)
+        return [
+            out,
+            *torch.autograd.grad(out, [leaf for leaf in given if leaf is not None and leaf.requires_grad], dout.to(to)),
+        ]
+
+    exact, plain = (compute(F.linear, to) for to in (torch.float64, torch.float32))
+    out = ops_linear.linear(x, weight, bias)
+    assert recorded
+    for made, one, reference_ in zip([out, *torch.autograd.grad(out, leaves, dout)], plain, exact, strict=True):
+        assert_close(made, one, reference_)
+
+
+def test_the_gradient_of_a_linear_layers_gradient(generator, recorded):
+    x, weight = (torch.randn(n, 24, generator=generator, requires_grad=True) for n in (100, 16))
+
+    def penalty(run):
+        [dx] = torch.autograd.grad(run(x, weight, None).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), weight)[0]
+
+    torch.testing.assert_close(penalty(ops_linear.linear), penalty(F.linear))
+    assert recorded
+
+
+@pytest.mark.parametrize("case", ["few rows", "bfloat16", "autocast", "torch", "no gradient", "compiled"])
+def test_where_a_linear_layer_is_not_recorded_by_kernels(case, generator, recorded):
+    x = torch.randn(8 if case == "few rows" else 100, 24, generator=generator)
+    weight = torch.randn(16, 24, generator=generator, requires_grad=case != "no gradient")
+    run = ops_linear.linear
+    if case == "bfloat16":
+        x, weight = x.bfloat16(), weight.bfloat16()
+    if case == "compiled":
+        run = torch.compile(run, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", enabled=case == "autocast"):
+        out = forced(lambda: run(x, weight, None)) if case == "torch" else run(x, weight, None)
+    torch.testing.assert_close(out.float(), F.linear(x.float(), weight.float()), atol=0.2, rtol=0.02)
+    assert not recorded
 
 
 @pytest.mark.parametrize("machine", MACHINES)

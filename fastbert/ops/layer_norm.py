@@ -26,7 +26,7 @@ from fastbert.ops.common import (
     wants_gradient,
 )
 from fastbert.ops.dropout import drop
-from fastbert.ops.linear import packed
+from fastbert.ops.linear import packed, product
 from fastbert.packing import Packing
 
 
@@ -116,9 +116,8 @@ def linear_layer_norm(
     hidden = weight.shape[0]
     check_residual(residual, (x.shape[0], hidden), x)
     if backend.uses_triton("linear_layer_norm", x, launch.row_wise_unserved(hidden, x.dtype)):
-        product = F.linear(x, weight)
         return layer_norm(
-            product,
+            F.linear(x, weight),
             norm_weight,
             norm_bias,
             residual=residual,
@@ -135,9 +134,15 @@ def linear_layer_norm(
     if dropout == 0.0 and x.dtype == torch.float32 and x_bias is not None and runs_bare(*tensors):
         total = (residual + x_bias).addmm_(x, weight.t())
         return layer_norm(total, norm_weight, norm_bias, eps=eps, unpack=unpack)
-    product = F.linear(x, weight, x_bias)
     return layer_norm(
-        product, norm_weight, norm_bias, residual=residual, dropout=dropout, seed=seed, eps=eps, unpack=unpack
+        product(x, weight, x_bias),
+        norm_weight,
+        norm_bias,
+        residual=residual,
+        dropout=dropout,
+        seed=seed,
+        eps=eps,
+        unpack=unpack,
     )
 
 

@@ -13,9 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastbert.ops.common import check_linear, onednn_fuses
+from fastbert.native.layout import laid_out
+from fastbert.native.machine import Machine, multiplies_well
+from fastbert.ops.common import check_linear, native_machine, observed, onednn_fuses, wants_gradient
 
 T = TypeVar("T")
+
+# Rows from which on a product is worth its weight's being laid out: MiniLM's, on Zen 5.
+LEAST_ROWS = 64
 
 # What was made of a weight or a module, by the source and then by what it is for.
 Made = MutableMapping[Any, dict[str, Any]]
@@ -104,4 +109,51 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_linear(x, weight, bias)
     if onednn_fuses(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "none", [], "")
+    return product(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` unchecked; where it is recorded by kernels of this CPU, if they are faster than its BLAS."""
+    machine = native_machine(x)
+    recorded = wants_gradient(x, weight, bias) and not torch.is_autocast_enabled("cpu")
+    plain = x.dtype == weight.dtype == torch.float32 and type(weight) in (Tensor, nn.Parameter)
+    if machine is not None and recorded and plain and len(x) >= LEAST_ROWS and multiplies_well():
+        return _Linear.apply(machine, x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     return F.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer and its gradients by kernels of this CPU; its weight is laid out anew each time."""
+
+    @staticmethod
+    def forward(ctx: Any, machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.machine = machine
+        return _by_kernel(machine, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, of_x, of_weight, of_bias = ctx.needs_input_grad
+        dbias = dout.sum(0) if of_bias else None
+        if torch.is_grad_enabled() or observed():  # a gradient of the gradient may be asked for: torch knows it
+            return None, dout @ weight if of_x else None, dout.t() @ x if of_weight else None, dbias
+        dx = _by_kernel(ctx.machine, dout, weight.t(), None) if of_x else None
+        return None, dx, _weight_gradient(ctx.machine, x, dout) if of_weight else None, dbias
+
+
+def _by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from fastbert.native import linear as kernel
+
+    bias = x.new_zeros(len(weight)) if bias is None else bias.contiguous()
+    out = x.new_empty(len(x), len(weight))
+    kernel.linear(machine, x.contiguous(), laid_out(weight), bias, out).run()
+    return out
+
+
+def _weight_gradient(machine: Machine, x: Tensor, dout: Tensor) -> Tensor:
+    from fastbert.native import weight_gradient as kernel
+
+    dweight = x.new_zeros(dout.shape[1], x.shape[1])
+    kernel.weight_gradient(machine, x.contiguous(), dout.contiguous(), dweight).run()
+    return dweight

@@ -1,0 +1,121 @@
+"""weight_gradient: what a linear layer's weight gets of its output's gradient, `dout^T @ x`, on a CPU, in float32.
+
+A task is `TASK_INPUTS` inputs and `TASK_OUTPUTS` outputs. Of `CHUNK` rows after `CHUNK` it copies its part together,
+since whole rows lie so far apart that they would share a few lines of a cache; then `COLUMNS` inputs of them meet
+`OUTPUTS` outputs after `OUTPUTS`, whose sums over the chunk stay in registers.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert.native.code import F32, Code, Kernel, Launch, Value, compiled
+from fastbert.native.layout import COLUMNS
+from fastbert.native.machine import Machine
+
+# Outputs at a time; with two vectors of inputs each they take half of the registers.
+OUTPUTS = 8
+# Of a task, multiples of `COLUMNS` and `OUTPUTS`: enough that copying is little beside the products, few enough to
+# share out and to stay in a second cache.
+TASK_INPUTS, TASK_OUTPUTS = 128, 64
+# Rows whose products are summed before that sum joins the others, so that rounding grows no faster than in a BLAS.
+CHUNK = 128
+
+PARAMETERS = ("x", "dout", "rows", "scratch", "dweight")
+
+
+class Steps(NamedTuple):
+    """What the kernel is compiled for."""
+
+    inputs: int
+    outputs: int
+
+
+def weight_gradient(machine: Machine, x: Tensor, dout: Tensor, dweight: Tensor) -> Launch:
+    """`dout^T @ x`.
+
+    Args:
+        x: contiguous float32 `[rows, in]`.
+        dout: contiguous float32 `[rows, out]`.
+        dweight: contiguous float32 `[out, in]`, to which it is added.
+    """
+    outputs, inputs = dweight.shape
+    tasks = -(-inputs // TASK_INPUTS) * -(-outputs // TASK_OUTPUTS)
+    scratch = torch.empty(torch.get_num_threads(), CHUNK, TASK_INPUTS + TASK_OUTPUTS)
+    return _kernel(machine, Steps(inputs, outputs))(tasks, x, dout, len(x), scratch, dweight)
+
+
+@cache
+def _kernel(machine: Machine, steps: Steps) -> Kernel:
+    return compiled(machine, "weight_gradient", PARAMETERS, partial(_product, steps=steps))
+
+
+def _product(code: Code, steps: Steps) -> None:
+    lanes, inputs, outputs = code.lanes, steps.inputs, steps.outputs
+    groups = -(-inputs // TASK_INPUTS)
+    input_, output = code.task % groups * TASK_INPUTS, code.task // groups * TASK_OUTPUTS
+    x = code["scratch"] + code.worker * (4 * CHUNK * (TASK_INPUTS + TASK_OUTPUTS))  # [blocks, CHUNK, COLUMNS]
+    dout = x + 4 * CHUNK * TASK_INPUTS  # [CHUNK, TASK_OUTPUTS]
+
+    def task(some_inputs: int, some_outputs: int) -> None:
+        def add_chunk(begin: Value) -> None:
+            rows = code.minimum(code["rows"] - begin, CHUNK)
+
+            def copy(row: Value) -> None:
+                from_x = code["x"] + ((begin + row) * inputs + input_) * 4
+                for n in range(0, some_inputs, lanes):
+                    vector = code.load_first(from_x + 4 * n, F32, min(lanes, some_inputs - n), lanes)
+                    code.store(vector, x + (n // COLUMNS * CHUNK * COLUMNS + n % COLUMNS) * 4 + row * (4 * COLUMNS))
+                from_dout = code["dout"] + ((begin + row) * outputs + output) * 4
+                for n in range(0, some_outputs, lanes):
+                    vector = code.load_first(from_dout + 4 * n, F32, min(lanes, some_outputs - n), lanes)
+                    code.store(vector, dout + row * (4 * TASK_OUTPUTS) + 4 * n)
+
+            def add_tile(i: Value, o: Value, columns: int = COLUMNS, at_once: int = OUTPUTS) -> None:
+                vectors = range(0, columns, lanes)
+
+                def multiply(row: Value, *totals: Value) -> list[Value]:
+                    line = x + (i * CHUNK + row * COLUMNS) * 4
+                    values = [code.load(line + 4 * n, F32, lanes) for n in vectors]  # [lanes] inputs
+                    made = []
+                    for r in range(at_once):
+                        scalar = code.splat(code.load(dout + (row * TASK_OUTPUTS + o + r) * 4, F32))
+                        made += [code.fma(scalar, v, totals[r * len(vectors) + n]) for n, v in enumerate(values)]
+                    return made
+
+                sums = code.loop(0, rows, 1, multiply, *[code.vector()] * (at_once * len(vectors)))
+                for r in range(at_once):
+                    for number, n in enumerate(vectors):
+                        place = code["dweight"] + ((output + o + r) * inputs + input_ + i + n) * 4
+                        count = min(lanes, columns - n)
+                        total = code.load_first(place, F32, count, lanes) + sums[r * len(vectors) + number]
+                        code.store(total, place, count)
+
+            def add_columns(i: Value, columns: int = COLUMNS) -> None:
+                whole = some_outputs // OUTPUTS * OUTPUTS
+                code.loop(0, whole, OUTPUTS, lambda o: add_tile(i, o, columns))
+                if whole < some_outputs:
+                    add_tile(i, code.number(whole), columns, some_outputs - whole)
+
+            code.loop(0, rows, 1, copy)
+            whole = some_inputs // COLUMNS * COLUMNS
+            code.loop(0, whole, COLUMNS, add_columns)
+            if whole < some_inputs:
+                add_columns(code.number(whole), some_inputs - whole)
+
+        code.loop(0, code["rows"], CHUNK, add_chunk)
+
+    def with_outputs(some_inputs: int) -> None:
+        whole, rest = divmod(outputs, TASK_OUTPUTS)
+        code.when(output < whole * TASK_OUTPUTS, lambda: task(some_inputs, TASK_OUTPUTS))
+        if rest:
+            code.when(code.number(whole * TASK_OUTPUTS - 1) < output, lambda: task(some_inputs, rest))
+
+    whole, rest = divmod(inputs, TASK_INPUTS)
+    code.when(input_ < whole * TASK_INPUTS, lambda: with_outputs(TASK_INPUTS))
+    if rest:
+        code.when(code.number(whole * TASK_INPUTS - 1) < input_, lambda: with_outputs(rest))
