@@ -80,6 +80,14 @@ def _decide(device: torch.device, forced: Forced | None, interpreted: bool, comp
     return Decision("torch", f"the tensor is on {device.type}; the Triton kernels need a GPU")
 
 
+def bfloat16_unserved(device: torch.device) -> str | None:
+    """Why bfloat16 is slower than float32 on `device`; None where it is not, or where nobody has looked."""
+    machine = host()
+    if device.type != "cpu" or not isinstance(machine, Machine) or machine.bfloat16:
+        return None
+    return f"{machine.cpu} has no instructions for bfloat16"
+
+
 def uses_triton(op: str, x: Tensor, unserved: str | None = None) -> bool:
     """Whether `op` on `x` runs its Triton kernel; `unserved` says why the kernel can't serve this call, if it can't.
 

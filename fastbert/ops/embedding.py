@@ -132,15 +132,22 @@ def _embedding_torch(
     _check_inside("position_ids", position_ids, position)
     if token_type_ids is not None:
         _check_inside("token_type_ids", token_type_ids, token_type)
-    tables = word, position, token_type
     machine = native_machine(word)
-    if machine is not None and dropout == 0.0 and not wants_gradient(*tables, weight, bias):
+    if machine is not None and dropout == 0.0 and not wants_gradient(word, position, token_type, weight, bias):
         from fastbert.native import embedding as kernel
 
-        ids = (part if part is None else part.contiguous() for part in (input_ids, position_ids, token_type_ids))
         out = word.new_empty(len(input_ids), word.shape[1])
-        norm = weight.float(), bias.float(), eps
-        kernel.embedding(machine, *ids, *(table.contiguous() for table in tables), norm, out).run()
+        kernel.embedding(
+            machine,
+            input_ids.contiguous(),
+            position_ids.contiguous(),
+            None if token_type_ids is None else token_type_ids.contiguous(),
+            word.contiguous(),
+            position.contiguous(),
+            token_type.contiguous(),
+            (weight.float().contiguous(), bias.float().contiguous(), eps),
+            out,
+        ).run()
         return out
     total = F.embedding(input_ids, word, padding_idx=padding_idx, sparse=sparse)
     total = total.to(torch.promote_types(word.dtype, torch.float32))  # half types are summed in float32, rounded once

@@ -118,7 +118,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     recorded = wants_gradient(x, weight, bias) and not torch.is_autocast_enabled("cpu")
     plain = x.dtype == weight.dtype == torch.float32 and type(weight) in (Tensor, nn.Parameter)
     if machine is not None and recorded and plain and len(x) >= LEAST_ROWS and multiplies_well():
-        return _Linear.apply(machine, x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+        return _Linear.apply(machine, x, weight, bias)  # type: ignore[no-untyped-call]
     return F.linear(x, weight, bias)
 
 
