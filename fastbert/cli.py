@@ -155,7 +155,7 @@ def train(
     A run that was interrupted goes on with --resume, bit for bit as if it never stopped.
     """
     from fastbert import training
-    from fastbert.training.parallel import is_first
+    from fastbert.training.parallel import is_first, leave
 
     settings = training.Settings(
         task=task,
@@ -181,6 +181,7 @@ def train(
     metrics = training.train(settings, resume=resume, progress=sys.stderr.isatty(), say=_say)
     if is_first():
         print(json.dumps(metrics))
+    leave()
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,18 @@ def joined() -> Iterator[Processes]:
 def is_first() -> bool:
     """Whether this process is the first that torchrun started, or one alone."""
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+
+
+def leave() -> None:
+    """End a process that torchrun started, whose work is done, at once; do nothing in any other.
+
+    A thread of gloo may still have a tensor to let go, for which it waits for Python's lock. If Python shuts down in the
+    meantime it ends that thread, and C++ then aborts the process.
+    """
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def own_device() -> torch.device:
