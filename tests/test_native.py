@@ -522,7 +522,7 @@ def test_one_task_more_than_rows_of_a_task(generator):
     """Rows that end inside a task, in a kernel whose tasks share out rows evenly."""
     if not HOST.int8:
         pytest.skip("this machine does not multiply int8")
-    for rows in (native_linear_int8.ROWS, native_linear_int8.ROWS + 1, 2 * native_linear_int8.TASK_ROWS + 1):
+    for rows in (native_linear_int8.MOST_ROWS, native_linear_int8.MOST_ROWS + 1, 2 * native_linear_int8.TASK_ROWS + 1):
         x = torch.randn(rows, 16, generator=generator)
         product = quantize_rows_int8(x), Int8Matrix.of(torch.randn(16, 16, generator=generator)), torch.zeros(16)
         out, _ = linear_int8(*product, torch.float32)

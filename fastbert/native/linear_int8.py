@@ -1,9 +1,12 @@
 """linear_int8: a product of int8 rows and an int8 weight, and all that happens to its rows, on a CPU.
 
 A task is up to `TASK_ROWS` rows of the product. They are copied side by side; then for `COLUMNS` outputs at a time
-their weights, which lie together, meet `ROWS` rows after `ROWS`. A sum stays in its int32 register until it is whole;
-then it is scaled, and goes through bias, activation and residual sum into the nearest cache as float32. LayerNorm and
-the writing follow there, see `row_wise`.
+their weights, which lie together, meet `MOST_ROWS` rows after `MOST_ROWS`. A sum stays in its int32 register until it
+is whole; then it is scaled, and goes through bias, activation and residual sum into the nearest cache as float32.
+LayerNorm and the writing follow there, see `row_wise`.
+
+Few rows are not enough tasks, and each thread would read all weights: there a task is `COLUMNS` outputs of all rows,
+and `row_wise` follows as a launch of its own.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
 from fastbert.native.int8 import NO_ROWS, Int8Matrix, Int8Rows
 from fastbert.native.layout import COLUMNS
 from fastbert.native.machine import Machine
-from fastbert.native.row_wise import Finish, activated, finish, load_states
+from fastbert.native.row_wise import Finish, activated, finish, load_states, row_wise
 
-# Rows at a time: with two vectors of outputs they are 24 sums of 32 registers.
-ROWS = 12
-# Most rows of a task: a weight is read from the caches far away once for so many. A multiple of `ROWS`.
+# Most rows at a time; with two vectors of outputs they are 24 sums of 32 registers.
+MOST_ROWS = 12
+# Most rows of a task: a weight is read from the caches far away once for so many. A multiple of `MOST_ROWS`.
 TASK_ROWS = 48
+# Rows, a thread, up to which a task is some outputs of all rows.
+FEW_ROWS = 32
 # Words between two rows that are copied, beyond a row: rows of 1024 words would share one set of the nearest cache.
 GAP = 16
 
@@ -34,6 +39,7 @@ PARAMETERS = (
     "x", "x_scale", "x_zero", "rows", "task_rows", "weight", "weight_scale", "weight_sum", "bias", "residual",
     "norm_weight", "norm_bias", "eps", "copy", "scratch", "out", "out_values", "out_scale", "out_zero",
 )  # fmt: skip
+FEW_PARAMETERS = ("x", "x_scale", "x_zero", "rows", "weight", "weight_scale", "weight_sum", "bias", "residual", "out")
 
 
 class Steps(NamedTuple):
@@ -43,6 +49,16 @@ class Steps(NamedTuple):
     activation: Activation | None
     residual: torch.dtype | None
     finish: Finish
+
+
+class FewSteps(NamedTuple):
+    """The same of the kernel for few rows, and how many rows it takes at a time."""
+
+    words: int
+    width: int
+    rows: int
+    activation: Activation | None
+    residual: torch.dtype | None
 
 
 def linear_int8(
@@ -56,7 +72,7 @@ def linear_int8(
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
     out_int8: Int8Rows | None = None,
-) -> Launch:
+) -> list[Launch]:
     """`x @ weight + bias`, then activation, + residual and LayerNorm, those that are asked for.
 
     Args:
@@ -67,17 +83,25 @@ def linear_int8(
         out: contiguous `[rows, out]` <- the result, if it is wanted; may be `residual` itself.
         out_int8: `[rows, out]` <- the result, quantized before it is rounded.
     """
-    rows, width = x.values.shape[0], weight.scale.shape[0]
-    parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
-    words = weight.values.shape[1]
-    steps = Steps(words, activation, None if residual is None else residual.dtype, parts)
+    rows, width, words = x.values.shape[0], weight.scale.shape[0], weight.values.shape[1]
     threads = torch.get_num_threads()
+    residual_dtype = None if residual is None else residual.dtype
+    if 0 < rows <= FEW_ROWS * threads:
+        product = torch.empty(rows, width)
+        few = FewSteps(words, width, _rows_at_once(rows), activation, residual_dtype)
+        return [
+            _few_kernel(machine, few)(
+                weight.values.shape[0], *x.parts, rows, weight.values, weight.scale, weight.sum, bias, residual, product
+            ),
+            row_wise(machine, product, norm=norm, out=out, out_int8=out_int8),
+        ]
+    parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     tasks = -(-max(rows, 1) // (TASK_ROWS * threads)) * threads  # as many for each thread
-    task_rows = -(-max(rows, 1) // (tasks * ROWS)) * ROWS
+    task_rows = -(-max(rows, 1) // (tasks * MOST_ROWS)) * MOST_ROWS
     copy = torch.empty(threads, TASK_ROWS, words + GAP)
     scratch = torch.empty(threads, TASK_ROWS, parts.scratch_width)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    return _kernel(machine, steps)(
+    launch = _kernel(machine, Steps(words, activation, residual_dtype, parts))(
         -(-rows // task_rows),
         *x.parts,
         rows,
@@ -95,11 +119,106 @@ def linear_int8(
         out,
         *(NO_ROWS if out_int8 is None else out_int8.parts),
     )
+    return [launch]
+
+
+def _rows_at_once(rows: int) -> int:
+    """With the least work done twice, because the last block of rows begins where it ends with the last row."""
+    return min((MOST_ROWS, 8, 4, 2, 1), key=lambda n: (n > rows, -(-rows // n) * n))
 
 
 @cache
 def _kernel(machine: Machine, steps: Steps) -> Kernel:
     return compiled(machine, "linear_int8", PARAMETERS, partial(_product, steps=steps))
+
+
+@cache
+def _few_kernel(machine: Machine, steps: FewSteps) -> Kernel:
+    return compiled(machine, "linear_int8_few", FEW_PARAMETERS, partial(_product_of_few, steps=steps))
+
+
+def _multiply(
+    code: Code,
+    steps: Steps | FewSteps,
+    column: Value,
+    counts: Sequence[int],
+    *,
+    width: int,
+    rows: int,
+    first: Value,
+    values: Value,
+    values_bytes: int,
+    out: Value,
+    out_bytes: int,
+) -> None:
+    """A tile of the product and what is done to each of its numbers, into float32 at `out`.
+
+    Args:
+        column, counts: the first output, and how many there are in each vector.
+        first, rows: the first row and how many there are; past the last one it is done again.
+        values, out: where the first row's words and results are; values_bytes, out_bytes: from one row to the next.
+    """
+    lanes, last = code.lanes, code["rows"] - 1
+    weight = code["weight"] + column * (steps.words * 4)
+
+    def multiply(k: Value, *totals: Value) -> Sequence[Value]:
+        line = weight + k * (4 * COLUMNS)
+        vectors = [code.load(line + 4 * lanes * n, I32, lanes) for n in range(len(counts))]  # [lanes] words
+        made = []
+        for r in range(rows):
+            x = code.splat(code.load(values + k * 4 + r * values_bytes, I32))
+            made += [code.dot_int8(totals[r * len(counts) + n], x, w) for n, w in enumerate(vectors)]
+        return made
+
+    zero = code.constant(ir.VectorType(I32, lanes), 0)
+    totals = code.loop(0, steps.words, 1, multiply, *[zero] * (rows * len(counts)))
+    for n, count in enumerate(counts):
+        place = column + n * lanes
+        bias, scale, total = (
+            code.load_first(code[name] + place * 4, F32, count, lanes)
+            for name in ("bias", "weight_scale", "weight_sum")
+        )
+        for r in range(rows):
+            there = code.minimum(first + r, last)
+            x_scale, x_zero = (code.splat(code.load(code[name] + there * 4, F32)) for name in ("x_scale", "x_zero"))
+            x = code.to_float(totals[r * len(counts) + n]) * scale - x_zero * total
+            x = code.fma(x, x_scale, bias)
+            if steps.activation is not None:
+                x = activated(code, x, steps.activation)
+            if steps.residual is not None:
+                x = x + load_states(code, "residual", steps.residual, there * width + place, count)
+            code.store(x, out + r * out_bytes + place * 4, count)
+
+
+def _counts(width: int, lanes: int) -> list[int]:
+    """How many numbers there are in each vector of so many outputs, `COLUMNS` at most."""
+    return [min(lanes, width - n) for n in range(0, width, lanes)]
+
+
+def _product_of_few(code: Code, steps: FewSteps) -> None:
+    def column_block(counts: Sequence[int]) -> None:
+        def row_block(begin: Value) -> None:
+            first = code.minimum(begin, code["rows"] - steps.rows)
+            _multiply(
+                code,
+                steps,
+                code.task * COLUMNS,
+                counts,
+                width=steps.width,
+                rows=steps.rows,
+                first=first,
+                values=code["x"] + first * (steps.words * 4),
+                values_bytes=steps.words * 4,
+                out=code["out"] + first * (steps.width * 4),
+                out_bytes=steps.width * 4,
+            )
+
+        code.loop(0, code["rows"], steps.rows, row_block)
+
+    whole, rest = divmod(steps.width, COLUMNS)
+    code.when(code.task < whole, lambda: column_block(_counts(COLUMNS, code.lanes)))
+    if rest:
+        code.when(code.number(whole - 1) < code.task, lambda: column_block(_counts(rest, code.lanes)))
 
 
 def _product(code: Code, steps: Steps) -> None:
@@ -123,47 +242,27 @@ def _product(code: Code, steps: Steps) -> None:
     code.loop(0, task_rows, 1, copy_row)
 
     def column_block(column: Value, counts: Sequence[int]) -> None:
-        weight = code["weight"] + column * (words * 4)
-
         def row_block(local: Value) -> None:
-            values = copy + local * copy_bytes
+            _multiply(
+                code,
+                steps,
+                column,
+                counts,
+                width=width,
+                rows=MOST_ROWS,
+                first=first + local,
+                values=copy + local * copy_bytes,
+                values_bytes=copy_bytes,
+                out=scratch + local * scratch_bytes,
+                out_bytes=scratch_bytes,
+            )
 
-            def multiply(k: Value, *totals: Value) -> Sequence[Value]:
-                line = weight + k * (4 * COLUMNS)
-                vectors = [code.load(line + 4 * lanes * n, I32, lanes) for n in range(len(counts))]  # [lanes] words
-                made = []
-                for r in range(ROWS):
-                    x = code.splat(code.load(values + k * 4 + r * copy_bytes, I32))
-                    made += [code.dot_int8(totals[r * len(counts) + n], x, w) for n, w in enumerate(vectors)]
-                return made
-
-            zero = code.constant(ir.VectorType(I32, lanes), 0)
-            totals = code.loop(0, words, 1, multiply, *[zero] * (ROWS * len(counts)))
-            for n, count in enumerate(counts):
-                place = column + n * lanes
-                bias, scale, total = (
-                    code.load_first(code[name] + place * 4, F32, count, lanes)
-                    for name in ("bias", "weight_scale", "weight_sum")
-                )
-                for r in range(ROWS):
-                    there = code.minimum(first + local + r, last)
-                    x_scale, x_zero = (
-                        code.splat(code.load(code[name] + there * 4, F32)) for name in ("x_scale", "x_zero")
-                    )
-                    x = code.to_float(totals[r * len(counts) + n]) * scale - x_zero * total
-                    x = code.fma(x, x_scale, bias)
-                    if steps.activation is not None:
-                        x = activated(code, x, steps.activation)
-                    if steps.residual is not None:
-                        x = x + load_states(code, "residual", steps.residual, there * width + place, count)
-                    code.store(x, scratch + (local + r) * scratch_bytes + place * 4)
-
-        code.loop(0, task_rows, ROWS, row_block)
+        code.loop(0, task_rows, MOST_ROWS, row_block)
 
     whole = width // COLUMNS * COLUMNS
-    code.loop(0, whole, COLUMNS, lambda column: column_block(column, [lanes] * (COLUMNS // lanes)))
+    code.loop(0, whole, COLUMNS, lambda column: column_block(column, _counts(COLUMNS, lanes)))
     if whole < width:
-        column_block(code.number(whole), [min(lanes, width - begin) for begin in range(whole, width, lanes)])
+        column_block(code.number(whole), _counts(width - whole, lanes))
 
     def finish_row(local: Value) -> None:
         finish(code, first + local, scratch + local * scratch_bytes, steps.finish)

@@ -65,13 +65,15 @@ def linear_int8(
     machine = native_machine(x.scale)
     if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
         from fastbert.native import linear_int8 as kernel
+        from fastbert.native.code import Program
 
         shape = rows, len(weight.scale)
         made = torch.empty(shape, dtype=dtype) if out else None
         quantized = Int8Rows.empty(*shape) if int8 else None
-        kernel.linear_int8(
+        launches = kernel.linear_int8(
             machine, x, weight, bias, activation=activation, residual=residual, norm=norm, out=made, out_int8=quantized
-        ).run()
+        )
+        Program(launches).run()
         return made, quantized
     total = (x.floats() @ weight.plain()[:depth].float()) * weight.scale + bias
     if activation is not None:

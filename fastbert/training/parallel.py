@@ -81,8 +81,8 @@ def is_first() -> bool:
 def leave() -> None:
     """End a process that torchrun started, whose work is done, at once; do nothing in any other.
 
-    A thread of gloo may still have a tensor to let go, for which it waits for Python's lock. If Python shuts down in the
-    meantime it ends that thread, and C++ then aborts the process.
+    A thread of gloo may still have a tensor to let go, for which it waits for Python's lock. If Python shuts down in
+    the meantime it ends that thread, and C++ then aborts the process.
     """
     if dist.is_torchelastic_launched():
         sys.stdout.flush()
