@@ -1,26 +1,30 @@
 """The encoder laid out once for the kernels of this CPU, and run by them with nothing asked in between.
 
-Models make it inside `ops.linear.hold_weights`. Where these products are not the fastest, they make `folding`'s.
+Models make it inside `ops.linear.hold_weights`. Where its products of floats are not the fastest, they make
+`folding`'s.
 """
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder, EncoderLayer
+from fastbert.native.int8 import Int8Rows
 from fastbert.native.layout import laid_out_together
 from fastbert.native.machine import Machine, multiplies_well
 from fastbert.ops.common import native_machine, runs_bare
 from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
+from fastbert.quantization import Int8Layer, Int8Linear, QuantizedEncoder, attention_dtype
 
 if TYPE_CHECKING:
     from fastbert.native.code import Launch, Program
@@ -34,32 +38,16 @@ KEPT_RUNS = 64
 def serves(encoder: Encoder, x: Tensor) -> bool:
     """Whether it is meant for a run of `encoder` on `x`: a CPU whose kernels multiply well, no gradient, no dropout."""
     bare = not torch.is_grad_enabled() and runs_bare(x)  # first, for torch.compile, which can't read what follows
-    if not bare or encoder.training or type(encoder) is not Encoder or not multiplies_well():
+    if not bare or encoder.training or len(x) == 0 or not encoder.layers:
         return False
-    config = encoder.config
-    whole = config.head_dim % 8 == 0 and config.intermediate_size * x.itemsize % 4 == 0
-    return whole and len(x) > 0 and config.num_layers > 0 and native_machine(x) is not None
-
-
-@dataclass(frozen=True, eq=False)
-class _Product:
-    """A linear layer: its weight as `native.layout.laid_out` gives it, its bias, and how many numbers it makes."""
-
-    weight: Tensor
-    bias: Tensor
-    width: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """An `EncoderLayer`'s parts under their names; of a norm weight and bias in float32, and eps."""
-
-    qkv: _Product
-    attention_output: _Product
-    attention_norm: tuple[Tensor, Tensor, float]
-    intermediate: _Product
-    output: _Product
-    output_norm: tuple[Tensor, Tensor, float]
+    machine, config = native_machine(x), encoder.config
+    if machine is None or config.head_dim % 8:
+        return False
+    if isinstance(encoder, QuantizedEncoder):
+        whole = config.hidden_size % 4 == 0 and config.intermediate_size % 4 == 0
+        return encoder.dtype == "int8" and machine.int8 and whole
+    whole = config.intermediate_size * x.itemsize % 4 == 0
+    return type(encoder) is Encoder and whole and multiplies_well()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,15 +79,12 @@ class _Runs(threading.local):
         return run
 
 
-@dataclass(frozen=True, eq=False)
-class LaidOutEncoder:
-    """An encoder's weights, laid out by `lay_out`. It does not see them change."""
+class LaidOut(ABC):
+    """An encoder whose weights lie as the kernels take them. It does not see them change."""
 
-    machine: Machine
-    config: EncoderConfig
-    layers: list[_Layer]
-    buffers: Buffers = field(default_factory=Buffers)
-    runs: _Runs = field(default_factory=_Runs)
+    def __init__(self, machine: Machine, config: EncoderConfig) -> None:
+        self.machine, self.config = machine, config
+        self.buffers, self.runs = Buffers(), _Runs()
 
     def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
         """The last of what `Encoder.run` returns for these arguments."""
@@ -107,14 +92,14 @@ class LaidOutEncoder:
 
         if read is None and len(x) == packing.tokens <= SHORT:
             return self._run_again(x, packing)
-        context = self.buffers.room("context", x, self.config.hidden_size)
+        context = self._context(x)
         context[packing.tokens :] = 0
         launches, states = self._before_last_transform(x, packing.cu_seqlens, packing.max_seqlen)
         if read is not None:
             Program(launches).run()
             launches, context, states = [], context.index_select(0, read), states.index_select(0, read)
         out = torch.empty_like(states)
-        Program(launches + self._transform(self.layers[-1], context, states, out)).run()
+        Program(launches + self._transform(self.config.num_layers - 1, context, states, out)).run()
         return out
 
     def _run_again(self, x: Tensor, packing: Packing) -> Tensor:
@@ -131,45 +116,109 @@ class LaidOutEncoder:
 
         with torch.inference_mode(False):  # what is made inside could not be written to outside
             own, cu_seqlens, out = torch.empty_like(x), torch.empty_like(packing.cu_seqlens), torch.empty_like(x)
-        context = self.buffers.room("context", x, self.config.hidden_size)
         launches, states = self._before_last_transform(own, cu_seqlens, packing.max_seqlen)
-        return _Run(own, cu_seqlens, out, Program(launches + self._transform(self.layers[-1], context, states, out)))
+        launches += self._transform(self.config.num_layers - 1, self._context(x), states, out)
+        return _Run(own, cu_seqlens, out, Program(launches))
 
     def _before_last_transform(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[list[Launch], Tensor]:
-        """All up to the last layer's attention, which is left in "context"; and the input of that layer."""
-        states, context = (self.buffers.room(name, x, self.config.hidden_size) for name in ("states", "context"))
-        launches = []
-        for layer in self.layers[:-1]:
-            launches += [*self._attend(layer, x, cu_seqlens, max_seqlen), *self._transform(layer, context, x, states)]
-            x = states
-        return launches + self._attend(self.layers[-1], x, cu_seqlens, max_seqlen), x
-
-    def _attend(self, layer: _Layer, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[Launch]:
-        """From x to "context"."""
+        """All up to the last layer's attention, which is left in `_context`; and the input of that layer."""
         from fastbert.native.attention import attention_forward
-        from fastbert.native.linear import linear
 
-        heads, head_dim = self.config.num_heads, self.config.head_dim
-        qkv = self.buffers.room("qkv", x, layer.qkv.width)
-        context = self.buffers.room("context", x, self.config.hidden_size).view(-1, heads, head_dim)
-        of_heads = qkv.view(-1, 3, heads, head_dim)
-        return [
-            linear(self.machine, x, layer.qkv.weight, layer.qkv.bias, qkv),
-            attention_forward(self.machine, of_heads, cu_seqlens, max_seqlen, head_dim**-0.5, context),
+        machine, config = self.machine, self.config
+        states, context = self.buffers.room("states", x, config.hidden_size), self._context(x)
+        qkv = self.buffers.room("qkv", x, 3 * config.hidden_size, context.dtype)
+        heads = qkv.view(-1, 3, config.num_heads, config.head_dim)
+        contexts, scale = context.view(-1, config.num_heads, config.head_dim), config.head_dim**-0.5
+        launches = []
+        for layer in range(config.num_layers):
+            if layer > 0:
+                launches += self._transform(layer - 1, context, x, states)
+                x = states
+            launches += self._project(layer, x, qkv)
+            launches.append(attention_forward(machine, heads, cu_seqlens, max_seqlen, scale, contexts))
+        return launches, x
+
+    def _context(self, x: Tensor) -> Tensor:
+        """Where attention leaves its result."""
+        return self.buffers.room("context", x, self.config.hidden_size, self._attention_dtype(x))
+
+    @abstractmethod
+    def _attention_dtype(self, x: Tensor) -> torch.dtype:
+        """Of queries, keys and values."""
+
+    @abstractmethod
+    def _project(self, layer: int, x: Tensor, qkv: Tensor) -> list[Launch]:
+        """From a layer's input to its queries, keys and values."""
+
+    @abstractmethod
+    def _transform(self, layer: int, context: Tensor, x: Tensor, out: Tensor) -> list[Launch]:
+        """What follows a layer's attention; `out` may be `x`."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """A linear layer: its weight as `native.layout.laid_out` gives it, its bias, and how many numbers it makes."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """An `EncoderLayer`'s parts under their names; of a norm weight and bias in float32, and eps."""
+
+    qkv: _Product
+    attention_output: _Product
+    attention_norm: tuple[Tensor, Tensor, float]
+    intermediate: _Product
+    output: _Product
+    output_norm: tuple[Tensor, Tensor, float]
+
+
+class LaidOutEncoder(LaidOut):
+    """An `Encoder`, in float32 or bfloat16."""
+
+    def __init__(self, machine: Machine, encoder: Encoder) -> None:
+        super().__init__(machine, encoder.config)
+        layers = cast(list[EncoderLayer], list(encoder.layers))
+        linears = [part for one in layers for part in (one.qkv, one.attention_output, one.intermediate, one.output)]
+        weights = laid_out_together([linear.weight for linear in linears])
+        made = [
+            _Product(*both) for both in zip(weights, (one.bias.detach().contiguous() for one in linears), strict=True)
+        ]
+        products = iter(made)
+        self.layers = [
+            _Layer(
+                qkv=next(products),
+                attention_output=next(products),
+                attention_norm=in_float32(layer.attention_norm),
+                intermediate=next(products),
+                output=next(products),
+                output_norm=in_float32(layer.output_norm),
+            )
+            for layer in layers
         ]
 
-    def _transform(self, layer: _Layer, context: Tensor, x: Tensor, out: Tensor) -> list[Launch]:
-        """What follows attention; `out` may be `x`."""
+    def _attention_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype
+
+    def _project(self, layer: int, x: Tensor, qkv: Tensor) -> list[Launch]:
         from fastbert.native.linear import linear
 
-        machine, intermediate = self.machine, layer.intermediate
-        attended = self.buffers.room("attended", x, self.config.hidden_size)
-        wide = self.buffers.room("wide", x, intermediate.width)
-        activation = self.config.activation
+        product = self.layers[layer].qkv
+        return [linear(self.machine, x, product.weight, product.bias, qkv)]
+
+    def _transform(self, layer: int, context: Tensor, x: Tensor, out: Tensor) -> list[Launch]:
+        from fastbert.native.linear import linear
+
+        machine, config, parts = self.machine, self.config, self.layers[layer]
+        attended = self.buffers.room("attended", x, config.hidden_size)
+        wide = self.buffers.room("wide", x, config.intermediate_size)
+        product = parts.intermediate
         return [
-            *self._add_norm(context, layer.attention_output, x, layer.attention_norm, attended),
-            linear(machine, attended, intermediate.weight, intermediate.bias, wide, activation=activation),
-            *self._add_norm(wide, layer.output, attended, layer.output_norm, out),
+            *self._add_norm(context, parts.attention_output, x, parts.attention_norm, attended),
+            linear(machine, attended, product.weight, product.bias, wide, activation=config.activation),
+            *self._add_norm(wide, parts.output, attended, parts.output_norm, out),
         ]
 
     def _add_norm(
@@ -184,33 +233,61 @@ class LaidOutEncoder:
         ]
 
 
-def lay_out(encoder: Encoder, x: Tensor) -> LaidOutEncoder:
+class LaidOutInt8Encoder(LaidOut):
+    """A `QuantizedEncoder` in int8. A layer's input is there twice, the second time in int8."""
+
+    def __init__(self, machine: Machine, encoder: QuantizedEncoder) -> None:
+        super().__init__(machine, encoder.config)
+        self.layers = [
+            (layer, in_float32(layer.attention_norm), in_float32(layer.output_norm))
+            for layer in cast(list[Int8Layer], list(encoder.layers))
+        ]
+
+    def _attention_dtype(self, x: Tensor) -> torch.dtype:
+        return attention_dtype(x)
+
+    def _project(self, layer: int, x: Tensor, qkv: Tensor) -> list[Launch]:
+        from fastbert.native.row_wise import row_wise
+
+        quantized = self._int8_room("states in int8", x, self.config.hidden_size)
+        product = self._linear(self.layers[layer][0].qkv, quantized, out=qkv)
+        return product if layer > 0 else [row_wise(self.machine, x, out_int8=quantized), *product]
+
+    def _transform(self, layer: int, context: Tensor, x: Tensor, out: Tensor) -> list[Launch]:
+        from fastbert.native.row_wise import row_wise
+
+        config, (parts, attention_norm, output_norm) = self.config, self.layers[layer]
+        attended = self.buffers.room("attended", x, config.hidden_size)
+        contexts, attended_int8, states = (
+            self._int8_room(name, x, config.hidden_size)
+            for name in ("context in int8", "attended in int8", "states in int8")
+        )
+        wide = self._int8_room("wide", x, config.intermediate_size)
+        return [
+            row_wise(self.machine, context, out_int8=contexts),
+            *self._linear(
+                parts.attention_output, contexts, residual=x, norm=attention_norm, out=attended, out_int8=attended_int8
+            ),
+            *self._linear(parts.intermediate, attended_int8, activation=config.activation, out_int8=wide),
+            *self._linear(parts.output, wide, residual=attended, norm=output_norm, out=out, out_int8=states),
+        ]
+
+    def _linear(self, linear: Int8Linear, x: Int8Rows, **after: Any) -> list[Launch]:
+        from fastbert.native.linear_int8 import linear_int8
+
+        return linear_int8(self.machine, x, linear.matrix, linear.bias.detach().float().contiguous(), **after)
+
+    def _int8_room(self, name: str, x: Tensor, width: int) -> Int8Rows:
+        values = self.buffers.room(name, x, width, torch.uint8)
+        return Int8Rows(
+            values, *(self.buffers.room(f"{name}: {part}", x, 1, torch.float32).view(-1) for part in ("scale", "zero"))
+        )
+
+
+def lay_out(encoder: Encoder, x: Tensor) -> LaidOut:
     """`encoder` for inputs as `x`, for which it `serves`."""
     machine = native_machine(x)
     assert machine is not None
-    layers = cast(list[EncoderLayer], list(encoder.layers))
-    linears = [
-        linear for layer in layers for linear in (layer.qkv, layer.attention_output, layer.intermediate, layer.output)
-    ]
-    weights = laid_out_together([linear.weight for linear in linears])
-    products = iter(
-        [
-            _Product(weight, linear.bias.detach().contiguous(), linear.out_features)
-            for weight, linear in zip(weights, linears, strict=True)
-        ]
-    )
-    return LaidOutEncoder(
-        machine,
-        encoder.config,
-        [
-            _Layer(
-                qkv=next(products),
-                attention_output=next(products),
-                attention_norm=in_float32(layer.attention_norm),
-                intermediate=next(products),
-                output=next(products),
-                output_norm=in_float32(layer.output_norm),
-            )
-            for layer in layers
-        ],
-    )
+    if isinstance(encoder, QuantizedEncoder):
+        return LaidOutInt8Encoder(machine, encoder)
+    return LaidOutEncoder(machine, encoder)

@@ -188,10 +188,14 @@ class Int8Linear(nn.Module):
             self.register_buffer(name, cast(Tensor, getattr(matrix, name)).view(torch.int32))
         self.bias = linear.bias
 
+    @property
+    def matrix(self) -> Int8Matrix:
+        """The weight."""
+        return Int8Matrix(self.values, self.scale.view(torch.float32), self.sum.view(torch.float32))
+
     def forward(self, x: Int8Rows, dtype: torch.dtype, **after: Any) -> tuple[Tensor | None, Int8Rows | None]:
         """`ops.int8.linear_int8`."""
-        matrix = Int8Matrix(self.values, self.scale.view(torch.float32), self.sum.view(torch.float32))
-        return linear_int8(x, matrix, self.bias.float(), dtype, **after)
+        return linear_int8(x, self.matrix, self.bias.float(), dtype, **after)
 
 
 class Int8Layer(_QuantizedLayer[Int8Linear]):
@@ -205,7 +209,7 @@ class Int8Layer(_QuantizedLayer[Int8Linear]):
     ) -> tuple[Tensor, Int8Rows]:
         """As `EncoderLayer.forward`, with the input and the result quantized beside them."""
         config = self.config
-        qkv, _ = self.qkv(quantized, _attention_dtype(x))
+        qkv, _ = self.qkv(quantized, attention_dtype(x))
         context = attention(qkv.view(-1, 3, config.num_heads, config.head_dim), packing, bias=bias).flatten(1)
         if read is not None:
             context, x = context.index_select(0, read), x.index_select(0, read)
@@ -215,7 +219,7 @@ class Int8Layer(_QuantizedLayer[Int8Linear]):
         return self.output(wide, x.dtype, residual=x, norm=output_norm, int8=True)
 
 
-def _attention_dtype(x: Tensor) -> torch.dtype:
+def attention_dtype(x: Tensor) -> torch.dtype:
     """bfloat16 where the CPU multiplies it: its rounding is small beside that of int8."""
     machine = native_machine(x)
     return torch.bfloat16 if machine is not None and machine.bfloat16 else x.dtype

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny_bert import random_model
 
-from fastbert import backend, laid_out, reference
+from fastbert import backend, laid_out, quantize, reference
 from fastbert.errors import ArgumentError
 from fastbert.native import attention as native_attention
 from fastbert.native import embedding as native_embedding
@@ -416,8 +416,8 @@ def runs(monkeypatch):
     """Grows by one item with each run of an encoder that is laid out, which here is meant for every CPU."""
     monkeypatch.setattr(laid_out, "multiplies_well", lambda: True)
     seen = []
-    run = laid_out.LaidOutEncoder.run
-    monkeypatch.setattr(laid_out.LaidOutEncoder, "run", lambda self, *args: seen.append(self) or run(self, *args))
+    run = laid_out.LaidOut.run
+    monkeypatch.setattr(laid_out.LaidOut, "run", lambda self, *args: seen.append(self) or run(self, *args))
     return seen
 
 
@@ -442,6 +442,55 @@ def test_laid_out_encoder(lengths, activation, dtype, generator, runs, nan_empty
                 model.run(inputs, read, every=False)[-1], model.run(inputs, every=False)[-1][read]
             )
     assert len(runs) == 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[1], [16, 0, 3], [250, 3, 96, 300]], ids=str)
+def test_laid_out_int8_encoder(lengths, dtype, generator, runs, nan_empty):
+    """It computes what the quantized layers do one by one; the rows of a batch of few are shared out otherwise."""
+    served(HOST, dtype)
+    if not HOST.int8:
+        pytest.skip("this machine does not multiply int8")
+    model = quantize(random_model(generator).to(dtype), dtype="int8")
+    packing = Packing.from_lengths(lengths)
+    ids = torch.randint(50, (packing.tokens,), generator=generator)
+    inputs, read = model.read(ids, None, None, None, packing), torch.tensor([packing.tokens - 1, 0])
+    with torch.no_grad():
+        expected = model(ids, packing=packing).last_hidden_state
+        assert not runs
+        with hold_weights():
+            for _ in range(2):
+                made = model(ids, packing=packing).last_hidden_state
+                torch.testing.assert_close(made, expected, atol=2e-2, rtol=2e-2)
+            some = model.run(inputs, read, every=False)[-1]
+        torch.testing.assert_close(some, expected[read], atol=2e-2, rtol=2e-2)
+    assert len(runs) == 3
+
+
+def test_what_is_laid_out_in_inference_mode_serves_outside_of_it(generator, runs):
+    encoder = random_model(generator).encoder
+    packing = Packing.from_lengths([5, 9])
+    x = torch.randn(20, 48, generator=generator)
+    with torch.inference_mode():
+        made = laid_out.lay_out(encoder, x)
+        inside = [made.run(x, packing)[:14].clone(), made.run(x[:14], packing)]
+    with torch.no_grad():
+        assert torch.equal(made.run(x, packing)[:14], inside[0])
+        assert torch.equal(made.run(x[:14], packing), inside[1])
+
+
+def test_runs_of_many_sizes(generator, runs, monkeypatch):
+    """Those of sizes not used for long are made anew; the memory of a larger one takes the place of a smaller one's."""
+    monkeypatch.setattr(laid_out, "KEPT_RUNS", 2)
+    encoder = random_model(generator).encoder
+    x = torch.randn(40, 48, generator=generator)
+    with torch.no_grad():
+        made = laid_out.lay_out(encoder, x)
+        for length in (3, 40, 3, 17, 8, 40, 3):
+            packing = Packing.from_lengths([length])
+            expected = encoder.run(x[:length], packing)[-1]
+            torch.testing.assert_close(made.run(x[:length], packing), expected, atol=1e-4, rtol=1e-4)
+        assert len(made.runs._of_sizes) == 2
 
 
 def test_slack_of_a_laid_out_run_is_not_read(generator, runs):

@@ -59,12 +59,12 @@ class Buffers(threading.local):
     def __init__(self) -> None:
         self._of_name: dict[str, Tensor] = {}
 
-    def room(self, name: str, x: Tensor, width: int) -> Tensor:
-        """`[rows of x, width]` in the dtype of x; what was asked for by this name before is overwritten."""
+    def room(self, name: str, x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """`[rows of x, width]`, in the dtype of x unless told; what had this name before is overwritten."""
         rows, buffer = x.shape[0], self._of_name.get(name)
         if buffer is None or buffer.shape[0] < rows:
             with torch.inference_mode(False):  # what is made inside could not be written to outside
-                buffer = self._of_name[name] = x.new_empty(rows, width)
+                buffer = self._of_name[name] = x.new_empty(rows, width, dtype=dtype)
         return buffer[:rows]
 
 
