@@ -72,7 +72,7 @@ def encode(
     ] = "fp32",
     max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, else 4096.")
+        int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")
     ] = None,
 ) -> None:
     """Embed texts, one a line: row i of the result is line i of the input.
@@ -196,7 +196,7 @@ def classify(
     ] = "fp32",
     max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, else 4096.")
+        int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")
     ] = None,
 ) -> None:
     """Label texts, one a line; JSON lines with text, label and the probability of every label."""
@@ -229,7 +229,7 @@ def tag(
     ] = "fp32",
     max_length: Annotated[int, typer.Option(help="Most tokens of a window; longer texts are several.")] = 256,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a batch; by default 2048 in fp32, else 4096.")
+        int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")
     ] = None,
 ) -> None:
     """Find entities in texts, one a line; JSON lines with text and its entities.

@@ -18,7 +18,7 @@ import fastbert.tasks
 from fastbert import backend
 from fastbert.checkpoints.load import load
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.native.machine import Machine
+from fastbert.native.machine import Machine, last_cache
 from fastbert.tasks import TextEncoder, encode
 from fastbert.testing import assert_close
 
@@ -215,6 +215,19 @@ def test_bfloat16_without_instructions_for_it_is_float32(
     expected = "computing in float32, not in bfloat16: a 486 has no instructions for bfloat16"
     assert said == ([expected] if dtype == "bf16" else [])
     assert backend.bfloat16_unserved(torch.device("cuda")) is None
+
+
+def test_batches_are_as_large_as_the_cache(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MiniLM's activations are 1536 + 5 * 384 numbers a token."""
+    seen = []
+    cut = fastbert.tasks.batches
+    monkeypatch.setattr(fastbert.tasks, "batches", lambda lengths, most: seen.append(most) or cut(lengths, most))
+    for mib in (1, 32, 1024):
+        monkeypatch.setattr(fastbert.tasks, "last_cache", lambda mib=mib: mib << 20)
+        encoder.encode(["a text"])
+    TextEncoder(copy.deepcopy(encoder.model).bfloat16(), encoder.tokenizer).encode(["a text"], batch_tokens=7)
+    assert seen == [1024, (32 << 20) // (3456 * 4), 8192, 7]
+    assert last_cache() >= 2**18
 
 
 def test_a_stream_is_encoded_as_it_comes(encoder: TextEncoder) -> None:
