@@ -29,10 +29,10 @@ from fastbert.quantization import Int8Layer, Int8Linear, QuantizedEncoder, atten
 if TYPE_CHECKING:
     from fastbert.native.code import Launch, Program
 
-# Tokens: BERT's longest sequence. Up to it the way from launch to launch is worth being prepared.
-SHORT = 512
-# Of so many sizes.
-KEPT_RUNS = 64
+# Tokens up to which a run is worth being kept: there Python would take a twentieth of its time or more.
+SHORT = 256
+# So many sizes are; each holds its input and its result.
+KEPT_RUNS = 32
 
 
 def serves(encoder: Encoder, x: Tensor) -> bool:

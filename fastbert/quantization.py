@@ -44,14 +44,14 @@ Model = TypeVar("Model", bound=nn.Module)
 Quantized = TypeVar("Quantized", bound=nn.Module)
 
 
-def quantize(model: Model, *, dtype: QuantizedDType) -> Model:
+def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
     """A copy of `model`, for inference, whose fastbert encoders multiply in 8 bits. All but their matrices is shared.
 
     Args:
         model: any module with a `fastbert.Encoder` in it, in eval mode.
         dtype: "int8" runs on a CPU, fast where it multiplies int8 (AVX512-VNNI); float32 rounds the least beside it.
             "fp8", for e4m3, runs on NVIDIA GPUs from sm_89 on, in bfloat16; on a CPU it computes the same numbers
-            slowly, to test accuracy.
+            slowly, to test accuracy. By default what the device of the model runs fast: int8 on a CPU, else fp8.
 
     Raises:
         ArgumentError: `dtype` is not known; or `model` has no encoder, is in training mode, or has widths that are not
@@ -59,6 +59,9 @@ def quantize(model: Model, *, dtype: QuantizedDType) -> Model:
         BackendError: the device can't, or the model is not in bfloat16 (fp8 on a GPU); also later, where the copy was
             moved to one that can't, or a gradient is asked for.
     """
+    if dtype is None:
+        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+        dtype = "int8" if on_cpu else "fp8"
     if dtype not in get_args(QuantizedDType):
         raise ArgumentError("dtype", repr(dtype), "'fp8' or 'int8'")
     if model.training:

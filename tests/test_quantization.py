@@ -17,6 +17,7 @@ from fastbert.heads import BertForSequenceClassification
 from fastbert.kernels.target import KNOWN, pretend
 from fastbert.ops.quantize_rows import bias_gelu_quantize
 from fastbert.packing import Packing
+from fastbert.quantization import in_int8
 from fastbert.tasks import TextEncoder
 
 
@@ -160,6 +161,10 @@ def test_devices(arch, dtype, says, generator):
     refused = pytest.raises(BackendError, match=says) if says else contextlib.nullcontext()
     with pretend(KNOWN[arch]), refused:
         run(moved, *batch(generator))
+
+
+def test_what_is_taken_where_nothing_is_said(generator):
+    assert in_int8(fastbert.quantize(random_model(generator)))
 
 
 def test_what_else_is_refused(generator, tmp_path):
