@@ -284,14 +284,16 @@ class Code:
         integers = self.builder.fptosi(x.raw, ir.VectorType(I32, self.lanes))
         return Value(self, self.builder.trunc(integers, ir.VectorType(I8, self.lanes)))
 
-    def erf(self, x: Value) -> Value:
-        """The error function, to 3e-8 before rounding.
+    def gelu(self, x: Value, coarse: bool = False) -> Value:
+        """x/2 (1 + erf(x / sqrt 2)), the error function to 3e-8 before rounding; if `coarse` to 3e-6, for bfloat16.
 
-        x * P(x^2) / Q(x^2), fitted as `exp2` is, to |x| <= 4, past which it is 1 within that.
+        erf(x / sqrt 2) is x P(x^2) / Q(x^2), fitted as `exp2` is, to a |x| past which it is 1 within that.
         """
-        x = self.maximum(self.minimum_float(x, self.vector(4.0)), self.vector(-4.0))
-        square = x * x
-        return x * self._polynomial(square, ERF_P) * self.reciprocal(self._polynomial(square, ERF_Q))
+        last, above, below = COARSE_ERF if coarse else ERF
+        near = self.maximum(self.minimum_float(x, self.vector(last)), self.vector(-last))
+        square, half = near * near, x * 0.5
+        product = half * near * self._polynomial(square, above)
+        return self.fma(product, self.reciprocal(self._polynomial(square, below)), half)
 
     def sigmoid(self, x: Value) -> Value:
         """1 / (1 + e^-x)."""
@@ -398,9 +400,17 @@ class Code:
 EXP2 = (
     1.5353362e-4, 1.3398875e-3, 9.6184369e-3, 5.5503324e-2, 2.4022648e-1, 6.9314718e-1, 1.0,
 )  # fmt: skip
-# float32 coefficients of `Code.erf`, highest power first.
-ERF_P = (1.9748054e-6, 2.8804107e-4, 4.0036892e-3, 5.3467616e-2, 1.9625018e-1, 1.1283790)
-ERF_Q = (3.7480584e-5, 1.2163677e-3, 1.5444513e-2, 1.1647691e-1, 5.0725335e-1, 1.0)
+# What `Code.gelu` takes as the error function: the last x, and coefficients of P and Q, highest power first.
+ERF = (
+    5.6568542,
+    (4.3637447e-8, 1.2729737e-5, 3.5387947e-4, 9.4518285e-3, 6.9384917e-2, 7.9788444e-1),
+    (1.1712682e-6, 7.6022981e-5, 1.9305641e-3, 2.9119228e-2, 2.5362668e-1, 1.0),
+)
+COARSE_ERF = (
+    4.7376154,
+    (6.4981757e-5, 7.6002233e-3, 5.5092874e-2, 7.9787514e-1),
+    (1.1476721e-3, 2.3803378e-2, 2.3569676e-1, 1.0),
+)
 
 
 def _size(type_: Any) -> int:

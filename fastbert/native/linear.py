@@ -127,7 +127,7 @@ def _product(code: Code, steps: Steps) -> None:
                     place = (row + r) * width + column + n * lanes
                     total = totals[r * len(counts) + n] + bias
                     if steps.activation is not None:
-                        total = activated(code, total, steps.activation)
+                        total = activated(code, total, steps.activation, coarse=bfloat16)
                     if steps.residual:
                         total = total + load_states(code, "residual", steps.dtype, place, count)
                     total = code.to_bfloat16(total) if bfloat16 else total

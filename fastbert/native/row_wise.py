@@ -207,11 +207,11 @@ def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], V
     over_columns(code, width, write)
 
 
-def activated(code: Code, x: Value, activation: Activation) -> Value:
-    """The activation of a vector."""
+def activated(code: Code, x: Value, activation: Activation, coarse: bool = False) -> Value:
+    """The activation of a vector; `coarse` as in `Code.gelu`."""
     match activation:
         case "gelu":
-            return x * code.fma(code.erf(x * 0.7071067811865476), code.vector(0.5), code.vector(0.5))
+            return code.gelu(x, coarse)
         case "gelu_tanh":
             inner = x * code.fma(x * x, code.vector(0.7978845608028654 * 0.044715), code.vector(0.7978845608028654))
             return x * code.sigmoid(inner * 2.0)
