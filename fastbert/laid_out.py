@@ -157,7 +157,7 @@ class LaidOut(ABC):
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """A linear layer: its weight as `native.layout.laid_out` gives it, its bias, and how many numbers it makes."""
+    """A linear layer: its weight as `native.layout.laid_out` gives it, and its bias."""
 
     weight: Tensor
     bias: Tensor

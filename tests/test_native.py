@@ -206,7 +206,7 @@ def test_activations_far_out_and_of_nan(activation, machine):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize(("depth", "width"), [(8, 32), (48, 33), (384, 100), (1000, 64)])
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 300])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 300])
 def test_linear(rows, depth, width, machine, dtype, generator):
     served(machine, dtype)
     x = torch.randn(rows, depth, generator=generator).to(dtype)
@@ -441,7 +441,8 @@ def test_laid_out_encoder(lengths, activation, dtype, generator, runs, nan_empty
             torch.testing.assert_close(
                 model.run(inputs, read, every=False)[-1], model.run(inputs, every=False)[-1][read]
             )
-    assert len(runs) == 5
+            assert model.run(inputs, read[:0], every=False)[-1].shape == (0, 48)
+    assert len(runs) == 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -463,8 +464,9 @@ def test_laid_out_int8_encoder(lengths, dtype, generator, runs, nan_empty):
                 made = model(ids, packing=packing).last_hidden_state
                 torch.testing.assert_close(made, expected, atol=2e-2, rtol=2e-2)
             some = model.run(inputs, read, every=False)[-1]
+            assert model.run(inputs, read[:0], every=False)[-1].shape == (0, 48)
         torch.testing.assert_close(some, expected[read], atol=2e-2, rtol=2e-2)
-    assert len(runs) == 3
+    assert len(runs) == 4
 
 
 def test_what_is_laid_out_in_inference_mode_serves_outside_of_it(generator, runs):

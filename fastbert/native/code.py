@@ -474,7 +474,7 @@ class Program:
 
     def __init__(self, launches: Sequence[Launch]) -> None:
         self.launches = launches
-        threads = min(max((launch.tasks for launch in launches), default=1), torch.get_num_threads())
+        threads = min(max((launch.tasks for launch in launches if launch.tasks), default=1), torch.get_num_threads())
         addresses = [x for one in launches for x in (one.kernel.address, ctypes.addressof(one.fields))]
         self._fields = (ctypes.c_int64 * (2 + len(addresses)))(len(launches), threads, *addresses)
 

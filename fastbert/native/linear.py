@@ -58,14 +58,14 @@ def linear(
     """`x @ weight^T + bias`, then activation and + residual, those that are asked for.
 
     Args:
-        x: contiguous `[rows, in]`, of a dtype of `machine.dtypes`; a row is whole words. At least one row.
+        x: contiguous `[rows, in]`, of a dtype of `machine.dtypes`; a row is whole words.
         weight: made by `layout.laid_out`, in the dtype of x.
         bias: contiguous `[out]`, in the dtype of x.
         out: contiguous `[rows, out]`, in the dtype of x <- the result; not the residual itself.
         residual: contiguous `[rows, out]`, in the dtype of x.
     """
     (rows, width), (blocks, words, *_) = out.shape, weight.shape
-    at_once = min(MOST_ROWS, 1 << (rows.bit_length() - 1))
+    at_once = min(MOST_ROWS, 1 << (max(rows, 1).bit_length() - 1))
     group_rows = max(GROUP_BYTES // (4 * words * at_once), 1) * at_once
     kernel = _kernel(machine, Steps(x.dtype, words, width, at_once, activation, residual is not None))
     next_weight = weight[0].nbytes * torch.get_num_threads()
