@@ -495,6 +495,22 @@ def test_runs_of_many_sizes(generator, runs, monkeypatch):
         assert len(made.runs._of_sizes) == 2
 
 
+def test_a_run_that_is_kept_reads_and_writes_anew(generator, runs):
+    """Of the same sizes and another input; what it gave before is the caller's."""
+    encoder, packing = random_model(generator).encoder, Packing.from_lengths([5, 9])
+    inputs = torch.randn(2, 14, 48, generator=generator)
+    with torch.no_grad():
+        made = laid_out.lay_out(encoder, inputs[0])
+        results = [made.run(x, packing) for x in inputs]
+        for x, result in zip(inputs, results, strict=True):
+            torch.testing.assert_close(result, encoder.run(x, packing)[-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(1, 1), (3, 2), (4, 4), (13, 8), (16, 8), (24, 12), (60, 12)])
+def test_rows_at_once(rows, at_once):
+    assert native_linear_int8._rows_at_once(rows) == at_once
+
+
 def test_slack_of_a_laid_out_run_is_not_read(generator, runs):
     encoder = random_model(generator).encoder
     packing = Packing.from_lengths([5, 9])
