@@ -204,9 +204,7 @@ def classify(
 
     _check_output(output)
     classifier = TextClassifier.from_folder(model, dtype=dtype)
-    lines = _Lines(input)
-    texts = list(lines)
-    lines.report()
+    texts = _texts(input)
     found = classifier.classify(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
     _write_records(
         output,
@@ -240,9 +238,7 @@ def tag(
 
     _check_output(output)
     tagger = TextTagger.from_folder(model, dtype=dtype)
-    lines = _Lines(input)
-    texts = list(lines)
-    lines.report()
+    texts = _texts(input)
     found = tagger.tag(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
     _write_records(
         output,
@@ -341,6 +337,14 @@ class _Lines:
             _say("the input is empty: no results")
 
 
+def _texts(path: Path) -> list[str]:
+    """All texts of a file at once."""
+    lines = _Lines(path)
+    texts = list(lines)
+    lines.report()
+    return texts
+
+
 def _check_output(output: Path | None) -> None:
     """Before any work."""
     from fastbert.checkpoints.files import check_replaceable
@@ -380,9 +384,8 @@ def _write_npy(file: IO[bytes], hidden: int, parts: _Parts) -> None:
 def _write_jsonl(file: IO[bytes], parts: _Parts) -> None:
     for texts, embeddings in parts:
         for text, embedding in zip(texts, embeddings, strict=True):
-            numbers = ", ".join(
-                [f"{number:.9g}" for number in embedding.tolist()]
-            )  # 9 digits give a float32 back exactly
+            # 9 digits give a float32 back exactly
+            numbers = ", ".join([f"{number:.9g}" for number in embedding.tolist()])
             file.write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n'.encode())
         file.flush()
 

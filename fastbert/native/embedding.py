@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbert.native.code import I64, Code, Kernel, Launch, Value, compiled, float_bits
 from fastbert.native.machine import Machine
-from fastbert.native.row_wise import ROWS, Finish, finish, load_states, over_columns
+from fastbert.native.row_wise import ROWS, Finish, Reader, load_states, over_rows
 
 PARAMETERS = (
     "input_ids", "position_ids", "token_type_ids", "rows", "word", "position", "token_type", "norm_weight", "norm_bias",
@@ -82,20 +82,16 @@ def _kernel(machine: Machine, steps: Steps) -> Kernel:
 
 def _rows(code: Code, steps: Steps) -> None:
     width = steps.finish.width
-    first = code.task * ROWS
-    scratch = code["scratch"] + code.worker * (steps.finish.scratch_width * 4)
 
-    def row_of(row: Value) -> None:
+    def reader(row: Value) -> Reader:
         word, position = (code.load(code[ids] + row * 8, I64) * width for ids in ("input_ids", "position_ids"))
         type_ = code.load(code["token_type_ids"] + row * 8, I64) * width if steps.types else code.number(0)
 
-        def read(column: Value, count: int) -> None:
+        def read(column: Value, count: int) -> Value:
             total = load_states(code, "word", steps.word, word + column, count)
             total = total + load_states(code, "position", steps.position, position + column, count)
-            total = total + load_states(code, "token_type", steps.token_type, type_ + column, count)
-            code.store(total, scratch + column * 4)
+            return total + load_states(code, "token_type", steps.token_type, type_ + column, count)
 
-        over_columns(code, width, read)
-        finish(code, row, scratch, steps.finish)
+        return read
 
-    code.loop(first, code.minimum(first + ROWS, code["rows"]), 1, row_of)
+    over_rows(code, steps.finish, reader)

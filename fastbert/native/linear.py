@@ -7,7 +7,7 @@ register until it is whole. bfloat16 is multiplied by pairs, into float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -135,10 +135,17 @@ def _product(code: Code, steps: Steps) -> None:
 
         code.loop(first, last, steps.rows, row_block)
 
-    whole = width // COLUMNS
-    code.when(block < whole, lambda: column_block([lanes] * (COLUMNS // lanes)))
-    if whole * COLUMNS < width:
-        rest = width - whole * COLUMNS
-        code.when(
-            code.number(whole - 1) < block, lambda: column_block([min(lanes, rest - n) for n in range(0, rest, lanes)])
-        )
+    in_columns(code, block, width, column_block)
+
+
+def in_columns(code: Code, block: Value, width: int, body: Callable[[Sequence[int]], None]) -> None:
+    """`body(counts)` for a block of `COLUMNS` of `width` outputs; the last block may have less."""
+    whole, rest = divmod(width, COLUMNS)
+    code.when(block < whole, lambda: body(column_counts(COLUMNS, code.lanes)))
+    if rest:
+        code.when(code.number(whole - 1) < block, lambda: body(column_counts(rest, code.lanes)))
+
+
+def column_counts(width: int, lanes: int) -> list[int]:
+    """How many numbers there are in each vector of so many outputs, `COLUMNS` at most."""
+    return [min(lanes, width - n) for n in range(0, width, lanes)]

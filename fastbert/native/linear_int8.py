@@ -23,6 +23,7 @@ from fastbert.config import Activation
 from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled, float_bits
 from fastbert.native.int8 import NO_ROWS, Int8Matrix, Int8Rows
 from fastbert.native.layout import COLUMNS
+from fastbert.native.linear import column_counts, in_columns
 from fastbert.native.machine import Machine
 from fastbert.native.row_wise import Finish, activated, finish, load_states, row_wise
 
@@ -193,11 +194,6 @@ def _multiply(
             code.store(x, out + r * out_bytes + place * 4, count)
 
 
-def _counts(width: int, lanes: int) -> list[int]:
-    """How many numbers there are in each vector of so many outputs, `COLUMNS` at most."""
-    return [min(lanes, width - n) for n in range(0, width, lanes)]
-
-
 def _product_of_few(code: Code, steps: FewSteps) -> None:
     def column_block(counts: Sequence[int]) -> None:
         def row_block(begin: Value) -> None:
@@ -218,10 +214,7 @@ def _product_of_few(code: Code, steps: FewSteps) -> None:
 
         code.loop(0, code["rows"], steps.rows, row_block)
 
-    whole, rest = divmod(steps.width, COLUMNS)
-    code.when(code.task < whole, lambda: column_block(_counts(COLUMNS, code.lanes)))
-    if rest:
-        code.when(code.number(whole - 1) < code.task, lambda: column_block(_counts(rest, code.lanes)))
+    in_columns(code, code.task, steps.width, column_block)
 
 
 def _product(code: Code, steps: Steps) -> None:
@@ -263,9 +256,9 @@ def _product(code: Code, steps: Steps) -> None:
         code.loop(0, task_rows, MOST_ROWS, row_block)
 
     whole = width // COLUMNS * COLUMNS
-    code.loop(0, whole, COLUMNS, lambda column: column_block(column, _counts(COLUMNS, lanes)))
+    code.loop(0, whole, COLUMNS, lambda column: column_block(column, column_counts(COLUMNS, lanes)))
     if whole < width:
-        column_block(code.number(whole), _counts(width - whole, lanes))
+        column_block(code.number(whole), column_counts(width - whole, lanes))
 
     def finish_row(local: Value) -> None:
         finish(code, first + local, scratch + local * scratch_bytes, steps.finish)

@@ -22,6 +22,9 @@ from fastbert.native.machine import Machine
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16
 
+# Of a column and how many numbers a vector has there: the vector.
+Reader = Callable[[Value, int], Value]
+
 PARAMETERS = (
     "x", "rows", "bias", "residual", "norm_weight", "norm_bias", "eps", "scratch", "out", "out_values", "out_scale",
     "out_zero",
@@ -99,11 +102,8 @@ def _kernel(machine: Machine, steps: Steps) -> Kernel:
 
 
 def _rows(code: Code, steps: Steps) -> None:
-    first = code.task * ROWS
-    scratch = code["scratch"] + code.worker * (steps.finish.scratch_width * 4)
-
-    def row_of(row: Value) -> None:
-        def read(column: Value, count: int) -> None:
+    def reader(row: Value) -> Reader:
+        def read(column: Value, count: int) -> Value:
             place = row * steps.finish.width + column
             x = load_states(code, "x", steps.x, place, count)
             if steps.bias:
@@ -112,10 +112,22 @@ def _rows(code: Code, steps: Steps) -> None:
                 x = activated(code, x, steps.activation)
             if steps.residual is not None:
                 x = x + load_states(code, "residual", steps.residual, place, count)
-            code.store(x, scratch + column * 4)
+            return x
 
-        over_columns(code, steps.finish.width, read)
-        finish(code, row, scratch, steps.finish)
+        return read
+
+    over_rows(code, steps.finish, reader)
+
+
+def over_rows(code: Code, steps: Finish, reader: Callable[[Value], Reader]) -> None:
+    """A task of `ROWS` rows: what `reader(row)` gives of each goes into "scratch" of this worker, and is finished."""
+    first = code.task * ROWS
+    scratch = code["scratch"] + code.worker * (steps.scratch_width * 4)
+
+    def row_of(row: Value) -> None:
+        read = reader(row)
+        over_columns(code, steps.width, lambda column, count: code.store(read(column, count), scratch + column * 4))
+        finish(code, row, scratch, steps)
 
     code.loop(first, code.minimum(first + ROWS, code["rows"]), 1, row_of)
 
