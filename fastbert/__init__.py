@@ -5,80 +5,99 @@
     model = fastbert.load(folder, fastbert.BertForTokenClassification)   # and so are those with heads
     bert.encoder = fastbert.Encoder.from_hf(bert.encoder)                # a drop-in for Hugging Face's encoder
 
-Importing this package takes no driver call and loads neither Triton nor transformers.
+Importing this package loads nothing, not even torch: a name's module is loaded when the name is first asked for. So
+`fastbert --help` is quick, and the command line can say how torch's threads wait before torch is there.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastbert.backend import use_backend
-from fastbert.checkpoints.load import load, save
-from fastbert.config import EncoderConfig, HeadConfig
-from fastbert.encoder import Encoder
-from fastbert.errors import ArgumentError, BackendError, CheckpointError, FastbertError
-from fastbert.graphs import graphed
-from fastbert.heads import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-)
-from fastbert.models import BertModel
-from fastbert.packing import Packing
-from fastbert.quantization import quantize
-
 if TYPE_CHECKING:
-    from fastbert.tasks import TextClassifier, TextEncoder, TextTagger, classify, encode, tag
+    from fastbert.backend import use_backend as use_backend
+    from fastbert.checkpoints.load import load as load
+    from fastbert.checkpoints.load import save as save
+    from fastbert.config import EncoderConfig as EncoderConfig
+    from fastbert.config import HeadConfig as HeadConfig
+    from fastbert.encoder import Encoder as Encoder
+    from fastbert.errors import ArgumentError as ArgumentError
+    from fastbert.errors import BackendError as BackendError
+    from fastbert.errors import CheckpointError as CheckpointError
+    from fastbert.errors import FastbertError as FastbertError
+    from fastbert.graphs import graphed as graphed
+    from fastbert.heads import BertForMaskedLM as BertForMaskedLM
+    from fastbert.heads import BertForMultipleChoice as BertForMultipleChoice
+    from fastbert.heads import BertForNextSentencePrediction as BertForNextSentencePrediction
+    from fastbert.heads import BertForPreTraining as BertForPreTraining
+    from fastbert.heads import BertForQuestionAnswering as BertForQuestionAnswering
+    from fastbert.heads import BertForSequenceClassification as BertForSequenceClassification
+    from fastbert.heads import BertForTokenClassification as BertForTokenClassification
+    from fastbert.models import BertModel as BertModel
+    from fastbert.packing import Packing as Packing
+    from fastbert.quantization import quantize as quantize
+    from fastbert.tasks import TextClassifier as TextClassifier
+    from fastbert.tasks import TextEncoder as TextEncoder
+    from fastbert.tasks import TextTagger as TextTagger
+    from fastbert.tasks import classify as classify
+    from fastbert.tasks import encode as encode
+    from fastbert.tasks import tag as tag
 
     __version__: str
 
-__all__ = [
-    "ArgumentError",
-    "BackendError",
-    "BertForMaskedLM",
-    "BertForMultipleChoice",
-    "BertForNextSentencePrediction",
-    "BertForPreTraining",
-    "BertForQuestionAnswering",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertModel",
-    "CheckpointError",
-    "Encoder",
-    "EncoderConfig",
-    "FastbertError",
-    "HeadConfig",
-    "Packing",
-    "TextClassifier",
-    "TextEncoder",
-    "TextTagger",
-    "__version__",
-    "classify",
-    "encode",
-    "graphed",
-    "load",
-    "quantize",
-    "save",
-    "tag",
-    "use_backend",
-]
+# Where each public name comes from, below `fastbert.`; the imports above say the same to type checkers.
+_HOMES = {
+    "ArgumentError": "errors",
+    "BackendError": "errors",
+    "BertForMaskedLM": "heads",
+    "BertForMultipleChoice": "heads",
+    "BertForNextSentencePrediction": "heads",
+    "BertForPreTraining": "heads",
+    "BertForQuestionAnswering": "heads",
+    "BertForSequenceClassification": "heads",
+    "BertForTokenClassification": "heads",
+    "BertModel": "models",
+    "CheckpointError": "errors",
+    "Encoder": "encoder",
+    "EncoderConfig": "config",
+    "FastbertError": "errors",
+    "HeadConfig": "config",
+    "Packing": "packing",
+    "TextClassifier": "tasks",
+    "TextEncoder": "tasks",
+    "TextTagger": "tasks",
+    "classify": "tasks",
+    "encode": "tasks",
+    "graphed": "graphs",
+    "load": "checkpoints.load",
+    "quantize": "quantization",
+    "save": "checkpoints.load",
+    "tag": "tasks",
+    "use_backend": "backend",
+}
+
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """What needs the `tokenizers` library, or the installed package's metadata, is found when it is asked for."""
-    if name in ("TextClassifier", "TextEncoder", "TextTagger", "classify", "encode", "tag"):
-        from fastbert import tasks
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"fastbert.{_HOMES[name]}"), name)
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+    globals()[name] = value  # the next time it is found without us
+    return value
 
-        return getattr(tasks, name)
-    if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
 
-        try:
-            return version("fastbert")
-        except PackageNotFoundError as error:
-            raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .") from error
-    raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fastbert")
+    except PackageNotFoundError as error:
+        raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .") from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -177,38 +178,65 @@ class TextEncoder(_Holder):
     ) -> Iterator[npt.NDArray[np.float32]]:
         """`encode` of more texts than memory holds: an array of each `texts_at_once` of them, in their order.
 
-        The next ones are taken from `texts` and tokenised, in a thread, while these are encoded. See `encode` for the
-        other arguments; a progress bar is that of an array.
+        `texts` is read in the thread that asks for the arrays: the next ones before an array is given, so that a thread
+        of ours tokenises them while these are encoded. If `texts` raises, what came before is encoded first. Closing
+        the stream closes `texts`, if that is a generator. See `encode` for the other arguments; a progress bar is that
+        of an array.
 
         Raises:
             ArgumentError: as `encode`, where `texts[i]` counts from the first of an array; or `texts_at_once` is not
                 positive.
         """
-        self._check(pooling, max_length)
         if texts_at_once < 1:
             raise ArgumentError("texts_at_once", texts_at_once, "a positive number of texts")
-        description = "encoding" if progress else None
-        return self._stream(iter(texts), texts_at_once, pooling, normalize, max_length, batch_tokens, description)
+        if isinstance(texts, str):
+            raise ArgumentError("texts", "a single string", "strings", "Wrap it in a list.")
+        return self.encode_parts(
+            _parts(iter(texts), texts_at_once),
+            pooling=pooling,
+            normalize=normalize,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+
+    def encode_parts(
+        self,
+        parts: Generator[Sequence[Text], None, None],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        max_length: int = 256,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """`encode_stream` of texts that come in parts: an array of each.
+
+        A part is taken before the array of the one before it is given. An empty part has no array: with it a source
+        says that the next one may be long in coming, and nothing is held back. See `encode` for the other arguments.
+
+        Raises:
+            ArgumentError: as `encode`, where `texts[i]` counts from the first of a part.
+        """
+        self._check(pooling, max_length)
+        return self._stream(parts, pooling, normalize, max_length, batch_tokens, "encoding" if progress else None)
 
     def _stream(
         self,
-        texts: Iterator[Text],
-        texts_at_once: int,
+        parts: Generator[Sequence[Text], None, None],
         pooling: Pooling,
         normalize: bool,
         max_length: int,
         batch_tokens: int | None,
         description: str | None,
     ) -> Iterator[npt.NDArray[np.float32]]:
-        def tokenise() -> Tokens | None:
-            part = list(islice(texts, texts_at_once))
-            return self.tokenizer.encode(part, max_length) if part else None
-
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(tokenise)
-            while (tokens := waiting.result()) is not None:
-                waiting = pool.submit(tokenise)
-                yield self._embed(tokens, pooling, normalize, batch_tokens, description)
+        with closing(parts), ThreadPoolExecutor(1) as tokenising:
+            waiting: Future[Tokens] | None = None
+            for part in chain(parts, [()]):
+                following = tokenising.submit(self.tokenizer.encode, part, max_length) if part else None
+                if waiting is not None:
+                    yield self._embed(waiting.result(), pooling, normalize, batch_tokens, description)
+                waiting = following
 
     def _check(self, pooling: Pooling, max_length: int) -> None:
         """Before the work, not at the end of the first batch."""
@@ -450,6 +478,26 @@ def _entities(
         start, end = spans[first][0], spans[last - 1][1]
         found.append(Entity(kind, start, end, text[start:end], float(scores[first:last].mean())))
     return found
+
+
+def _parts(texts: Iterator[Text], texts_at_once: int) -> Generator[list[Text], None, None]:
+    """Lists of so many texts, the last one of fewer; if `texts` raises, what it gave before, and an empty list."""
+    try:
+        while True:
+            part: list[Text] = []
+            try:
+                for text in islice(texts, texts_at_once):
+                    part.append(text)
+            except Exception:
+                yield part
+                yield []
+                raise
+            if not part:
+                return
+            yield part
+    finally:
+        if isinstance(texts, Generator):
+            texts.close()
 
 
 def _strings(texts: Iterable[str]) -> list[str]:

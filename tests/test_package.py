@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -158,6 +159,23 @@ print([name for name in ("triton", "transformers", "tokenizers") if name in sys.
 """
     printed = run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(ROOT)).split("\n")
     assert printed[:2] == ["False", "[]"]
+
+
+def test_import_loads_no_torch() -> None:
+    code = "import fastbert, fastbert.cli, sys; print('torch' in sys.modules, 'BertModel' in dir(fastbert))"
+    assert run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(ROOT)).split() == ["False", "True"]
+
+
+def test_type_checkers_and_python_find_the_same_public_names() -> None:
+    tree = ast.parse((ROOT / "fastbert" / "__init__.py").read_text(encoding="utf-8"))
+    said = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fastbert.")
+        for alias in node.names
+    }
+    assert {name: f"fastbert.{module}" for name, module in fastbert._HOMES.items()} == said
+    assert set(fastbert.__all__) == said.keys() | {"__version__"} <= set(dir(fastbert))
 
 
 def test_public_names_are_there() -> None:
