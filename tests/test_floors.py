@@ -18,7 +18,7 @@ FLOORS: list[list[str]] = [
     ["errors"],
     ["packing"],
     ["kernels", "kernels.*"],
-    ["config", "masks", "outputs", "reference"],
+    ["checkpoints.fields", "config", "masks", "outputs", "reference"],
     ["native", "native.*"],
     ["backend"],
     ["ops", "ops.*"],

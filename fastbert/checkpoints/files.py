@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastbert.checkpoints.fields import Fields
 from fastbert.errors import ArgumentError, CheckpointError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,6 +33,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 # What torch.load was seen to raise for files damaged at random, besides OSError.
 _TORCH_LOAD_ERRORS = (
@@ -44,54 +50,128 @@ _TORCH_LOAD_ERRORS = (
 )
 
 
+def checkpoint_folder(folder: str | os.PathLike[str]) -> Path:
+    """The path of a checkpoint folder that is there.
+
+    Raises:
+        ArgumentError: `folder` is no path.
+        CheckpointError: there is no such folder, or it is closed to us.
+    """
+    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
+        raise ArgumentError("folder", f"a {type(folder).__name__}", "a path: a str or a Path")
+    path = Path(folder)
+    expected = f"a folder with {CONFIG} and {WEIGHTS}"
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        got = "no folder there" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", str(error))
+        mend = ""
+        if str(folder).startswith("~"):
+            mend = "A shell reads ~ as your home; in Python write os.path.expanduser(...)."
+        elif _HUB_NAME.fullmatch(str(folder)):
+            mend = (
+                "If this is a name on the Hugging Face hub: fastbert reads folders; get it by "
+                f"`hf download {folder} --local-dir FOLDER`."
+            )
+        raise CheckpointError(repr(str(folder))[1:-1] or "folder", got or "an empty name", expected, mend) from error
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(str(path), "no folder", expected)
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise CheckpointError(str(path), "a folder closed to us", expected, "Change its permissions.")
+    return path
+
+
+def has(path: Path) -> bool:
+    """Whether a folder has an entry of this name, be it a broken link: what is broken is not passed over."""
+    return os.path.lexists(path)
+
+
+def check_readable(path: Path) -> None:
+    """What is to be called before a library opens a file of a checkpoint: to open a pipe waits for its writer.
+
+    Raises:
+        CheckpointError: there is no file, it is not a regular one, or it is closed to us.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(str(path), error.strerror, "a file") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise CheckpointError(str(path), kind, "a file")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(str(path), "a file closed to us", "one that may be read", "Change its permissions.")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file.
+
+    Raises:
+        CheckpointError: it is missing, unreadable or no regular file.
+    """
+    check_readable(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(str(path), error.strerror, "a file") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         CheckpointError: the file is missing, unreadable or not a JSON object.
     """
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(str(path), error.strerror, "a JSON file") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(str(path), f"{error}", "a JSON file", "Download or save the file again.") from error
+    value = read_any_json(path)
     if not isinstance(value, dict):
         raise CheckpointError(str(path), f"a JSON {type(value).__name__}", "a JSON object")
     return value
+
+
+def read_any_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not JSON.
+    """
+    content = read_bytes(path)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(str(path), f"{error}", "a JSON file", "Download or save the file again.") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The dict in the folder's config.json.
 
     Raises:
-        CheckpointError: there is no such folder, or its config.json is missing or damaged.
+        CheckpointError: it is missing or damaged.
     """
-    if not folder.is_dir():
-        raise CheckpointError(str(folder), "no folder there", f"a folder with {CONFIG} and {WEIGHTS}")
     return read_json(folder / CONFIG)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the folder's model.safetensors, else of its shards, else of its pytorch_model.bin; on the CPU.
+    """The tensors of the first that the folder has: model.safetensors or its shards, pytorch_model.bin or its shards.
 
+    They are on the CPU.
     Tensors may map the file they come from, or share memory with each other: copy them to keep them.
 
     Raises:
         CheckpointError: there are no weights, or a file is missing, damaged or holds more than tensors.
     """
-    if (folder / WEIGHTS).exists():
-        return _read_safetensors(folder / WEIGHTS)
-    if (folder / INDEX).exists():
-        return _read_shards(folder / INDEX)
-    if (folder / PICKLED).exists():
-        return _read_pickled(folder / PICKLED)
-    raise CheckpointError(str(folder), "no weights", f"one of {WEIGHTS}, {INDEX}, {PICKLED} in it")
+    for name, read in _READERS.items():
+        if has(folder / name):
+            return read(folder / name)
+    raise CheckpointError(str(folder), "no weights", f"one of {', '.join(_READERS)} in it")
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The contents of the tokenizer's files that the folder has, by name."""
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    """The contents of the tokenizer's files that the folder has, by name.
+
+    Raises:
+        CheckpointError: one of them is unreadable or no regular file.
+    """
+    return {name: read_bytes(folder / name) for name in TOKENIZER_FILES if has(folder / name)}
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], others: Mapping[str, bytes]) -> None:
@@ -146,6 +226,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    check_readable(path)
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
@@ -153,14 +234,19 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(str(index), f"weight_map {weight_map!r:.80}", "an object from tensor names to file names")
+    ending = ".bin" if index.name == PICKLED_INDEX else ".safetensors"
+    read = _read_pickled if index.name == PICKLED_INDEX else _read_safetensors
+    weight_map = Fields(str(index), read_json(index)).mapping("weight_map")
+    if not weight_map:
+        raise CheckpointError(str(index), "no weight_map", "weight_map: an object from tensor names to file names")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or not name.endswith(".safetensors") or any(mark in name for mark in "/\\:"):
-            raise CheckpointError(f"{index}: {key}", repr(name), "the name of a .safetensors file in the same folder")
-    shards = {name: _read_safetensors(index.parent / name) for name in sorted(set(weight_map.values()))}
-    held = {key: name for name, shard in shards.items() for key in shard}
+        if not isinstance(name, str) or not name.endswith(ending) or any(mark in name for mark in "/\\:"):
+            raise CheckpointError(f"{index}: {key}", repr(name), f"the name of a {ending} file in the same folder")
+    shards = {name: read(index.parent / name) for name in sorted(set(weight_map.values()))}
+    held: dict[str, str] = {}
+    for name, shard in shards.items():
+        for key in shard:
+            held[key] = f"{held[key]} and {name}" if key in held else name
     for key in sorted(weight_map.keys() | held.keys()):
         if held.get(key) != weight_map.get(key):
             got = f"tensor {key} in {held.get(key, 'no shard')}"
@@ -170,6 +256,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
+    check_readable(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -185,4 +272,17 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(str(path), f"a {type(state).__name__} of more than tensors", "a state dict of tensors")
+    for key, value in state.items():
+        if not isinstance(key, str) or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            got = f"a sparse, quantized or empty tensor, or a name that is no string: {key!r}"
+            raise CheckpointError(str(path), got, "a state dict of plain tensors")
     return dict(state)
+
+
+# In this order: what is safe to read comes first.
+_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    WEIGHTS: _read_safetensors,
+    INDEX: _read_shards,
+    PICKLED: _read_pickled,
+    PICKLED_INDEX: _read_shards,
+}

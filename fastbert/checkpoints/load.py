@@ -90,7 +90,7 @@ def load(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError("dtype", dtype, "a floating dtype, or None for the checkpoint's own")
-    folder = Path(folder)
+    folder = files.checkpoint_folder(folder)
     raw_config = files.read_config(folder)
     if dtype is not None:  # transformers loads in what the config names; its versions before 5 say torch_dtype
         raw_config |= {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in raw_config}
