@@ -31,9 +31,9 @@ from workloads import workload
 from fastbert import assets
 from fastbert.checkpoints.load import save
 from fastbert.training import Settings, loop
-from fastbert.training.data import Sampler
 from fastbert.training.objectives import OBJECTIVES, Batch
 from fastbert.training.parallel import Processes
+from fastbert.training.sampler import Sampler
 
 SHORT, LONG = 1700, 300  # texts of Rotten Tomatoes and of IMDB
 BATCH_TEXTS = 32

@@ -26,9 +26,10 @@ from fastbert.assets import fetch
 from fastbert.backend import first_device
 from fastbert.ops.cross_entropy import IGNORED
 from fastbert.training import Settings, train
-from fastbert.training.data import Sampler, read_records
 from fastbert.training.loop import adamw, learning_rate
 from fastbert.training.objectives import OBJECTIVES, Batch
+from fastbert.training.records import read_records
+from fastbert.training.sampler import Sampler
 
 HELD_OUT = 1000
 SPLIT_SEED = 2018  # the split is the same for every seed of the training

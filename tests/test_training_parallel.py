@@ -21,9 +21,9 @@ from processes import PYTHON
 
 from fastbert.errors import ArgumentError
 from fastbert.training import Settings, train
-from fastbert.training.data import Sampler
 from fastbert.training.objectives import OBJECTIVES, Batch
 from fastbert.training.parallel import shares
+from fastbert.training.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 

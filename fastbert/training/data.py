@@ -1,87 +1,99 @@
-"""Training data: files to examples, and examples to batches of a fixed number of real tokens."""
+"""Files to examples: texts with labels, sentences with tags, documents."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from fastbert.errors import ArgumentError
-from fastbert.text import cut
-from fastbert.training.metrics import split_tag
+from fastbert.training.metrics import TAGS, odd_tag
+from fastbert.training.records import JSON, ending, has_records, read_lines, read_records
 
-WINDOW_BATCHES = 50  # lengths are sorted inside windows of this many batches: alike in a batch, random over an epoch
-RECORDS = (".csv", ".json", ".jsonl")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|[\r\n]+")
-CSV_FIELD_CHARACTERS = 2**31 - 1  # csv's own limit is 131072, and documents are longer
+CONLLU_COLUMNS = 10  # of them the second is the word and the fourth its part of speech
+CONLLU_NUMBER = re.compile(
+    r"\d+([-.]\d+)?"
+)  # of a word; 1-2 are two words written as one, 1.1 is one that is not written
+
+_Columns = tuple[int, list[str]]  # the number of a line, and what it has
+_Sentence = list[tuple[str, str, str]]  # of each word its place, for errors; the word; its tag
 
 
 def read_classified(path: Path) -> tuple[list[str], list[str]]:
-    """`(texts, labels)` of a .csv with the columns text and label, or JSON lines with those keys.
+    """`(texts, labels)`: the columns text and label of a .csv or .tsv, or these keys of JSON.
 
-    Other columns and keys are ignored. A label may be a string or an int.
+    Other columns and keys are ignored. A label may be a string or an int; spaces around it are no part of it.
 
     Raises:
-        ArgumentError: the file is missing or not UTF-8, has neither ending, or a row lacks a text or a label.
+        ArgumentError: the file is missing or not UTF-8, has another ending, or a row lacks a text or a label.
     """
     texts, labels = [], []
-    for number, record in read_records(path):
-        texts.append(_field(path, number, record, "text", str))
-        labels.append(str(_field(path, number, record, "label", (str, int))))
+    for place, record in read_records(path):
+        texts.append(_field(place, record, "text", str))
+        label = str(_field(place, record, "label", (str, int))).strip()
+        if not label:
+            raise ArgumentError(place, "an empty label", "a label in each row", "Fill it in, or leave the row out.")
+        labels.append(label)
     return _some(path, texts), labels
 
 
 def read_tagged(path: Path) -> tuple[list[list[str]], list[list[str]]]:
-    """`(sentences, tags)` of JSON lines with the keys tokens and tags, or of CoNLL columns (any other ending).
+    """`(sentences, tags)` of JSON with the keys tokens and tags, or of columns (any other ending but .csv).
 
-    Sentences without words are left out.
+    Sentences without words are left out. Tags are of the IOB kind (`metrics.split_tag`) or all without prefixes.
 
-    CoNLL columns: one word a line, the word first and its IOB tag last, whatever is between; an empty line ends a
-    sentence, and -DOCSTART- lines are no words.
+    Columns: a word a line, the word first and its tag last, whatever is between; an empty line ends a sentence.
+    -DOCSTART- lines are no words, nor are comments before a sentence (`# id 17`). Where the first column counts the
+    words of each sentence, the word is in the second; of CoNLL-U the tag is the universal part of speech.
 
     Raises:
-        ArgumentError: the file is missing or not UTF-8, a line has no tag, a tag is not O, B-TYPE or I-TYPE, or there
-            are not as many tags as tokens.
+        ArgumentError: the file is missing or not UTF-8, a line has no tag or other columns than the others, only some
+            tags have prefixes, or there are not as many tags as tokens.
     """
-    sentences, tags = (_read_tagged_records if path.suffix in (".json", ".jsonl") else _read_conll)(path)
-    return _some(path, [words for words in sentences if words]), [marks for marks in tags if marks]
+    if ending(path) == ".csv":
+        raise ArgumentError(str(path), "a .csv", "JSON lines (.jsonl) with tokens and tags, or CoNLL columns")
+    sentences = list(_read_tagged_records(path) if ending(path) in JSON else _read_columns(path))
+    places: dict[str, str] = {}  # of each tag, where it is first
+    for place, _, tag in chain.from_iterable(sentences):
+        places.setdefault(tag, place)
+    if (odd := odd_tag(places)) is not None:
+        raise ArgumentError(places[odd], f"tag {odd!r}", TAGS)
+    sentences = _some(path, [sentence for sentence in sentences if sentence])
+    return [[word for _, word, _ in words] for words in sentences], [[tag for *_, tag in words] for words in sentences]
 
 
 def read_documents(path: Path) -> list[str]:
-    """Documents: column text of a .csv, key text of JSON lines, else the lines of a text file. Empty ones are left out.
+    """Documents: the column text of a .csv or .tsv, the key text of JSON, else the lines of a text file.
+
+    Empty ones are left out.
 
     Raises:
         ArgumentError: the file is missing or not UTF-8, has no document, or a row lacks a text.
     """
-    if path.suffix in RECORDS:
-        documents = [_field(path, number, record, "text", str) for number, record in read_records(path)]
+    if has_records(path):
+        documents = [_field(place, record, "text", str) for place, record in read_records(path)]
     else:
-        documents = _lines(path)
+        documents = read_lines(path)
     return _some(path, [document for document in documents if document.strip()])
 
 
 def read_sentences(path: Path) -> list[list[str]]:
     """Documents as lists of sentences. Empty ones are left out.
 
-    Of a .csv (column text) or JSON lines (key text), a document a row, cut at the ends of lines and after `.`, `!` and
-    `?` before a space; of any other ending, a sentence a line, and an empty line between documents.
+    Of a .csv or .tsv (column text) or JSON (key text), a document a row, cut at the ends of lines and after `.`, `!`
+    and `?` before a space; of any other ending, a sentence a line, and an empty line between documents.
 
     Raises:
         ArgumentError: the file is missing or not UTF-8, has no sentence, or a row lacks a text.
     """
-    if path.suffix in RECORDS:
+    if has_records(path):
         documents = [SENTENCE_END.split(document) for document in read_documents(path)]
     else:
         documents = [[]]
-        for line in _lines(path):
+        for line in read_lines(path):
             if line.strip():
                 documents[-1].append(line)
             else:
@@ -90,148 +102,82 @@ def read_sentences(path: Path) -> list[list[str]]:
     return _some(path, [document for document in sentences if document])
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """`(line, record)` of a .csv with a header, or of JSON lines.
-
-    Raises:
-        ArgumentError: the file is missing, not UTF-8 or damaged, or has neither ending.
-    """
-    if path.suffix == ".csv":
-        csv.field_size_limit(CSV_FIELD_CHARACTERS)
-        rows = csv.DictReader(io.StringIO(_content(path), newline=""), strict=True)
-        try:
-            for record in rows:
-                yield rows.line_num, record
-        except csv.Error as error:
-            raise ArgumentError(
-                f"{path}, after line {rows.line_num}", str(error), "a CSV file with a header"
-            ) from error
-    elif path.suffix in (".json", ".jsonl"):
-        for number, line in enumerate(_lines(path), start=1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ArgumentError(f"{path}, line {number}", str(error), "a JSON object a line") from error
-                if not isinstance(record, dict):
-                    raise ArgumentError(f"{path}, line {number}", f"{line!r:.80}", "a JSON object a line")
-                yield number, record
-    else:
-        raise ArgumentError(str(path), f"the ending {path.suffix!r}", ".csv or .jsonl")
+def _read_tagged_records(path: Path) -> Iterator[_Sentence]:
+    for place, record in read_records(path):
+        words, tags = (_field(place, record, name, list) for name in ("tokens", "tags"))
+        for name, strings in (("tokens", words), ("tags", tags)):
+            if not all(isinstance(string, str) and string for string in strings):
+                raise ArgumentError(place, f"{name} {strings!r:.80}", "a list of strings that are not empty")
+        if len(words) != len(tags):
+            raise ArgumentError(place, f"{len(words)} tokens and {len(tags)} tags", "as many tags as tokens")
+        yield [(place, word, tag) for word, tag in zip(words, tags, strict=True)]
 
 
-@dataclass(frozen=True, eq=False)
-class Sampler:
-    """Which examples are in which batch: a pure function of the seed and the epoch, so a position is two numbers.
-
-    Each epoch is shuffled anew and cut into windows of `WINDOW_BATCHES` batches. A window is sorted by length, up and
-    down in turn, so that neighbours across its border are alike too; then the whole row is cut into batches of at most
-    `batch_tokens` tokens (a longer example is a batch of its own), and the batches are shuffled.
-
-    Attributes:
-        lengths: int64 `[examples]`, tokens of each.
-        batch_tokens: most tokens of a batch.
-        accumulate: batches of a step.
-        seed: of the shuffles.
-
-    Raises:
-        ArgumentError: `batch_tokens` or `accumulate` is not positive.
-    """
-
-    lengths: npt.NDArray[np.int64]
-    batch_tokens: int
-    accumulate: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_tokens", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(name, getattr(self, name), "a positive number")
-
-    def steps(self, epoch: int) -> list[list[list[int]]]:
-        """The steps of an epoch: `accumulate` batches each (the last may have fewer), a batch being rows."""
-        random = np.random.default_rng((self.seed, epoch))
-        order = random.permutation(len(self.lengths))
-        mean = max(float(self.lengths.mean()), 1.0) if len(order) else 1.0
-        window = max(1, round(WINDOW_BATCHES * self.batch_tokens / mean))
-        rows: list[int] = []
-        for i, start in enumerate(range(0, len(order), window)):
-            part = order[start : start + window]
-            part = part[np.argsort(self.lengths[part], kind="stable")]
-            rows += (part if i % 2 == 0 else part[::-1]).tolist()
-        batches = cut(rows, self.lengths, self.batch_tokens)
-        shuffled = [batches[i] for i in random.permutation(len(batches)).tolist()]
-        return [shuffled[i : i + self.accumulate] for i in range(0, len(shuffled), self.accumulate)]
-
-
-def _read_tagged_records(path: Path) -> tuple[list[list[str]], list[list[str]]]:
-    sentences: list[list[str]] = []
-    tags: list[list[str]] = []
-    for number, record in read_records(path):
-        for name, kept in (("tokens", sentences), ("tags", tags)):
-            strings = _field(path, number, record, name, list)
-            if not all(isinstance(string, str) for string in strings):
-                raise ArgumentError(f"{path}, line {number}", f"{name} {strings!r:.80}", "a list of strings")
-            kept.append(strings)
-        _check_tags(path, number, tags[-1])
-        if len(sentences[-1]) != len(tags[-1]):
-            got = f"{len(sentences[-1])} tokens and {len(tags[-1])} tags"
-            raise ArgumentError(f"{path}, line {number}", got, "as many tags as tokens")
-    return sentences, tags
-
-
-def _read_conll(path: Path) -> tuple[list[list[str]], list[list[str]]]:
-    if path.suffix == ".csv":
-        raise ArgumentError(str(path), "a .csv", "JSON lines (.jsonl) with tokens and tags, or CoNLL columns")
-    sentences: list[list[str]] = [[]]
-    tags: list[list[str]] = [[]]
-    for number, line in enumerate(_lines(path), start=1):
-        columns = [column for column in re.split("[ \t]", line) if column]  # other kinds of space are words' own
-        if not columns or columns[0] == "-DOCSTART-":
-            sentences.append([])
-            tags.append([])
-            continue
+def _read_columns(path: Path) -> Iterator[_Sentence]:
+    blocks = list(_without_comments(list(_blocks(path))))
+    lines = [line for block in blocks for line in block]
+    for number, columns in lines:
         if len(columns) < 2:
-            raise ArgumentError(f"{path}, line {number}", repr(line), "a word, then its tag in the last column")
-        _check_tags(path, number, columns[-1:])
-        sentences[-1].append(columns[0])
-        tags[-1].append(columns[-1])
-    return sentences, tags
+            raise ArgumentError(f"{path}, line {number}", repr(columns[0]), "a word, then its tag in the last column")
+        if len(columns) != len(lines[0][1]):
+            got, expected = f"{len(columns)} columns", f"{len(lines[0][1])}, as line {lines[0][0]} has"
+            raise ArgumentError(f"{path}, line {number}", got, expected)
+        if "" in columns:
+            raise ArgumentError(f"{path}, line {number}", f"{columns!r:.80}", "no empty column")
+    word, tag = 0, -1
+    if lines and all(len(row) == CONLLU_COLUMNS and CONLLU_NUMBER.fullmatch(row[0]) for _, row in lines):
+        blocks = [[(number, row) for number, row in block if row[0].isdecimal()] for block in blocks]
+        word, tag = 1, 3
+    elif all(len(row) > 2 and row[0] == str(i) for block in blocks for i, (_, row) in enumerate(block, start=1)):
+        word = 1
+    for block in blocks:
+        yield [(f"{path}, line {number}", columns[word], columns[tag]) for number, columns in block]
 
 
-def _check_tags(path: Path, number: int, tags: Sequence[str]) -> None:
-    for tag in tags:
-        try:
-            split_tag(tag)
-        except ArgumentError as error:
-            raise ArgumentError(f"{path}, line {number}", f"tag {error.got}", error.expected, error.mend) from error
+def _blocks(path: Path) -> Iterator[list[_Columns]]:
+    """The lines between empty ones."""
+    block: list[_Columns] = []
+    for number, line in enumerate(read_lines(path), start=1):
+        line = line.strip(" \t")  # other kinds of space are words' own
+        columns = [column.strip(" ") for column in line.split("\t")] if "\t" in line else re.split(" +", line)
+        if line and columns[0] != "-DOCSTART-":
+            block.append((number, columns))
+        elif block:
+            yield block
+            block = []
+    if block:
+        yield block
 
 
-def _field(path: Path, number: int, record: dict[str, Any], name: str, kind: Any) -> Any:
+def _without_comments(blocks: list[list[_Columns]]) -> Iterator[list[_Columns]]:
+    """The blocks without the lines that they begin with and that are comments: `# id 17`, `#end document`.
+
+    A word such as # or #tag has as many columns as other words, and a tag of their kind.
+    """
+    words = [columns for block in blocks for _, columns in block if not columns[0].startswith("#")]
+    sizes = {len(columns) for columns in words}
+    prefixed = all(odd_tag([columns[-1], "B-TYPE"]) is None for columns in words)
+    for block in blocks:
+        first = 0
+        for _, columns in block:
+            like_a_word = len(columns) in sizes and not (prefixed and odd_tag([columns[-1], "B-TYPE"]))
+            if like_a_word or not columns[0].startswith("#"):
+                break
+            first += 1
+        yield block[first:]
+
+
+def _field(place: str, record: dict[str, Any], name: str, kind: Any) -> Any:
     value = record.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         got = (
             f"{name} {value!r:.80}" if name in record else f"no {name}, only {', '.join(map(str, record)) or 'nothing'}"
         )
-        raise ArgumentError(f"{path}, line {number}", got, f"{name} in each row")
+        raise ArgumentError(place, got, f"{name} in each row")
     return value
 
 
-def _lines(path: Path) -> list[str]:
-    """Told apart by \\n alone, as the command line does: U+2028 and form feed are text."""
-    return [line.removesuffix("\r") for line in _content(path).split("\n")]
-
-
-def _content(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ArgumentError(str(path), str(error.strerror), "a file of training data") from error
-    except UnicodeDecodeError as error:
-        raise ArgumentError(str(path), str(error), "text in UTF-8", "Convert it: iconv -f latin1 -t utf8") from error
-
-
-def _some(path: Path, items: list[Any]) -> list[Any]:
+def _some(path: Path, items: Sequence[Any]) -> list[Any]:
     if not items:
         raise ArgumentError(str(path), "no examples", "at least one")
-    return items
+    return list(items)

@@ -32,9 +32,9 @@ from fastbert.checkpoints.files import replacing
 from fastbert.checkpoints.load import save
 from fastbert.errors import ArgumentError
 from fastbert.training.allocator import keep_freed_memory
-from fastbert.training.data import Sampler
 from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective, Task
 from fastbert.training.parallel import Parallel, Processes, joined, own_device, shares, spread
+from fastbert.training.sampler import Sampler
 from fastbert.training.word_gradient import WordGradient
 
 Schedule = Literal["linear", "cosine"]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from fastbert.errors import ArgumentError
 
 OUTSIDE = "O"
+MARKS = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S", "M": "I", "W": "S"}  # of IOB, BIOES, BILOU, BMEWO
+TAGS = "O, B-TYPE or I-TYPE (or E-TYPE, S-TYPE), or tags of which none has such a prefix"
+
+_PREFIXED = re.compile(f"[{''.join(MARKS)}]-.+")
+_MISSPELT = re.compile("[bi]-.+|[BI]_.+|[BI]-")
 
 
 class Chunk(NamedTuple):
@@ -45,28 +51,32 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
 
 
 def chunks(tags: Sequence[str]) -> list[Chunk]:
-    """The entities of one sentence's IOB tags, in order, by the rules of conlleval.
+    """The entities of one sentence's tags, in order, by the rules of conlleval.
 
-    An entity begins at B-, and at an I- that follows O, another type, or the sentence's beginning: so IOB1 and IOB2
-    are both read. It ends before O, before B-, and before another type.
+    An entity begins at B- and S-, and at an I- or E- that follows O, another type, an entity's end, or the sentence's
+    beginning: so IOB1, IOB2, IO and BIOES are all read. It ends before O, before B- and S-, before another type, and
+    after E- and S-.
 
     Raises:
-        ArgumentError: a tag is not O, B-TYPE or I-TYPE.
+        ArgumentError: a tag is none that `split_tag` splits.
     """
     found: list[Chunk] = []
-    start, kind = 0, ""  # of the entity we are in; "" outside
+    start, kind, ended = 0, "", False  # of the entity we are in; "" outside
     for i, tag in enumerate([*tags, OUTSIDE]):
         mark, new = split_tag(tag)
-        if kind and (mark == "B" or new != kind):
+        fresh = mark in ("B", "S") or new != kind or ended
+        if kind and fresh:
             found.append(Chunk(kind, start, i))
-        if new and (mark == "B" or new != kind):
+        if new and fresh:
             start = i
-        kind = new
+        kind, ended = new, mark in ("E", "S")
     return found
 
 
 def split_tag(tag: str) -> tuple[str, str]:
-    """`("B", "LOC")` of "B-LOC", `("I", "LOC")` of "I-LOC", `("O", "")` of "O".
+    """`("B", "LOC")` of "B-LOC", `("I", "LOC")` of "I-LOC", `("O", "")` of "O"; E for an end, S for a single word.
+
+    Other schemes' letters are read as these: L as E, U and W as S, M as I.
 
     Raises:
         ArgumentError: the tag is none of these.
@@ -74,9 +84,37 @@ def split_tag(tag: str) -> tuple[str, str]:
     if tag == OUTSIDE:
         return OUTSIDE, ""
     mark, _, kind = tag.partition("-")
-    if mark not in ("B", "I") or not kind:
-        raise ArgumentError("tag", repr(tag), "O, B-TYPE or I-TYPE", "Write the tags as IOB1 or IOB2.")
-    return mark, kind
+    if mark not in MARKS or not kind:
+        raise ArgumentError("tag", repr(tag), TAGS, "Write the tags as IOB1 or IOB2.")
+    return MARKS[mark], kind
+
+
+def odd_tag(tags: Iterable[str]) -> str | None:
+    """A tag that does not go with the others: some have prefixes, and it has none or one misspelt. None if all go.
+
+    Tags without any prefixes, such as parts of speech, go together.
+    """
+    tags = list(tags)
+    plain = [tag for tag in tags if tag != OUTSIDE and not _PREFIXED.fullmatch(tag)]
+    mixed = len(plain) + (OUTSIDE in tags) < len(set(tags))
+    return next((tag for tag in plain if mixed or not tag or _MISSPELT.fullmatch(tag)), None)
+
+
+def plain_mark(tags: Iterable[str]) -> str:
+    """What to put before all tags that a tagger knows to make them IOB's; "" where they are.
+
+    Without prefixes but with O among them, neighbours with the same tag are one entity, as "I-" says. Without O, as
+    with parts of speech, each word is one of its own: "B-".
+    """
+    tags = set(tags)
+    if all(tag == OUTSIDE or _PREFIXED.fullmatch(tag) for tag in tags):
+        return ""
+    return "I-" if OUTSIDE in tags else "B-"
+
+
+def marked(sentences: Sequence[Sequence[str]], mark: str) -> list[list[str]]:
+    """Tags of the IOB kind of tags whose `plain_mark` is `mark`."""
+    return [[tag if tag == OUTSIDE else mark + tag for tag in tags] for tags in sentences]
 
 
 def entity_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -220,7 +220,7 @@ class Classify(Objective):
 
 
 class Tag(Objective):
-    """An IOB tag for each word, read at its first piece."""
+    """A tag for each word, read at its first piece: of the IOB kind, or plain, such as a part of speech."""
 
     score = "f1"
 
@@ -228,14 +228,24 @@ class Tag(Objective):
         """What `read_tagged` reads."""
         sentences, tags = read_tagged(path)
         self.labels = self._order({tag for sentence in tags for tag in sentence})
+        if len(self.labels) < 2:
+            raise ArgumentError(str(path), f"one tag, {self.labels[0]!r}", "at least two different tags")
         examples = self._examples(sentences, tags)
         numbers = {label: i for i, label in enumerate(self.labels)}
         flat = np.array([*(numbers[tag] for sentence in tags for tag in sentence), IGNORED], dtype=np.int64)
         return Examples(examples.tokens, flat[examples.words], tags, examples.words)  # flat[-1] is IGNORED
 
     def read_validation(self, path: Path) -> Examples:
-        """What `read_tagged` reads; tags that the training file lacks count as missed."""
-        return self._examples(*read_tagged(path))
+        """What `read_tagged` reads; tags that the training file lacks count as missed.
+
+        Raises:
+            ArgumentError: see `read_tagged`; or the tags are of the IOB kind in only one of the files.
+        """
+        sentences, tags = read_tagged(path)
+        found = {tag for sentence in tags for tag in sentence}
+        if (odd := metrics.odd_tag([*self.labels, *sorted(found)])) is not None:
+            raise ArgumentError(str(path), f"tags beside {odd!r}", "tags of the training file's kind")
+        return self._examples(sentences, tags)
 
     def model(self) -> HeadModel:
         """A token classifier; the checkpoint's own head if it has these tags."""
@@ -250,7 +260,7 @@ class Tag(Objective):
         return Batch(ids, types, self._packing(examples, rows), labels)
 
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
-        """`f1`, `precision` and `recall` of entities, and the words' `accuracy`."""
+        """`f1`, `precision` and `recall` of entities, and the words' `accuracy`; all one where each word has a tag."""
         assert examples.words is not None
         flat = [""] * sum(map(len, examples.gold))
         for rows in batches(examples.tokens.lengths, batch_tokens):
@@ -259,7 +269,9 @@ class Tag(Objective):
             for word, label in zip(words[words >= 0].tolist(), best[words >= 0].tolist(), strict=True):
                 flat[word] = self.labels[label]
         remaining = iter(flat)
-        return metrics.entity_scores(examples.gold, [[next(remaining) for _ in tags] for tags in examples.gold])
+        predicted = [[next(remaining) for _ in tags] for tags in examples.gold]
+        mark = metrics.plain_mark(self.labels)
+        return metrics.entity_scores(*(metrics.marked(sentences, mark) for sentences in (examples.gold, predicted)))
 
     def _examples(self, sentences: list[list[str]], tags: list[list[str]]) -> Examples:
         encoded = self.tokenizer.encode_words(sentences, self.max_length)
