@@ -29,7 +29,7 @@ from fastbert.packing import Packing
 from fastbert.quantization import in_int8, quantize
 from fastbert.reference import Pooling
 from fastbert.text import Text, Tokenizer, Tokens, batches, word_spans
-from fastbert.training.metrics import chunks, split_tag
+from fastbert.training.metrics import TAGS, chunks, marked, odd_tag, plain_mark
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -398,7 +398,7 @@ def tag(
 
 @dataclass(frozen=True, eq=False)
 class TextTagger(_Holder):
-    """A token classifier of IOB tags and its tokenizer, loaded once to be used often.
+    """A token classifier and its tokenizer, loaded once to be used often.
 
     Attributes:
         model: in eval mode.
@@ -420,14 +420,12 @@ class TextTagger(_Holder):
 
         Raises:
             ArgumentError: `dtype` is none of these.
-            CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier of IOB tags.
+            CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier of tags that go
+                together (`training.metrics.odd_tag`).
         """
         model = _with_trained_head(BertForTokenClassification, folder, dtype, device)
-        try:
-            for label in model.head_config.labels:
-                split_tag(label)
-        except ArgumentError as error:
-            raise CheckpointError(str(folder), f"the tag {error.got}", error.expected) from error
+        if (odd := odd_tag(model.head_config.labels)) is not None:
+            raise CheckpointError(str(folder), f"the tag {odd!r}", TAGS)
         return cls(model, Tokenizer.from_folder(folder))
 
     def tag(
@@ -436,7 +434,8 @@ class TextTagger(_Holder):
         """The entities of each text, in the order of `texts`, and those of a text in its order.
 
         A word has the tag of its first piece (`text.word_spans` says what a word is). Tags become entities by the rules
-        of conlleval. A text longer than `max_length` is read in windows that overlap.
+        of conlleval. Where tags have no prefixes, each word is an entity, as with parts of speech; but with O among
+        them, neighbours of one tag are one. A text longer than `max_length` is read in windows that overlap.
 
         Args:
             texts: strings.
@@ -460,7 +459,7 @@ class TextTagger(_Holder):
                 best, label = out.logits.float().softmax(1).cpu().max(1)
                 at = encoded.tokens.take(encoded.words, rows)
                 tags[at[at >= 0]], scores[at[at >= 0]] = label.numpy()[at >= 0], best.numpy()[at >= 0]
-        labels = self.model.head_config.labels
+        [labels] = marked([self.model.head_config.labels], plain_mark(self.model.head_config.labels))
         found: list[list[Entity]] = []
         first = 0
         for text, places in zip(texts, spans, strict=True):
