@@ -20,6 +20,7 @@ from fastbert.encoder import Encoder, EncoderLayer
 from fastbert.native.int8 import Int8Rows
 from fastbert.native.layout import laid_out_together
 from fastbert.native.machine import Machine, multiplies_well
+from fastbert.native.memory import room
 from fastbert.ops.common import native_machine, runs_bare
 from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
@@ -98,7 +99,7 @@ class LaidOut(ABC):
         if read is not None:
             Program(launches).run()
             launches, context, states = [], context.index_select(0, read), states.index_select(0, read)
-        out = torch.empty_like(states)
+        out = room(states.shape, states.dtype)
         Program(launches + self._transform(self.config.num_layers - 1, context, states, out)).run()
         return out
 
@@ -115,7 +116,8 @@ class LaidOut(ABC):
         from fastbert.native.code import Program
 
         with torch.inference_mode(False):  # what is made inside could not be written to outside
-            own, cu_seqlens, out = torch.empty_like(x), torch.empty_like(packing.cu_seqlens), torch.empty_like(x)
+            own, out = room(x.shape, x.dtype), room(x.shape, x.dtype)
+            cu_seqlens = room(packing.cu_seqlens.shape, torch.int32)
         launches, states = self._before_last_transform(own, cu_seqlens, packing.max_seqlen)
         launches += self._transform(self.config.num_layers - 1, self._context(x), states, out)
         return _Run(own, cu_seqlens, out, Program(launches))

@@ -89,7 +89,7 @@ class Packing:
         Args:
             lengths: one non-negative int per sequence; a list, or an integer tensor `[batch]`.
             seqlen: width of the padded grid; the longest length by default.
-            device: where the index tensors live; the device of `lengths` if it is a tensor, else the CPU.
+            device: where the index tensors live; the device of `lengths` if it is a tensor, else the default one.
 
         Raises:
             ArgumentError: a length is negative or longer than `seqlen`, or `lengths` is not a row of ints.
@@ -107,10 +107,13 @@ class Packing:
         for i, length in enumerate(lengths):
             if not 0 <= length <= width:
                 raise ArgumentError(f"lengths[{i}]", length, f"an int between 0 and seqlen={width}")
-        on_host = torch.tensor(lengths, dtype=torch.int64)
-        firsts = torch.arange(len(lengths), dtype=torch.int64) * width
+        if device is None:
+            device = torch.get_default_device()
+        on_host = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        firsts = torch.arange(len(lengths), device="cpu") * width
         ends = on_host.cumsum(0)
-        indices = torch.arange(int(sum(lengths))) + torch.repeat_interleave(firsts - (ends - on_host), on_host)
+        row = torch.arange(int(sum(lengths)), device="cpu")
+        indices = row + torch.repeat_interleave(firsts - (ends - on_host), on_host)
         cu_seqlens = _cumulate(on_host.to(torch.int32))
         return cls(cu_seqlens.to(device), max_seqlen, indices.to(device), (len(lengths), width))
 
@@ -258,9 +261,9 @@ class Block:
     @classmethod
     def of(cls, first: int, begin: int, lengths: list[int], device: torch.device) -> Block:
         """The block of sequences of these lengths, none of them 0, at this place of a packing."""
-        size = torch.tensor(lengths)[:, None]
+        size = torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
         seqlen = max(*lengths, NARROWEST)
-        column = torch.arange(seqlen)
+        column = torch.arange(seqlen, device="cpu")
         rows = begin + size.cumsum(0) - size + torch.minimum(column, size - 1)
         is_token = column < size
         places = is_token.flatten().nonzero().flatten()

@@ -187,16 +187,20 @@ def keep_mask(
         seed: int64, one element.
         row, column, head, sequence: int64 tensors (or ints) that broadcast together.
     """
-    x, key = row_words(seed, row, torch.as_tensor(head), torch.as_tensor(sequence))
+    x, key = row_words(seed, row, _beside(seed, head), _beside(seed, sequence))
     word = _fold(x ^ (column // 2), key)
     return ((word >> (column % 2 * 16)) & 0xFFFF) >= drop_threshold(dropout)
+
+
+def _beside(seed: Tensor, number: Tensor | int) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.int64, device=seed.device)
 
 
 def keep_pairs(
     seed: Tensor, row: Tensor, pair: Tensor, dropout: float, *, head: Tensor | int = 0, sequence: Tensor | int = 0
 ) -> Tensor:
     """`keep_mask` of the columns `2 * pair` and `2 * pair + 1`, which share a word: bool, `[2]` more at the end."""
-    x, key = row_words(seed, row, torch.as_tensor(head), torch.as_tensor(sequence))
+    x, key = row_words(seed, row, _beside(seed, head), _beside(seed, sequence))
     draws = _fold(x ^ pair, key)[..., None].to(torch.int32).view(torch.int16)
     shifted = draws.bitwise_xor_(-(2**15))  # torch compares no unsigned integers; this keeps their order
     return shifted >= drop_threshold(dropout) - 2**15

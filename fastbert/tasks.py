@@ -346,7 +346,7 @@ class TextClassifier(_Holder):
                 f"{full} texts fill max_length={max_length} tokens; what is beyond was not read", stacklevel=2
             )
         labels = self.model.head_config.labels
-        probabilities = torch.empty(len(tokens.lengths), len(labels))
+        probabilities = torch.empty((len(tokens.lengths), len(labels)), dtype=torch.float32, device="cpu")
         with hold_weights(self.layouts):
             for rows, _, out in _outputs(self.model, tokens, batch_tokens, "classifying" if progress else None):
                 probabilities[rows] = out.logits.float().softmax(1).cpu()

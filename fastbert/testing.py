@@ -56,9 +56,9 @@ def _errors(x: Tensor, exact: Tensor, infinite: Tensor) -> Tensor:
 
 def random_lengths(batch: int, longest: int, generator: torch.Generator) -> list[int]:
     """`batch` lengths between 1 and `longest`, one of them `longest`, in random order."""
-    lengths = torch.randint(1, longest + 1, (batch,), generator=generator)
+    lengths = torch.randint(1, longest + 1, (batch,), generator=generator, device=generator.device)
     if batch:
-        lengths[torch.randint(batch, (1,), generator=generator)] = longest
+        lengths[torch.randint(batch, (1,), generator=generator, device=generator.device)] = longest
     return [int(length) for length in lengths]
 
 

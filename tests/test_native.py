@@ -16,7 +16,6 @@ from fastbert.native import layout as native_layout
 from fastbert.native import linear as native_linear
 from fastbert.native import linear_int8 as native_linear_int8
 from fastbert.native import pooling as native_pooling
-from fastbert.native import row_wise as row_wise_module
 from fastbert.native import weight_gradient as native_weight_gradient
 from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.native.machine import Machine, host
@@ -382,10 +381,7 @@ def test_nothing_is_written_past_a_row(width, machine, generator):
         alone = quantized(machine, x[row : row + 1])
         assert torch.equal(alone.values[0], made.values[row])
     values = torch.full((2, width), 77, dtype=torch.uint8)
-    steps = row_wise_module.Steps(torch.float32, False, None, None, row_wise_module.Finish(width, False, None, True))
-    scratch, scale = torch.empty(64), torch.empty(2)
-    arguments = (x, 1, None, None, None, None, 0, scratch, None, values, scale, scale[1:])
-    row_wise_module._kernel(machine, steps)(1, *arguments).run()
+    row_wise(machine, x[:1], out_int8=Int8Rows(values, torch.empty(1), torch.empty(1))).run()
     assert torch.equal(values[0], made.values[0]) and (values[1] == 77).all()
 
 

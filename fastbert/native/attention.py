@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastbert.native.code import F32, I16, I32, Code, Kernel, Launch, Value, compiled, float_bits
 from fastbert.native.machine import Machine
+from fastbert.native.memory import INT32, PerWorker, located
 
 PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
 
@@ -36,10 +37,18 @@ def attention_forward(
     columns = -(-head_dim // machine.lanes) * machine.lanes
     # the transposed keys, the values, the queries and the scores
     worker_bytes = 4 * (2 * width * columns + _rows(machine) * (columns + width))
-    scratch = torch.empty(torch.get_num_threads() * worker_bytes, dtype=torch.uint8)
-    tasks = (len(cu_seqlens) - 1) * heads
+    batch = len(cu_seqlens) - 1
     kernel = _kernel(machine, head_dim, qkv.dtype)
-    return kernel(tasks, qkv, out, cu_seqlens, scratch, worker_bytes, heads, float_bits(scale * math.log2(math.e)))
+    return kernel(
+        batch * heads,
+        located("qkv", qkv, machine.dtypes, qkv.numel()),
+        located("out", out, (qkv.dtype,), qkv.numel() // 3),
+        located("cu_seqlens", cu_seqlens, INT32, batch + 1),
+        PerWorker(worker_bytes),
+        worker_bytes,
+        heads,
+        float_bits(scale * math.log2(math.e)),
+    )
 
 
 def _rows(machine: Machine) -> int:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -18,7 +19,9 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from fastbert.native import guards
 from fastbert.native.machine import Machine, openmp
+from fastbert.native.memory import PerWorker, Place, room
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = ir.PointerType()
@@ -428,24 +431,42 @@ def float_bits(number: float) -> int:
     return ctypes.c_uint32.from_buffer(ctypes.c_float(number)).value
 
 
-class Launch:
-    """A kernel's tasks and its arguments, for a `Program` to run. It keeps the memory that tensors among them have."""
+# What a kernel is called with: numbers, places, and None for what no step reads.
+Argument = Place | PerWorker | int | None
 
-    def __init__(self, kernel: Kernel, tasks: int, arguments: Sequence[Tensor | int | None]) -> None:
+
+class Launch:
+    """A kernel's tasks and its arguments, for a `Program` to run. It keeps the memory that they are alive."""
+
+    def __init__(self, kernel: Kernel, tasks: int, arguments: Sequence[Argument]) -> None:
         self.kernel, self.tasks, self.arguments = kernel, tasks, arguments
         # What a worker reads: the next task, the next thread's number, how many tasks; then the arguments.
         self.fields = (ctypes.c_int64 * (3 + len(arguments)))(0, 0, tasks, *map(_integer, arguments))
+        # Of the memory for each worker: where its address is to be written, and how large it is.
+        self.scratch = [
+            (self.fields, 3 + i, argument.size)
+            for i, argument in enumerate(arguments)
+            if isinstance(argument, PerWorker)
+        ]
 
     def run(self) -> None:
         """Run it alone."""
         Program([self]).run()
 
 
-def _integer(argument: Tensor | int | None) -> int:
-    """The argument as a kernel gets it: the address of a tensor's first element, 0 for None, which no step reads."""
-    if argument is None:
-        return 0
-    return argument.data_ptr() if isinstance(argument, Tensor) else argument
+def _integer(argument: Argument) -> int:
+    """The argument as a kernel gets it; 0 for None, and for what the `Program` fills in."""
+    if isinstance(argument, tuple):
+        return argument.address if isinstance(argument, Place) else 0
+    return argument or 0
+
+
+def _give(threads: int, wanted: Sequence[tuple[Any, int, int]]) -> Tensor:
+    """Memory for each of so many threads; launches that run one after another, of which it is wanted, share it."""
+    memory = room([threads * max(size for _, _, size in wanted)], torch.uint8)
+    for fields, i, _ in wanted:
+        fields[i] = memory.data_ptr()
+    return memory
 
 
 @dataclass(frozen=True)
@@ -453,14 +474,18 @@ class Kernel:
     """Machine code of a kernel.
 
     Attributes:
+        name: what it is called in messages.
         address: of `worker(int64 *fields)`, which takes tasks until there are none.
         engine: keeps the code alive.
+        parameters: names of the arguments.
     """
 
+    name: str
     address: int
     engine: Any
+    parameters: Sequence[str]
 
-    def __call__(self, tasks: int, *arguments: Tensor | int | None) -> Launch:
+    def __call__(self, tasks: int, *arguments: Argument) -> Launch:
         """Tasks 0 to `tasks`; the arguments in the order of the parameters."""
         return Launch(self, tasks, arguments)
 
@@ -469,18 +494,30 @@ class Program:
     """Launches that follow one another: the tasks of each begin when all of the one before are done.
 
     A run is a single call on torch's threads, so that short launches cost little. It may run often, but not in two
-    threads at once.
+    threads at once. How many threads there are is settled when it is made, with the memory that they work in.
     """
 
     def __init__(self, launches: Sequence[Launch]) -> None:
         self.launches = launches
         threads = min(max((launch.tasks for launch in launches if launch.tasks), default=1), torch.get_num_threads())
+        wanted = zip_longest(*(launch.scratch for launch in launches))
+        self._scratch = [_give(threads, [one for one in some if one is not None]) for some in wanted]
         addresses = [x for one in launches for x in (one.kernel.address, ctypes.addressof(one.fields))]
         self._fields = (ctypes.c_int64 * (2 + len(addresses)))(len(launches), threads, *addresses)
 
     def run(self) -> None:
         """Run them all."""
         _driver()(self._fields)
+        if guards.ON:
+            self._verify()
+
+    def _verify(self) -> None:
+        for launch in self.launches:
+            for parameter, argument in zip(launch.kernel.parameters, launch.arguments, strict=True):
+                if isinstance(argument, Place):
+                    guards.verify(f"{launch.kernel.name}: {parameter}", argument.owner)
+        for scratch in self._scratch:
+            guards.verify("scratch", scratch)
 
 
 # What runs a `Program`: %program is how many launches there are, on how many threads, and of each launch the address of
@@ -600,4 +637,4 @@ def compiled(machine: Machine, name: str, parameters: Sequence[str], body: Calla
     passes.getModulePassManager().run(parsed, passes)
     engine = llvm.create_mcjit_compiler(parsed, target_machine)
     engine.finalize_object()
-    return Kernel(engine.get_function_address(name), engine)
+    return Kernel(name, engine.get_function_address(name), engine, parameters)

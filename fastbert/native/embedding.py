@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.native.code import I64, Code, Kernel, Launch, Value, compiled, float_bits
+from fastbert.native.code import I64, Code, Kernel, Launch, Value, compiled
 from fastbert.native.machine import Machine
+from fastbert.native.memory import INT64, PerWorker, located, located_or_none
 from fastbert.native.row_wise import ROWS, Finish, Reader, load_states, over_rows
 
 PARAMETERS = (
@@ -49,7 +50,6 @@ def embedding(
         out: contiguous `[rows, width]`, in the dtype of `word` <- the result.
     """
     rows, width = out.shape
-    norm_weight, norm_bias, eps = norm
     steps = Steps(
         word.dtype,
         position.dtype,
@@ -57,21 +57,21 @@ def embedding(
         token_type_ids is not None,
         Finish(width, norm=True, out=out.dtype, int8=False),
     )
-    scratch = torch.empty(torch.get_num_threads(), steps.finish.scratch_width)
+    read, written = steps.finish.places(rows, norm, out, None)
+    tables = (
+        located(name, table, machine.dtypes, len(table) * width)
+        for name, table in (("word", word), ("position", position), ("token_type", token_type))
+    )
     return _kernel(machine, steps)(
         -(-rows // ROWS),
-        input_ids,
-        position_ids,
-        token_type_ids,
+        located("input_ids", input_ids, INT64, rows),
+        located("position_ids", position_ids, INT64, rows),
+        located_or_none("token_type_ids", token_type_ids, INT64, rows),
         rows,
-        word,
-        position,
-        token_type,
-        norm_weight,
-        norm_bias,
-        float_bits(eps),
-        scratch,
-        out,
+        *tables,
+        *read,
+        PerWorker(steps.finish.scratch_width * 4),
+        written[0],
     )
 
 

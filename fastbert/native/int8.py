@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.native.layout import COLUMNS, laid_out
+from fastbert.native.memory import FLOAT32, INT8, UINT8, Place, located, room
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,20 +27,22 @@ class Int8Rows:
     @classmethod
     def empty(cls, rows: int, width: int) -> Int8Rows:
         """Room for them."""
-        scale, zero = torch.empty(2, rows)
-        return cls(torch.empty(rows, width, dtype=torch.uint8), scale, zero)
+        return cls(room((rows, width), torch.uint8), room((rows,), torch.float32), room((rows,), torch.float32))
 
-    @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def places(self, name: str, rows: int, width: int) -> tuple[Place, Place, Place]:
         """Values, scale and zero, as a kernel takes them."""
-        return self.values, self.scale, self.zero
+        return (
+            located(f"{name}_values", self.values, UINT8, rows * width),
+            located(f"{name}_scale", self.scale, FLOAT32, rows),
+            located(f"{name}_zero", self.zero, FLOAT32, rows),
+        )
 
     def floats(self) -> Tensor:
         """What they stand for, float32 `[rows, width]`."""
         return self.scale[:, None] * (self.values.float() - self.zero[:, None])
 
 
-# `Int8Rows.parts` of none.
+# `Int8Rows.places` of none.
 NO_ROWS = (None, None, None)
 
 
@@ -65,6 +68,15 @@ class Int8Matrix:
         values = (exact / scale[:, None]).round().to(torch.int8)
         total = scale * values.sum(1, dtype=torch.int32)
         return cls(laid_out(values), scale, total)
+
+    def places(self, words: int, width: int) -> tuple[Place, Place, Place]:
+        """Values, scale and sum, as a kernel takes them."""
+        blocks = -(-width // COLUMNS)
+        return (
+            located("weight", self.values, INT8, blocks * words * COLUMNS * 4),
+            located("weight_scale", self.scale, FLOAT32, width),
+            located("weight_sum", self.sum, FLOAT32, width),
+        )
 
     def plain(self) -> Tensor:
         """The values as `[in, out]`, the inputs filled up to a multiple of 4."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastbert.native.memory import room
 
 # Outputs of a product that are made together: two vectors of sums with AVX-512.
 COLUMNS = 32
@@ -25,7 +26,7 @@ def laid_out_together(weights: Sequence[Tensor]) -> list[Tensor]:
     sizes = [
         (len(weight) + -len(weight) % COLUMNS) * (weight.shape[1] + -weight.shape[1] % inputs) for weight in weights
     ]
-    parts = torch.empty(sum(sizes), dtype=weights[0].dtype).split(sizes)
+    parts = room([sum(sizes)], weights[0].dtype).split(sizes)
     made = []
     for weight, part in zip(weights, parts, strict=True):
         one = laid_out(weight)

@@ -18,6 +18,7 @@ from fastbert.config import Activation
 from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
 from fastbert.native.layout import COLUMNS
 from fastbert.native.machine import Machine
+from fastbert.native.memory import located, located_or_none
 from fastbert.native.row_wise import activated, load_states
 
 # Rows at a time; with two vectors each they take half of the registers.
@@ -69,7 +70,18 @@ def linear(
     group_rows = max(GROUP_BYTES // (4 * words * at_once), 1) * at_once
     kernel = _kernel(machine, Steps(x.dtype, words, width, at_once, activation, residual is not None))
     next_weight = weight[0].nbytes * torch.get_num_threads()
-    return kernel(-(-rows // group_rows) * blocks, x, rows, group_rows, weight, next_weight, bias, residual, out)
+    dtypes = (x.dtype,)
+    return kernel(
+        -(-rows // group_rows) * blocks,
+        located("x", x, machine.dtypes, rows * words * 4 // x.itemsize),
+        rows,
+        group_rows,
+        located("weight", weight, dtypes, -(-width // COLUMNS) * words * COLUMNS * 4 // x.itemsize),
+        next_weight,
+        located("bias", bias, dtypes, width),
+        located_or_none("residual", residual, dtypes, rows * width),
+        located("out", out, dtypes, rows * width),
+    )
 
 
 @cache

@@ -20,11 +20,12 @@ from llvmlite import ir
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled, float_bits
-from fastbert.native.int8 import NO_ROWS, Int8Matrix, Int8Rows
+from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
+from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.native.layout import COLUMNS
 from fastbert.native.linear import column_counts, in_columns
 from fastbert.native.machine import Machine
+from fastbert.native.memory import FLOAT32, PerWorker, located, located_or_none, room
 from fastbert.native.row_wise import Finish, activated, finish, load_states, row_wise
 
 # Most rows at a time; with two vectors of outputs they are 24 sums of 32 registers.
@@ -87,38 +88,32 @@ def linear_int8(
     rows, width, words = x.values.shape[0], weight.scale.shape[0], weight.values.shape[1]
     threads = torch.get_num_threads()
     residual_dtype = None if residual is None else residual.dtype
+    rows_in, matrix = x.places("x", rows, 4 * words), weight.places(words, width)
+    added = located("bias", bias, FLOAT32, width), located_or_none("residual", residual, machine.dtypes, rows * width)
     if 0 < rows <= FEW_ROWS * threads:
-        product = torch.empty(rows, width)
+        product = room((rows, width), torch.float32)
         few = FewSteps(words, width, _rows_at_once(rows), activation, residual_dtype)
         return [
             _few_kernel(machine, few)(
-                weight.values.shape[0], *x.parts, rows, weight.values, weight.scale, weight.sum, bias, residual, product
+                weight.values.shape[0], *rows_in, rows, *matrix, *added, located("out", product, FLOAT32, rows * width)
             ),
             row_wise(machine, product, norm=norm, out=out, out_int8=out_int8),
         ]
     parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     tasks = -(-max(rows, 1) // (TASK_ROWS * threads)) * threads  # as many for each thread
     task_rows = -(-max(rows, 1) // (tasks * MOST_ROWS)) * MOST_ROWS
-    copy = torch.empty(threads, TASK_ROWS, words + GAP)
-    scratch = torch.empty(threads, TASK_ROWS, parts.scratch_width)
-    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    read, written = parts.places(rows, norm, out, out_int8)
     launch = _kernel(machine, Steps(words, activation, residual_dtype, parts))(
         -(-rows // task_rows),
-        *x.parts,
+        *rows_in,
         rows,
         task_rows,
-        weight.values,
-        weight.scale,
-        weight.sum,
-        bias,
-        residual,
-        norm_weight,
-        norm_bias,
-        float_bits(eps),
-        copy,
-        scratch,
-        out,
-        *(NO_ROWS if out_int8 is None else out_int8.parts),
+        *matrix,
+        *added,
+        *read,
+        PerWorker(TASK_ROWS * (words + GAP) * 4),
+        PerWorker(TASK_ROWS * parts.scratch_width * 4),
+        *written,
     )
     return [launch]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
 from fastbert.native.machine import Machine
+from fastbert.native.memory import FLOAT32, INT32, located
 from fastbert.native.row_wise import load_states, over_columns
 from fastbert.reference import Pooling
 
@@ -41,7 +42,13 @@ def pool_forward(
         out: contiguous float32 `[batch, width]` <- the result.
     """
     kernel = _kernel(machine, Steps(x.dtype, x.shape[1], how, normalise))
-    return kernel(len(cu_seqlens) - 1, x, cu_seqlens, out)
+    batch = len(cu_seqlens) - 1
+    return kernel(
+        batch,
+        located("x", x, machine.dtypes, x.numel()),
+        located("cu_seqlens", cu_seqlens, INT32, batch + 1),
+        located("out", out, FLOAT32, batch * x.shape[1]),
+    )
 
 
 @cache

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.code import F32, I16, Code, Kernel, Launch, Value, compiled, float_bits
+from fastbert.native.code import F32, I16, Argument, Code, Kernel, Launch, Value, compiled, float_bits
 from fastbert.native.int8 import NO_ROWS, Int8Rows
 from fastbert.native.machine import Machine
+from fastbert.native.memory import FLOAT32, PerWorker, located, located_or_none
 
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16
@@ -43,6 +44,20 @@ class Finish(NamedTuple):
     def scratch_width(self) -> int:
         """float32 of a row, filled up to whole vectors."""
         return -(-self.width // 16) * 16
+
+    def places(
+        self, rows: int, norm: tuple[Tensor, Tensor, float] | None, out: Tensor | None, out_int8: Int8Rows | None
+    ) -> tuple[tuple[Argument, ...], tuple[Argument, ...]]:
+        """What `finish` reads, norm_weight, norm_bias and eps, and what it writes, from out to out_zero."""
+        weight, bias, eps = norm or (None, None, 0.0)
+        return (
+            located_or_none("norm_weight", weight, FLOAT32, self.width),
+            located_or_none("norm_bias", bias, FLOAT32, self.width),
+            float_bits(eps),
+        ), (
+            located_or_none("out", out, () if self.out is None else (self.out,), rows * self.width),
+            *(NO_ROWS if out_int8 is None else out_int8.places("out", rows, self.width)),
+        )
 
 
 class Steps(NamedTuple):
@@ -79,20 +94,16 @@ def row_wise(
     rows, width = x.shape
     parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     steps = Steps(x.dtype, bias is not None, activation, None if residual is None else residual.dtype, parts)
-    scratch = torch.empty(torch.get_num_threads(), parts.scratch_width)
-    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    read, written = parts.places(rows, norm, out, out_int8)
     return _kernel(machine, steps)(
         -(-rows // ROWS),
-        x,
+        located("x", x, machine.dtypes, rows * width),
         rows,
-        bias,
-        residual,
-        norm_weight,
-        norm_bias,
-        float_bits(eps),
-        scratch,
-        out,
-        *(NO_ROWS if out_int8 is None else out_int8.parts),
+        located_or_none("bias", bias, FLOAT32, width),
+        located_or_none("residual", residual, machine.dtypes, rows * width),
+        *read,
+        PerWorker(parts.scratch_width * 4),
+        *written,
     )
 
 
@@ -145,7 +156,7 @@ def over_columns(
 
 
 def load_states(code: Code, name: str, dtype: torch.dtype, place: Value, count: int) -> Value:
-    """float32 of the first `count` elements from number `place` on of an argument, the other lanes 0."""
+    """float32 of the first `count` elements from number `located` on of an argument, the other lanes 0."""
     start = code[name] + place * dtype.itemsize
     if dtype == torch.bfloat16:
         return code.from_bfloat16(code.load_first(start, I16, count, code.lanes))

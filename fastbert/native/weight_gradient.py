@@ -10,12 +10,12 @@ from __future__ import annotations
 from functools import cache, partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastbert.native.code import F32, Code, Kernel, Launch, Value, compiled
 from fastbert.native.layout import COLUMNS
 from fastbert.native.machine import Machine
+from fastbert.native.memory import FLOAT32, PerWorker, located
 
 # Outputs at a time; with two vectors of inputs each they take half of the registers.
 OUTPUTS = 8
@@ -45,8 +45,15 @@ def weight_gradient(machine: Machine, x: Tensor, dout: Tensor, dweight: Tensor) 
     """
     outputs, inputs = dweight.shape
     tasks = -(-inputs // TASK_INPUTS) * -(-outputs // TASK_OUTPUTS)
-    scratch = torch.empty(torch.get_num_threads(), CHUNK, TASK_INPUTS + TASK_OUTPUTS)
-    return _kernel(machine, Steps(inputs, outputs))(tasks, x, dout, len(x), scratch, dweight)
+    rows = len(x)
+    return _kernel(machine, Steps(inputs, outputs))(
+        tasks,
+        located("x", x, FLOAT32, rows * inputs),
+        located("dout", dout, FLOAT32, rows * outputs),
+        rows,
+        PerWorker(4 * CHUNK * (TASK_INPUTS + TASK_OUTPUTS)),
+        located("dweight", dweight, FLOAT32, outputs * inputs),
+    )
 
 
 @cache

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
+from fastbert.native.memory import room
 from fastbert.ops.common import check_dropout, check_parameter, check_rows, launched, native_machine, wants_gradient
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import check_eps, normalise
@@ -136,7 +137,7 @@ def _embedding_torch(
     if machine is not None and dropout == 0.0 and not wants_gradient(word, position, token_type, weight, bias):
         from fastbert.native import embedding as kernel
 
-        out = word.new_empty(len(input_ids), word.shape[1])
+        out = room((len(input_ids), word.shape[1]), word.dtype)
         kernel.embedding(
             machine,
             input_ids.contiguous(),

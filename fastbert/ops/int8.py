@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastbert.config import Activation
 from fastbert.native.int8 import Int8Matrix, Int8Rows
+from fastbert.native.memory import room
 from fastbert.ops.common import check_rows, native_machine
 
 _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -68,7 +69,7 @@ def linear_int8(
         from fastbert.native.code import Program
 
         shape = rows, len(weight.scale)
-        made = torch.empty(shape, dtype=dtype) if out else None
+        made = room(shape, dtype) if out else None
         quantized = Int8Rows.empty(*shape) if int8 else None
         launches = kernel.linear_int8(
             machine, x, weight, bias, activation=activation, residual=residual, norm=norm, out=made, out_int8=quantized

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastbert.native.layout import laid_out
 from fastbert.native.machine import Machine, multiplies_well
+from fastbert.native.memory import room
 from fastbert.ops.common import check_linear, native_machine, observed, onednn_fuses, wants_gradient
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class Layouts:
         with torch.no_grad():
             sample = [parameter.reshape(-1)[:8] for parameter in parameters if parameter.dim() > 1]
             versions = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
-            state = versions, torch.cat([part.float() for part in sample]) if sample else torch.empty(0)
+            state = versions, torch.cat([part.float() for part in sample]) if sample else room((0,), torch.float32)
         if self._state is None or state[0] != self._state[0] or not torch.equal(state[1], self._state[1]):
             self._made, self._state = WeakIdKeyDictionary(), state
         return self._made
@@ -64,7 +65,7 @@ class Buffers(threading.local):
         rows, buffer = x.shape[0], self._of_name.get(name)
         if buffer is None or buffer.shape[0] < rows:
             with torch.inference_mode(False):  # what is made inside could not be written to outside
-                buffer = self._of_name[name] = x.new_empty(rows, width, dtype=dtype)
+                buffer = self._of_name[name] = room((rows, width), x.dtype if dtype is None else dtype)
         return buffer[:rows]
 
 
@@ -146,7 +147,7 @@ def _by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None)
     from fastbert.native import linear as kernel
 
     bias = x.new_zeros(len(weight)) if bias is None else bias.contiguous()
-    out = x.new_empty(len(x), len(weight))
+    out = room((len(x), len(weight)), x.dtype)
     kernel.linear(machine, x.contiguous(), laid_out(weight), bias, out).run()
     return out
 
@@ -154,6 +155,6 @@ def _by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None)
 def _weight_gradient(machine: Machine, x: Tensor, dout: Tensor) -> Tensor:
     from fastbert.native import weight_gradient as kernel
 
-    dweight = x.new_zeros(dout.shape[1], x.shape[1])
+    dweight = room((dout.shape[1], x.shape[1]), x.dtype).zero_()
     kernel.weight_gradient(machine, x.contiguous(), dout.contiguous(), dweight).run()
     return dweight

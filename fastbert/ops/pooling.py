@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch
+from fastbert.native.memory import room
 from fastbert.ops.common import check_rows, launched, native_machine, wants_gradient
 from fastbert.packing import Packing
 from fastbert.reference import Pooling
@@ -48,7 +49,7 @@ def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) 
     if machine is not None and not wants_gradient(x):
         from fastbert.native import pooling as kernel
 
-        out = x.new_empty(packing.batch, x.shape[1], dtype=torch.float32)
+        out = room((packing.batch, x.shape[1]), torch.float32)
         kernel.pool_forward(machine, x.contiguous(), packing.cu_seqlens, out, how=how, normalise=normalise).run()
         return out
     pooled = _pool_torch(x, packing, how)

@@ -103,7 +103,7 @@ def initialise_embedding(model: BertModel | HeadModel, tokenizer: Tokenizer, pat
             found.setdefault(i, vector)
     if found:
         with torch.no_grad():
-            rows = torch.tensor(list(found), device=word.device)
+            rows = torch.tensor(list(found), dtype=torch.int64, device=word.device)
             word[rows] = torch.from_numpy(np.stack(list(found.values()))).to(word)
     return len(found)
 

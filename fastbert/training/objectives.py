@@ -89,7 +89,8 @@ class Batch:
         """
         ends = self.packing.cu_seqlens.tolist()
         spans = [(ends[place], ends[place + 1]) for place in places or [0]]
-        rows, tokens = torch.tensor(places or [0]), torch.cat([torch.arange(*span) for span in spans])
+        rows = torch.tensor(places or [0], dtype=torch.int64, device="cpu")
+        tokens = torch.cat([torch.arange(*span, device="cpu") for span in spans])
         by_label = tokens if self.labels is not None and len(self.labels) == len(self.ids) else rows
         parts = (self.types, tokens), (self.labels, by_label), (self.next_sentence, rows)
         types, labels, next_sentence = (None if x is None else x[index] for x, index in parts)
@@ -364,9 +365,10 @@ class Pretrain(MaskedLM):
         assert examples.sentences is not None
         pairs = [_pair(examples.sentences, row, random) for row in rows]
         ids, labels = self.mask(torch.from_numpy(np.concatenate([ids for ids, _, _ in pairs])), random)
-        types = torch.cat([torch.arange(len(ids)) >= second for ids, second, _ in pairs]).long()
+        types = torch.cat([torch.arange(len(ids), device="cpu") >= second for ids, second, _ in pairs]).long()
         packing = Packing.from_lengths([len(ids) for ids, _, _ in pairs], device=self.device)
-        next_sentence = torch.tensor([int(stranger) for _, _, stranger in pairs])
+        strangers = [int(stranger) for _, _, stranger in pairs]
+        next_sentence = torch.tensor(strangers, dtype=torch.int64, device="cpu")
         return Batch(ids, types, packing, labels, next_sentence)
 
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:

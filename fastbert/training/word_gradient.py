@@ -19,7 +19,7 @@ class WordGradient:
         word.sparse = sparse
         self.weight = word.weight
         self.table: Tensor | None = None
-        self.rows = torch.empty(0, dtype=torch.int64)
+        self.rows = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Clip all gradients to `max_norm` together, and make that of the table dense; their norm before."""
