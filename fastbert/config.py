@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, TypeGuard, get_args
 
-from fastbert.errors import ArgumentError
+from fastbert.errors import ArgumentError, shown
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+MOST_LABELS = 2**20  # far more than anybody has, and still made at once
 
 # Hugging Face's names for the activations we have; the two tanh spellings are the same function.
 HF_ACTIVATIONS: dict[str, Activation] = {
@@ -34,11 +38,11 @@ class EncoderConfig:
         activation: "gelu" is the exact (erf) form, "gelu_tanh" its tanh approximation.
         eps: LayerNorm epsilon.
         hidden_dropout, attention_dropout: probabilities, used in training mode only.
-        pad_token_id: row of the word table that padding uses.
+        pad_token_id: row of the word table that padding uses, which gets no gradient; None if there is none.
         initializer_range: standard deviation of freshly initialised weights.
 
     Raises:
-        ArgumentError: a size is not positive, a probability not in [0, 1), or head_dim not served.
+        ArgumentError: a size is no positive int, a number not in its range, or head_dim not served.
     """
 
     vocab_size: int = 30522
@@ -52,15 +56,15 @@ class EncoderConfig:
     eps: float = 1e-12
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_heads", "intermediate_size", "max_positions", "type_vocab_size"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(name, getattr(self, name), "a positive int")
-        if self.num_layers < 0:
-            raise ArgumentError("num_layers", self.num_layers, "zero or more layers")
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ArgumentError(name, repr(getattr(self, name)), "a positive int")
+        if not _is_int(self.num_layers) or self.num_layers < 0:
+            raise ArgumentError("num_layers", repr(self.num_layers), "zero or more layers")
         if self.hidden_size % self.num_heads:
             raise ArgumentError("num_heads", self.num_heads, f"a divisor of hidden_size={self.hidden_size}")
         if self.head_dim % 8 or self.head_dim > 256:
@@ -68,10 +72,16 @@ class EncoderConfig:
                 "num_heads", self.num_heads, f"head_dim (here {self.head_dim}) a multiple of 8 up to 256"
             )
         for name in ("hidden_dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ArgumentError(name, getattr(self, name), "a probability in [0, 1)")
+            if not _is_probability(getattr(self, name)):
+                raise ArgumentError(name, repr(getattr(self, name)), "a probability in [0, 1)")
+        for name in ("eps", "initializer_range"):
+            if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
+                raise ArgumentError(name, repr(getattr(self, name)), "a number from 0 to 1")
         if self.activation not in get_args(Activation):
             raise ArgumentError("activation", self.activation, f"one of {', '.join(get_args(Activation))}")
+        pad = self.pad_token_id
+        if pad is not None and (not _is_int(pad) or not 0 <= pad < self.vocab_size):
+            raise ArgumentError("pad_token_id", repr(pad), f"a row of the word table, from 0 to {self.vocab_size - 1}")
 
     @property
     def head_dim(self) -> int:
@@ -84,31 +94,39 @@ class EncoderConfig:
 
         Raises:
             ArgumentError: the config asks for something a BERT encoder here does not do (decoder, cross-attention,
-                relative positions, an activation we lack).
+                relative positions, an activation we lack), or a field has a value that it can't have.
         """
         given: dict[str, Any] = dict(hf) if isinstance(hf, dict) else hf.to_dict()
         for name in ("is_decoder", "add_cross_attention"):
             if given.get(name):
-                raise ArgumentError(f"config.{name}", True, "False: this is a bidirectional encoder")
+                raise ArgumentError(f"config.{name}", repr(given[name]), "False: this is a bidirectional encoder")
         positions = given.get("position_embedding_type") or "absolute"
         if positions != "absolute":
             raise ArgumentError("config.position_embedding_type", repr(positions), "'absolute'")
-        if given.get("embedding_size", given.get("hidden_size")) != given.get("hidden_size"):
-            raise ArgumentError("config.embedding_size", given["embedding_size"], "the same as hidden_size")
+        if given.get("embedding_size") not in (None, given.get("hidden_size")):
+            raise ArgumentError("config.embedding_size", repr(given["embedding_size"]), "the same as hidden_size")
         activation = given.get("hidden_act", "gelu")
-        if activation not in HF_ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
             raise ArgumentError("config.hidden_act", repr(activation), f"one of {', '.join(HF_ACTIVATIONS)}")
-        values = {ours: given[theirs] for ours, theirs in _HF_NAMES.items() if given.get(theirs) is not None}
-        return cls(**values, activation=HF_ACTIVATIONS[activation])
+        values = {ours: given[theirs] for ours, theirs in HF_NAMES.items() if given.get(theirs) is not None}
+        pad, words = given.get("pad_token_id", 0), values.get("vocab_size", cls.vocab_size)
+        if _is_int(pad) and _is_int(words) and -words <= pad < 0:
+            pad += words  # as torch counts from the end
+        try:
+            return cls(**{**values, "pad_token_id": pad}, activation=HF_ACTIVATIONS[activation])
+        except ArgumentError as error:
+            name = f"config.{HF_NAMES.get(error.argument, error.argument)}"
+            raise ArgumentError(name, error.got, error.expected, error.mend) from error
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a Hugging Face `BertConfig` that mean this encoder."""
         names = {activation: name for name, activation in reversed(HF_ACTIVATIONS.items())}
-        values: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()}
+        values: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in HF_NAMES.items()}
         return {"model_type": "bert", **values, "hidden_act": names[self.activation]}
 
 
-_HF_NAMES = {
+# Hugging Face's names of our fields.
+HF_NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -122,7 +140,7 @@ _HF_NAMES = {
     "pad_token_id": "pad_token_id",
     "initializer_range": "initializer_range",
 }
-assert set(_HF_NAMES) | {"activation"} == {f.name for f in fields(EncoderConfig)}
+assert set(HF_NAMES) | {"activation"} == {f.name for f in fields(EncoderConfig)}
 
 
 @dataclass(frozen=True)
@@ -144,27 +162,43 @@ class HeadConfig:
     classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
+        if not all(isinstance(label, str) for label in self.labels):
+            raise ArgumentError("labels", self.labels, "strings")
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise ArgumentError("labels", self.labels, "one or more different names")
         if self.problem_type is not None and self.problem_type not in get_args(ProblemType):
             raise ArgumentError("problem_type", self.problem_type, f"None or one of {', '.join(get_args(ProblemType))}")
-        if self.classifier_dropout is not None and not 0.0 <= self.classifier_dropout < 1.0:
-            raise ArgumentError("classifier_dropout", self.classifier_dropout, "a probability in [0, 1)")
+        if self.classifier_dropout is not None and not _is_probability(self.classifier_dropout):
+            raise ArgumentError("classifier_dropout", repr(self.classifier_dropout), "a probability in [0, 1)")
 
     @classmethod
     def from_hf(cls, hf: Any) -> HeadConfig:
         """From a transformers `BertConfig`, or the dict read from its `config.json`.
 
+        Names that are numbers become strings. Without `id2label` the names are those of `label2id`, or LABEL_0 and on.
+        They are that, too, where there are other than `num_labels` names, as transformers does; a warning says so.
+
         Raises:
-            ArgumentError: its `id2label` does not number the labels from 0.
+            ArgumentError: the labels are not numbered from 0 or not different, or a field has a value that it can't
+                have.
         """
         given: dict[str, Any] = dict(hf) if isinstance(hf, dict) else hf.to_dict()
-        names = given.get("id2label") or {str(i): f"LABEL_{i}" for i in range(given.get("num_labels") or 2)}
-        by_number = {str(number): name for number, name in names.items()} if isinstance(names, dict) else {}
-        if not by_number or set(by_number) != {str(i) for i in range(len(by_number))}:
-            raise ArgumentError("config.id2label", names, "names of labels numbered from 0")
-        labels = tuple(by_number[str(i)] for i in range(len(by_number)))
-        return cls(labels, given.get("problem_type"), given.get("classifier_dropout"))
+        number, names, reverse = (given.get(name) for name in ("num_labels", "id2label", "label2id"))
+        if number is not None and not (_is_int(number) and 0 < number <= MOST_LABELS):
+            raise ArgumentError("config.num_labels", repr(number), f"a whole number from 1 to {MOST_LABELS}")
+        if names is None and isinstance(reverse, dict) and reverse:
+            names = {value: name for name, value in reverse.items() if isinstance(value, int | str)}
+        labels = _unnamed(number or 2) if names is None else _in_order(names)
+        if number not in (None, len(labels)):
+            if labels != _unnamed(len(labels)):
+                message = f"config.json names {len(labels)} labels and has num_labels {number}: they are LABEL_0 and on"
+                warnings.warn(message, stacklevel=2)
+            labels = _unnamed(number)
+        try:
+            return cls(labels, given.get("problem_type"), given.get("classifier_dropout"))
+        except ArgumentError as error:
+            name = "id2label" if error.argument == "labels" else error.argument
+            raise ArgumentError(f"config.{name}", error.got, error.expected, error.mend) from error
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a Hugging Face `BertConfig` that mean this head."""
@@ -174,3 +208,31 @@ class HeadConfig:
             "problem_type": self.problem_type,
             "classifier_dropout": self.classifier_dropout,
         }
+
+
+def _unnamed(number: int) -> tuple[str, ...]:
+    """Hugging Face's names for labels that have none."""
+    return tuple(f"LABEL_{i}" for i in range(number))
+
+
+def _in_order(names: Any) -> tuple[str, ...]:
+    """The values of `id2label`, in the order of its numbers."""
+    by_number = {str(number): name for number, name in names.items()} if isinstance(names, dict) else {}
+    numbers = [str(i) for i in range(len(by_number))]
+    if not by_number or set(by_number) != set(numbers):
+        raise ArgumentError("config.id2label", shown(names), "names of labels numbered from 0, without a gap")
+    if not all(isinstance(name, str | int | float) for name in by_number.values()):
+        raise ArgumentError("config.id2label", shown(names), "names that are strings or numbers")
+    return tuple(str(by_number[number]) for number in numbers)
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_probability(value: object) -> bool:
+    return _is_number(value) and 0.0 <= value < 1.0

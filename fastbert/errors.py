@@ -39,3 +39,9 @@ class CheckpointError(FastbertError, ValueError):
 
 class UntrainedWarning(UserWarning):
     """A part of a model was not in its checkpoint and begins untrained."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """The repr of a value for a message, cut after so many characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from fastbert.backend import bfloat16_unserved, first_device
-from fastbert.checkpoints.load import WithHead, load
-from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
+from fastbert.checkpoints.load import WithHead, load, read_model
+from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
 from fastbert.models import BertModel
 from fastbert.native.machine import last_cache
@@ -528,15 +528,12 @@ def _with_trained_head(
     kind: type[WithHead], folder: str | os.PathLike[str], dtype: DTypeName, device: torch.device | str | None
 ) -> WithHead:
     """As `load`, but a head that would begin untrained is an error: its answers would mean nothing."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UntrainedWarning)
-            device = device or first_device()
-            return _quantized(load(folder, kind, dtype=_dtype(dtype, device), device=device), dtype)
-    except UntrainedWarning as warning:
-        raise CheckpointError(
-            str(folder), f"no trained {kind.__name__}", "a checkpoint with its head", "Train one: fastbert train --help"
-        ) from warning
+    device = device or first_device()
+    model, untrained = read_model(folder, kind, dtype=_dtype(dtype, device), device=device)
+    if untrained:
+        got = f"no trained {', '.join(untrained)} for {kind.__name__}"
+        raise CheckpointError(str(folder), got, "a checkpoint with its head", "Train one: fastbert train --help")
+    return _quantized(model, dtype)
 
 
 def _check_max_length(max_length: int, model: BertModel | HeadModel) -> None:

@@ -6,9 +6,7 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastbert.errors import CheckpointError
-
-SHOWN = 80  # characters of a value in a message
+from fastbert.errors import CheckpointError, shown
 
 
 class Fields:
@@ -89,10 +87,7 @@ class Fields:
 
     def error(self, name: str, expected: str, mend: str = "") -> CheckpointError:
         """What to raise where the field has a value that is not `expected`."""
-        shown = repr(self.values.get(name))
-        return CheckpointError(
-            f"{self.source}: {name}", shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}...", expected, mend
-        )
+        return CheckpointError(f"{self.source}: {name}", shown(self.values.get(name)), expected, mend)
 
 
 def _range(least: float | None, most: float | None) -> str:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
 
 from fastbert.checkpoints import files
-from fastbert.checkpoints.architectures import FAMILIES, Dialect, recognise, split_carried
-from fastbert.checkpoints.mapping import head_rules, to_ours, to_theirs
-from fastbert.config import HeadConfig
+from fastbert.checkpoints.architectures import FAMILIES, Dialect, architectures, recognise, split
+from fastbert.checkpoints.mapping import KEYS_SHOWN, head_rules, to_ours, to_theirs
+from fastbert.config import HF_NAMES, EncoderConfig, HeadConfig
 from fastbert.encoder import initialise
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
 from fastbert.heads import HeadModel
 from fastbert.models import BertModel
 
 WithHead = TypeVar("WithHead", bound=HeadModel)
+Kind = TypeVar("Kind", bound=BertModel | HeadModel)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Of the classes whose head is called "classifier", what their names end with.
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,42 +78,63 @@ def load(
     """The model in a Hugging Face checkpoint folder, in eval mode.
 
     Args:
-        folder: holds config.json and model.safetensors (whole or in shards) or pytorch_model.bin. Code in a pickle is
-            refused, never run.
+        folder: holds config.json and the weights: model.safetensors or pytorch_model.bin, whole or in shards. Code in a
+            pickle is refused, never run.
         kind: BertModel, or a class of `fastbert.heads`.
         head: labels and the like, for a model with a head; what config.json says by default.
-        dtype: floating dtype of the parameters; what the checkpoint has by default.
+        dtype: floating dtype of the parameters; what the checkpoint has by default. Where it has several, that is the
+            one config.json names, else the widest, and a warning says so.
         device: where the parameters live; the CPU by default.
 
     A BertModel keeps the tensors of heads on `model.origin`, and `save` writes them back. A model with a head takes
     its head from the checkpoint. Parts that are not there begin untrained, and a warning names them; so does a
-    classifier of another task or of other labels.
+    classifier of another task or of other labels. Tensors that are of no BERT are kept like those of heads, and a
+    warning names them.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the family is not supported, keys or shapes do not fit, or a
-            masked-token decoder is not tied to the word embeddings.
-        ArgumentError: `dtype` is not floating, `head` is given without a head, or the config asks for what the model
-            does not do.
+        CheckpointError: a file is missing or damaged, the family is not supported, config.json asks for what the model
+            does not do, keys or shapes do not fit, or a masked-token decoder is not tied to the word embeddings.
+        ArgumentError: `dtype` is not floating, or `head` is given without a head.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ArgumentError("dtype", dtype, "a floating dtype, or None for the checkpoint's own")
+    model, untrained = read_model(folder, kind, head=head, dtype=dtype, device=device)
+    if untrained:
+        message = f"{folder} has no trained {', '.join(untrained)} for {kind.__name__}: train the model before use"
+        warnings.warn(message, UntrainedWarning, stacklevel=2)
+    return model
+
+
+def read_model(
+    folder: str | os.PathLike[str],
+    kind: type[Kind],
+    *,
+    head: HeadConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Kind, list[str]]:
+    """As `load`, and instead of a warning the names of the parts that begin untrained."""
+    if dtype not in (None, *DTYPES):
+        raise ArgumentError("dtype", dtype, "a floating dtype of 16, 32 or 64 bits, or None for the checkpoint's own")
+    if head is not None and not issubclass(kind, HeadModel):
+        raise ArgumentError("head", head, "None for a BertModel", "Name a class of fastbert.heads as kind.")
     folder = files.checkpoint_folder(folder)
     raw_config = files.read_config(folder)
-    if dtype is not None:  # transformers loads in what the config names; its versions before 5 say torch_dtype
-        raw_config |= {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in raw_config}
     state = files.read_tensors(folder)
     dialect = recognise(raw_config, state)
+    known_head: HeadConfig | None = None
     try:
         config = FAMILIES[dialect.family].config(raw_config)
-    except TypeError as error:
-        raise CheckpointError(str(folder / files.CONFIG), str(error), "numbers where BertConfig has numbers") from error
+        if issubclass(kind, HeadModel):
+            known_head = HeadConfig.from_hf(raw_config)
+    except ArgumentError as error:
+        name = error.argument.removeprefix("config.")
+        raise CheckpointError(f"{folder / files.CONFIG}: {name}", error.got, error.expected, error.mend) from error
+    _check_sizes(config, state, folder / files.CONFIG)
 
-    known_head: HeadConfig | None = None
     taken: list[str] | None = None
     fresh: list[str] = []
     with torch.device("meta"):
         if issubclass(kind, HeadModel):
-            known_head = HeadConfig.from_hf(raw_config)
+            assert known_head is not None
             model: BertModel | HeadModel = kind(config, head or known_head)
             taken = _trained_parts(
                 kind, raw_config, state, same_labels=head is None or head.labels == known_head.labels
@@ -115,14 +143,24 @@ def load(
             if kind.pooler and not dialect.pooler:
                 fresh.append("bert.pooler")
             body = replace(dialect, pooler=kind.pooler and dialect.pooler)
-        elif head is not None:
-            raise ArgumentError("head", head, "None for a BertModel", "Name a class of fastbert.heads as kind.")
         else:
             model = BertModel(config, pooler=dialect.pooler)
             body = dialect
     rules = body.rules(config.num_layers, taken)
-    known, carried = split_carried(state, dialect, {name for rule in rules for name in rule.theirs})
-    ours = to_ours(known, rules)
+    parts = split(state, dialect, {name for rule in rules for name in rule.theirs})
+    if parts.strangers:
+        names = ", ".join(parts.strangers[:KEYS_SHOWN]) + (", ..." if len(parts.strangers) > KEYS_SHOWN else "")
+        warnings.warn(f"{folder} has tensors that no {kind.__name__} computes with: {names}", stacklevel=3)
+    dtypes = {tensor.dtype for tensor in parts.known.values()}
+    if dtype is None and len(dtypes) > 1 and dtypes <= set(DTYPES):
+        dtype = _one_dtype(raw_config, dtypes)
+        names = ", ".join(sorted(map(_dtype_name, dtypes)))
+        warnings.warn(f"{folder} has tensors of {names}; the model is {_dtype_name(dtype)}", stacklevel=3)
+    if dtype is not None:  # transformers loads in what the config names; its versions before 5 say torch_dtype
+        raw_config |= {key: _dtype_name(dtype) for key in ("dtype", "torch_dtype") if key in raw_config}
+        if len(dtypes) > 1:  # q, k and v are joined
+            parts.known.update({key: tensor.to(dtype) for key, tensor in parts.known.items() if tensor.dtype in DTYPES})
+    ours = to_ours(parts.known, rules)
     _check_shapes(ours, model)
     # Copies, because tensors that were read may map the file or share memory.
     ours = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in ours.items()}
@@ -131,11 +169,8 @@ def load(
         module = model.get_submodule(part).to_empty(device="cpu")
         initialise(module, config.initializer_range)
         module.to(device, next(iter(ours.values())).dtype)
-    if fresh:
-        names = ", ".join(part.removeprefix("bert.") for part in fresh)
-        message = f"{folder} has no trained {names} for {kind.__name__}: train the model before use"
-        warnings.warn(message, UntrainedWarning, stacklevel=2)
 
+    carried = parts.carried
     tied = {
         key: to
         for key, to in dialect.tied().items()
@@ -144,14 +179,14 @@ def load(
     if isinstance(model, HeadModel) and "predictions" in model.parts:
         _check_tied(raw_config, dialect, carried, tied)
     others = files.read_tokenizer_files(folder)
-    same = not fresh and head in (None, known_head) and _architecture(raw_config) == kind.__name__
+    same = not fresh and head in (None, known_head) and kind.__name__ in architectures(raw_config)
     if same or isinstance(model, BertModel):
         carried = {key: tensor.clone() for key, tensor in carried.items() if key not in tied}
         model.origin = Origin(body, raw_config, carried, tied, others)
     else:
         standard = _standard_origin(model)
         model.origin = replace(standard, config={**raw_config, **standard.config}, others=others)
-    return model.eval()
+    return cast(Kind, model.eval()), [part.removeprefix("bert.") for part in fresh]
 
 
 def save(model: BertModel | HeadModel, folder: str | os.PathLike[str]) -> None:
@@ -176,17 +211,49 @@ def save(model: BertModel | HeadModel, folder: str | os.PathLike[str]) -> None:
 def _trained_parts(
     kind: type[HeadModel], config: Mapping[str, Any], state: Mapping[str, Tensor], *, same_labels: bool
 ) -> list[str]:
-    """The parts of `kind` that the checkpoint has. All classifiers have one name, so the task must also be the same."""
-    same_task = same_labels and _architecture(config) in (None, kind.__name__)
+    """The parts of `kind` that the checkpoint has.
+
+    All classifiers have one name, so one is not taken where config.json names the class of another task. It may name a
+    class of which nothing is known, or one without a classifier: people copy config.json from other checkpoints.
+    """
+    others = tuple(task for task in CLASSIFIERS if not kind.__name__.endswith(task))
+    named = architectures(config)
+    same_task = kind.__name__ in named or not any(name.endswith(others) for name in named)
     return [
         part
         for part in kind.parts
-        if any(rule.theirs[0] in state for rule in head_rules([part])) and (part != "classifier" or same_task)
+        if any(rule.theirs[0] in state for rule in head_rules([part]))
+        and (part != "classifier" or (same_labels and same_task))
     ]
 
 
-def _architecture(config: Mapping[str, Any]) -> str | None:
-    return (config.get("architectures") or [None])[0]
+def _one_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Of tensors of several dtypes: what config.json names, else the widest."""
+    by_name = {_dtype_name(dtype): dtype for dtype in DTYPES}
+    for key in ("dtype", "torch_dtype"):
+        named = config.get(key)
+        if isinstance(named, str) and named.removeprefix("torch.") in by_name:
+            return by_name[named.removeprefix("torch.")]
+    return reduce(torch.promote_types, dtypes)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_sizes(config: EncoderConfig, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError for sizes that the tensors can't have: a model of them might never be built."""
+    largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
+    bounds = {
+        "num_layers": (len(state), f"fewer layers than the {len(state)} tensors of the weights"),
+        **dict.fromkeys(
+            ("vocab_size", "hidden_size", "intermediate_size", "max_positions", "type_vocab_size"),
+            (largest, f"at most {largest}, the largest size of a tensor of the weights"),
+        ),
+    }
+    for name, (most, expected) in bounds.items():
+        if getattr(config, name) > most:
+            raise CheckpointError(f"{path}: {HF_NAMES[name]}", getattr(config, name), expected)
 
 
 def _check_tied(
@@ -221,5 +288,5 @@ def _check_shapes(ours: Mapping[str, Tensor], model: BertModel | HeadModel) -> N
                 f"{tuple(parameter.shape)}, as {files.CONFIG} says",
                 "The weights and the config are of different models.",
             )
-        if not ours[name].is_floating_point():
-            raise CheckpointError(f"parameter {name}", f"{ours[name].dtype}", "a floating dtype")
+        if ours[name].dtype not in DTYPES:
+            raise CheckpointError(f"parameter {name}", f"{ours[name].dtype}", "a floating dtype of 16, 32 or 64 bits")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.checkpoints import files
-from fastbert.checkpoints.load import load
+from fastbert.checkpoints.load import load, read_model
 from fastbert.config import HeadConfig, ProblemType
-from fastbert.errors import ArgumentError, UntrainedWarning
+from fastbert.errors import ArgumentError
 from fastbert.heads import (
     BertForMaskedLM,
     BertForPreTraining,
@@ -154,10 +154,9 @@ class Objective(ABC):
         return list(known) if set(known) == found else sorted(found)
 
     def _with_classifier(self, kind: type[HeadModel], problem: ProblemType | None) -> HeadModel:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UntrainedWarning)  # that is why it is trained
-            head = HeadConfig(tuple(self.labels), problem)
-            return load(self.folder, kind, head=head, dtype=torch.float32, device=self.device)
+        head = HeadConfig(tuple(self.labels), problem)
+        model, _ = read_model(self.folder, kind, head=head, dtype=torch.float32, device=self.device)
+        return model
 
     def _packing(self, examples: Examples, rows: list[int]) -> Packing:
         return Packing.from_lengths(examples.tokens.lengths[rows].tolist(), device=self.device)
