@@ -254,10 +254,8 @@ def test_the_fingerprint_sees_where_sentences_end(settings: Make, tmp_path: Path
     prints = set()
     for name, text in (("a", "the film\na plot\n"), ("b", "the film a\nplot\n")):
         (tmp_path / name).write_text(text + "\nmusic\nstory\n")
-        given = settings("pretrain", train=str(tmp_path / name))
-        objective = Pretrain(Path(given.model), 20, CPU)
-        examples = objective.read_training(Path(given.train))
-        prints.add(loop._Run(given, objective, objective.model(), examples, None, Processes())._fingerprint())
+        examples = Pretrain(Path(settings().model), 20, CPU).read_training(tmp_path / name)
+        prints.add(loop._fingerprint(examples))
     assert len(prints) == 2
 
 

@@ -20,11 +20,11 @@ PEOPLE, FAMILIES, PLACES = ["ada", "alan", "grace"], ["hopper", "turing"], ["par
 VOCABULARY = [*SPECIAL, *PLAIN, *GOOD, *BAD, *PEOPLE, *FAMILIES, *PLACES, *".,()", "met", "in", "##s", "##burg"]
 
 
-def make(folder: Path, *, dropout: float = 0.1) -> Path:
+def make(folder: Path, *, dropout: float = 0.1, hidden_size: int = 32) -> Path:
     """Write a checkpoint folder, the same one each time."""
     config = EncoderConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=32,
+        hidden_size=hidden_size,
         num_layers=2,
         num_heads=2,
         intermediate_size=48,

@@ -189,6 +189,19 @@ def read_model(
     return cast(Kind, model.eval()), [part.removeprefix("bert.") for part in fresh]
 
 
+def trained_head(folder: str | os.PathLike[str], kind: type[HeadModel]) -> HeadConfig | None:
+    """Labels and the like of the head of this kind that the folder has; None where `load` would begin one untrained.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ArgumentError: config.json does not say which labels there are.
+    """
+    folder = files.checkpoint_folder(folder)
+    config = files.read_config(folder)
+    taken = _trained_parts(kind, config, files.read_tensors(folder), same_labels=True)
+    return HeadConfig.from_hf(config) if set(kind.parts) <= set(taken) else None
+
+
 def save(model: BertModel | HeadModel, folder: str | os.PathLike[str]) -> None:
     """Write a Hugging Face checkpoint folder: config.json, model.safetensors, and the tokenizer's files if known.
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -41,6 +42,7 @@ Schedule = Literal["linear", "cosine"]
 
 METRICS, LOSSES, CURVE, STATE = "metrics.json", "losses.jsonl", "losses.png", "state.pt"
 CHECKPOINT = "checkpoint-"  # and the number of the step
+SAID_EVERY = 30.0  # seconds between lines on how far the training is, where there is no bar
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process, wherever the shards are
 
 
@@ -63,7 +65,8 @@ class Settings:
         schedule: how it falls to 0 after that.
         weight_decay: decoupled (AdamW), not on biases and LayerNorms.
         clip: most norm of the gradient.
-        patience: stop after this many epochs in a row that were not the best; None to go on.
+        eval_every: steps between measurements within an epoch, besides the one after each; None for no others.
+        patience: stop after this many epochs in a row without the best measurement; None to go on.
         checkpoint_every: steps between checkpoints, besides the one after each epoch.
         seed: of the new head, the order of the examples, dropout, masking and pairs.
         parallel: with several processes, "ddp" for a whole model in each, "fsdp" for one model sharded over them.
@@ -87,6 +90,7 @@ class Settings:
     schedule: Schedule = "linear"
     weight_decay: float = 0.01
     clip: float = 1.0
+    eval_every: int | None = None
     patience: int | None = None
     checkpoint_every: int = 500
     seed: int = 0
@@ -104,11 +108,11 @@ class Settings:
         _check("seed", self.seed, self.seed >= 0, "at least 0")
         _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
         _check("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
-        if self.patience is not None:
-            _check("patience", self.patience, self.patience >= 1, "at least 1 epoch")
-            _check(
-                "patience", self.patience, self.valid is not None, "a valid file beside it", "Give one to measure by."
-            )
+        for name, unit in (("patience", "epoch"), ("eval_every", "step")):
+            value = getattr(self, name)
+            if value is not None:
+                _check(name, value, value >= 1, f"at least 1 {unit}")
+                _check(name, value, self.valid is not None, "a valid file beside it", "Give one to measure by.")
 
 
 @dataclass
@@ -119,7 +123,7 @@ class State:
         epoch, index: the next step is number `index` of this epoch.
         step: steps done.
         history: what losses.jsonl has: a record for each step and each evaluation.
-        best: epoch and metrics of the best epoch so far.
+        best: epoch and metrics of the best measurement so far, and its step where epochs have several.
         stale: epochs since.
         metrics: after the last epoch.
         tokens, seconds: spent on training so far.
@@ -146,7 +150,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a model and write it to `settings.out`.
 
-    The folder gets the model of the best epoch (of the last one without a validation file) as a Hugging Face
+    The folder gets the best model that was measured (the last one without a validation file) as a Hugging Face
     checkpoint with its tokenizer; metrics.json, the metrics after the last epoch; losses.jsonl, a line for each step;
     losses.png, the same as a curve, where matplotlib is installed; and while the training goes on, a checkpoint.
 
@@ -161,7 +165,7 @@ def train(
             beginning if it stopped before its first checkpoint.
         device: where to compute; a GPU for each process, or the CPU where there is none.
         progress: show a bar on stderr, in the first process.
-        say: takes a line after each epoch, in the first process.
+        say: takes a line after each measurement, and without a bar every half a minute; in the first process.
 
     Returns:
         What metrics.json has.
@@ -265,6 +269,7 @@ class _Run:
             with replacing(self.out / LOSSES) as temporary:
                 temporary.write_text("".join(map(_line, state.history)), encoding="utf-8")
         path = self.out / LOSSES if self.writes else Path(os.devnull)
+        said, step_said = time.monotonic(), state.step
         with path.open("a", encoding="utf-8") as losses, _bar(progress, self.steps, state.step) as show:
             while state.epoch < settings.epochs and not self._out_of_patience():
                 steps = self.sampler.steps(state.epoch)
@@ -277,10 +282,21 @@ class _Run:
                     state.step += 1
                     self._record(record, losses)
                     show(record["loss"], tokens)
-                    if state.step % settings.checkpoint_every == 0 and state.index < len(steps):
+                    if not progress and time.monotonic() - said > SAID_EVERY:
+                        left = (time.monotonic() - said) / (state.step - step_said) * (self.steps - state.step)
+                        say(self._how_far(record, left))
+                        said, step_said = time.monotonic(), state.step
+                    within = state.index < len(steps)
+                    if settings.eval_every and state.step % settings.eval_every == 0 and within:
+                        say(_said(self._measure(record["epoch"], losses)))
+                    if state.step % settings.checkpoint_every == 0 and within:
                         self._write_checkpoint()
                 self._end_epoch(losses)
-                say(", ".join(f"{name} {_shown(value)}" for name, value in state.metrics.items()))
+                say(_said(state.metrics))
+        if self.writes and self.objective.complaint:
+            warnings.warn(
+                f"{self.objective.complaint}: it has learned nothing. Try more epochs, or another lr", stacklevel=3
+            )
         if self.writes:
             _draw(self.out / CURVE, state.history)
         metrics = self._write_metrics(finished=True)
@@ -298,10 +314,17 @@ class _Run:
             return
         path = folders[-1] / STATE
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name, ours in self._identity().items():
-            if saved["identity"].get(name) != ours:
-                got = f"{ours!r} where the run began with {saved['identity'].get(name)!r}"
-                raise ArgumentError(name, got, "what it was", "Resume with the same settings, files and version.")
+        began, now = saved["identity"], self._identity()
+        changed = [name for name in now if now[name] != began.get(name)]
+        if changed:
+            got = ", ".join(repr(now[name]) for name in changed)
+            was = ", ".join(repr(began.get(name)) for name in changed)
+            raise ArgumentError(
+                ", ".join(changed),
+                f"{got} where the run began with {was}",
+                "what it was",
+                "Resume with the same settings, files and version; other ones are another run, in another folder.",
+            )
         set_state_dict(
             self.model,
             self.optimizer,
@@ -326,7 +349,7 @@ class _Run:
             mine = [batch.take(some) for batch, some in zip(batches, places, strict=True)]
         losses: list[Tensor] = []
         for batch in mine:
-            weights = (batch.counts / counts).tolist()
+            weights = (batch.counts / np.maximum(counts, 1)).tolist()  # a step without any label has a loss of 0
             parts = batch.losses(self._run(batch, self.forward))
             loss = torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum()
             (loss * processes.count).backward()  # gradients become the mean over the processes
@@ -337,12 +360,7 @@ class _Run:
         lr = learning_rate(self.settings, state.step, self.steps)
         total, norm_value = torch.stack([processes.sum(torch.stack(losses).sum()), norm]).tolist()  # one sync
         if not (math.isfinite(total) and math.isfinite(norm_value)):
-            raise ArgumentError(
-                "loss",
-                f"{total} with a gradient of norm {norm_value} in step {state.step + 1}",
-                "finite numbers",
-                "Lower lr, raise warmup, or use dtype fp32.",
-            )
+            raise _not_finite(f"{total} with a gradient of norm {norm_value} in step {state.step + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -365,18 +383,30 @@ class _Run:
         state.epoch += 1
         state.index = 0
         mine = [record["loss"] for record in state.history if record["epoch"] == state.epoch and "loss" in record]
-        state.metrics = {"epoch": state.epoch, "step": state.step, "train_loss": sum(mine) / len(mine)}
-        measured = self._evaluate()
-        if self.valid is not None:
-            state.metrics |= measured
-            self._record({"step": state.step, "epoch": state.epoch, "valid": measured}, losses)
-        if self.valid is None or self.objective.better(measured, state.best):
-            self._save()
-            state.best, state.stale = {"epoch": state.epoch, **measured}, 0
-        else:
-            state.stale += 1
+        place = {"epoch": state.epoch, "step": state.step, "train_loss": sum(mine) / len(mine)}
+        state.metrics = {**place, **self._measure(state.epoch, losses)}
+        state.stale = 0 if state.best is not None and state.best["epoch"] == state.epoch else state.stale + 1
         self._write_checkpoint()
         self._write_metrics(finished=False)
+
+    def _measure(self, epoch: int, losses: IO[str]) -> dict[str, Any]:
+        """Measure the model, and save it if it is the best so far, or there is nothing to measure by."""
+        state = self.state
+        self._check_weights()
+        measured = self._evaluate()
+        if self.valid is not None:
+            self._record({"step": state.step, "epoch": epoch, "valid": measured}, losses)
+        if self.valid is None or self.objective.better(measured, state.best):
+            self._save()
+            state.best = {"epoch": epoch, **({"step": state.step} if self.settings.eval_every else {}), **measured}
+        return {"epoch": epoch, "step": state.step, **measured}
+
+    def _check_weights(self) -> None:
+        """Raise ArgumentError if a step has left a weight that is not finite: nothing of it is saved."""
+        mine = [x.to_local() if isinstance(x, DTensor) else x for x in self.model.parameters()]
+        broken = torch.stack([~x.isfinite().all() for x in mine]).sum()
+        if self.processes.sum(broken).item():
+            raise _not_finite(f"weights that are not finite after step {self.state.step}")
 
     def _evaluate(self) -> dict[str, float]:
         if self.valid is None:
@@ -394,6 +424,13 @@ class _Run:
         if self.writes:
             self.whole.load_state_dict(weights, assign=True)
             save(self.whole, self.out)
+
+    def _how_far(self, record: dict[str, Any], left: float) -> str:
+        speed = self.state.tokens / self.state.seconds
+        return (
+            f"step {self.state.step} of {self.steps}, epoch {record['epoch']}, loss {record['loss']:.4f}, "
+            f"{speed:,.0f} tokens/s, about {timedelta(seconds=round(left))} left"
+        )
 
     def _out_of_patience(self) -> bool:
         return self.settings.patience is not None and self.state.stale >= self.settings.patience
@@ -414,6 +451,7 @@ class _Run:
 
     def _write_checkpoint(self) -> None:
         """A whole folder beside its place, renamed when it is on disk; then older ones go."""
+        self._check_weights()
         model, optimizer = get_state_dict(self.model, self.optimizer, options=WHOLE)
         rng = self.processes.collect((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
         if not self.writes:
@@ -447,17 +485,20 @@ class _Run:
         for free in ("model", "train", "valid", "out", "checkpoint_every"):
             del settings[free]
         settings |= {"device": self.objective.device.type, "processes": self.processes.count}
-        return {**settings, "the training examples": self._fingerprint()}
+        settings["the sizes of the model"] = asdict(self.model.config)
+        settings["the training examples"] = _fingerprint(self.examples)
+        settings["the validation examples"] = None if self.valid is None else _fingerprint(self.valid)
+        return settings
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(self.examples.tokens.ids.tobytes())
-        digest.update(self.examples.tokens.offsets.tobytes())
-        if self.examples.targets is not None:
-            digest.update(self.examples.targets.tobytes())
-        if self.examples.sentences is not None:
-            digest.update(self.examples.sentences.starts.tobytes())
-            digest.update(self.examples.sentences.documents.tobytes())
-        return digest.hexdigest()[:16]
+
+def _fingerprint(examples: Examples) -> str:
+    digest = hashlib.sha256(examples.tokens.ids.tobytes())
+    digest.update(examples.tokens.offsets.tobytes())
+    digest.update(json.dumps(list(examples.gold)).encode())
+    if examples.sentences is not None:
+        digest.update(examples.sentences.starts.tobytes())
+        digest.update(examples.sentences.documents.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_out(out: Path, resume: bool) -> None:
@@ -468,9 +509,8 @@ def _check_out(out: Path, resume: bool) -> None:
             str(out), "a folder with files in it", "a new or empty one", "Resume the run in it, or choose another."
         )
     if resume and (out / METRICS).exists() and json.loads((out / METRICS).read_bytes())["finished"]:
-        raise ArgumentError(
-            str(out), "a run that is finished", "one to go on with", "Choose another folder to train anew."
-        )
+        mend = "The learning rate has fallen to 0 in it: to train on, begin anew from its model, into another folder."
+        raise ArgumentError(str(out), "a run that is finished", "one to go on with", mend)
 
 
 def _step_of(folder: Path) -> int:
@@ -484,6 +524,15 @@ def _check(name: str, value: object, right: bool, expected: str, mend: str = "")
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
+
+
+def _not_finite(got: str) -> ArgumentError:
+    mend = "Lower lr, raise warmup, or use dtype fp32, in a new folder; what was saved before is whole."
+    return ArgumentError("loss", got, "finite numbers", mend)
+
+
+def _said(metrics: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_shown(value)}" for name, value in metrics.items())
 
 
 def _shown(value: float) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastbert.checkpoints import files
-from fastbert.checkpoints.load import load, read_model
+from fastbert.checkpoints.load import load, read_model, trained_head
 from fastbert.config import HeadConfig, ProblemType
 from fastbert.errors import ArgumentError
 from fastbert.heads import (
@@ -33,6 +33,8 @@ from fastbert.training import metrics
 from fastbert.training.data import read_classified, read_documents, read_sentences, read_tagged
 
 MAX_EXPONENT = 700.0  # exp of more is no float64
+INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
+LABELS_SHOWN = 5
 
 MASKED_SHARE = 0.15  # Devlin et al. 2018: of the tokens, these are predicted;
 MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1  # of those, these are hidden or replaced, and the rest stay as they are
@@ -119,6 +121,7 @@ class Objective(ABC):
 
     score: str  # the metric that says which epoch is best
     labels: list[str]  # in the order of the logits
+    complaint: str = ""  # of the last evaluation: that nothing was learned, if so
 
     def __init__(self, folder: Path, max_length: int, device: torch.device) -> None:
         self.folder, self.max_length, self.device = folder, max_length, device
@@ -148,10 +151,36 @@ class Objective(ABC):
         """Whether metrics are better than others, or than none."""
         return old is None or new[self.score] > old[self.score]
 
-    def _order(self, found: set[str]) -> list[str]:
-        """Labels, sorted; or in the order of a checkpoint that has just these, so that its head goes on learning."""
-        known = HeadConfig.from_hf(files.read_config(self.folder)).labels
-        return list(known) if set(known) == found else sorted(found)
+    def _name_labels(self, path: Path, kind: type[HeadModel], found: set[str]) -> dict[str, str]:
+        """Decide `labels`, and what those of the files are called there.
+
+        They are the labels of the folder's own head, which so goes on learning, where it has all that were found, or
+        those are integers that number its outputs. Else they are what was found: integers by value, others sorted.
+        """
+        head = trained_head(self.folder, kind)
+        own = {} if head is None else dict(enumerate(head.labels))
+        integers = all(INTEGER.fullmatch(label) for label in found)
+        if found <= set(own.values()):
+            self.labels = list(own.values())
+            return {label: label for label in self.labels}
+        if integers and {int(label) for label in found} <= own.keys():
+            self.labels = list(own.values())
+            if any(name != f"LABEL_{i}" for i, name in own.items()):
+                meant = _listed(f"{label} is {own[int(label)]!r}" for label in sorted(found, key=int))
+                warnings.warn(f"{path}: the labels number those of {self.folder}: {meant}", stacklevel=2)
+            return {str(i): name for i, name in own.items()}
+        self.labels = sorted(found, key=int) if integers else sorted(found)
+        if own:
+            got, had = _listed(self.labels), _listed(own.values())
+            warnings.warn(
+                f"the trained classifier of {self.folder} is not gone on with, and a new one begins: its labels are "
+                f"{had}, and those of {path} {got}",
+                stacklevel=2,
+            )
+        if integers and self.labels != [str(i) for i in range(len(self.labels))]:
+            meant = _listed(f"output {i} is label {label}" for i, label in enumerate(self.labels))
+            warnings.warn(f"{path}: the labels are not 0 to {len(self.labels) - 1}: {meant}", stacklevel=2)
+        return {label: label for label in self.labels}
 
     def _with_classifier(self, kind: type[HeadModel], problem: ProblemType | None) -> HeadModel:
         head = HeadConfig(tuple(self.labels), problem)
@@ -170,15 +199,16 @@ class Classify(Objective):
     def read_training(self, path: Path) -> Examples:
         """What `read_classified` reads."""
         texts, labels = read_classified(path)
-        self.labels = self._order(set(labels))
-        if len(self.labels) < 2:
-            raise ArgumentError(str(path), f"one label, {self.labels[0]!r}", "at least two different labels")
+        found = set(labels)
+        if len(found) < 2:
+            raise ArgumentError(str(path), f"one label, {labels[0]!r}", "at least two different labels")
+        self._names = self._name_labels(path, BertForSequenceClassification, found)
         return self._examples(path, texts, labels)
 
     def read_validation(self, path: Path) -> Examples:
-        """What `read_classified` reads; no label that the training file lacks."""
+        """What `read_classified` reads; no label that neither the training file nor the folder's classifier has."""
         texts, labels = read_classified(path)
-        if strangers := sorted(set(labels) - set(self.labels)):
+        if strangers := sorted(set(labels) - set(self._names)):
             raise ArgumentError(str(path), f"the label {strangers[0]!r}", "labels that the training file has too")
         return self._examples(path, texts, labels)
 
@@ -201,6 +231,7 @@ class Classify(Objective):
             loss += out.loss.item() * len(rows)
             for row, best in zip(rows, out.logits.argmax(1).tolist(), strict=True):
                 predicted[row] = self.labels[best]
+        self.complaint = _complaint(examples.gold, predicted, "text", "label")
         return {
             "accuracy": metrics.accuracy(examples.gold, predicted),
             "macro_f1": metrics.macro_f1(examples.gold, predicted),
@@ -215,8 +246,9 @@ class Classify(Objective):
                 "read",
                 stacklevel=2,
             )
-        targets = np.array([self.labels.index(label) for label in labels], dtype=np.int64)
-        return Examples(tokens, targets, labels)
+        gold = [self._names[label] for label in labels]
+        numbers = {label: i for i, label in enumerate(self.labels)}
+        return Examples(tokens, np.array([numbers[label] for label in gold], dtype=np.int64), gold)
 
 
 class Tag(Objective):
@@ -227,13 +259,14 @@ class Tag(Objective):
     def read_training(self, path: Path) -> Examples:
         """What `read_tagged` reads."""
         sentences, tags = read_tagged(path)
-        self.labels = self._order({tag for sentence in tags for tag in sentence})
-        if len(self.labels) < 2:
-            raise ArgumentError(str(path), f"one tag, {self.labels[0]!r}", "at least two different tags")
+        found = {tag for sentence in tags for tag in sentence}
+        if len(found) < 2:
+            raise ArgumentError(str(path), f"one tag, {tags[0][0]!r}", "at least two different tags")
+        self._names = self._name_labels(path, BertForTokenClassification, found)
         examples = self._examples(sentences, tags)
         numbers = {label: i for i, label in enumerate(self.labels)}
-        flat = np.array([*(numbers[tag] for sentence in tags for tag in sentence), IGNORED], dtype=np.int64)
-        return Examples(examples.tokens, flat[examples.words], tags, examples.words)  # flat[-1] is IGNORED
+        flat = np.array([*(numbers[tag] for sentence in examples.gold for tag in sentence), IGNORED], dtype=np.int64)
+        return Examples(examples.tokens, flat[examples.words], examples.gold, examples.words)  # flat[-1] is IGNORED
 
     def read_validation(self, path: Path) -> Examples:
         """What `read_tagged` reads; tags that the training file lacks count as missed.
@@ -243,7 +276,7 @@ class Tag(Objective):
         """
         sentences, tags = read_tagged(path)
         found = {tag for sentence in tags for tag in sentence}
-        if (odd := metrics.odd_tag([*self.labels, *sorted(found)])) is not None:
+        if (odd := metrics.odd_tag([*self.labels, *sorted(self._names.get(tag, tag) for tag in found)])) is not None:
             raise ArgumentError(str(path), f"tags beside {odd!r}", "tags of the training file's kind")
         return self._examples(sentences, tags)
 
@@ -268,6 +301,8 @@ class Tag(Objective):
             best = run(self.batch(examples, rows, np.random.default_rng(0))).logits.argmax(1).cpu().numpy()
             for word, label in zip(words[words >= 0].tolist(), best[words >= 0].tolist(), strict=True):
                 flat[word] = self.labels[label]
+        gold = [tag for tags in examples.gold for tag in tags]
+        self.complaint = _complaint(gold, flat, "word", "tag")
         remaining = iter(flat)
         predicted = [[next(remaining) for _ in tags] for tags in examples.gold]
         mark = metrics.plain_mark(self.labels)
@@ -275,7 +310,8 @@ class Tag(Objective):
 
     def _examples(self, sentences: list[list[str]], tags: list[list[str]]) -> Examples:
         encoded = self.tokenizer.encode_words(sentences, self.max_length)
-        return Examples(encoded.tokens, None, tags, encoded.words)
+        gold = [[self._names.get(tag, tag) for tag in sentence] for sentence in tags]
+        return Examples(encoded.tokens, None, gold, encoded.words)
 
 
 class MaskedLM(Objective):
@@ -288,8 +324,19 @@ class MaskedLM(Objective):
         return self.read_validation(path)
 
     def read_validation(self, path: Path) -> Examples:
-        """What `read_documents` reads."""
-        return Examples(self.tokenizer.encode_documents(read_documents(path), self.max_length))
+        """What `read_documents` reads, without rows that have no token to predict."""
+        tokens = self.tokenizer.encode_documents(read_documents(path), self.max_length)
+        lengths = tokens.lengths
+        owners = np.repeat(np.arange(len(lengths)), lengths)
+        kept = np.bincount(owners, self._may_be_masked(tokens.ids), len(lengths)) > 0
+        if not kept.any():
+            raise _nothing_to_predict(path)
+        if lost := int((~kept).sum()):
+            warnings.warn(
+                f"{path}: {lost} of {len(kept)} rows have only special or unknown tokens and are not read", stacklevel=2
+            )
+        offsets = np.concatenate([[0], np.cumsum(lengths[kept])])
+        return Examples(Tokens(tokens.ids[kept[owners]], None, offsets))
 
     def model(self) -> HeadModel:
         """A masked language model."""
@@ -302,11 +349,11 @@ class MaskedLM(Objective):
         return Batch(ids, types, self._packing(examples, rows), labels)
 
     def mask(self, ids: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """BERT's masking of int64 `[tokens]`: `(ids, labels)`, at least one token of a batch being predicted."""
+        """BERT's masking of int64 `[tokens]`: `(ids, labels)`; at least one is predicted, if any may be."""
         masked = ids.numpy().copy()
-        candidates = np.flatnonzero(~np.isin(masked, self.tokenizer.special_ids))
+        candidates = np.flatnonzero(self._may_be_masked(masked))
         chosen = candidates[random.random(len(candidates)) < MASKED_SHARE]
-        if not len(chosen):
+        if not len(chosen) and len(candidates):
             chosen = random.choice(candidates, 1)
         labels = np.full_like(masked, IGNORED)
         labels[chosen] = masked[chosen]
@@ -316,6 +363,9 @@ class MaskedLM(Objective):
         masked[hidden] = self.tokenizer.mask_id
         masked[replaced] = random.integers(0, self.tokenizer.size, len(replaced))
         return torch.from_numpy(masked), torch.from_numpy(labels)
+
+    def _may_be_masked(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        return ~np.isin(ids, self.tokenizer.special_ids)
 
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
         """The mean `loss` over masked tokens, and its `perplexity`."""
@@ -353,6 +403,8 @@ class Pretrain(MaskedLM):
                 f"{path}: {alone} of {len(documents)} documents have less than two sentences and are not read",
                 stacklevel=2,
             )
+        if not self._may_be_masked(sentences.tokens.ids).any():
+            raise _nothing_to_predict(path)
         return Examples(sentences.tokens, sentences=sentences)
 
     def model(self) -> HeadModel:
@@ -380,7 +432,7 @@ class Pretrain(MaskedLM):
             totals += [loss.item() * count for loss, count in zip(batch.losses(out), batch.counts, strict=True)]
             counts += batch.counts
             right += int((out.seq_relationship_logits.argmax(1).cpu() == batch.next_sentence).sum())
-        mlm, next_sentence = (totals / counts).tolist()
+        mlm, next_sentence = (totals / np.maximum(counts, 1)).tolist()  # of no token in a few pairs
         return {
             "loss": mlm + next_sentence,
             "mlm_loss": mlm,
@@ -406,6 +458,25 @@ def _pair(sentences: SentenceTokens, row: int, random: np.random.Generator) -> t
     separator = ids[end - 1 : end]
     pair = np.concatenate([ids[begin:second], separator, text, separator], dtype=np.int64)
     return pair, int(second - begin) + 1, stranger
+
+
+def _nothing_to_predict(path: Path) -> ArgumentError:
+    return ArgumentError(
+        str(path), "only special or unknown tokens", "tokens to predict", "Is it the vocabulary of this language?"
+    )
+
+
+def _complaint(gold: Sequence[str], predicted: Sequence[str], thing: str, what: str) -> str:
+    """That one label is given to everything, where there are more; "" if not."""
+    if len(set(predicted)) > 1 or len(set(gold)) == 1:
+        return ""
+    return f"every {thing} of the validation file gets the {what} {predicted[0]!r}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(names)
+    more = len(first) - LABELS_SHOWN
+    return ", ".join(first[:LABELS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _perplexity(loss: float) -> float:
