@@ -107,8 +107,8 @@ def layer_norm(
         total = total * keep * drop_scale(dropout)
     if residual is not None:
         total = residual + total
-    mean = total.mean(-1, keepdim=True)
-    centred = total - mean
+    centred = total - total.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)  # else the mean's rounding is all there is of a constant row
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * rstd * weight + bias
 

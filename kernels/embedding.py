@@ -222,7 +222,7 @@ def embedding_backward_kernel(
         acc_dweight = tl.fma(dout, normal, acc_dweight)
         acc_dbias += dout
         weight = tl.load(weight_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
-        dtotal = normalise_gradient(dout, normal, weight, rstd, HIDDEN)  # [ROWS, BLOCK]
+        dtotal = normalise_gradient(dout, normal, mask_column[None, :], weight, rstd, HIDDEN)  # [ROWS, BLOCK]
         if not HAS_TYPES:
             acc_dtoken_type += dtotal
         dtotal_ptrs = dtotal_ptr + row_offset * dtotal_stride_row + column[None, :]

@@ -265,7 +265,7 @@ def layer_norm_backward_kernel(
             acc_dbias += dout
         # The weight is read again for each row, from the cache: the sums leave no registers to keep it in.
         weight = tl.load(weight_ptr + column, mask=mask_column, other=0.0).to(tl.float32)  # [BLOCK]
-        dx = normalise_gradient(dout, normal, weight, rstd, HIDDEN)  # [ROWS, BLOCK]
+        dx = normalise_gradient(dout, normal, mask_column[None, :], weight, rstd, HIDDEN)  # [ROWS, BLOCK]
         dx_offset = dx_row_offset[:, None] + column[None, :]
         if HAS_DROPOUT:
             if HAS_RESIDUAL:

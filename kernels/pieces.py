@@ -94,16 +94,31 @@ def gelu_tanh_and_gradient(z):
 
 
 @triton.jit
+def share(total, WIDTH: tl.constexpr):
+    """total / WIDTH, a float32, rounded to nearest: where the quotient is a float32, it is just that.
+
+    The product with 1 / WIDTH is up to an ulp off, and a compiler may fuse it with a subtraction that follows; what a
+    fused multiply-add gives, none does.
+    """
+    near = total * (1.0 / WIDTH)
+    return tl.fma(tl.fma(near, -1.0 * WIDTH, total), 1.0 / WIDTH, near)
+
+
+@triton.jit
 def moments(x, mask, WIDTH: tl.constexpr):
     """Mean, centred values and variance of each row of `x`, float32 `[ROWS, BLOCK]`, over the WIDTH columns in `mask`.
 
-    In two passes: the mean of squares less the square of the mean cancels where the mean is large. Columns outside
-    the mask must be 0 in `x` and are 0 in the centred values.
+    In two passes: the mean of squares less the square of the mean cancels where the mean is large. The mean is taken
+    again of the centred values: the rounding of a row's sum, divided by the root of an eps of 1e-12, would be all
+    there is of a row of one value. That row's centred values are a few of its ulps, all the same, so their sum and
+    their mean are exact, and it becomes 0. Columns outside the mask must be 0 in `x` and are 0 in the centred values.
     """
-    mean = tl.sum(x, 1) * (1.0 / WIDTH)
+    mean = share(tl.sum(x, 1), WIDTH)
     centred = tl.where(mask, x - mean[:, None], 0.0)
+    rest = share(tl.sum(centred, 1), WIDTH)
+    centred = tl.where(mask, centred - rest[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) * (1.0 / WIDTH)
-    return mean, centred, variance
+    return mean + rest, centred, variance
 
 
 @triton.jit
@@ -120,18 +135,19 @@ def normalise(x, mask, weight, bias, eps, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def normalise_gradient(dout, normal, weight, rstd, WIDTH: tl.constexpr):
-    """Gradient of what `normalise` was given, float32 `[ROWS, BLOCK]`.
+def normalise_gradient(dout, normal, mask, weight, rstd, WIDTH: tl.constexpr):
+    """Gradient of what `normalise` was given, float32 `[ROWS, BLOCK]`, over the WIDTH columns in `mask`.
 
-    `normal` is (x - mean) * rstd, `weight` `[BLOCK]`, `rstd` `[ROWS]`. Columns beyond WIDTH must be 0 in `dout`; of the
-    result they are garbage.
+    `normal` is (x - mean) * rstd, `weight` `[BLOCK]`, `rstd` `[ROWS]`. The mean of the gradient is taken off twice, as
+    in `moments`, and before the slope is summed: of an upstream gradient of one value nothing is left. Columns outside
+    the mask must be 0 in `dout`; of the result they are garbage.
     """
     dnormal = dout * weight[None, :]
-    scale = rstd * (-1.0 / WIDTH)  # negative here, because a tile is not negated for nothing
-    mean = tl.sum(dnormal, 1) * scale
-    slope = tl.sum(dnormal * normal, 1) * scale
-    rest = tl.fma(normal, slope[:, None], mean[:, None])
-    return tl.fma(dnormal, rstd[:, None], rest)
+    mean = share(tl.sum(dnormal, 1), WIDTH)
+    centred = tl.where(mask, dnormal - mean[:, None], 0.0)
+    rest = share(tl.sum(centred, 1), WIDTH)
+    slope = share(tl.sum(centred * normal, 1), WIDTH)
+    return tl.fma(normal, -slope[:, None], centred - rest[:, None]) * rstd[:, None]
 
 
 @triton.jit

@@ -94,3 +94,49 @@ def test_the_mend_of_float8_is_right_and_needed(generator):
     assert wrong, (
         "Triton's interpreter rounds to float8 by itself now: remove create_fp_to_fp from tests/interpreter.py"
     )
+
+
+@triton.jit
+def fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    x, y, z = tl.load(x_ptr + index), tl.load(y_ptr + index), tl.load(z_ptr + index)  # [SIZE]
+    tl.store(out_ptr + index, tl.fma(x, y, z))  # [SIZE]
+
+
+@triton.jit
+def difference_kernel(x_ptr, y_ptr, z_ptr, out_ptr, SIZE: tl.constexpr, PRODUCT_FIRST: tl.constexpr):
+    """x * y - z or z - x * y, of which x * y stands in a column."""
+    index = tl.arange(0, SIZE)
+    column = (tl.load(x_ptr + index) * tl.load(y_ptr + index))[:, None]  # [SIZE, 1]
+    z = tl.load(z_ptr + index)[:, None]  # [SIZE, 1]
+    out = column - z if PRODUCT_FIRST else z - column
+    tl.store(out_ptr + index[:, None], out)  # [SIZE, 1]
+
+
+def rounding_of_a_product(generator):
+    """x, y, their product as it is rounded, and what that rounding took off: what a fused `x * y - z` gives."""
+    x, y = torch.randn(2, 256, generator=generator)
+    rest = (x.double() * y.double() - (x * y).double()).float()
+    assert rest.any()
+    return x, y, x * y, rest
+
+
+def test_the_mend_of_fma_is_right_and_needed(generator):
+    x, y, z, rest = rounding_of_a_product(generator)
+    out = torch.empty_like(x)
+    fma_kernel[(1,)](x, y, -z, out, SIZE=256)
+    assert torch.equal(out, rest)
+    with interpreter.without("create_fma"):
+        fma_kernel[(1,)](x, y, -z, out, SIZE=256)
+    assert not out.any(), "Triton's interpreter fuses tl.fma by itself now: remove create_fma from tests/interpreter.py"
+
+
+def test_products_are_contracted_when_asked(generator):
+    x, y, z, rest = rounding_of_a_product(generator)
+    out = torch.empty_like(x)
+    for product_first, wanted in ((True, rest), (False, -rest)):
+        difference_kernel[(1,)](x, y, z, out, SIZE=256, PRODUCT_FIRST=product_first)
+        assert not out.any()
+        with interpreter.contracting():
+            difference_kernel[(1,)](x, y, z, out, SIZE=256, PRODUCT_FIRST=product_first)
+        assert torch.equal(out, wanted)

@@ -301,7 +301,7 @@ def normalise_gradient_kernel(
     dout = tl.load(dout_ptr + at, mask=mask[None, :], other=0.0)  # [2, BLOCK]
     normal = tl.load(normal_ptr + at, mask=mask[None, :], other=7.0)  # [2, BLOCK]
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0)  # [BLOCK]
-    out = normalise_gradient(dout, normal, weight, tl.load(rstd_ptr + row), WIDTH)
+    out = normalise_gradient(dout, normal, mask[None, :], weight, tl.load(rstd_ptr + row), WIDTH)
     tl.store(out_ptr + at, out, mask=mask[None, :])  # [2, BLOCK]
 
 

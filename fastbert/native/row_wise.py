@@ -185,14 +185,23 @@ def finish(code: Code, row: Value, scratch: Value, steps: Finish) -> None:
 
 
 def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, int], Value]) -> None:
-    def add(column: Value, count: int, total: Value) -> Sequence[Value]:
-        return [total + kept(column, count)]
+    def mean_of(values: Reader) -> Value:
+        def add(column: Value, count: int, total: Value) -> Sequence[Value]:
+            return [total + values(column, count)]
 
-    mean = code.splat(code.sum(over_columns(code, width, add, code.vector())[0]) / width)
+        return code.splat(code.sum(over_columns(code, width, add, code.vector())[0]) / width)
+
+    mean = mean_of(kept)
+    # The mean again of what is left: a row of one value leaves a few of its ulps, all the same, which then go exactly.
+    # An eps of 1e-12 would make them 0.1 and more.
+    rest = mean_of(lambda column, count: code.first(kept(column, code.lanes) - mean, count))
+
+    def centred(column: Value, count: int) -> Value:
+        return code.first(kept(column, code.lanes) - mean - rest, count)
 
     def add_squares(column: Value, count: int, total: Value) -> Sequence[Value]:
-        centred = code.first(kept(column, code.lanes) - mean, count)
-        return [code.fma(centred, centred, total)]
+        x = centred(column, count)
+        return [code.fma(x, x, total)]
 
     variance = code.sum(over_columns(code, width, add_squares, code.vector())[0]) / width
     rstd = code.splat(code.rsqrt(variance + code.float_of("eps")))
@@ -201,7 +210,7 @@ def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, in
         weight, bias = (
             code.load_first(code[name] + column * 4, F32, count, code.lanes) for name in ("norm_weight", "norm_bias")
         )
-        code.store(code.fma((kept(column, code.lanes) - mean) * rstd, weight, bias), scratch + column * 4)
+        code.store(code.fma(centred(column, code.lanes) * rstd, weight, bias), scratch + column * 4)
 
     over_columns(code, width, normalise)
 
