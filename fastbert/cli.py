@@ -1,6 +1,6 @@
 """The command line: `fastbert encode`, `train`, `classify`, `tag`, `info`.
 
-Heavy imports are inside the commands, so that `fastbert --help` is quick.
+Heavy imports are inside the commands, so that `fastbert --help` is quick and `main` comes before torch.
 """
 
 from __future__ import annotations
@@ -8,17 +8,21 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import os
 import platform
 import sys
+import traceback
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from fastbert.errors import ArgumentError, FastbertError
+from fastbert.piping import Lines, check_output, end_on_signals, occupy_standard_streams, results, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,19 +41,46 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The entry point: exit code 0 when done, 2 for wrong usage or input, 1 where the system fails (a full disk).
-
-    What went wrong is one sentence on stderr.
-    """
+    """The entry point. Exit codes: docs/command_line.md. What went wrong is one sentence on stderr."""
+    # Threads of torch that wait do so asleep: where another process wants the cores too, two that spin were up to ten
+    # times as slow. OpenMP reads this when torch is loaded; what the user says, here or more exactly, is stronger.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    occupy_standard_streams()
     warnings.showwarning = _show_warning
     try:
         app(prog_name="fastbert")
     except FastbertError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(2)
     except OSError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(1)
+    except MemoryError as error:
+        say(f"error: not enough memory: {error}")
+        sys.exit(1)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the last net, for what no one foresaw; panics of Rust are no Exception
+        with NamedTemporaryFile("w", prefix="fastbert-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"error: {what}. This is a mistake in fastbert; please report it where you got it, with {file.name}")
+        sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastbert {_version('fastbert')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -79,42 +110,42 @@ def encode(
 
     Lines end with \\n or \\r\\n. Empty lines are empty texts.
     """
+    output = check_output(output)
     if file_format is None:
         file_format = "npy" if output is not None and output.suffix == ".npy" else "jsonl"
     if output is None and file_format == "npy":
         raise ArgumentError("--output", "nothing", "a file to write .npy to", "Add --output FILE, or --format jsonl.")
 
-    from fastbert.checkpoints.files import replacing
     from fastbert.tasks import TextEncoder
 
-    _check_output(output)
+    end_on_signals()
     encoder = TextEncoder.from_folder(model, dtype=dtype)
-    lines = _Lines(input)
-    taken: deque[str] = deque()
+    lines = Lines(input)
+    with results(output) as file:
+        if file_format == "npy" and not file.seekable():
+            raise ArgumentError("--output", f"{output}, a pipe", "a file for .npy", "Add --format jsonl.")
+        taken: deque[list[str]] = deque()
 
-    def texts() -> Iterator[str]:
-        for text in lines:
-            taken.append(text)
-            yield text
+        def parts() -> Generator[list[str], None, None]:
+            for part in lines.parts(file):
+                if part:
+                    taken.append(part)
+                yield part
 
-    embeddings = encoder.encode_stream(
-        texts(),
-        pooling=pooling,
-        normalize=normalize,
-        max_length=max_length,
-        batch_tokens=batch_tokens,
-        progress=sys.stderr.isatty(),
-    )
-    parts = (([taken.popleft() for _ in part], part) for part in embeddings)
-    if output is None:
-        _write_jsonl(sys.stdout.buffer, parts)
-    else:
-        with replacing(output) as temporary, temporary.open("wb") as file:
-            if file_format == "npy":
-                _write_npy(file, encoder.model.config.hidden_size, parts)
-            else:
-                _write_jsonl(file, parts)
-    lines.report()
+        arrays = encoder.encode_parts(
+            parts(),
+            pooling=pooling,
+            normalize=normalize,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            progress=sys.stderr.isatty(),
+        )
+        encoded = ((taken.popleft(), array) for array in arrays)
+        if file_format == "npy":
+            _write_npy(file, encoder.model.config.hidden_size, encoded)
+        else:
+            _write_jsonl(file, encoded)
+    _report(lines)
 
 
 @app.command()
@@ -180,7 +211,7 @@ def train(
         seed=seed,
         parallel=parallel,
     )
-    metrics = training.train(settings, resume=resume, progress=sys.stderr.isatty(), say=_say)
+    metrics = training.train(settings, resume=resume, progress=sys.stderr.isatty(), say=say)
     if is_first():
         print(json.dumps(metrics))
     leave()
@@ -204,17 +235,23 @@ def classify(
     """Label texts, one a line; JSON lines with text, label and the probability of every label."""
     from fastbert.tasks import TextClassifier
 
-    _check_output(output)
+    end_on_signals()
+    output = check_output(output)
     classifier = TextClassifier.from_folder(model, dtype=dtype)
-    texts = _texts(input)
-    found = classifier.classify(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
-    _write_records(
-        output,
-        [
-            {"text": text, "label": one.label, "probabilities": one.probabilities}
-            for text, one in zip(texts, found, strict=True)
-        ],
-    )
+    lines = Lines(input)
+    with results(output) as file:
+        for texts in filter(None, lines.parts(file)):
+            found = classifier.classify(
+                texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty()
+            )
+            _write_records(
+                file,
+                [
+                    {"text": text, "label": one.label, "probabilities": one.probabilities}
+                    for text, one in zip(texts, found, strict=True)
+                ],
+            )
+    _report(lines)
 
 
 @app.command()
@@ -238,23 +275,27 @@ def tag(
     """
     from fastbert.tasks import TextTagger
 
-    _check_output(output)
+    end_on_signals()
+    output = check_output(output)
     tagger = TextTagger.from_folder(model, dtype=dtype)
-    texts = _texts(input)
-    found = tagger.tag(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
-    _write_records(
-        output,
-        [
-            {
-                "text": text,
-                "entities": [
-                    {"type": one.kind, "start": one.start, "end": one.end, "text": one.text, "score": one.score}
-                    for one in entities
+    lines = Lines(input)
+    with results(output) as file:
+        for texts in filter(None, lines.parts(file)):
+            found = tagger.tag(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
+            _write_records(
+                file,
+                [
+                    {
+                        "text": text,
+                        "entities": [
+                            {"type": one.kind, "start": one.start, "end": one.end, "text": one.text, "score": one.score}
+                            for one in entities
+                        ],
+                    }
+                    for text, entities in zip(texts, found, strict=True)
                 ],
-            }
-            for text, entities in zip(texts, found, strict=True)
-        ],
-    )
+            )
+    _report(lines)
 
 
 @app.command()
@@ -288,83 +329,9 @@ def info() -> None:
             _row("", f"--dtype bf16 computes in float32 here, because {slow}")
 
 
-class _Lines:
-    """The texts of a file, read as they are asked for: lines, told apart by \\n alone.
-
-    U+2028, vertical tab and form feed are text.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._count, self._empty, self._damaged = 0, [0, 0], [0, 0]  # of each how many, and the number of the first
-        if str(path) == "-":
-            if sys.stdin.isatty():
-                _say("reading texts from the terminal; end with Ctrl-D")
-            self._file: IO[bytes] = sys.stdin.buffer
-            return
-        try:
-            self._file = path.open("rb")
-        except OSError as error:
-            raise ArgumentError("INPUT", f"{path}: {error.strerror}", "a file of texts, or - for stdin") from error
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self._file:
-            if self._count == 0 and not (line := line.removeprefix(b"\xef\xbb\xbf")):
-                break
-            self._count += 1
-            line = line.removesuffix(b"\n").removesuffix(b"\r")
-            try:
-                text = line.decode()
-            except UnicodeDecodeError:
-                text = line.decode(errors="replace")
-                self._note(self._damaged)
-            if not text:
-                self._note(self._empty)
-            yield text
-        if self._file is not sys.stdin.buffer:
-            self._file.close()
-
-    def _note(self, kind: list[int]) -> None:
-        kind[0] += 1
-        kind[1] = kind[1] or self._count
-
-    def report(self) -> None:
-        """Say what was odd about them, when all were read."""
-        damaged, first = self._damaged
-        if damaged:
-            _say(f"{damaged} lines have bytes that are not UTF-8 (first: line {first}); U+FFFD stands for them")
-        empty, first = self._empty
-        if empty:
-            _say(f"{empty} empty lines (first: line {first}) are taken as empty texts")
-        if not self._count:
-            _say("the input is empty: no results")
-
-
-def _texts(path: Path) -> list[str]:
-    """All texts of a file at once."""
-    lines = _Lines(path)
-    texts = list(lines)
-    lines.report()
-    return texts
-
-
-def _check_output(output: Path | None) -> None:
-    """Before any work."""
-    from fastbert.checkpoints.files import check_replaceable
-
-    if output is not None:
-        check_replaceable(output)
-
-
-def _write_records(output: Path | None, records: list[dict[str, Any]]) -> None:
-    from fastbert.checkpoints.files import replacing
-
-    content = "".join(json.dumps(record) + "\n" for record in records).encode()
-    if output is None:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-        return
-    with replacing(output) as temporary:
-        temporary.write_bytes(content)
+def _write_records(file: IO[bytes], records: list[dict[str, Any]]) -> None:
+    file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+    file.flush()
 
 
 def _write_npy(file: IO[bytes], hidden: int, parts: _Parts) -> None:
@@ -421,9 +388,10 @@ def _row(name: str, value: str) -> None:
     print(f"  {name:<14}{value}")
 
 
-def _say(message: str) -> None:
-    print(f"fastbert: {message}", file=sys.stderr)
+def _report(lines: Lines) -> None:
+    for sentence in lines.odd():
+        say(sentence)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"warning: {message}")
+    say(f"warning: {message}")

@@ -32,7 +32,7 @@ FLOORS: list[list[str]] = [
     ["assets"],
     ["text"],
     ["training", "training.*"],
-    ["tasks"],
+    ["piping", "tasks"],
     ["__main__", "cli"],
     ["__init__"],
 ]

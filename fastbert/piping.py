@@ -1,0 +1,209 @@
+"""What goes into a command and what comes out: lines of text as they arrive, results that are whole or not there."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from fastbert.errors import ArgumentError
+
+# The exit code where the reader of the results has gone: what a shell says of a program that SIGPIPE ended.
+READER_GONE = 128 + signal.SIGPIPE
+
+LINES_AT_ONCE = 8192
+BLOCK = 2**18  # bytes of a read
+PATIENCE = 0.1  # seconds that lines wait for company
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def say(message: str) -> None:
+    """A line on stderr."""
+    print(f"fastbert: {message}", file=sys.stderr)
+
+
+def occupy_standard_streams() -> None:
+    """Open /dev/null where one is closed: the next file of ours would get its number, and what libraries print."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - or `print` would write to stdout what is for stderr
+
+
+def end_on_signals() -> None:
+    """End as after an error, with temporary files removed, where a signal would end the process on the spot."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and a shell's background jobs
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+class Lines:
+    """The texts of a file, or of stdin: lines, told apart by \\n alone. U+2028, vertical tab and form feed are text."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file.
+
+        Raises:
+            ArgumentError: it can't be read.
+        """
+        self._count, self._empty, self._damaged = 0, [0, 0], [0, 0]  # of each how many, and the number of the first
+        self._name = str(path)
+        if self._name == "-":
+            if sys.stdin is None:
+                raise ArgumentError("INPUT", "a standard input that is closed", "texts, one a line", "Name a file.")
+            if sys.stdin.isatty():
+                say("reading texts from the terminal; end with Ctrl-D")
+            self._file: IO[bytes] = sys.stdin.buffer
+            return
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise ArgumentError("INPUT", f"{path}: {error.strerror}", "a file of texts, or - for stdin") from error
+
+    def parts(self, results: IO[bytes]) -> Generator[list[str], None, None]:
+        """The texts in lists of at most LINES_AT_ONCE; an empty list where the next one may be long in coming.
+
+        A list ends early where nothing more is there to read PATIENCE after it began.
+
+        Raises:
+            ArgumentError: they are no UTF-8 at all.
+            BrokenPipeError: the reader of `results` has gone. While we wait for input no write could tell us.
+        """
+        part: list[str] = []
+        begun: list[bytes] = []  # pieces of a line without end
+        since = time.monotonic()
+        while True:
+            if not self._arrived(results, max(0.0, since + PATIENCE - time.monotonic())):
+                yield part
+                yield []
+                part = []
+                self._arrived(results, None)
+                since = time.monotonic()
+            block = os.read(self._file.fileno(), BLOCK)
+            end, *others = block.split(b"\n")
+            begun.append(end)
+            for beginning in others:
+                part.append(self._text(b"".join(begun)))
+                begun = [beginning]
+                if len(part) == LINES_AT_ONCE:
+                    yield part
+                    part = []
+                    since = time.monotonic()
+            if not block:
+                break
+        last = b"".join(begun)
+        if last and (self._count or last != _BYTE_ORDER_MARK):
+            part.append(self._text(last))
+        if part:
+            yield part
+
+    def _arrived(self, results: IO[bytes], seconds: float | None) -> bool:
+        """Whether there is something to read, or the end, within so many seconds; None waits for it."""
+        poll = select.poll()
+        poll.register(self._file, select.POLLIN)
+        poll.register(results, 0)  # for its errors, which come unasked
+        found = dict(poll.poll(None if seconds is None else 1000 * seconds))
+        if found.get(results.fileno(), 0) & (select.POLLERR | select.POLLHUP):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        return bool(found)
+
+    def _text(self, line: bytes) -> str:
+        if not self._count:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+            _check_utf8(self._name, line)
+        self._count += 1
+        line = line.removesuffix(b"\r")
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            text = line.decode(errors="replace")
+            self._note(self._damaged)
+        if not text:
+            self._note(self._empty)
+        return text
+
+    def _note(self, kind: list[int]) -> None:
+        kind[0] += 1
+        kind[1] = kind[1] or self._count
+
+    def odd(self) -> Iterator[str]:
+        """What was odd about them, to be said when all were read."""
+        damaged, first = self._damaged
+        if damaged:
+            yield f"{damaged} lines have bytes that are not UTF-8 (first: line {first}); U+FFFD stands for them"
+        empty, first = self._empty
+        if empty:
+            yield f"{empty} empty lines (first: line {first}) are taken as empty texts"
+        if not self._count:
+            yield "the input is empty: no results"
+
+
+def check_output(output: Path | None) -> Path | None:
+    """Before any work, see whether `results` could be written there; None stands for stdout.
+
+    Raises:
+        ArgumentError: stdout is closed, or see `checkpoints.files.check_replaceable`.
+    """
+    from fastbert.checkpoints.files import check_replaceable
+
+    if str(output) in ("-", "/dev/stdout"):
+        output = None
+    if output is None:
+        if sys.stdout is None:
+            raise ArgumentError("--output", "nothing, and standard output is closed", "a file to write to")
+    elif not _is_pipe_or_device(output):
+        check_replaceable(output)
+    return output
+
+
+@contextmanager
+def results(output: Path | None) -> Iterator[IO[bytes]]:
+    """What to write results to: stdout, a pipe or a device, or else a file, which appears when it is whole.
+
+    Raises:
+        SystemExit: with READER_GONE, where a pipe's reader has gone.
+    """
+    from fastbert.checkpoints.files import replacing
+
+    try:
+        if output is None:
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
+        elif _is_pipe_or_device(output):
+            with output.open("wb") as file:
+                yield file
+        else:
+            with replacing(output) as temporary, temporary.open("wb") as file:
+                yield file
+    except BrokenPipeError:
+        if output is None:  # what is left in its buffer goes nowhere, and Python has nothing to say about it at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(READER_GONE) from None
+
+
+def _is_pipe_or_device(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _check_utf8(name: str, first: bytes) -> None:
+    """Raise ArgumentError if the first line of a file is in UTF-16 or UTF-32: read as UTF-8 it would be nonsense."""
+    marked = first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+    if marked or (0 in first and any(first[::2]) != any(first[1::2])):  # every other byte is zero
+        mend = "Convert it: iconv -f UTF-16 -t UTF-8"
+        raise ArgumentError("INPUT", f"{name}, which is in UTF-16 or UTF-32", "texts in UTF-8", mend)
