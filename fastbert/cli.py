@@ -22,7 +22,17 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fastbert.errors import ArgumentError, FastbertError
-from fastbert.piping import Lines, check_output, end_on_signals, occupy_standard_streams, results, say
+from fastbert.piping import (
+    READER_GONE,
+    Lines,
+    check_ending,
+    check_output,
+    end_on_signals,
+    flush_stdout,
+    occupy_standard_streams,
+    results,
+    say,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,10 +58,15 @@ def main() -> None:
     occupy_standard_streams()
     warnings.showwarning = _show_warning
     try:
-        app(prog_name="fastbert")
+        try:
+            app(prog_name="fastbert")
+        finally:
+            flush_stdout()
     except FastbertError as error:
         say(f"error: {error}")
         sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(READER_GONE)
     except OSError as error:
         say(f"error: {error}")
         sys.exit(1)
@@ -112,15 +127,17 @@ def encode(
     """
     output = check_output(output)
     if file_format is None:
-        file_format = "npy" if output is not None and output.suffix == ".npy" else "jsonl"
+        file_format = "npy" if output is not None and output.suffix.lower() == ".npy" else "jsonl"
+        if file_format == "jsonl":
+            check_ending(output, "Or say --format.")
     if output is None and file_format == "npy":
         raise ArgumentError("--output", "nothing", "a file to write .npy to", "Add --output FILE, or --format jsonl.")
 
     from fastbert.tasks import TextEncoder
 
     end_on_signals()
-    encoder = TextEncoder.from_folder(model, dtype=dtype)
     lines = Lines(input)
+    encoder = TextEncoder.from_folder(model, dtype=dtype)
     with results(output) as file:
         if file_format == "npy" and not file.seekable():
             raise ArgumentError("--output", f"{output}, a pipe", "a file for .npy", "Add --format jsonl.")
@@ -237,8 +254,9 @@ def classify(
 
     end_on_signals()
     output = check_output(output)
-    classifier = TextClassifier.from_folder(model, dtype=dtype)
+    check_ending(output)
     lines = Lines(input)
+    classifier = TextClassifier.from_folder(model, dtype=dtype)
     with results(output) as file:
         for texts in filter(None, lines.parts(file)):
             found = classifier.classify(
@@ -277,8 +295,9 @@ def tag(
 
     end_on_signals()
     output = check_output(output)
-    tagger = TextTagger.from_folder(model, dtype=dtype)
+    check_ending(output)
     lines = Lines(input)
+    tagger = TextTagger.from_folder(model, dtype=dtype)
     with results(output) as file:
         for texts in filter(None, lines.parts(file)):
             found = tagger.tag(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())

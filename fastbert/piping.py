@@ -23,6 +23,11 @@ LINES_AT_ONCE = 8192
 BLOCK = 2**18  # bytes of a read
 PATIENCE = 0.1  # seconds that lines wait for company
 
+# Endings that promise another format than JSON lines.
+_OTHER_FORMATS = frozenset(
+    ".arrow .bz2 .csv .feather .gz .h5 .npy .npz .parquet .pkl .pt .safetensors .tsv .xlsx .xz .zip .zst".split()
+)
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -172,6 +177,12 @@ def check_output(output: Path | None) -> Path | None:
     return output
 
 
+def check_ending(output: Path | None, mend: str = "") -> None:
+    """Raise ArgumentError if the name of a file of JSON lines promises something else."""
+    if output is not None and output.suffix.lower() in _OTHER_FORMATS:
+        raise ArgumentError("--output", output, "another ending, such as .jsonl, for JSON lines", mend)
+
+
 @contextmanager
 def results(output: Path | None) -> Iterator[IO[bytes]]:
     """What to write results to: stdout, a pipe or a device, or else a file, which appears when it is whole.
@@ -183,8 +194,9 @@ def results(output: Path | None) -> Iterator[IO[bytes]]:
 
     try:
         if output is None:
-            yield sys.stdout.buffer
-            sys.stdout.buffer.flush()
+            # a buffer of our own: that of sys.stdout may be none, and may write half
+            with os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as file:
+                yield file
         elif _is_pipe_or_device(output):
             with output.open("wb") as file:
                 yield file
@@ -192,9 +204,21 @@ def results(output: Path | None) -> Iterator[IO[bytes]]:
             with replacing(output) as temporary, temporary.open("wb") as file:
                 yield file
     except BrokenPipeError:
-        if output is None:  # what is left in its buffer goes nowhere, and Python has nothing to say about it at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(READER_GONE) from None
+
+
+def flush_stdout() -> None:
+    """Write what `print` left to be written.
+
+    Raises:
+        OSError: it can't be; it is dropped, or Python would try again at the very end, and complain.
+    """
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
 
 
 def _is_pipe_or_device(path: Path) -> bool:
@@ -202,8 +226,11 @@ def _is_pipe_or_device(path: Path) -> bool:
 
 
 def _check_utf8(name: str, first: bytes) -> None:
-    """Raise ArgumentError if the first line of a file is in UTF-16 or UTF-32: read as UTF-8 it would be nonsense."""
-    marked = first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
-    if marked or (0 in first and any(first[::2]) != any(first[1::2])):  # every other byte is zero
+    """Raise ArgumentError if a file that begins with this line is no text in UTF-8, but nonsense when read as such."""
+    zeros = 0 in first
+    every_other = zeros and len(first) > 3 and any(first[::2]) != any(first[1::2])
+    if every_other or first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         mend = "Convert it: iconv -f UTF-16 -t UTF-8"
         raise ArgumentError("INPUT", f"{name}, which is in UTF-16 or UTF-32", "texts in UTF-8", mend)
+    if zeros and "\ufffd" in first.decode(errors="replace"):
+        raise ArgumentError("INPUT", f"{name}, which is no text", "texts in UTF-8", "Unpack it, or export its texts.")
