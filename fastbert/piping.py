@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -24,8 +25,8 @@ BLOCK = 2**18  # bytes of a read
 PATIENCE = 0.1  # seconds that lines wait for company
 
 # Endings that promise another format than JSON lines.
-_OTHER_FORMATS = frozenset(
-    ".arrow .bz2 .csv .feather .gz .h5 .npy .npz .parquet .pkl .pt .safetensors .tsv .xlsx .xz .zip .zst".split()
+_OTHER_FORMATS = re.compile(
+    r"\.(arrow|bz2|csv|feather|gz|h5|npy|npz|parquet|pkl|pt|safetensors|tsv|xlsx|xz|zip|zst)", re.IGNORECASE
 )
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -179,7 +180,7 @@ def check_output(output: Path | None) -> Path | None:
 
 def check_ending(output: Path | None, mend: str = "") -> None:
     """Raise ArgumentError if the name of a file of JSON lines promises something else."""
-    if output is not None and output.suffix.lower() in _OTHER_FORMATS:
+    if output is not None and _OTHER_FORMATS.fullmatch(output.suffix):
         raise ArgumentError("--output", output, "another ending, such as .jsonl, for JSON lines", mend)
 
 
