@@ -69,14 +69,17 @@ def named(case: Case, model: nn.Module, results: list[Tensor], names: Mapping[st
 
 
 def our_names(layers: int) -> dict[str, list[str]]:
-    last = f"encoder.layers.{layers - 1}.output.weight"
-    return {"word": ["embeddings.word.weight"], "qkv": ["encoder.layers.0.qkv.weight"], "output": [last]}
+    return _names("embeddings.word.weight", layers)
 
 
 def their_names(layers: int) -> dict[str, list[str]]:
+    return _names("embeddings.word_embeddings.weight", layers)
+
+
+def _names(word: str, layers: int) -> dict[str, list[str]]:
     first = "encoder.layer.0.attention.self"
     return {
-        "word": ["embeddings.word_embeddings.weight"],
+        "word": [word],
         "qkv": [f"{first}.{part}.weight" for part in ("query", "key", "value")],
         "output": [f"encoder.layer.{layers - 1}.output.dense.weight"],
     }
@@ -86,8 +89,9 @@ def in_torch(model: BertModel, ids: Tensor, packing: Packing) -> Tensor:
     """What BERT computes, packed, by plain torch: int64 `[tokens]` -> `[tokens, hidden]`."""
     config, tables = model.config, model.embeddings
     x = tables.norm(tables.word(ids) + tables.token_type.weight[0] + tables.position(packing.columns))
-    for layer in model.encoder.layers:
-        qkv = layer.qkv(x).view(-1, 3, config.num_heads, config.head_dim)
+    for layer in (one.parts() for one in model.encoder.layer):
+        qkv = torch.cat([part(x) for part in (layer.query, layer.key, layer.value)], 1)
+        qkv = qkv.view(-1, 3, config.num_heads, config.head_dim)
         contexts = [
             F.scaled_dot_product_attention(*sequence.permute(1, 2, 0, 3)).transpose(0, 1).flatten(1)
             for sequence in qkv.split(packing.lengths.tolist())

@@ -30,8 +30,8 @@ from triton.runtime.driver import driver
 
 import fastbert
 from fastbert import backend
-from fastbert.encoder import EncoderLayer
 from fastbert.kernels.target import KNOWN, Target, pretend
+from fastbert.layer import EncoderLayer
 from fastbert.packing import Packing
 
 sys.path.append(str(Path(__file__).parent / "static"))

@@ -2,184 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import backend
 from fastbert.checkpoints import mapping
-from fastbert.config import Activation, EncoderConfig
-from fastbert.errors import ArgumentError
+from fastbert.config import EncoderConfig
+from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.layer import EncoderLayer
 from fastbert.masks import read_mask
-from fastbert.ops import repeats
-from fastbert.ops.attention import attention, prepare_attention
-from fastbert.ops.common import check_linear
-from fastbert.ops.layer_norm import linear_layer_norm, prepare_linear_layer_norm
-from fastbert.ops.linear import linear
-from fastbert.ops.linear_gelu import linear_gelu, prepare_linear_gelu
 from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers
 from fastbert.packing import Packing
+from fastbert.projections import SelfAttention, hooks_of, is_hooked, is_plain
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-
-class EncoderLayer(nn.Module):
-    """One layer: attention, then the feed-forward, each followed by residual + LayerNorm."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        hidden = config.hidden_size
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.attention_output = nn.Linear(hidden, hidden)
-        self.attention_norm = nn.LayerNorm(hidden, eps=config.eps)
-        self.intermediate = nn.Linear(hidden, config.intermediate_size)
-        self.output = nn.Linear(config.intermediate_size, hidden)
-        self.output_norm = nn.LayerNorm(hidden, eps=config.eps)
-
-    def forward(
-        self,
-        x: Tensor,
-        packing: Packing,
-        bias: Tensor | None = None,
-        seeds: Tensor | None = None,
-        read: Tensor | None = None,
-        unpack: bool = False,
-    ) -> Tensor:
-        """`[rows, hidden]` -> `[rows, hidden]`.
-
-        Args:
-            bias: added to the attention scores; see `ops.attention`.
-            seeds: int64 `[3]`, one seed for each dropout; None when dropout is off.
-            read: int64 `[reads]`, the rows of the output that are wanted; all by default. All rows are attended to, but
-                only these go through what comes after attention. The hidden dropouts then draw for these rows alone.
-            unpack: give the output in the padded layout; not together with `read`.
-
-        Returns:
-            `[rows, hidden]`, or `[reads, hidden]`: the rows that the whole output would have there; unpacked
-            `[batch, seqlen, hidden]`.
-        """
-        config = self.config
-        plain = bias is None and seeds is None and read is None and not unpack
-        if plain and backend.decide(x.device).path == "triton":
-            options = config.num_heads, config.activation, self.attention_norm.eps, self.output_norm.eps
-            kind = EncoderLayer, *options, packing.tokens, packing.max_seqlen
-            parameters = self._parameters_in_order()
-            tensors = (x, packing.cu_seqlens, *parameters)
-            run = repeats.prepared(kind, tensors, lambda: self._prepare(x, packing))
-            if run is not None:
-                return cast(Tensor, run(x, packing, *parameters))
-        drop_weight = config.attention_dropout if seeds is not None else 0.0
-        drop_hidden = config.hidden_dropout if seeds is not None else 0.0
-        seed_weight, seed_context, seed_output = (None, None, None) if seeds is None else seeds.split(1)
-
-        qkv = linear(x, self.qkv.weight, self.qkv.bias).view(-1, 3, config.num_heads, config.head_dim)
-        context = attention(qkv, packing, bias=bias, dropout=drop_weight, seed=seed_weight).flatten(1)
-        if read is not None:
-            context, x = context.index_select(0, read), x.index_select(0, read)
-        x = _project_add_norm(context, self.attention_output, x, self.attention_norm, drop_hidden, seed_context)
-        layout = packing if unpack else None
-        return _project_add_norm(self.activate(x), self.output, x, self.output_norm, drop_hidden, seed_output, layout)
-
-    def _parameters_in_order(self) -> tuple[Tensor, ...]:
-        """As what `_prepare` makes takes them. By name: `parameters()` leaves out the second of two that are shared."""
-        qkv, attention_output, attention_norm = self.qkv, self.attention_output, self.attention_norm
-        intermediate, output, output_norm = self.intermediate, self.output, self.output_norm
-        return (
-            qkv.weight, qkv.bias, attention_output.weight, attention_output.bias, attention_norm.weight,
-            attention_norm.bias, intermediate.weight, intermediate.bias, output.weight, output.bias, output_norm.weight,
-            output_norm.bias,
-        )  # fmt: skip
-
-    def _prepare(self, x: Tensor, packing: Packing) -> repeats.Run | None:
-        """`forward` without options as a function of tensors of one kind; None where a kernel can't serve a part of it.
-
-        It takes x, the packing and `_parameters_in_order()`.
-        """
-        heads, head_dim = self.config.num_heads, self.config.head_dim
-        projection, norm = self.attention_output, self.attention_norm
-        output, output_norm = self.output, self.output_norm
-        check_linear(x, self.qkv.weight, self.qkv.bias)
-        qkv = x.new_empty((len(x), len(self.qkv.weight))).view(-1, 3, heads, head_dim)
-        attend = prepare_attention(qkv, packing)
-        context = torch.empty_like(x)
-        add_context = prepare_linear_layer_norm(
-            context, projection.weight, projection.bias, x, norm.weight, norm.bias, eps=norm.eps
-        )
-        activate = prepare_linear_activation(x, self.intermediate, self.config.activation)
-        wide = x.new_empty((len(x), self.config.intermediate_size))
-        add_output = prepare_linear_layer_norm(
-            wide, output.weight, output.bias, x, output_norm.weight, output_norm.bias, eps=output_norm.eps
-        )
-        if attend is None or add_context is None or activate is None or add_output is None:
-            return None
-
-        def run(
-            x: Tensor, packing: Packing, wq: Tensor, bq: Tensor, wp: Tensor, bp: Tensor, norm_w: Tensor, norm_b: Tensor,
-            wi: Tensor, bi: Tensor, wo: Tensor, bo: Tensor, output_norm_w: Tensor, output_norm_b: Tensor,
-        ) -> Tensor:  # fmt: skip
-            qkv = F.linear(x, wq, bq).view(-1, 3, heads, head_dim)
-            context = attend(qkv, packing).view(x.shape)
-            x = add_context(context, wp, bp, x, norm_w, norm_b)
-            return add_output(activate(x, wi, bi), wo, bo, x, output_norm_w, output_norm_b)
-
-        return run
-
-    def activate(self, x: Tensor) -> Tensor:
-        """The first product of the feed-forward and its activation: `[rows, hidden]` -> `[rows, intermediate]`."""
-        return linear_activation(x, self.intermediate, self.config.activation)
-
-
-def linear_activation(x: Tensor, linear: nn.Linear, activation: Activation) -> Tensor:
-    """`linear` and the activation after it: `[rows, in]` -> `[rows, out]`."""
-    match activation:
-        case "gelu":
-            return linear_gelu(x, linear.weight, linear.bias)
-        case "gelu_tanh":
-            return linear_gelu(x, linear.weight, linear.bias, approximate="tanh")
-        case "relu":
-            return F.relu(linear(x))
-        case "silu":
-            return F.silu(linear(x))
-
-
-def prepare_linear_activation(x: Tensor, linear: nn.Linear, activation: Activation) -> repeats.Run | None:
-    """`linear_activation` in inference as a function of x, weight and bias of one kind; None: it can't be served."""
-    match activation:
-        case "gelu":
-            return prepare_linear_gelu(x, linear.weight, linear.bias)
-        case "gelu_tanh":
-            return prepare_linear_gelu(x, linear.weight, linear.bias, approximate="tanh")
-        case "relu":
-            return lambda x, weight, bias: F.relu(F.linear(x, weight, bias))
-        case "silu":
-            return lambda x, weight, bias: F.silu(F.linear(x, weight, bias))
-
-
-def _project_add_norm(
-    x: Tensor,
-    linear: nn.Linear,
-    residual: Tensor,
-    norm: nn.LayerNorm,
-    dropout: float,
-    seed: Tensor | None,
-    unpack: Packing | None = None,
-) -> Tensor:
-    return linear_layer_norm(
-        x,
-        linear.weight,
-        linear.bias,
-        residual,
-        norm.weight,
-        norm.bias,
-        dropout=dropout,
-        seed=seed,
-        eps=norm.eps,
-        unpack=unpack,
-    )
 
 
 class Encoder(nn.Module):
@@ -191,27 +30,49 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        self.layer = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         initialise(self, config.initializer_range)
 
     @classmethod
     def from_hf(cls, module: nn.Module) -> Encoder:
-        """An encoder with the weights, dtype, device and mode of a transformers `BertEncoder`.
+        """An encoder of the very parameters of a transformers `BertEncoder`, under their names, in its mode.
+
+        The modules that hold parameters are taken over as they are, with their hooks, adapters and quantized weights.
 
         Raises:
-            ArgumentError: its config asks for something an encoder here does not do.
-            CheckpointError: its parameters are not those of a BertEncoder.
+            ArgumentError: its config asks for something an encoder here does not do, or a module that ours stands for
+                has hooks.
+            CheckpointError: its modules or parameters are not those of a BertEncoder.
         """
-        config = EncoderConfig.from_hf(module.config)
+        layers = getattr(module, "layer", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise CheckpointError("module", type(module).__name__, "a BertEncoder: a module with a ModuleList `layer`")
+        config = replace(EncoderConfig.from_hf(module.config), num_layers=len(layers))
         with torch.device("meta"):
             encoder = cls(config)
-        state = mapping.to_ours(module.state_dict(), mapping.encoder_rules(config.num_layers))
-        encoder.load_state_dict(state, assign=True)
-        return encoder.train(module.training)
+        _take_over(encoder, module, "encoder")
+        for ours, theirs in zip(encoder.layer, layers, strict=True):
+            if getattr(theirs, "gradient_checkpointing", False):
+                ours.gradient_checkpointing = True  # type: ignore[assignment]
+                ours._gradient_checkpointing_func = theirs._gradient_checkpointing_func
+        encoder.join()
+        encoder.training = module.training
+        return encoder
+
+    def join(self) -> None:
+        """Let the parameters of queries, keys and values lie one after another; see `SelfAttention.join`."""
+        for part in self.modules():
+            if isinstance(part, SelfAttention):
+                part.join()
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
-        """The parameters under the names of a transformers `BertEncoder`, bit for bit."""
-        return mapping.to_theirs(self.state_dict(), mapping.encoder_rules(self.config.num_layers))
+        """`state_dict()`, whose names are those of a transformers `BertEncoder`."""
+        return self.state_dict()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """State dicts of fastbert 0.1.0, with names of its own, are read too."""
+        mapping.from_names_of_0_1(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
         self,
@@ -280,20 +141,71 @@ class Encoder(nn.Module):
         With `read`, int64 `[reads]`, the last of them is `[reads, hidden]`: only these rows of it, and no work for the
         others. With `unpack` the last of them is `[batch, seqlen, hidden]`. See `EncoderLayer.forward`.
         """
-        seeds = None
-        if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
-            seeds = torch.randint(2**63 - 1, (len(self.layers), 3), device=x.device)
-        if not self.layers:
+        layers = cast(list[EncoderLayer], list(self.layer))
+        seeds = torch.randint(2**63 - 1, (len(layers), 3), device=x.device) if self.drops() else None
+        if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
         states = [x]
-        for i, layer in enumerate(self.layers):
-            last = i + 1 == len(self.layers)
+        for i, layer in enumerate(layers):
+            last = i + 1 == len(layers)
             seed = None if seeds is None else seeds[i]
-            states.append(layer(states[-1], packing, bias, seed, read if last else None, unpack and last))
+            if is_hooked(layer):  # by one who knows transformers' padded layout
+                x = packing.pack(layer(packing.unpack(states[-1]), packing, bias, seed))
+                if last and (unpack or read is not None):
+                    x = packing.unpack(x) if unpack else x.index_select(0, cast(Tensor, read))
+                states.append(x)
+            else:
+                states.append(layer(states[-1], packing, bias, seed, read if last else None, unpack and last))
         return states
+
+    def is_plain(self) -> bool:
+        """Whether nothing but ops of ours computes it, without dropout; see `projections.is_plain`."""
+        return not self.drops() and not any(
+            is_hooked(layer) or not all(map(is_plain, cast(EncoderLayer, layer).parts())) for layer in self.layer
+        )
+
+    def drops(self) -> bool:
+        """Whether a dropout module is on."""
+        return any(any(cast(EncoderLayer, layer).dropouts()) for layer in self.layer)
 
 
 _HARMLESS = {"position_ids", "cache_position", "num_items_in_batch"}
+
+
+def _take_over(ours: nn.Module, theirs: nn.Module, name: str) -> None:
+    """Put the modules of `theirs` that hold parameters, and dropouts, in the places of those of `ours`."""
+    own = [*theirs._parameters, *theirs._buffers]
+    unknown = [child for child, part in theirs.named_children() if child not in ours._modules and part.state_dict()]
+    if own or unknown:
+        raise CheckpointError(name, f"{', '.join(own + unknown)} in it", "the parameters of a BertEncoder")
+    if any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in _hooks(theirs)):
+        raise ArgumentError(name, "hooks on it", "none", "Register them on the new encoder, or on nn.Linear and norms.")
+    for child, part in ours.named_children():
+        taken = theirs._modules.get(child)
+        if taken is None:
+            raise CheckpointError(name, f"{type(theirs).__name__} without {child}", "the modules of a BertEncoder")
+        part.training = taken.training
+        if isinstance(part, nn.Linear | nn.LayerNorm | nn.Dropout):
+            _check_like(part, taken, f"{name}.{child}")
+            ours._modules[child] = taken
+        else:
+            _take_over(part, taken, f"{name}.{child}")
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    patched = [module.forward] if "forward" in module.__dict__ else []
+    return [*patched, *(hook for hooks in hooks_of(module) for hook in hooks.values())]
+
+
+def _check_like(ours: nn.Module, theirs: nn.Module, name: str) -> None:
+    """Raise CheckpointError if `theirs` is of the kind of `ours` with parameters of another shape."""
+    if type(theirs) is not type(ours):
+        return
+    for part, parameter in ours.named_parameters():
+        given = theirs._parameters.get(part)
+        if given is None or given.shape != parameter.shape:
+            got = "nothing" if given is None else f"shape {tuple(given.shape)}"
+            raise CheckpointError(f"{name}.{part}", got, f"shape {tuple(parameter.shape)}, as the config says")
 
 
 def _asks_nothing(value: Any) -> bool:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import Activation, EncoderConfig
-from fastbert.encoder import Encoder, EncoderLayer
+from fastbert.encoder import Encoder
+from fastbert.layer import EncoderLayer
 from fastbert.native.machine import made_by_amd
 from fastbert.ops.attention import attend
 from fastbert.ops.common import runs_bare
@@ -46,7 +47,7 @@ def serves(encoder: Encoder, x: Tensor) -> bool:
     bare = x.dtype == torch.float32 and not torch.is_grad_enabled() and runs_bare(x) and len(x) >= FEWEST_ROWS
     if not bare or made_by_amd():  # there BLAS is not the fastest that can be had
         return False
-    return not encoder.training and len(encoder.layers) > 0 and type(encoder) is Encoder
+    return not encoder.training and len(encoder.layer) > 0 and type(encoder) is Encoder and encoder.is_plain()
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,8 @@ def fold(encoder: Encoder, norm: nn.LayerNorm) -> FoldedEncoder | None:
     That is where weights of a LayerNorm are so near 0 that the 1 which the probe reads comes from numbers that cancel:
     their magnitudes must not add up to more than 4, which is two bits. They are at 1.0 to 1.3 in MiniLM and in a BERT.
     """
-    layers = cast(list[EncoderLayer], list(encoder.layers))
+    layers = [cast(Any, cast(EncoderLayer, layer).parts()) for layer in encoder.layer]
+    joined = [cast(EncoderLayer, layer).attention.self.joined() for layer in encoder.layer]
     norms = [norm]  # the last of them makes the rows that come out, which are not shifted
     for layer in layers:
         norms += [layer.attention_norm, layer.output_norm]
@@ -114,10 +116,12 @@ def fold(encoder: Encoder, norm: nn.LayerNorm) -> FoldedEncoder | None:
     shifts.append(torch.zeros_like(norms[-1].bias))
     folded = [
         _FoldedLayer(
-            qkv=_absorb(layer.qkv, norms[2 * i], shifts[2 * i]),
+            qkv=_absorb(*joined[i], norms[2 * i], shifts[2 * i]),
             attention_output=_transposed(layer.attention_output.weight),
             attention_norm=_shifted(layer.attention_norm, shifts[2 * i + 1]),
-            intermediate=_absorb(layer.intermediate, layer.attention_norm, shifts[2 * i + 1]),
+            intermediate=_absorb(
+                layer.intermediate.weight, layer.intermediate.bias, layer.attention_norm, shifts[2 * i + 1]
+            ),
             output=_transposed(layer.output.weight),
             output_norm=_shifted(layer.output_norm, shifts[2 * i + 2]),
         )
@@ -136,10 +140,10 @@ def _probe(norm: nn.LayerNorm) -> Tensor:
     return 1 / (norm.weight.numel() * norm.weight.double())
 
 
-def _absorb(linear: nn.Linear, norm: nn.LayerNorm, shift: Tensor) -> Tensor:
-    """The matrix, `[in, out]`, that gives on shifted rows what `linear` gives on the rows that `norm` makes."""
-    weight = linear.weight.double()
-    bias = linear.bias.double() - weight @ shift
+def _absorb(weight: Tensor, bias: Tensor, norm: nn.LayerNorm, shift: Tensor) -> Tensor:
+    """The matrix, `[in, out]`, that gives on shifted rows what a linear layer gives on the rows that `norm` makes."""
+    weight = weight.double()
+    bias = bias.double() - weight @ shift
     return _transposed((weight + torch.outer(bias, _probe(norm))).float())
 
 

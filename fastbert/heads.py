@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig, HeadConfig
-from fastbert.encoder import initialise, linear_activation
+from fastbert.encoder import initialise
 from fastbert.errors import ArgumentError
+from fastbert.layer import linear_activation
 from fastbert.models import BertModel, Inputs
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
 from fastbert.ops.layer_norm import layer_norm

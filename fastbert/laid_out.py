@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from fastbert.config import EncoderConfig
-from fastbert.encoder import Encoder, EncoderLayer
+from fastbert.encoder import Encoder
+from fastbert.layer import EncoderLayer
 from fastbert.native.int8 import Int8Rows
 from fastbert.native.layout import laid_out_together
 from fastbert.native.machine import Machine, multiplies_well
@@ -39,7 +39,7 @@ KEPT_RUNS = 32
 def serves(encoder: Encoder, x: Tensor) -> bool:
     """Whether it is meant for a run of `encoder` on `x`: a CPU whose kernels multiply well, no gradient, no dropout."""
     bare = not torch.is_grad_enabled() and runs_bare(x)  # first, for torch.compile, which can't read what follows
-    if not bare or encoder.training or len(x) == 0 or not encoder.layers:
+    if not bare or encoder.training or len(x) == 0 or not encoder.layer or not encoder.is_plain():
         return False
     machine, config = native_machine(x), encoder.config
     if machine is None or config.head_dim % 8:
@@ -83,8 +83,8 @@ class _Runs(threading.local):
 class LaidOut(ABC):
     """An encoder whose weights lie as the kernels take them. It does not see them change."""
 
-    def __init__(self, machine: Machine, config: EncoderConfig) -> None:
-        self.machine, self.config = machine, config
+    def __init__(self, machine: Machine, encoder: Encoder) -> None:
+        self.machine, self.config, self.num_layers = machine, encoder.config, len(encoder.layer)
         self.buffers, self.runs = Buffers(), _Runs()
 
     def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
@@ -100,7 +100,7 @@ class LaidOut(ABC):
             Program(launches).run()
             launches, context, states = [], context.index_select(0, read), states.index_select(0, read)
         out = room(states.shape, states.dtype)
-        Program(launches + self._transform(self.config.num_layers - 1, context, states, out)).run()
+        Program(launches + self._transform(self.num_layers - 1, context, states, out)).run()
         return out
 
     def _run_again(self, x: Tensor, packing: Packing) -> Tensor:
@@ -119,7 +119,7 @@ class LaidOut(ABC):
             own, out = room(x.shape, x.dtype), room(x.shape, x.dtype)
             cu_seqlens = room(packing.cu_seqlens.shape, torch.int32)
         launches, states = self._before_last_transform(own, cu_seqlens, packing.max_seqlen)
-        launches += self._transform(self.config.num_layers - 1, self._context(x), states, out)
+        launches += self._transform(self.num_layers - 1, self._context(x), states, out)
         return _Run(own, cu_seqlens, out, Program(launches))
 
     def _before_last_transform(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[list[Launch], Tensor]:
@@ -132,7 +132,7 @@ class LaidOut(ABC):
         heads = qkv.view(-1, 3, config.num_heads, config.head_dim)
         contexts, scale = context.view(-1, config.num_heads, config.head_dim), config.head_dim**-0.5
         launches = []
-        for layer in range(config.num_layers):
+        for layer in range(self.num_layers):
             if layer > 0:
                 launches += self._transform(layer - 1, context, x, states)
                 x = states
@@ -181,24 +181,28 @@ class LaidOutEncoder(LaidOut):
     """An `Encoder`, in float32 or bfloat16."""
 
     def __init__(self, machine: Machine, encoder: Encoder) -> None:
-        super().__init__(machine, encoder.config)
-        layers = cast(list[EncoderLayer], list(encoder.layers))
-        linears = [part for one in layers for part in (one.qkv, one.attention_output, one.intermediate, one.output)]
-        weights = laid_out_together([linear.weight for linear in linears])
-        made = [
-            _Product(*both) for both in zip(weights, (one.bias.detach().contiguous() for one in linears), strict=True)
-        ]
-        products = iter(made)
+        super().__init__(machine, encoder)
+        layers = cast(list[EncoderLayer], list(encoder.layer))
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for layer in layers:
+            parts = cast(Any, layer.parts())
+            linears = parts.attention_output, parts.intermediate, parts.output
+            weight, bias = layer.attention.self.joined()
+            weights += [weight, *(linear.weight for linear in linears)]
+            biases += [bias, *(linear.bias for linear in linears)]
+        biases = [bias.detach().contiguous() for bias in biases]
+        products = iter([_Product(*both) for both in zip(laid_out_together(weights), biases, strict=True)])
         self.layers = [
             _Layer(
                 qkv=next(products),
                 attention_output=next(products),
-                attention_norm=in_float32(layer.attention_norm),
+                attention_norm=in_float32(parts.attention_norm),
                 intermediate=next(products),
                 output=next(products),
-                output_norm=in_float32(layer.output_norm),
+                output_norm=in_float32(parts.output_norm),
             )
-            for layer in layers
+            for parts in (cast(Any, layer.parts()) for layer in layers)
         ]
 
     def _attention_dtype(self, x: Tensor) -> torch.dtype:
@@ -239,10 +243,10 @@ class LaidOutInt8Encoder(LaidOut):
     """A `QuantizedEncoder` in int8. A layer's input is there twice, the second time in int8."""
 
     def __init__(self, machine: Machine, encoder: QuantizedEncoder) -> None:
-        super().__init__(machine, encoder.config)
+        super().__init__(machine, encoder)
         self.layers = [
             (layer, in_float32(layer.attention_norm), in_float32(layer.output_norm))
-            for layer in cast(list[Int8Layer], list(encoder.layers))
+            for layer in cast(list[Int8Layer], list(encoder.layer))
         ]
 
     def _attention_dtype(self, x: Tensor) -> torch.dtype:

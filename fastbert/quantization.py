@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from fastbert import reference
 from fastbert.config import EncoderConfig
-from fastbert.encoder import Encoder, EncoderLayer
+from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
+from fastbert.layer import EncoderLayer
 from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.ops.attention import attention
 from fastbert.ops.common import native_machine, wants_gradient
@@ -66,19 +67,20 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
         raise ArgumentError("dtype", repr(dtype), "'fp8' or 'int8'")
     if model.training:
         raise ArgumentError("model", "a model in training mode", "one in eval mode", "Call model.eval() first.")
-    made: Model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    encoders = {name: part for name, part in made.named_modules() if type(part) is Encoder}
+    encoders = {name: part for name, part in model.named_modules() if type(part) is Encoder}
     if not encoders:
         raise ArgumentError("model", type(model).__name__, "a module with a fastbert.Encoder in it")
+    copies: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for name, encoder in encoders.items():
         if dtype == "fp8":
             _check_config(encoder.config)
         for parameter in encoder.parameters():
             _check_device(parameter, dtype)
-        if name == "":
-            return QuantizedEncoder(encoder, dtype)  # type: ignore[return-value]  # the model is the encoder
-        made.set_submodule(name, QuantizedEncoder(encoder, dtype))
-    return made
+        if not encoder.is_plain():
+            got = "modules other than nn.Linear and nn.LayerNorm, or with hooks, or dropout that is on"
+            raise ArgumentError(name or "model", got, "plain ones", "Merge adapters, and remove hooks, first.")
+        copies[id(encoder)] = QuantizedEncoder(encoder, dtype)
+    return copy.deepcopy(model, copies)
 
 
 def in_int8(model: nn.Module) -> bool:
@@ -110,13 +112,13 @@ class Fp8Linear(nn.Module):
     values: Tensor
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        values, scale = reference.quantize_rows(linear.weight.detach().float())
+        values, scale = reference.quantize_rows(weight.detach().float())
         # As integers, because `Module.to(dtype)` casts what is floating.
         self.register_buffer("values", values.view(torch.uint8))
         self.register_buffer("scale", scale.view(torch.int32))
-        self.bias = linear.bias
+        self.bias = bias
 
     def forward(self, x: QuantizedRows, dtype: torch.dtype, *, add_bias: bool) -> Tensor:
         """`[rows, in]` -> `[rows, out]` in `dtype`."""
@@ -125,17 +127,19 @@ class Fp8Linear(nn.Module):
 
 
 class _QuantizedLayer(nn.Module, Generic[Quantized]):
-    """An `EncoderLayer`'s parts under their names, its linear layers as `linear` makes them."""
+    """An `EncoderLayer`'s parts under the names of `Parts`, its linear layers as `linear` makes them."""
 
-    def __init__(self, layer: EncoderLayer, linear: Callable[[nn.Linear], Quantized]) -> None:
+    def __init__(self, layer: EncoderLayer, linear: Callable[[Tensor, Tensor], Quantized]) -> None:
         super().__init__()
         self.config = layer.config
-        self.qkv = linear(layer.qkv)
-        self.attention_output = linear(layer.attention_output)
-        self.attention_norm = layer.attention_norm
-        self.intermediate = linear(layer.intermediate)
-        self.output = linear(layer.output)
-        self.output_norm = layer.output_norm
+        parts = cast(Any, layer.parts())
+        weight, bias = layer.attention.self.joined()
+        self.qkv = linear(weight, nn.Parameter(bias.detach().clone()))
+        self.attention_output = linear(parts.attention_output.weight, parts.attention_output.bias)
+        self.attention_norm = parts.attention_norm
+        self.intermediate = linear(parts.intermediate.weight, parts.intermediate.bias)
+        self.output = linear(parts.output.weight, parts.output.bias)
+        self.output_norm = parts.output_norm
 
 
 class Fp8Layer(_QuantizedLayer[Fp8Linear]):
@@ -182,14 +186,14 @@ class Int8Linear(nn.Module):
     scale: Tensor
     sum: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        matrix = Int8Matrix.of(linear.weight)
+        matrix = Int8Matrix.of(weight)
         self.register_buffer("values", matrix.values)
         # As integers, because `Module.to(dtype)` casts what is floating.
         for name in ("scale", "sum"):
             self.register_buffer(name, cast(Tensor, getattr(matrix, name)).view(torch.int32))
-        self.bias = linear.bias
+        self.bias = bias
 
     @property
     def matrix(self) -> Int8Matrix:
@@ -236,7 +240,7 @@ class QuantizedEncoder(Encoder):
         self.config = encoder.config
         self.dtype = dtype
         kind = Fp8Layer if dtype == "fp8" else Int8Layer
-        self.layers = nn.ModuleList(kind(cast(EncoderLayer, layer)) for layer in encoder.layers)
+        self.layer = nn.ModuleList(kind(cast(EncoderLayer, layer)) for layer in encoder.layer)
         self.training = False
 
     def train(self, mode: bool = True) -> QuantizedEncoder:
@@ -245,6 +249,14 @@ class QuantizedEncoder(Encoder):
             raise ArgumentError("mode", mode, "False", "A quantized model can't be trained.")
         super().train(False)
         return self
+
+    def is_plain(self) -> bool:
+        """Always."""
+        return True
+
+    def drops(self) -> bool:
+        """Never."""
+        return False
 
     def to_hf_state_dict(self) -> NoReturn:
         """Raise ArgumentError: the weights are not Hugging Face's any more."""
@@ -267,10 +279,10 @@ class QuantizedEncoder(Encoder):
         if wants_gradient(x):
             raise BackendError("quantize", "a gradient asked for", "torch.no_grad() around it")
         _check_device(x, self.dtype)
-        states = [x if read is None or len(self.layers) else x.index_select(0, read)]
+        states = [x if read is None or len(self.layer) else x.index_select(0, read)]
         quantized = quantize_rows(x) if self.dtype == "fp8" else quantize_rows_int8(x)
-        for i, layer in enumerate(self.layers):
-            x, quantized = layer(states[-1], quantized, packing, bias, read if i + 1 == len(self.layers) else None)
+        for i, layer in enumerate(self.layer):
+            x, quantized = layer(states[-1], quantized, packing, bias, read if i + 1 == len(self.layer) else None)
             states.append(x)
         if unpack:
             states[-1] = packing.unpack(states[-1])

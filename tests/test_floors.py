@@ -23,7 +23,7 @@ FLOORS: list[list[str]] = [
     ["backend"],
     ["ops", "ops.*"],
     ["checkpoints", "checkpoints.mapping"],
-    ["embeddings", "encoder"],
+    ["embeddings", "encoder", "layer", "projections"],
     ["folding", "laid_out", "quantization"],
     ["heads", "models"],
     ["graphs"],

@@ -20,15 +20,15 @@ def random_model(generator, **options):
     model = BertModel(EncoderConfig(**sizes, max_positions=256, **options)).eval()
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.dim() == 1 else 0.2)
-        if "norm.weight" in name:
+        if "norm.weight" in name.lower():
             values = 0.2 + 1.5 * torch.rand(parameter.shape, generator=generator)
         parameter.data.copy_(values)
     return model
 
 
 def norms(model):
-    layers = model.encoder.layers
-    return [model.embeddings.norm, *(norm for layer in layers for norm in (layer.attention_norm, layer.output_norm))]
+    parts = [layer.parts() for layer in model.encoder.layer]
+    return [model.embeddings.norm, *(norm for of in parts for norm in (of.attention_norm, of.output_norm))]
 
 
 def batch(lengths, generator):
@@ -161,6 +161,6 @@ def test_changed_weights_are_seen_by_the_next_block(generator):
     model = random_model(generator)
     ids, packing = batch([20, 4], generator)
     first = check(model, ids, packing)
-    model.encoder.layers[1].output.bias.data.add_(1.0)
-    model.encoder.layers[2].qkv.weight.data.mul_(2.0)
+    model.encoder.layer[1].output.dense.bias.data.add_(1.0)
+    model.encoder.layer[2].attention.self.key.weight.data.mul_(2.0)
     assert not torch.allclose(check(model, ids, packing), first)

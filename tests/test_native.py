@@ -550,17 +550,17 @@ def test_layouts_are_kept_until_a_weight_changes(change, generator, runs):
     run()
     run()
     assert runs[0] is runs[1]
-    layer = model.encoder.layers[1]
+    output = model.encoder.layer[1].output
     with torch.no_grad():
         match change:
             case "in place":
-                layer.output.weight.mul_(1.5)
+                output.dense.weight.mul_(1.5)
             case "data":
-                layer.output.weight.data.mul_(1.5)
+                output.dense.weight.data.mul_(1.5)
             case "assigned":
-                layer.output.weight = torch.nn.Parameter(layer.output.weight * 1.5)
+                output.dense.weight = torch.nn.Parameter(output.dense.weight * 1.5)
             case "norm":
-                layer.output_norm.bias.add_(1.0)
+                output.LayerNorm.bias.add_(1.0)
             case "dtype":
                 model.bfloat16()
         changed = run()

@@ -78,7 +78,7 @@ def test_a_weight_is_kept_without_bias(generator):
     """Rounding errors of e4m3, up to 1 in 16, cancel over a matrix; a scale that is off by 1 in 100 does not."""
     linear = torch.nn.Linear(256, 128)
     torch.nn.init.normal_(linear.weight, generator=generator)
-    made = quantization.Fp8Linear(linear)
+    made = quantization.Fp8Linear(linear.weight, linear.bias)
     kept = made.values.view(torch.float8_e4m3fn).float() * made.scale.view(torch.float32)[:, None]
     assert (kept - linear.weight).abs().max() <= linear.weight.abs().max() / 16
     assert abs((kept * linear.weight).sum() / linear.weight.square().sum() - 1) < 0.001

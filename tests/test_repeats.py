@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastbert import backend
 from fastbert.config import EncoderConfig
-from fastbert.encoder import EncoderLayer
 from fastbert.errors import ArgumentError
 from fastbert.kernels.target import interpreted
+from fastbert.layer import EncoderLayer
 from fastbert.ops import repeats
 from fastbert.packing import Packing
 
@@ -84,10 +84,10 @@ def test_as_many_rows_with_fewer_tokens_are_another_kind(prepared: list[int]) ->
 def test_weights_may_change_in_any_way(prepared: list[int]) -> None:
     made, x, packing = layer(), torch.randn(8, HIDDEN), Packing.from_lengths([3, 5])
     before = made(x, packing)
-    made.qkv.weight.mul_(2.0)
+    made.attention.self.key.weight.mul_(2.0)
     assert not torch.equal(made(x, packing), before)
-    made.output.bias = torch.nn.Parameter(torch.randn(HIDDEN))
-    made.attention_norm.weight.data = torch.randn(HIDDEN)
+    made.output.dense.bias = torch.nn.Parameter(torch.randn(HIDDEN))
+    made.attention.output.LayerNorm.weight.data = torch.randn(HIDDEN)
     assert torch.equal(made(x, packing), the_long_way(made, x, packing))
     assert len(prepared) == 1
     made.half()

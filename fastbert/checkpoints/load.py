@@ -165,6 +165,7 @@ def read_model(
     # Copies, because tensors that were read may map the file or share memory.
     ours = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in ours.items()}
     model.load_state_dict(ours, assign=True, strict=not fresh)
+    (model.bert if isinstance(model, HeadModel) else model).encoder.join()
     for part in fresh:
         module = model.get_submodule(part).to_empty(device="cpu")
         initialise(module, config.initializer_range)
@@ -215,10 +216,11 @@ def save(model: BertModel | HeadModel, folder: str | os.PathLike[str]) -> None:
     """
     origin: Origin = model.origin or _standard_origin(model)
     parts = model.parts if isinstance(model, HeadModel) else None
-    tensors = to_theirs(model.state_dict(), origin.dialect.rules(model.config.num_layers, parts))
+    layers = len((model.bert if isinstance(model, HeadModel) else model).encoder.layer)
+    tensors = to_theirs(model.state_dict(), origin.dialect.rules(layers, parts))
     tensors |= origin.carried
     copies = {key: tensors[to].clone() for key, to in origin.tied.items()}
-    files.write(Path(folder), origin.config, tensors | copies, origin.others)
+    files.write(Path(folder), {**origin.config, "num_hidden_layers": layers}, tensors | copies, origin.others)
 
 
 def _trained_parts(

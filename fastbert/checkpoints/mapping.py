@@ -21,24 +21,42 @@ class Rule:
     theirs: tuple[str, ...]
 
 
-_LAYER = {
-    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attention_output": ("attention.output.dense",),
-    "attention_norm": ("attention.output.LayerNorm",),
-    "intermediate": ("intermediate.dense",),
-    "output": ("output.dense",),
-    "output_norm": ("output.LayerNorm",),
+_LAYER = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "attention.output.LayerNorm",
+    "intermediate.dense",
+    "output.dense",
+    "output.LayerNorm",
+)
+
+# The names that fastbert 0.1.0 gave a layer's modules, and what they are now.
+_LAYER_OF_0_1 = {
+    "qkv": _LAYER[:3],
+    "attention_output": _LAYER[3:4],
+    "attention_norm": _LAYER[4:5],
+    "intermediate": _LAYER[5:6],
+    "output": _LAYER[6:7],
+    "output_norm": _LAYER[7:8],
 }
 
 
+def from_names_of_0_1(state: dict[str, Tensor], prefix: str) -> None:
+    """Rename, in place, the keys `PREFIXlayers.N...` of an `Encoder` of fastbert 0.1.0."""
+    for key in [key for key in state if key.startswith(f"{prefix}layers.")]:
+        number, *name = key.removeprefix(f"{prefix}layers.").split(".")
+        if len(name) == 2 and name[0] in _LAYER_OF_0_1:
+            names = _LAYER_OF_0_1[name[0]]
+            rule = Rule(key, tuple(f"{prefix}layer.{number}.{one}.{name[1]}" for one in names))
+            state.update(zip(rule.theirs, _split(rule, state.pop(key)), strict=True))
+
+
 def encoder_rules(num_layers: int) -> list[Rule]:
-    """Rules between an `Encoder` and a transformers `BertEncoder`."""
-    return [
-        Rule(f"layers.{i}.{ours}.{part}", tuple(f"layer.{i}.{name}.{part}" for name in theirs))
-        for i in range(num_layers)
-        for ours, theirs in _LAYER.items()
-        for part in ("weight", "bias")
-    ]
+    """Rules between an `Encoder` and a transformers `BertEncoder`: they have the same names."""
+    names = [f"layer.{i}.{name}.{part}" for i in range(num_layers) for name in _LAYER for part in ("weight", "bias")]
+    return [Rule(name, (name,)) for name in names]
 
 
 def bert_rules(num_layers: int, *, pooler: bool) -> list[Rule]:
@@ -50,10 +68,7 @@ def bert_rules(num_layers: int, *, pooler: bool) -> list[Rule]:
         Rule("embeddings.norm.weight", ("embeddings.LayerNorm.weight",)),
         Rule("embeddings.norm.bias", ("embeddings.LayerNorm.bias",)),
     ]
-    encoder = [
-        Rule(f"encoder.{rule.ours}", tuple(f"encoder.{name}" for name in rule.theirs))
-        for rule in encoder_rules(num_layers)
-    ]
+    encoder = [Rule(f"encoder.{rule.ours}", (f"encoder.{rule.ours}",)) for rule in encoder_rules(num_layers)]
     poolers = [Rule(f"pooler.{part}", (f"pooler.dense.{part}",)) for part in ("weight", "bias")]
     return embeddings + encoder + (poolers if pooler else [])
 

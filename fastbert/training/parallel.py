@@ -125,7 +125,7 @@ def spread(model: HeadModel, how: Parallel) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.bert.encoder.layers:
+    for layer in model.bert.encoder.layer:
         fully_shard(layer)
     fully_shard(model)
     return model

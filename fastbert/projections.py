@@ -1,0 +1,164 @@
+"""Queries, keys and values as one product, though their parameters are apart, as in Hugging Face's state dicts.
+
+Their memory is one: `SelfAttention.join` moves the three weights, and the three biases, to lie one after another. So
+the product of all three reads the parameters themselves, no copy, and nothing can go stale.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+
+from fastbert.config import EncoderConfig
+from fastbert.ops.common import observed
+from fastbert.ops.linear import held
+
+
+class SelfAttention(nn.Module):
+    """The modules of queries, keys and values."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.dropout = nn.Dropout(config.attention_dropout)
+        self._forget()
+        self.join()
+
+    def _forget(self) -> None:
+        self._joined: tuple[Tensor, Tensor] | None = None
+        self._places: tuple[Any, ...] = ()
+
+    def join(self) -> None:
+        """Move the parameters' data to lie one after another, if they are plain, of one kind, and not someone's memory.
+
+        The Parameter objects stay. Each keeps a storage of its own, which DLPack makes of a part of the memory, because
+        some that save state dicts (accelerate) take tensors of one storage for copies of each other and drop them.
+        """
+        self._forget()
+        linears = [self._modules[name] for name in ("query", "key", "value")]
+        if not all(map(is_plain, linears)):
+            return
+        weights, biases = ([one._parameters[name] for one in linears] for name in ("weight", "bias"))  # type: ignore[union-attr]
+        if _movable(weights) and _movable(biases):
+            self._joined = _moved(cast(list[Tensor], weights)), _moved(cast(list[Tensor], biases))
+            self._places = _places(cast(list[Tensor], weights + biases))
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Weight `[3 * hidden, hidden]` and bias `[3 * hidden]` of all three, which are plain; see `is_plain`.
+
+        They are the parameters' own memory where it still lies as `join` left it, else a copy.
+        """
+        modules: dict[str, Any] = self._modules
+        linears = modules["query"]._parameters, modules["key"]._parameters, modules["value"]._parameters
+        weights, biases = [one["weight"] for one in linears], [one["bias"] for one in linears]
+        if self._joined is None or observed() or _places(weights + biases) != self._places:
+            return self._copied(weights, biases)
+        if not torch.is_grad_enabled():
+            return self._joined
+        weight, bias = self._joined
+        return _Join.apply(weight, *weights), _Join.apply(bias, *biases)  # type: ignore[no-untyped-call]
+
+    def _copied(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if observed() or torch.is_grad_enabled():
+            return torch.cat(weights), torch.cat(biases)
+        return held(self, "joined", lambda: (torch.cat(weights), torch.cat(biases))) or (
+            torch.cat(weights),
+            torch.cat(biases),
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SelfAttention:
+        """What moves or casts a module moves its parameters one by one."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.join()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_joined": None, "_places": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.join()
+
+
+class _Join(torch.autograd.Function):
+    """Parameters that lie one after another as the one tensor that they are; its gradient in as many parts."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)  # only so that backward refuses parts that were changed in place meanwhile
+        return whole.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor | None, ...]:
+        parts = ctx.saved_tensors
+        return None, *dwhole.chunk(len(parts))
+
+
+def is_plain(module: nn.Module | None) -> bool:
+    """Whether an op may read the parameters of `module` instead of calling it.
+
+    It may for an nn.Linear or nn.LayerNorm on which nothing looks. Adapters (LoRA), quantized linears, parametrized and
+    pruned modules, and those with hooks are called.
+    """
+    kind = type(module)
+    if kind is not nn.Linear and kind is not nn.LayerNorm:
+        return False
+    assert module is not None
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    return (
+        "forward" not in module.__dict__
+        and (type(weight) is nn.Parameter or type(weight) is Tensor)
+        and (type(bias) is nn.Parameter or type(bias) is Tensor)
+    )
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What is called beside the forward pass of a module or its gradient."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether functions of a user are called beside the forward pass of `module` or its gradient."""
+    return any(
+        not (getattr(hook, "__module__", None) or "").startswith("torch.distributed")
+        for hooks in hooks_of(module)
+        for hook in hooks.values()
+    )
+
+
+def _places(parts: list[Tensor]) -> tuple[Any, ...]:
+    return tuple([(part.data_ptr(), part.shape) for part in parts])
+
+
+def _movable(parts: list[Tensor | None]) -> bool:
+    """Whether these are three ordinary parameters of one kind, whose memory nobody else looks after."""
+    first = parts[0]
+    if first is None or first.device.type not in ("cpu", "cuda") or len({id(part) for part in parts}) < len(parts):
+        return False
+    if any(type(part) is not nn.Parameter or part.is_inference() or part.layout != torch.strided for part in parts):
+        return False
+    tensors = cast(list[Tensor], parts)
+    if len({(part.shape, part.dtype, part.device) for part in tensors}) > 1:
+        return False
+    if first.device.type == "cpu" and any(part.is_shared() for part in tensors):  # with other processes
+        return False
+    size = first.numel() * first.itemsize
+    pointers = [part.data_ptr() for part in tensors]
+    return size == 0 or pointers != [pointers[0] + i * size for i in range(len(parts))]
+
+
+def _moved(parts: list[Tensor]) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.cat([part.detach() for part in parts])
+        for part, place in zip(parts, whole.chunk(len(parts)), strict=True):
+            part.data = from_dlpack(place)
+    return whole
