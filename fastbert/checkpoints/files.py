@@ -6,10 +6,13 @@ import json
 import os
 import pickle
 import re
+import secrets
+import shutil
+import socket
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,11 @@ TOKENIZER_FILES = (
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
+NAME_BYTES = 100  # of a file's name in that of its temporary file: a name has at most 255
+_MADE_BY = re.compile(r"(\d{1,9})\.[0-9a-f]{8}\.tmp")
+
 # What torch.load was seen to raise for files damaged at random, besides OSError.
-_TORCH_LOAD_ERRORS = (
+TORCH_LOAD_ERRORS = (
     pickle.UnpicklingError,
     struct.error,
     AssertionError,
@@ -181,7 +187,13 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as temporary:
-        safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        try:
+            safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # the library has its own word for what the system refuses
+            if (found := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(folder / WEIGHTS)) from error
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_bytes(folder, others)
@@ -203,12 +215,54 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()  # a link keeps being one; what it points to is replaced
     check_replaceable(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, as far as it is ours to remove."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(PermissionError):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """As `replacing`, of a folder that is not there yet."""
+    temporary = _temporary(folder)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        remove(temporary)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no one else has: of host, process and chance. Those of dead processes are removed."""
+    name = os.fsdecode(os.fsencode(path.name)[:NAME_BYTES])
+    ours = f".{name}.{socket.gethostname()}."
+    for other in path.parent.iterdir():
+        made = _MADE_BY.fullmatch(other.name[len(ours) :]) if other.name.startswith(ours) else None
+        if made is not None and not _is_running(int(made[1])):
+            remove(other)
+    return path.with_name(f"{ours}{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def check_replaceable(path: Path) -> None:
@@ -266,7 +320,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             "a state dict of tensors",
             "fastbert never runs code from a checkpoint: convert the file to safetensors where you trust it.",
         ) from error
-    except (*_TORCH_LOAD_ERRORS, OSError) as error:
+    except (*TORCH_LOAD_ERRORS, OSError) as error:
         raise CheckpointError(
             str(path), f"{type(error).__name__} {error}".split("\n")[0], "a whole file", "Download or save it again."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -29,10 +30,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from fastbert.checkpoints.files import replacing
+from fastbert.checkpoints.files import TORCH_LOAD_ERRORS, making, read_json, remove, replacing
 from fastbert.checkpoints.load import save
-from fastbert.errors import ArgumentError
+from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.training.allocator import keep_freed_memory
+from fastbert.training.lock import LOCK, locked
 from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective, Task
 from fastbert.training.parallel import Parallel, Processes, joined, own_device, shares, spread
 from fastbert.training.sampler import Sampler
@@ -171,8 +173,10 @@ def train(
         What metrics.json has.
 
     Raises:
-        ArgumentError: a file or setting is wrong, the folder holds another run, or the loss is no longer finite.
-        CheckpointError: the folder of the model is not a checkpoint fastbert reads.
+        ArgumentError: a file or setting is wrong, the folder holds another run or one that is under way, or the loss is
+            no longer finite.
+        CheckpointError: the folder of the model, or a checkpoint in the run's, is not one that fastbert reads.
+        OSError: a file can't be written, as on a full disk; what is there is whole, and the run can be resumed.
     """
     with joined() as processes:
         speaks = processes.rank == 0
@@ -200,10 +204,20 @@ def _train(
     processes.wait()  # nobody writes before everybody has looked
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
-    run = _Run(settings, objective, model, examples, valid, processes)
-    if resume:
-        run.restore()
-    return run.go(progress, say)
+    with locked(out) if processes.rank == 0 else nullcontext():
+        if processes.rank == 0:
+            _check_out(out, resume)  # another training may have been here since
+        run = _Run(settings, objective, model, examples, valid, processes)
+        if resume:
+            run.restore()
+        try:
+            return run.go(progress, say)
+        except OSError as error:  # a full disk
+            said = f"{error.strerror or error}: the training in {out} ended at step {run.state.step}. --resume goes on"
+            raise OSError(error.errno or errno.EIO, said) from error
+        except (KeyboardInterrupt, SystemExit):
+            say(f"ended at step {run.state.step}; --resume goes on from the last checkpoint")
+            raise
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
@@ -266,6 +280,8 @@ class _Run:
         """All that is left to do."""
         settings, state = self.settings, self.state
         if self.writes:
+            for leftover in self.out.glob(".*.tmp"):  # of a run that was killed while it wrote
+                remove(leftover)
             with replacing(self.out / LOSSES) as temporary:
                 temporary.write_text("".join(map(_line, state.history)), encoding="utf-8")
         path = self.out / LOSSES if self.writes else Path(os.devnull)
@@ -301,19 +317,22 @@ class _Run:
             _draw(self.out / CURVE, state.history)
         metrics = self._write_metrics(finished=True)
         if self.writes:
-            for folder in self.out.glob(f"{CHECKPOINT}*"):
+            for folder in _checkpoints(self.out):
                 shutil.rmtree(folder)
-            for leftover in self.out.glob(".*.tmp"):  # of a run that was killed while it wrote a file
-                leftover.unlink()
         return metrics
 
     def restore(self) -> None:
         """Take up the newest checkpoint in the folder, if there is one."""
-        folders = sorted(self.out.glob(f"{CHECKPOINT}*"), key=_step_of)
+        folders = _checkpoints(self.out)
         if not folders:
             return
         path = folders[-1] / STATE
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except (*TORCH_LOAD_ERRORS, OSError) as error:
+            got = f"{type(error).__name__} {error}".splitlines()[0]
+            mend = f"Remove {path.parent} to go on from the one before it, or else from the beginning."
+            raise CheckpointError(str(path), got, "a checkpoint of fastbert's training", mend) from error
         began, now = saved["identity"], self._identity()
         changed = [name for name in now if now[name] != began.get(name)]
         if changed:
@@ -456,26 +475,23 @@ class _Run:
         rng = self.processes.collect((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
         if not self.writes:
             return
-        for leftover in self.out.glob(f".{CHECKPOINT}*"):
-            shutil.rmtree(leftover)
-        older = list(self.out.glob(f"{CHECKPOINT}*"))
-        folder = self.out / f"{CHECKPOINT}{self.state.step}"
-        temporary = self.out / f".{folder.name}"
-        temporary.mkdir()
-        with (temporary / STATE).open("wb") as file:
-            torch.save(
-                {
-                    "identity": self._identity(),
-                    "state": asdict(self.state),
-                    "model": model,
-                    "optimizer": optimizer,
-                    "rng": rng,
-                },
-                file,
-            )
+        older = _checkpoints(self.out)
+        state = {
+            "identity": self._identity(),
+            "state": asdict(self.state),
+            "model": model,
+            "optimizer": optimizer,
+            "rng": rng,
+        }
+        with making(self.out / f"{CHECKPOINT}{self.state.step}") as folder, (folder / STATE).open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # what torch hides: a full disk
+                    raise error.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())
-        temporary.rename(folder)
         for old in older:
             shutil.rmtree(old)
 
@@ -502,19 +518,25 @@ def _fingerprint(examples: Examples) -> str:
 
 
 def _check_out(out: Path, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ArgumentError(str(out), "a file", "a folder, or nothing there yet")
-    if not resume and out.exists() and any(out.iterdir()):
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ArgumentError(str(there), "a file", "a folder, or nothing there yet")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ArgumentError(str(out), f"no permission to write in {there}", "a folder that is yours to write in")
+    held = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
+    if held and not resume:
         raise ArgumentError(
             str(out), "a folder with files in it", "a new or empty one", "Resume the run in it, or choose another."
         )
-    if resume and (out / METRICS).exists() and json.loads((out / METRICS).read_bytes())["finished"]:
+    if METRICS in held and read_json(out / METRICS).get("finished") is True:
         mend = "The learning rate has fallen to 0 in it: to train on, begin anew from its model, into another folder."
         raise ArgumentError(str(out), "a run that is finished", "one to go on with", mend)
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix(CHECKPOINT))
+def _checkpoints(out: Path) -> list[Path]:
+    """The checkpoints in a run's folder, the newest last."""
+    found = [path for path in out.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
 
 
 def _check(name: str, value: object, right: bool, expected: str, mend: str = "") -> None:

@@ -1,0 +1,63 @@
+"""A lock on a folder: one training at a time writes there, whatever else was started."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastbert.errors import ArgumentError
+
+LOCK = ".training.lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder until the block ends, or the process does, however that is.
+
+    A file system without locks is a warning.
+
+    Raises:
+        ArgumentError: another process holds it.
+    """
+    path = folder / LOCK
+    file = path.open("a+")
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            with file:
+                owner = file.read().strip() or "another process"
+            mend = "Wait until it has ended, or choose another."
+            got = f"a folder that {owner} is training in"
+            raise ArgumentError(str(folder), got, "one for each training", mend) from error
+        except OSError as error:
+            warnings.warn(
+                f"{folder} can't be locked ({error.strerror}): see that no other training is there", stacklevel=3
+            )
+            break
+        if _is_file(path, file.fileno()):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}")
+            file.flush()
+            break
+        file.close()  # of one that had ended, and took its file away, between our opening and our locking
+        file = path.open("a+")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _is_file(path: Path, opened: int) -> bool:
+    """Whether what is opened is still what has this name."""
+    try:
+        return os.path.samestat(os.fstat(opened), path.stat())
+    except FileNotFoundError:
+        return False
