@@ -204,8 +204,10 @@ def train(
     A run that was interrupted goes on with --resume, bit for bit as if it never stopped.
     """
     from fastbert import training
-    from fastbert.training.parallel import is_first, leave
+    from fastbert.training.parallel import is_first, is_one_of_several, leave
 
+    if not is_one_of_several():  # which torchrun ends, and which may hear no signal while they wait for each other
+        end_on_signals()
     settings = training.Settings(
         task=task,
         model=str(model),

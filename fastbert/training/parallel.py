@@ -63,7 +63,7 @@ def joined() -> Iterator[Processes]:
     """The processes that torchrun started, or that the caller has joined already; else this one alone."""
     if dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
-    elif dist.is_torchelastic_launched():
+    elif is_one_of_several():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         yield Processes(dist.get_rank(), dist.get_world_size())
         # Neither after an error nor while a model is spread: what outlives the group and is freed after it, as by a
@@ -73,9 +73,14 @@ def joined() -> Iterator[Processes]:
         yield Processes()
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
 def is_first() -> bool:
     """Whether this process is the first that torchrun started, or one alone."""
-    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    return not is_one_of_several() or os.environ["RANK"] == "0"
 
 
 def leave() -> None:
@@ -84,7 +89,7 @@ def leave() -> None:
     A thread of gloo may still have a tensor to let go, for which it waits for Python's lock. If Python shuts down in
     the meantime it ends that thread, and C++ then aborts the process.
     """
-    if dist.is_torchelastic_launched():
+    if is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
