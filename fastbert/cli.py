@@ -110,13 +110,24 @@ def encode(
         typer.Option("--format", help="npy: float32 [lines, hidden]. By default the ending of --output tells."),
     ] = None,
     pooling: Annotated[
-        Literal["mean", "cls", "max"], typer.Option(help="How the tokens of a text become one embedding.")
-    ] = "mean",
-    normalize: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = True,
+        Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None,
+        typer.Option(
+            help="How the tokens of a text become one embedding; by default as the folder says, or their mean."
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool | None, typer.Option(help="Scale embeddings to length 1; by default as the folder says, or so.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to put before each text.")] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="Which of the folder's prompts to put before each text.")
+    ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
     ] = "fp32",
-    max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a text, the rest is cut off; by default what the folder allows.")
+    ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")
     ] = None,
@@ -154,12 +165,14 @@ def encode(
             pooling=pooling,
             normalize=normalize,
             max_length=max_length,
+            prompt=prompt,
+            prompt_name=prompt_name,
             batch_tokens=batch_tokens,
             progress=sys.stderr.isatty(),
         )
         encoded = ((taken.popleft(), array) for array in arrays)
         if file_format == "npy":
-            _write_npy(file, encoder.model.config.hidden_size, encoded)
+            _write_npy(file, encoder.width(pooling), encoded)
         else:
             _write_jsonl(file, encoded)
     _report(lines)
@@ -246,7 +259,9 @@ def classify(
     dtype: Annotated[
         Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
     ] = "fp32",
-    max_length: Annotated[int, typer.Option(help="Most tokens of a text; the rest is cut off.")] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a text, the rest is cut off; by default what the folder allows.")
+    ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")
     ] = None,
@@ -284,7 +299,10 @@ def tag(
     dtype: Annotated[
         Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
     ] = "fp32",
-    max_length: Annotated[int, typer.Option(help="Most tokens of a window; longer texts are several.")] = 256,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a window, longer texts are several; by default what the folder allows."),
+    ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")
     ] = None,

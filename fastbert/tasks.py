@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any, Literal, TypeVar, get_args
@@ -18,16 +18,17 @@ import torch
 from torch import nn
 
 from fastbert.backend import bfloat16_unserved, first_device
+from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import WithHead, load, read_model
+from fastbert.checkpoints.sentence import Recipe, read_recipe
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
 from fastbert.models import BertModel
 from fastbert.native.machine import last_cache
 from fastbert.ops.linear import Layouts, hold_weights
-from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
 from fastbert.quantization import in_int8, quantize
-from fastbert.reference import Pooling
+from fastbert.sentence import Embedder, Mode
 from fastbert.text import Text, Tokenizer, Tokens, batches, word_spans
 from fastbert.training.metrics import TAGS, chunks, marked, odd_tag, plain_mark
 
@@ -49,13 +50,15 @@ def encode(
     model: str | os.PathLike[str] | TextEncoder,
     *,
     dtype: DTypeName | None = None,
-    pooling: Pooling = "mean",
-    normalize: bool = True,
-    max_length: int = 256,
+    pooling: Mode | None = None,
+    normalize: bool | None = None,
+    max_length: int | None = None,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> npt.NDArray[np.float32]:
-    """Embeddings of texts, float32 `[texts, hidden]`, in the order of `texts`.
+    """Embeddings of texts, float32 `[texts, width]`, in the order of `texts`.
 
     Args:
         texts: strings, or pairs of strings.
@@ -79,6 +82,8 @@ def encode(
         pooling=pooling,
         normalize=normalize,
         max_length=max_length,
+        prompt=prompt,
+        prompt_name=prompt_name,
         batch_tokens=batch_tokens,
         progress=progress,
     )
@@ -102,10 +107,12 @@ class TextEncoder(_Holder):
     Attributes:
         model: in eval mode.
         tokenizer: of the same checkpoint.
+        recipe: how texts become embeddings, where a call does not say.
     """
 
     model: BertModel
     tokenizer: Tokenizer
+    recipe: Recipe = field(default_factory=Recipe)
 
     @classmethod
     def from_folder(
@@ -115,10 +122,11 @@ class TextEncoder(_Holder):
         dtype: DTypeName = "fp32",
         device: torch.device | str | None = None,
     ) -> TextEncoder:
-        """Load a Hugging Face checkpoint folder.
+        """Load a Hugging Face checkpoint folder, or one of sentence-transformers.
 
         Args:
-            folder: holds config.json, weights, and tokenizer.json or vocab.txt.
+            folder: holds config.json, weights, and tokenizer.json or vocab.txt; or modules.json, which names the
+                folders of a transformer, its pooling, and the Dense and Normalize behind it.
             dtype: "fp32", "bf16", or "int8" on a CPU: `fastbert.quantize` of the model in float32. On a CPU that has no
                 instructions for it "bf16" is float32, with a warning.
             device: where to compute; the first GPU, or the CPU where there is none.
@@ -129,8 +137,16 @@ class TextEncoder(_Holder):
             CheckpointError: the folder is not a checkpoint fastbert reads.
         """
         device = device or first_device()
-        model = load(folder, dtype=_dtype(dtype, device), device=device)
-        return cls(_quantized(model, dtype), Tokenizer.from_folder(folder))
+        transformer, recipe = read_recipe(checkpoint_folder(folder), device)
+        model = load(transformer, dtype=_dtype(dtype, device), device=device)
+        try:
+            recipe.embedder.width(model.config.hidden_size)
+        except ArgumentError as error:
+            raise CheckpointError(f"{folder}: {error.argument}", error.got, error.expected) from error
+        tokenizer = Tokenizer.from_folder(transformer)
+        if recipe.lower_case:
+            tokenizer.lower_case()
+        return cls(_quantized(model, dtype), tokenizer, recipe)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,19 +157,27 @@ class TextEncoder(_Holder):
         self,
         texts: Iterable[Text],
         *,
-        pooling: Pooling = "mean",
-        normalize: bool = True,
-        max_length: int = 256,
+        pooling: Mode | None = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> npt.NDArray[np.float32]:
-        """Embeddings of texts, float32 `[texts, hidden]`, in the order of `texts`.
+        """Embeddings of texts, float32 `[texts, width]`, in the order of `texts`.
 
         Args:
             texts: strings, or pairs of strings.
-            pooling: how the rows of a text become one: their mean, their maximum, or the first one ("cls").
-            normalize: scale each embedding to length 1 (a zero embedding stays zero).
-            max_length: most tokens of a text, special ones included; the rest is cut off.
+            pooling: how the rows of a text become one: their mean, their maximum, the first one ("cls"), or what else
+                sentence-transformers has. By default what the folder says, and the mean where it says nothing. The
+                folder's Dense layers follow in any case.
+            normalize: scale each embedding to length 1 (a zero embedding stays zero). By default what the folder's
+                modules do, and True where it has none.
+            max_length: most tokens of a text, special ones included; the rest is cut off, and a warning counts the
+                texts that were this long. By default what the folder says, and at most the model's positions.
+            prompt: what is put before each text (before the first one of a pair).
+            prompt_name: the name of one of the folder's prompts. Without it and `prompt`, the folder's default one.
             batch_tokens: most tokens of a batch (a longer text is a batch of its own); by default as many as the last
                 cache of a CPU holds the activations of.
             progress: show a bar on stderr, if the work is long.
@@ -161,18 +185,21 @@ class TextEncoder(_Holder):
         Raises:
             ArgumentError: an argument is not as described; `texts[i]` names the item.
         """
-        self._check(pooling, max_length)
-        tokens = self.tokenizer.encode(texts, max_length)
-        return self._embed(tokens, pooling, normalize, batch_tokens, "encoding" if progress else None)
+        how = self._how(pooling, normalize, max_length, prompt, prompt_name)
+        tokens = self._tokens(texts, how)
+        _warn_of_cuts(tokens.full(how.max_length), how.max_length)
+        return self._embed(tokens, how.embedder, batch_tokens, "encoding" if progress else None)
 
     def encode_stream(
         self,
         texts: Iterable[Text],
         *,
         texts_at_once: int = 8192,
-        pooling: Pooling = "mean",
-        normalize: bool = True,
-        max_length: int = 256,
+        pooling: Mode | None = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> Iterator[npt.NDArray[np.float32]]:
@@ -181,7 +208,7 @@ class TextEncoder(_Holder):
         `texts` is read in the thread that asks for the arrays: the next ones before an array is given, so that a thread
         of ours tokenises them while these are encoded. If `texts` raises, what came before is encoded first. Closing
         the stream closes `texts`, if that is a generator. See `encode` for the other arguments; a progress bar is that
-        of an array.
+        of an array, and the warning of texts that were cut comes at the end.
 
         Raises:
             ArgumentError: as `encode`, where `texts[i]` counts from the first of an array; or `texts_at_once` is not
@@ -196,6 +223,8 @@ class TextEncoder(_Holder):
             pooling=pooling,
             normalize=normalize,
             max_length=max_length,
+            prompt=prompt,
+            prompt_name=prompt_name,
             batch_tokens=batch_tokens,
             progress=progress,
         )
@@ -204,9 +233,11 @@ class TextEncoder(_Holder):
         self,
         parts: Generator[Sequence[Text], None, None],
         *,
-        pooling: Pooling = "mean",
-        normalize: bool = True,
-        max_length: int = 256,
+        pooling: Mode | None = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> Iterator[npt.NDArray[np.float32]]:
@@ -218,42 +249,98 @@ class TextEncoder(_Holder):
         Raises:
             ArgumentError: as `encode`, where `texts[i]` counts from the first of a part.
         """
-        self._check(pooling, max_length)
-        return self._stream(parts, pooling, normalize, max_length, batch_tokens, "encoding" if progress else None)
+        how = self._how(pooling, normalize, max_length, prompt, prompt_name)
+        return self._stream(parts, how, batch_tokens, "encoding" if progress else None)
+
+    def width(self, pooling: Mode | None = None) -> int:
+        """Columns of an embedding."""
+        return self._embedder(pooling, None).width(self.model.config.hidden_size)
 
     def _stream(
         self,
         parts: Generator[Sequence[Text], None, None],
-        pooling: Pooling,
-        normalize: bool,
-        max_length: int,
+        how: _How,
         batch_tokens: int | None,
         description: str | None,
     ) -> Iterator[npt.NDArray[np.float32]]:
+        full = 0
         with closing(parts), ThreadPoolExecutor(1) as tokenising:
             waiting: Future[Tokens] | None = None
             for part in chain(parts, [()]):
-                following = tokenising.submit(self.tokenizer.encode, part, max_length) if part else None
+                following = tokenising.submit(self._tokens, part, how) if part else None
                 if waiting is not None:
-                    yield self._embed(waiting.result(), pooling, normalize, batch_tokens, description)
+                    tokens = waiting.result()
+                    full += tokens.full(how.max_length)
+                    yield self._embed(tokens, how.embedder, batch_tokens, description)
                 waiting = following
+        _warn_of_cuts(full, how.max_length)
 
-    def _check(self, pooling: Pooling, max_length: int) -> None:
-        """Before the work, not at the end of the first batch."""
-        if pooling not in get_args(Pooling):
-            raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Pooling))}")
-        _check_max_length(max_length, self.model)
+    def _how(
+        self,
+        pooling: Mode | None,
+        normalize: bool | None,
+        max_length: int | None,
+        prompt: str | None,
+        prompt_name: str | None,
+    ) -> _How:
+        """What a call asks for, and the folder's where it does not; checked before the work."""
+        prompts = self.recipe.prompts
+        if prompt is not None and prompt_name is not None:
+            raise ArgumentError("prompt_name", repr(prompt_name), "None where prompt is given")
+        name = prompt_name if prompt_name is not None else self.recipe.prompt_name
+        if prompt is None and name is not None:
+            if name not in prompts:
+                known = ", ".join(prompts) or "(it has none)"
+                raise ArgumentError("prompt_name", repr(name), f"one of the folder's prompts: {known}")
+            prompt = prompts[name]
+        embedder = self._embedder(pooling, normalize)
+        embedder.width(self.model.config.hidden_size)
+        longest = _longest(self.tokenizer, self.model, self.recipe.max_length)
+        return _How(embedder, longest if max_length is None else _checked(max_length, self.model), prompt or "")
+
+    def _embedder(self, pooling: Mode | None, normalize: bool | None) -> Embedder:
+        if pooling is not None and pooling not in get_args(Mode):
+            raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Mode))}")
+        own = self.recipe.embedder
+        return replace(
+            own,
+            pooling=own.pooling if pooling is None else (pooling,),
+            normalise=own.normalise if normalize is None else normalize,
+        )
+
+    def _tokens(self, texts: Iterable[Text], how: _How) -> Tokens:
+        if how.prompt and not isinstance(texts, str):
+            texts = [_after(how.prompt, text) for text in texts]
+        return self.tokenizer.encode(texts, how.max_length)
 
     def _embed(
-        self, tokens: Tokens, pooling: Pooling, normalize: bool, batch_tokens: int | None, description: str | None
+        self, tokens: Tokens, embedder: Embedder, batch_tokens: int | None, description: str | None
     ) -> npt.NDArray[np.float32]:
         device = next(self.model.parameters()).device
-        shape = (len(tokens.lengths), self.model.config.hidden_size)
+        shape = (len(tokens.lengths), embedder.width(self.model.config.hidden_size))
         embeddings = torch.empty(shape, dtype=torch.float32, device=device)
         with hold_weights(self.layouts):
             for rows, packing, out in _outputs(self.model, tokens, batch_tokens, description):
-                embeddings[rows] = pool(out.last_hidden_state, packing, pooling, normalise=normalize).float()
+                embeddings[rows] = embedder(out.last_hidden_state, packing)
         return embeddings.cpu().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class _How:
+    """What one call of `TextEncoder` does."""
+
+    embedder: Embedder
+    max_length: int
+    prompt: str
+
+
+def _after(prompt: str, text: Any) -> Any:
+    """`text`, or the first one of a pair, with a prompt before it; what is no text stays, and is an error later."""
+    if isinstance(text, str):
+        return prompt + text
+    if isinstance(text, tuple | list) and text and isinstance(text[0], str):
+        return (prompt + text[0], *text[1:])
+    return text
 
 
 @dataclass(frozen=True)
@@ -273,7 +360,7 @@ def classify(
     texts: Iterable[Text],
     model: str | os.PathLike[str] | TextClassifier,
     *,
-    max_length: int = 256,
+    max_length: int | None = None,
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> list[Classification]:
@@ -324,7 +411,12 @@ class TextClassifier(_Holder):
         return cls(model, Tokenizer.from_folder(folder))
 
     def classify(
-        self, texts: Iterable[Text], *, max_length: int = 256, batch_tokens: int | None = None, progress: bool = False
+        self,
+        texts: Iterable[Text],
+        *,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
     ) -> list[Classification]:
         """The label of each text, in the order of `texts`.
 
@@ -339,12 +431,9 @@ class TextClassifier(_Holder):
         Raises:
             ArgumentError: an argument is not as described; `texts[i]` names the item.
         """
-        _check_max_length(max_length, self.model)
+        max_length = _longest(self.tokenizer, self.model) if max_length is None else _checked(max_length, self.model)
         tokens = self.tokenizer.encode(texts, max_length)
-        if full := tokens.full(max_length):
-            warnings.warn(
-                f"{full} texts fill max_length={max_length} tokens; what is beyond was not read", stacklevel=2
-            )
+        _warn_of_cuts(tokens.full(max_length), max_length)
         labels = self.model.head_config.labels
         probabilities = torch.empty((len(tokens.lengths), len(labels)), dtype=torch.float32, device="cpu")
         with hold_weights(self.layouts):
@@ -379,7 +468,7 @@ def tag(
     texts: Iterable[str],
     model: str | os.PathLike[str] | TextTagger,
     *,
-    max_length: int = 256,
+    max_length: int | None = None,
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> list[list[Entity]]:
@@ -429,7 +518,12 @@ class TextTagger(_Holder):
         return cls(model, Tokenizer.from_folder(folder))
 
     def tag(
-        self, texts: Iterable[str], *, max_length: int = 256, batch_tokens: int | None = None, progress: bool = False
+        self,
+        texts: Iterable[str],
+        *,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
     ) -> list[list[Entity]]:
         """The entities of each text, in the order of `texts`, and those of a text in its order.
 
@@ -447,7 +541,7 @@ class TextTagger(_Holder):
         Raises:
             ArgumentError: an argument is not as described; `texts[i]` names the item.
         """
-        _check_max_length(max_length, self.model)
+        max_length = _longest(self.tokenizer, self.model) if max_length is None else _checked(max_length, self.model)
         texts = _strings(texts)
         spans = [word_spans(text) for text in texts]
         words = [[text[start:end] for start, end in places] for text, places in zip(texts, spans, strict=True)]
@@ -531,15 +625,28 @@ def _with_trained_head(
     device = device or first_device()
     model, untrained = read_model(folder, kind, dtype=_dtype(dtype, device), device=device)
     if untrained:
-        got = f"no trained {', '.join(untrained)} for {kind.__name__}"
+        got = f"no trained {kind.__name__}: it lacks {', '.join(untrained)}"
         raise CheckpointError(str(folder), got, "a checkpoint with its head", "Train one: fastbert train --help")
     return _quantized(model, dtype)
 
 
-def _check_max_length(max_length: int, model: BertModel | HeadModel) -> None:
+def _longest(tokenizer: Tokenizer, model: BertModel | HeadModel, most: int | None = None) -> int:
+    """Most tokens of a text by default: `most`, else what the tokenizer allows; not more than the model's positions."""
+    positions = model.config.max_positions
+    return min(most or tokenizer.max_length or positions, positions)
+
+
+def _checked(max_length: int, model: BertModel | HeadModel) -> int:
     positions = model.config.max_positions
     if max_length > positions:
         raise ArgumentError("max_length", max_length, f"at most the model's {positions} positions")
+    return max_length
+
+
+def _warn_of_cuts(full: int, max_length: int) -> None:
+    if full:
+        message = f"{full} texts fill max_length={max_length} tokens; what is beyond was not read"
+        warnings.warn(message, stacklevel=3)
 
 
 def _outputs(

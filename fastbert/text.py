@@ -21,6 +21,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processo
 from torch import Tensor
 
 from fastbert.checkpoints import files
+from fastbert.checkpoints.fields import Fields
 from fastbert.errors import ArgumentError, CheckpointError
 
 Text = str | tuple[str, str]
@@ -31,6 +32,8 @@ CHUNK_CHARACTERS = 1_000_000
 ENCODING_CHARACTERS = 10
 # A text longer than this many characters per token asked for is first tried by its beginning alone.
 HEAD_CHARACTERS_PER_TOKEN = 32
+
+NO_LIMIT = 1e30  # as transformers writes that there is none
 
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -103,10 +106,15 @@ class SentenceTokens:
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that cuts and pads as the caller says, whatever its file says."""
+    """A `tokenizers.Tokenizer` that cuts and pads as the caller says, whatever its file says.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    Attributes:
+        max_length: most tokens of a text that the folder allows, special ones included; None where it sets no limit.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, max_length: int | None = None) -> None:
         tokenizer.no_padding()
+        self.max_length = max_length
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # truncation is state of the tokenizer, so one encode at a time
         # BERT's rules look at no character beyond a space, so the tokens of a text cut at a space are the first tokens
@@ -130,11 +138,11 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if path.is_file():
             try:
-                return cls(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
+                return cls(tokenizers.Tokenizer.from_buffer(path.read_bytes()), _max_length(folder))
             except ValueError as error:
                 raise CheckpointError(str(path), f"{error}", "a file that `tokenizers` reads") from error
         if (folder / "vocab.txt").is_file():
-            return cls(_word_piece(folder))
+            return cls(_word_piece(folder), _max_length(folder))
         raise CheckpointError(str(folder), "no tokenizer", "tokenizer.json or vocab.txt in it")
 
     def encode(self, texts: Iterable[Text], max_length: int) -> Tokens:
@@ -281,6 +289,11 @@ class Tokenizer:
         """The id of a word that is one token once it is normalised as texts are; None where it is not."""
         normalizer = self._tokenizer.normalizer
         return self._tokenizer.token_to_id(word if normalizer is None else normalizer.normalize_str(word))
+
+    def lower_case(self) -> None:
+        """Lowercase texts before the folder's own rules, from now on."""
+        own = self._tokenizer.normalizer
+        self._tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([] if own is None else [own])])
 
     @property
     def size(self) -> int:
@@ -431,6 +444,13 @@ def _neighbours(sentences: list[list[int]], room: int) -> list[list[list[int]]]:
     if len(groups) > 1 and len(groups[-1]) == 1 and len(groups[-2]) > 2:
         groups[-1].insert(0, groups[-2].pop())
     return [group for group in groups if len(group) > 1]
+
+
+def _max_length(folder: Path) -> int | None:
+    path = folder / "tokenizer_config.json"
+    fields = Fields(str(path), files.read_json(path) if path.is_file() else {})
+    value = fields.number("model_max_length", NO_LIMIT, least=1)
+    return int(value) if value < NO_LIMIT else None
 
 
 def _word_piece(folder: Path) -> tokenizers.Tokenizer:

@@ -234,7 +234,7 @@ def test_user_case_30_architectures_of_another_class(classes: Any, classifier: P
     expected = fastbert.classify(["the film"], classifier, max_length=16)
     change(classifier, architectures=classes)
     assert fastbert.classify(["the film"], classifier, max_length=16) == expected
-    with pytest.raises(CheckpointError, match="predictions"):  # what config.json names is not there
+    with pytest.raises(CheckpointError, match="it lacks predictions"):  # what config.json names is not there
         tasks._with_trained_head(heads.BertForMaskedLM, classifier, "fp32", "cpu")
 
 
@@ -243,7 +243,7 @@ def test_user_case_30_architectures_of_another_class(classes: Any, classifier: P
 )
 def test_a_classifier_of_another_task_is_not_taken(name: str, classifier: Path) -> None:
     change(classifier, architectures=[name])
-    with pytest.raises(CheckpointError, match="no trained classifier for BertForSequenceClassification"):
+    with pytest.raises(CheckpointError, match="no trained BertForSequenceClassification: it lacks classifier"):
         fastbert.classify(["the film"], classifier, max_length=16)
 
 

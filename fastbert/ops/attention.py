@@ -98,7 +98,10 @@ def _check(
         raise ArgumentError(
             "qkv", f"{qkv.dtype} of shape {tuple(qkv.shape)}", "a floating [rows, 3, heads, head_dim] tensor"
         )
-    packing.check_rows("qkv", qkv)
+    if qkv.shape[0] < packing.tokens:
+        raise ArgumentError("qkv", f"{qkv.shape[0]} rows", f"at least the {packing.tokens} tokens of the packing")
+    if qkv.device != packing.cu_seqlens.device:
+        raise ArgumentError("packing", f"on {packing.cu_seqlens.device}", f"on {qkv.device}, the device of qkv")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ArgumentError("scale", scale, "a positive finite number")
     if bias is not None:

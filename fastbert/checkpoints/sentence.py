@@ -1,0 +1,184 @@
+"""What a sentence-transformers folder says beside its transformer: pooling, layers behind it, lengths and prompts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.checkpoints import files
+from fastbert.checkpoints.fields import Fields
+from fastbert.errors import CheckpointError, shown
+from fastbert.sentence import ACTIVATIONS, Dense, Embedder, Mode
+
+MODULES = "modules.json"
+SETTINGS = "sentence_bert_config.json"
+PROMPTS = "config_sentence_transformers.json"
+
+# Names of fields before version 5, in the order in which what they ask for is put side by side.
+_MODES: Mapping[str, Mode] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_SENTENCE = "sentence_embedding"  # what a module reads and writes, where its config names it
+# What the transformer's settings may say beside the two that are read: what they say by default.
+_USUAL: Mapping[str, Any] = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How texts become embeddings, as a folder has it; without sentence-transformers' files the mean, of length 1.
+
+    Attributes:
+        embedder: what makes embeddings of hidden states.
+        max_length: most tokens of a text, special ones included; None where the folder sets no limit here.
+        lower_case: texts are lowercased before the tokenizer gets them.
+        prompts: what may be put before texts, by name.
+        prompt_name: of the prompt that is put there by default; None for none.
+    """
+
+    embedder: Embedder = field(default_factory=Embedder)
+    max_length: int | None = None
+    lower_case: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    prompt_name: str | None = None
+
+
+def read_recipe(folder: Path, device: torch.device | str) -> tuple[Path, Recipe]:
+    """The folder of the model and its tokenizer, and how texts become embeddings; the layers' weights are on `device`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or asks for what fastbert does not do.
+    """
+    if not files.has(folder / MODULES):
+        return folder, Recipe()
+    names, places = _modules(folder)
+    transformer = places[0]
+    settings = _settings(transformer / SETTINGS)
+    prompts, prompt_name = _prompts(folder / PROMPTS)
+    return transformer, Recipe(
+        _embedder(names[1:], places[1:], device),
+        settings.whole("max_seq_length", 0, least=1) or None,
+        settings.flag("do_lower_case", False),
+        prompts,
+        prompt_name,
+    )
+
+
+def _modules(folder: Path) -> tuple[list[str], list[Path]]:
+    """The classes of the modules, without their packages, and their folders."""
+    path = folder / MODULES
+    modules = files.read_any_json(path)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise CheckpointError(str(path), shown(modules), "a list of modules")
+    names, places = [], []
+    for i, module in enumerate(modules):
+        fields = Fields(f"{path}: [{i}]", module)
+        kind, place = fields.text("type", ""), PurePosixPath(fields.text("path", ""))
+        if place.is_absolute() or ".." in place.parts or "\\" in str(place):
+            raise fields.error("path", "a folder in this one")
+        name = kind.rpartition(".")[2]
+        known = ("Transformer", "BERT") if i == 0 else ("Pooling",) if i == 1 else ("Dense", "Normalize", "Dropout")
+        if not kind.startswith("sentence_transformers.") or name not in known:
+            mend = "fastbert serves a Transformer, a Pooling, and then Dense and Normalize."
+            raise CheckpointError(f"{path}: module {i}", kind or "no type", " or ".join(known), mend)
+        names.append(name)
+        places.append(folder / place)
+    if len(names) < 2:
+        raise CheckpointError(str(path), f"{len(names)} modules", "a Transformer and a Pooling")
+    return names, places
+
+
+def _embedder(names: list[str], places: list[Path], device: torch.device | str) -> Embedder:
+    pooling = _pooling(places[0])
+    layers = [
+        _dense(place, device) if name == "Dense" else _normalise(place)
+        for name, place in zip(names[1:], places[1:], strict=True)
+        if name != "Dropout"  # which does nothing but in training
+    ]
+    normalise = bool(layers) and layers[-1] is F.normalize
+    return Embedder(pooling, tuple(layers[:-1] if normalise else layers), normalise)
+
+
+def _pooling(folder: Path) -> tuple[Mode, ...]:
+    fields = Fields(str(folder / files.CONFIG), files.read_config(folder))
+    if not fields.flag("include_prompt", True):
+        raise fields.error("include_prompt", "true: a prompt is pooled like the rest of a text")
+    given = fields.values.get("pooling_mode")
+    if given is None:
+        return tuple(mode for name, mode in _MODES.items() if fields.flag(name, False)) or ("mean",)
+    modes = [given] if isinstance(given, str) else given
+    if not isinstance(modes, list) or not modes or not all(mode in get_args(Mode) for mode in modes):
+        raise fields.error("pooling_mode", f"one or several of {', '.join(get_args(Mode))}")
+    return tuple(modes)
+
+
+def _dense(folder: Path, device: torch.device | str) -> Dense:
+    fields = Fields(str(folder / files.CONFIG), files.read_config(folder))
+    _check_input(fields)
+    if fields.flag("use_residual", False):
+        raise fields.error("use_residual", "false: a residual is not served")
+    activation = fields.text("activation_function", "torch.nn.modules.activation.Tanh")
+    name = activation.rpartition(".")[2]
+    if not activation.startswith("torch.nn.") or name not in ACTIVATIONS:
+        raise fields.error("activation_function", f"one of torch's {', '.join(ACTIVATIONS)}")
+    tensors = files.read_tensors(folder)
+    biased = fields.flag("bias", True)
+    shape = (fields.whole("out_features", 0, least=1), fields.whole("in_features", 0, least=1))
+    expected = {"linear.weight": shape} | ({"linear.bias": shape[:1]} if biased else {})
+    got = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if got != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise CheckpointError(str(folder), f"tensors {shown(got)}", f"floating {expected}, as {files.CONFIG} says")
+    copies = {key: tensor.to(device, torch.float32, copy=True) for key, tensor in tensors.items()}
+    return Dense(copies["linear.weight"], copies.get("linear.bias"), name)
+
+
+def _normalise(folder: Path) -> Callable[[Tensor], Tensor]:
+    if files.has(folder / files.CONFIG):  # versions before 5.2 write none, and no folder
+        _check_input(Fields(str(folder / files.CONFIG), files.read_config(folder)))
+    return F.normalize
+
+
+def _check_input(fields: Fields) -> None:
+    for name in ("module_input_name", "module_output_name"):
+        if fields.text(name, _SENTENCE) != _SENTENCE:
+            raise fields.error(name, repr(_SENTENCE))
+
+
+def _settings(path: Path) -> Fields:
+    fields = Fields(str(path), files.read_json(path) if files.has(path) else {})
+    for name, value in fields.values.items():
+        if name in _USUAL and value not in (None, _USUAL[name]):
+            raise fields.error(name, shown(_USUAL[name]))
+        if name not in ("max_seq_length", "do_lower_case", "unpad_inputs", *_USUAL) and value not in (None, {}, []):
+            warnings.warn(f"{path}: {name} is not read by fastbert: {shown(value)}", stacklevel=3)
+    return fields
+
+
+def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
+    if not files.has(path):
+        return {}, None
+    fields = Fields(str(path), files.read_json(path))
+    if fields.text("model_type", "SentenceTransformer") != "SentenceTransformer":
+        raise fields.error("model_type", "'SentenceTransformer': one embedding for each text")
+    prompts = {name: "" if prompt is None else prompt for name, prompt in fields.mapping("prompts").items()}
+    if not all(isinstance(prompt, str) for prompt in prompts.values()):
+        raise fields.error("prompts", "strings by their names")
+    name = fields.text("default_prompt_name", "") or None
+    if name is not None and name not in prompts:
+        raise fields.error("default_prompt_name", f"one of the prompts {', '.join(prompts) or '(there are none)'}")
+    return prompts, name

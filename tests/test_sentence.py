@@ -1,0 +1,496 @@
+"""Folders of sentence-transformers: pooling, Dense, Normalize, lengths, letters and prompts are the folder's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_bert
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fastbert
+from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.packing import Packing
+from fastbert.sentence import ACTIVATIONS, Dense, Embedder, Mode
+from fastbert.tasks import TextEncoder
+from fastbert.testing import assert_close
+
+OLD = "sentence_transformers.models."
+MODES: dict[str, Mode] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+TEXTS = ["the film was fine", "a", "", "ada hopper met alan turing in paris , and the story was very lovely ."]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_bert.make(tmp_path / "model")
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def sentence_folder(
+    folder: Path,
+    *modules: str,
+    pooling: dict[str, Any] | None = None,
+    dense: dict[str, Any] | None = None,
+    transformer: str = "",
+    package: str = OLD,
+) -> Path:
+    """Writes modules.json and a folder for each module; `modules` follow a Transformer and a Pooling."""
+    names = ["Transformer", "Pooling", *modules]
+    paths = [transformer, *(f"{i}_{name}" for i, name in enumerate(names) if i)]
+    write(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": package + name}
+            for i, (name, path) in enumerate(zip(names, paths, strict=True))
+        ],
+    )
+    write(folder / "1_Pooling/config.json", {"word_embedding_dimension": 32} | (pooling or {}))
+    for name, path in zip(names, paths, strict=True):
+        if name == "Dense":
+            settings = {"in_features": 32, "out_features": 16, "bias": True} | (dense or {})
+            settings.setdefault("activation_function", "torch.nn.modules.activation.Tanh")
+            write(folder / path / "config.json", settings)
+            out, width = settings["out_features"], settings["in_features"]
+            generator = torch.Generator().manual_seed(3)
+            tensors = {"linear.weight": torch.randn(out, width, generator=generator)}
+            if settings["bias"]:
+                tensors["linear.bias"] = torch.randn(out, generator=generator)
+            save_file(tensors, folder / path / "model.safetensors")
+    return folder
+
+
+def hidden(folder: Path, texts: list[str], max_length: int = 48) -> list[Tensor]:
+    """float64 `[tokens, hidden]` of each text, from the model by itself."""
+    encoder = TextEncoder.from_folder(folder)
+    states = []
+    for text in texts:
+        ids = encoder.tokenizer.encode([text], max_length).ids
+        with torch.inference_mode():
+            states.append(encoder.model(torch.tensor(ids)[None].long()).last_hidden_state[0].double())
+    return states
+
+
+def pooled(states: Tensor, mode: Mode) -> Tensor:
+    length = len(states)
+    weights = torch.arange(1, length + 1, dtype=torch.float64)[:, None]
+    return {
+        "cls": states[0],
+        "max": states.max(0).values,
+        "mean": states.mean(0),
+        "mean_sqrt_len_tokens": states.sum(0) / length**0.5,
+        "weightedmean": (states * weights).sum(0) / weights.sum(),
+        "lasttoken": states[-1],
+    }[mode]
+
+
+def near(got: np.ndarray, expected: list[Tensor] | Tensor) -> bool:
+    rows = torch.stack(expected) if isinstance(expected, list) else expected
+    return got.shape == tuple(rows.shape) and bool(np.allclose(got, rows.numpy(), atol=2e-5))
+
+
+# Pooling
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_user_case_06_pooling_is_the_folders(name: str, normalise: bool, folder: Path) -> None:
+    states = hidden(folder, TEXTS)
+    sentence_folder(folder, *["Normalize"] * normalise, pooling=dict.fromkeys(MODES, False) | {name: True})
+    expected = torch.stack([pooled(one, MODES[name]) for one in states])
+    assert near(fastbert.encode(TEXTS, model=folder), F.normalize(expected) if normalise else expected)
+
+
+def test_user_case_06_what_a_call_asks_for_comes_first(folder: Path) -> None:
+    states = hidden(folder, TEXTS)
+    sentence_folder(folder, "Normalize", pooling={"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
+    encoder = TextEncoder.from_folder(folder)
+    assert near(encoder.encode(TEXTS, normalize=False), [one[0] for one in states])
+    means = torch.stack([one.mean(0) for one in states])
+    assert near(encoder.encode(TEXTS, pooling="mean"), F.normalize(means))
+    # As the README writes it, with whatever a folder says.
+    assert near(
+        fastbert.encode(TEXTS, model=folder, dtype="fp32", pooling="mean", normalize=True, max_length=48),
+        F.normalize(means),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("mean",)),
+        (dict.fromkeys(MODES, False), ("mean",)),
+        (dict.fromkeys(MODES, True), tuple(MODES.values())),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls", "mean")),
+        ({"pooling_mode": "lasttoken"}, ("lasttoken",)),
+        ({"pooling_mode": ["mean", "cls", "weightedmean"]}, ("mean", "cls", "weightedmean")),
+        ({"pooling_mode": "max", "pooling_mode_cls_token": True, "include_prompt": True}, ("max",)),
+    ],
+)
+def test_several_poolings_are_side_by_side(settings: dict[str, Any], expected: tuple[Mode, ...], folder: Path) -> None:
+    states = hidden(folder, TEXTS)
+    encoder = TextEncoder.from_folder(sentence_folder(folder, pooling=settings))
+    got = encoder.encode(TEXTS)
+    assert near(got, [torch.cat([pooled(one, mode) for mode in expected]) for one in states])
+    assert got.shape[1] == encoder.width() == 32 * len(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES.values())
+def test_pooling_of_packed_rows(mode: Mode, dtype: torch.dtype) -> None:
+    lengths = [5, 0, 1, 300, 2]
+    states = torch.randn(320, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)  # slack
+    got = Embedder((mode,), (), False)(states, Packing.from_lengths(lengths))
+    parts = states[: sum(lengths)].double().split(lengths)
+    exact = torch.stack([pooled(part, mode) if len(part) else torch.zeros(24, dtype=torch.float64) for part in parts])
+    plain = [pooled(part.float(), mode).float() if len(part) else torch.zeros(24) for part in parts]
+    assert got.dtype == torch.float32
+    assert_close(got, torch.stack(plain), exact, factor=3, what=mode)
+    nothing = Embedder((mode,), (), True)(states[:0], Packing.from_lengths([0, 0]))
+    assert torch.equal(nothing, torch.zeros(2, 24))
+
+
+# Dense and Normalize
+
+
+def dense(x: Tensor, folder: Path, activation: str) -> Tensor:
+    from safetensors.torch import load_file
+
+    tensors = {key: tensor.double() for key, tensor in load_file(folder / "model.safetensors").items()}
+    return ACTIVATIONS[activation](F.linear(x, tensors["linear.weight"], tensors.get("linear.bias")))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kept", ["model.safetensors", "pytorch_model.bin"])
+def test_user_case_07_dense_is_part_of_the_embedding(bias: bool, kept: str, folder: Path) -> None:
+    means = torch.stack([one.mean(0) for one in hidden(folder, TEXTS)])
+    sentence_folder(folder, "Dense", "Normalize", dense={"bias": bias})
+    expected = F.normalize(dense(means, folder / "2_Dense", "Tanh"))
+    if kept == "pytorch_model.bin":
+        from safetensors.torch import load_file
+
+        torch.save(load_file(folder / "2_Dense/model.safetensors"), folder / "2_Dense/pytorch_model.bin")
+        (folder / "2_Dense/model.safetensors").unlink()
+    assert near(fastbert.encode(TEXTS, model=folder), expected)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_torchs(name: str) -> None:
+    x = torch.linspace(-4, 4, 101)
+    assert torch.equal(ACTIVATIONS[name](x), getattr(torch.nn, name)()(x))
+
+
+def test_dense_layers_in_a_row_and_a_normalize_between(folder: Path) -> None:
+    means = torch.stack([one.mean(0) for one in hidden(folder, TEXTS)])
+    identity = {"activation_function": "torch.nn.modules.linear.Identity", "out_features": 32}
+    sentence_folder(folder, "Normalize", "Dense", "Dropout", "Dense", dense=identity)
+    encoder = TextEncoder.from_folder(folder)
+    x = dense(F.normalize(means), folder / "3_Dense", "Identity")
+    x = dense(x, folder / "5_Dense", "Identity")
+    assert near(encoder.encode(TEXTS), x)
+    assert near(encoder.encode(TEXTS, normalize=True), F.normalize(x))
+
+
+def test_pooling_that_does_not_fit_the_dense(folder: Path) -> None:
+    pooling = {"pooling_mode": ["cls", "mean"]}
+    sentence_folder(folder, "Dense", dense={"in_features": 64}, pooling=pooling)
+    encoder = TextEncoder.from_folder(folder)
+    assert encoder.encode(TEXTS).shape == (4, 16)
+    with pytest.raises(ArgumentError, match="pooling: got 32 columns; expected the 64 that the Dense after it reads"):
+        encoder.encode(TEXTS, pooling="mean")
+    write(folder / "1_Pooling/config.json", {"pooling_mode": "mean"})
+    with pytest.raises(CheckpointError, match="pooling: got 32 columns"):
+        TextEncoder.from_folder(folder)
+
+
+# Lengths
+
+
+LONG = " ".join(["the film"] * 100)
+
+
+def test_user_case_08_max_seq_length(folder: Path) -> None:
+    sentence_folder(folder)
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 8, "do_lower_case": False})
+    [states] = hidden(folder, [LONG], 8)
+    assert len(states) == 8
+    with pytest.warns(UserWarning, match="1 texts fill max_length=8 tokens; what is beyond was not read"):
+        assert near(fastbert.encode([LONG, "a"], model=folder)[:1], [states.mean(0)])
+    [states] = hidden(folder, [LONG], 16)
+    with pytest.warns(UserWarning, match="1 texts fill max_length=16"):
+        assert near(fastbert.encode([LONG], model=folder, max_length=16), [states.mean(0)])
+
+
+def test_user_case_08_cuts_are_counted_once_in_a_stream(folder: Path) -> None:
+    encoder = TextEncoder.from_folder(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = list(encoder.encode_stream([LONG, "a"] * 5, texts_at_once=3, max_length=8))
+    assert [len(part) for part in parts] == [3, 3, 3, 1]
+    assert [str(one.message) for one in caught] == ["5 texts fill max_length=8 tokens; what is beyond was not read"]
+
+
+def test_user_case_08_do_lower_case(folder: Path) -> None:
+    write(folder / "tokenizer_config.json", {"do_lower_case": False})
+    cased, lower = fastbert.encode(["The FILM", "the film"], model=sentence_folder(folder))
+    assert not np.allclose(cased, lower, atol=1e-3)
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 32, "do_lower_case": True})
+    cased, lower = fastbert.encode(["The FILM", "the film"], model=folder)
+    assert np.array_equal(cased, lower)
+
+
+@pytest.mark.parametrize("sentence", [True, False])
+def test_user_case_21_the_default_length_fits_the_model(sentence: bool, folder: Path) -> None:
+    if sentence:
+        write(sentence_folder(folder) / "sentence_bert_config.json", {"max_seq_length": 512})
+    with pytest.warns(UserWarning, match="1 texts fill max_length=48 tokens"):
+        assert fastbert.encode([LONG, "the film"], model=folder).shape == (2, 32)
+    with pytest.raises(ArgumentError, match="at most the model's 48 positions"):
+        fastbert.encode(["the film"], model=folder, max_length=49)
+
+
+@pytest.mark.parametrize("limit", [16, 10**30, 48, 49, None])
+def test_the_tokenizers_length_is_the_default(limit: int | None, folder: Path) -> None:
+    write(folder / "tokenizer_config.json", {"model_max_length": limit})
+    expected = min(limit or 48, 48)
+    with pytest.warns(UserWarning, match=f"fill max_length={expected} tokens"):
+        fastbert.encode([LONG], model=folder)
+
+
+def test_user_case_21_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text(f"the film\n{LONG}\n")
+    command = [sys.executable, "-m", "fastbert", "encode", str(tmp_path / "texts"), "--model", str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0
+    assert len(run.stdout.splitlines()) == 2
+    assert run.stderr.count("1 texts fill max_length=48 tokens") == 1
+
+
+# Layouts and prompts
+
+
+def test_user_case_45_the_transformer_in_a_folder_of_its_own(folder: Path, tmp_path: Path) -> None:
+    expected = fastbert.encode(TEXTS, model=folder)
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("0_Transformer", "0_BERT"):
+        (root / name).symlink_to(folder)
+        sentence_folder(root, "Normalize", transformer=name)
+        if name == "0_BERT":
+            modules = json.loads((root / "modules.json").read_text())
+            modules[0]["type"] = "sentence_transformers.models.BERT"
+            write(root / "modules.json", modules)
+        assert np.array_equal(fastbert.encode(TEXTS, model=root), expected)
+    write(root / "0_BERT/sentence_bert_config.json", {"max_seq_length": 8})
+    with pytest.warns(UserWarning, match="fill max_length=8"):
+        fastbert.encode([LONG], model=root)
+
+
+def test_user_case_45_prompts(folder: Path) -> None:
+    plain = TextEncoder.from_folder(folder)
+    sentence_folder(folder, "Normalize")
+    prompts = {"query": "the film ", "passage": "", "odd": None}
+    write(folder / "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": "query"})
+    encoder = TextEncoder.from_folder(folder)
+    film, bare, story = plain.encode(["the film was"]), plain.encode(["was"]), plain.encode(["story was"])
+    assert np.array_equal(encoder.encode(["was"]), film)
+    assert np.array_equal(next(iter(encoder.encode_stream(["was"]))), film)
+    assert np.array_equal(encoder.encode(["was"], prompt_name="passage"), bare)
+    assert np.array_equal(encoder.encode(["was"], prompt_name="odd"), bare)
+    assert np.array_equal(encoder.encode(["was"], prompt=""), bare)
+    assert np.array_equal(encoder.encode(["was"], prompt="story "), story)
+    assert np.array_equal(encoder.encode([("was", "fine")]), plain.encode([("the film was", "fine")]))
+    for wrong in ({"prompt_name": "question"}, {"prompt_name": "query", "prompt": "x"}):
+        with pytest.raises(ArgumentError, match="prompt_name"):
+            encoder.encode(["was"], **wrong)
+    with pytest.raises(ArgumentError, match=r"texts\[1\]"):
+        encoder.encode(["was", 3])  # type: ignore[list-item]
+    with pytest.raises(ArgumentError, match="a single string"):
+        encoder.encode("was")
+
+
+def test_the_command_line_has_the_folders_defaults(folder: Path, tmp_path: Path) -> None:
+    sentence_folder(folder, "Dense", pooling={"pooling_mode": "weightedmean"})
+    write(folder / "config_sentence_transformers.json", {"prompts": {"query": "the film "}})
+    (tmp_path / "texts").write_text("was\n")
+    out = tmp_path / "out.npy"
+    command = [sys.executable, "-m", "fastbert", "encode", str(tmp_path / "texts"), "--model", str(folder)]
+    for arguments, named in (
+        ([], {}),
+        (
+            ["--prompt-name", "query", "--pooling", "cls", "--normalize"],
+            {"prompt_name": "query", "pooling": "cls", "normalize": True},
+        ),
+        (["--prompt", "a ", "--no-normalize"], {"prompt": "a ", "normalize": False}),
+    ):
+        subprocess.run([*command, *arguments, "--output", str(out)], check=True, timeout=120)
+        assert np.allclose(np.load(out), fastbert.encode(["was"], model=folder, **named), atol=1e-6)
+    (tmp_path / "texts").write_text("")
+    subprocess.run([*command, "--output", str(out)], check=True, timeout=120)
+    assert np.load(out).shape == (0, 16)
+
+
+# What is not served
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "message"),
+    [
+        ("modules.json", [], "0 modules; expected a Transformer and a Pooling"),
+        ("modules.json", {}, "a list of modules"),
+        ("modules.json", [3], "a list of modules"),
+        (
+            "modules.json",
+            [{"type": OLD + "Transformer", "path": "../model"}],
+            "path: got .*; expected a folder in this",
+        ),
+        ("modules.json", [{"type": OLD + "Transformer", "path": "/tmp"}], "path: got .*; expected a folder in this"),
+        ("modules.json", [{"type": OLD + "Transformer", "path": 3}], "path: got 3; expected a string"),
+        ("modules.json", [{"type": OLD + "Transformer", "path": ""}], "1 modules"),
+        ("modules.json", [{"type": OLD + "WordEmbeddings"}], r"module 0: got sentence_transformers\.models\.WordEmb"),
+        ("modules.json", [{"type": "custom_st.Transformer"}], r"module 0: got custom_st\.Transformer"),
+        ("1_Pooling/config.json", {"pooling_mode": "median"}, "pooling_mode: got 'median'; expected one or several of"),
+        ("1_Pooling/config.json", {"pooling_mode": []}, "pooling_mode"),
+        ("1_Pooling/config.json", {"pooling_mode": [3]}, "pooling_mode"),
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": "yes"}, "pooling_mode_cls_token: got 'yes'"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt: got False"),
+        ("2_Dense/config.json", {}, "tensors"),
+        ("2_Dense/config.json", {"in_features": 31, "out_features": 16}, "tensors .* expected"),
+        ("2_Dense/config.json", {"in_features": 32, "out_features": 16, "bias": False}, "tensors"),
+        ("2_Dense/config.json", {"in_features": "32"}, "in_features: got '32'"),
+        ("2_Dense/config.json", {"activation_function": "my.Tanh"}, "activation_function: got 'my.Tanh'"),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Softmax"}, "activation_function"),
+        ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name"),
+        ("2_Dense/config.json", {"use_residual": True}, "use_residual"),
+        ("3_Normalize/config.json", {"module_input_name": "token_embeddings"}, "module_input_name"),
+        ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length: got 0"),
+        ("sentence_bert_config.json", {"max_seq_length": "8"}, "max_seq_length: got '8'"),
+        ("sentence_bert_config.json", {"do_lower_case": "no"}, "do_lower_case: got 'no'"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task: got 'fill-mask'"),
+        ("sentence_bert_config.json", {"module_output_name": "sentence_embedding"}, "module_output_name"),
+        ("config_sentence_transformers.json", {"prompts": []}, "prompts"),
+        ("config_sentence_transformers.json", {"prompts": {"a": 3}}, "prompts"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "default_prompt_name: got 'query'"),
+        ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "model_type: got 'SparseEncoder'"),
+    ],
+)
+def test_what_is_not_served_is_named(file: str, value: Any, message: str, folder: Path) -> None:
+    sentence_folder(folder, "Dense", "Normalize")
+    write(folder / file, value)
+    with pytest.raises(CheckpointError, match=message):
+        TextEncoder.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["CNN", "LSTM", "WeightedLayerPooling", "Router", "Asym", "BoW", "LayerNorm", "Pooling"]
+)
+def test_other_modules_are_named(name: str, folder: Path) -> None:
+    sentence_folder(folder, name)
+    with pytest.raises(
+        CheckpointError, match=rf"module 2: got sentence_transformers\.models\.{name}; expected Dense or"
+    ):
+        TextEncoder.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"])
+def test_a_module_that_is_missing(name: str, folder: Path) -> None:
+    sentence_folder(folder, "Dense")
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=str(Path(name).parent)):
+        TextEncoder.from_folder(folder)
+
+
+def test_settings_that_are_not_read_are_named(folder: Path) -> None:
+    settings = {"max_seq_length": 16, "model_args": {"attn_implementation": "sdpa"}, "tokenizer_args": {}, "new": 3}
+    write(sentence_folder(folder) / "sentence_bert_config.json", settings)
+    with pytest.warns(UserWarning, match="is not read by fastbert") as caught:
+        TextEncoder.from_folder(folder)
+    assert sorted(str(one.message).split(": ")[1].split()[0] for one in caught) == ["model_args", "new"]
+
+
+# Against sentence-transformers itself
+
+
+@pytest.fixture
+def theirs() -> Any:
+    return pytest.importorskip("sentence_transformers", reason="compares with sentence-transformers")
+
+
+RECIPES: list[dict[str, Any]] = [
+    {},
+    {"modules": ["Normalize"]},
+    {"pooling": {"pooling_mode_cls_token": True}, "modules": ["Normalize"]},
+    {"pooling": dict.fromkeys(MODES, True)},
+    {"modules": ["Dense", "Normalize"]},
+    {"modules": ["Dense"], "dense": {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}},
+    {"modules": ["Dense"], "dense": {"activation_function": "torch.nn.modules.activation.GELU"}},
+    {"modules": ["Normalize", "Dense"]},
+    {"settings": {"max_seq_length": 8, "do_lower_case": False}, "modules": ["Normalize"]},
+    {"settings": {"max_seq_length": 16, "do_lower_case": True}, "cased": True},
+    {"prompts": {"prompts": {"query": "the film "}, "default_prompt_name": "query"}},
+    {"transformer": "0_Transformer", "pooling": {"pooling_mode_weightedmean_tokens": True}},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: ", ".join(recipe) or "plain")
+def test_embeddings_are_those_of_sentence_transformers(recipe: dict[str, Any], tmp_path: Path, theirs: Any) -> None:
+    root = tmp_path / "root"
+    body = tiny_bert.make(root / recipe.get("transformer", ""))
+    if recipe.get("cased"):
+        write(body / "tokenizer_config.json", {"do_lower_case": False, "tokenizer_class": "BertTokenizer"})
+    names = {key: recipe[key] for key in ("pooling", "dense", "transformer") if key in recipe}
+    sentence_folder(root, *recipe.get("modules", []), **names)
+    if "settings" in recipe:
+        write(body / "sentence_bert_config.json", recipe["settings"])
+    if "prompts" in recipe:
+        write(root / "config_sentence_transformers.json", recipe["prompts"])
+    texts = [*TEXTS[:2], "The FILM was Fine", TEXTS[3]]  # theirs pads, and an empty text is one like any other
+    expected = theirs.SentenceTransformer(str(root), device="cpu").encode(texts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of cuts
+        got = fastbert.encode(texts, model=root)
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() < 2e-5
+
+
+def test_a_folder_that_sentence_transformers_saved(folder: Path, tmp_path: Path, theirs: Any) -> None:
+    from sentence_transformers.base.modules import Dense as TheirDense
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    modules = [
+        Transformer(str(folder)),
+        Pooling(32, pooling_mode=("cls", "weightedmean")),
+        TheirDense(64, 16),
+        Normalize(),
+    ]
+    model = theirs.SentenceTransformer(modules=modules, device="cpu", prompts={"query": "the film "})
+    model.save(str(tmp_path / "saved"))
+    encoder = TextEncoder.from_folder(tmp_path / "saved")
+    assert np.abs(encoder.encode(TEXTS) - model.encode(TEXTS)).max() < 2e-5
+    ours = encoder.encode(TEXTS, prompt_name="query")
+    assert np.abs(ours - model.encode(TEXTS, prompt_name="query")).max() < 2e-5
+
+
+def test_dense_by_hand() -> None:
+    layer = Dense(torch.tensor([[1.0, 2.0]]), torch.tensor([0.5]), "ReLU")
+    assert layer(torch.tensor([[1.0, 1.0], [-1.0, -1.0]])).tolist() == [[3.5], [0.0]]
