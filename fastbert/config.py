@@ -33,7 +33,7 @@ class EncoderConfig:
 
     Attributes:
         vocab_size, hidden_size, num_layers, num_heads, intermediate_size: sizes; `hidden_size` is a multiple of
-            `num_heads`, and `head_dim = hidden_size / num_heads` a multiple of 8 up to 256.
+            `num_heads`.
         max_positions, type_vocab_size: rows of the position and token-type tables.
         activation: "gelu" is the exact (erf) form, "gelu_tanh" its tanh approximation.
         eps: LayerNorm epsilon.
@@ -42,7 +42,7 @@ class EncoderConfig:
         initializer_range: standard deviation of freshly initialised weights.
 
     Raises:
-        ArgumentError: a size is no positive int, a number not in its range, or head_dim not served.
+        ArgumentError: a size is no positive int, or a number not in its range.
     """
 
     vocab_size: int = 30522
@@ -67,10 +67,6 @@ class EncoderConfig:
             raise ArgumentError("num_layers", repr(self.num_layers), "zero or more layers")
         if self.hidden_size % self.num_heads:
             raise ArgumentError("num_heads", self.num_heads, f"a divisor of hidden_size={self.hidden_size}")
-        if self.head_dim % 8 or self.head_dim > 256:
-            raise ArgumentError(
-                "num_heads", self.num_heads, f"head_dim (here {self.head_dim}) a multiple of 8 up to 256"
-            )
         for name in ("hidden_dropout", "attention_dropout"):
             if not _is_probability(getattr(self, name)):
                 raise ArgumentError(name, repr(getattr(self, name)), "a probability in [0, 1)")

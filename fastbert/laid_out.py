@@ -21,6 +21,7 @@ from fastbert.native.int8 import Int8Rows
 from fastbert.native.layout import laid_out_together
 from fastbert.native.machine import Machine, multiplies_well
 from fastbert.native.memory import room
+from fastbert.ops.attention import WIDEST_HEAD
 from fastbert.ops.common import native_machine, runs_bare
 from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
@@ -42,7 +43,7 @@ def serves(encoder: Encoder, x: Tensor) -> bool:
     if not bare or encoder.training or len(x) == 0 or not encoder.layer or not encoder.is_plain():
         return False
     machine, config = native_machine(x), encoder.config
-    if machine is None or config.head_dim % 8:
+    if machine is None or config.head_dim > WIDEST_HEAD:
         return False
     if isinstance(encoder, QuantizedEncoder):
         whole = config.hidden_size % 4 == 0 and config.intermediate_size % 4 == 0

@@ -512,8 +512,8 @@ def attention_block_d(head_dim: int) -> int:
 
 def attention_unserved(head_dim: int, dtype: torch.dtype, target: Target, *, gradient: bool) -> str | None:
     """Why the attention kernels can't serve this shape on this target, with its gradient or without, or None."""
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        return f"head_dim {head_dim} is not a multiple of 8 from 8 to 256"
+    if head_dim > 256:
+        return f"head_dim {head_dim} is wider than 256"
     if dtype not in _KINDS:
         return f"{dtype} is not float16, bfloat16 or float32"
     kind, block_d = _KINDS[dtype], attention_block_d(head_dim)

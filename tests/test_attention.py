@@ -677,11 +677,11 @@ def test_bad_input_names_the_argument(argument, call):
 @pytest.mark.kernels
 def test_the_triton_path_refuses_what_it_cannot_serve(generator):
     with backend.use_backend("triton"):
-        with pytest.raises(BackendError, match="head_dim 12"):
-            attention(torch.zeros(8, 3, 2, 12), PACKING)
+        with pytest.raises(BackendError, match="head_dim 264"):
+            attention(torch.zeros(8, 3, 2, 264), PACKING)
         with pytest.raises(BackendError, match="float64"):
             attention(QKV.double(), PACKING)
-    assert attention(torch.zeros(8, 3, 2, 12), PACKING).shape == (8, 2, 12)
+    assert attention(torch.zeros(8, 3, 2, 264), PACKING).shape == (8, 2, 264)
 
 
 @pytest.mark.parametrize("length", [95, 96, 97, 190, 256])

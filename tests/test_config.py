@@ -44,7 +44,6 @@ def test_case_07_activations_keep_their_flavour(name):
         {"hidden_act": "mish"},
         {"hidden_size": 50},
         {"num_attention_heads": 7},
-        {"hidden_size": 24, "num_attention_heads": 2},
         {"vocab_size": 0},
         {"hidden_dropout_prob": 1.0},
         {"num_hidden_layers": -1},

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache, partial, reduce
 
 import torch
+from llvmlite import ir
 from torch import Tensor
 
 from fastbert.native.code import F32, I16, I32, Code, Kernel, Launch, Value, compiled, float_bits
@@ -27,8 +28,7 @@ def attention_forward(
     """Softmax(q k^T scale) v of each head of each sequence.
 
     Args:
-        qkv: contiguous `[rows, 3, heads, head_dim]`, float32, or bfloat16 where the machine multiplies it; head_dim a
-            multiple of 8.
+        qkv: contiguous `[rows, 3, heads, head_dim]`, float32, or bfloat16 where the machine multiplies it.
         cu_seqlens: int32 `[batch + 1]`.
         out: contiguous `[rows, heads, head_dim]` <- the result; rows past the last sequence are not written.
     """
@@ -65,7 +65,7 @@ def _kernel(machine: Machine, head_dim: int, dtype: torch.dtype) -> Kernel:
 def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
     lanes, rows = code.lanes, _rows(code.machine)
     size = 2 if bfloat16 else 4
-    depth = head_dim // 2 if bfloat16 else head_dim  # 32-bit words of a head
+    depth = -(-head_dim // 2) if bfloat16 else head_dim  # 32-bit words of a head
     word = I32 if bfloat16 else F32
     blocks = -(-depth // lanes)  # vectors of words of a head
     columns = -(-head_dim // lanes)  # vectors of float32 of a head
@@ -87,14 +87,22 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
     values = scores + width * (4 * rows)
     last = length - 1
 
+    def words_of(start: Value, block: int) -> Value:
+        """Words `[lanes]` of the head that begins at an address; past its end 0."""
+        place = start + 4 * block * lanes
+        if not bfloat16:
+            return code.load_first(place, F32, min(lanes, head_dim - block * lanes), lanes)
+        # as bfloat16, since a head of an odd number of them ends in half a word
+        halves = code.load_first(place, I16, min(2 * lanes, head_dim - 2 * block * lanes), 2 * lanes)
+        return code.bitcast(halves, ir.VectorType(I32, lanes))
+
     def transpose(j: Value) -> None:
         """Words `[lanes keys, depth]` -> `[j / (2 lanes), depth, 2 lanes]` of all keys."""
         tile = keys + (j // (2 * lanes)) * (4 * blocks * lanes * 2 * lanes) + (j % (2 * lanes)) * 4
         for block in range(blocks):
             count = min(lanes, depth - block * lanes)
             words = [
-                code.load_first(key + code.minimum(j + i, last) * row_bytes + 4 * block * lanes, word, count, lanes)
-                for i in range(lanes)
+                words_of(key + code.minimum(j + i, last) * row_bytes, block) for i in range(lanes)
             ]  # [lanes, count]
             for i, column in enumerate(code.transposed(words)[:count]):
                 code.store(column, tile + 4 * 2 * lanes * (block * lanes + i))
@@ -131,8 +139,7 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
         places = [code.minimum(i + r, last) for r in range(rows)]  # the last row again where there are no more
         for r, place in enumerate(places):
             for block in range(blocks):
-                count = min(lanes, depth - block * lanes)
-                words = code.load_first(query + place * row_bytes + 4 * block * lanes, word, count, lanes)
+                words = words_of(query + place * row_bytes, block)
                 code.store(words, queries + 4 * (r * blocks + block) * lanes)
 
         def score(j: Value, *greatest: Value, halves: int) -> Sequence[Value]:

@@ -18,6 +18,9 @@ from fastbert.ops.common import cast_states, check_dropout, launched, native_mac
 from fastbert.ops.dropout import keep_lines
 from fastbert.packing import Block, Packing
 
+# The kernel of a CPU is written out for each width of a head: wider ones would take seconds to compile.
+WIDEST_HEAD = 256
+
 
 def attention(
     qkv: Tensor,
@@ -34,7 +37,8 @@ def attention(
 
     Args:
         qkv: `[rows, 3, heads, head_dim]`, the QKV product as it is, read by strides; rows >= `packing.tokens`, and
-            rows beyond them (slack) are neither read nor written. head_dim is a multiple of 8 up to 256.
+            rows beyond them (slack) are neither read nor written. On a GPU heads that are no multiple of 8 wide are
+            copied, filled up with zeros, and those wider than 256 run in torch.
         packing: where the sequences begin.
         scale: positive factor on the scores; `head_dim ** -0.5` by default.
         bias: floating, broadcastable to `[batch, heads, max_seqlen, max_seqlen]`; added to the scaled scores, indexed
@@ -59,7 +63,9 @@ def attention(
     gradient = wants_gradient(qkv, bias)
     unserved = launch.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device), gradient=gradient)
     if backend.uses_triton("attention", qkv, unserved):
-        return _attention_triton(qkv, packing, scale, bias, alibi_slopes, window, dropout, seed, gradient)
+        filled = _filled(qkv)
+        out = _attention_triton(filled, packing, scale, bias, alibi_slopes, window, dropout, seed, gradient)
+        return out if filled is qkv else out[..., : qkv.shape[-1]]
     return _attention_torch(qkv, packing, scale, bias, alibi_slopes, window, dropout, seed)
 
 
@@ -76,12 +82,26 @@ def prepare_attention(qkv: Tensor, packing: Packing) -> Callable[[Tensor, Packin
     unserved = launch.attention_unserved(head_dim, qkv.dtype, here, gradient=False)
     if not backend.uses_triton("attention", qkv, unserved):
         return None
+    filled = _filled(qkv)
     choice = launch.attention_forward(
-        head_dim, qkv.dtype, packing.max_seqlen, rows=len(qkv), batch=packing.batch, extras=False, target=here
+        filled.shape[-1], qkv.dtype, packing.max_seqlen, rows=len(qkv), batch=packing.batch, extras=False, target=here
     )
-    tiles = packing.tiles(choice.BLOCK_M)
-    start = kernel.prepare_attention_forward(qkv, packing.cu_seqlens, tiles, packing.max_seqlen, scale=head_dim**-0.5)
-    return lambda qkv, packing: start(qkv, packing.cu_seqlens, packing.tiles(choice.BLOCK_M))[0]
+    tiles, scale = packing.tiles(choice.BLOCK_M), head_dim**-0.5
+    start = kernel.prepare_attention_forward(filled, packing.cu_seqlens, tiles, packing.max_seqlen, scale=scale)
+
+    def run(qkv: Tensor, packing: Packing) -> Tensor:
+        return start(_filled(qkv), packing.cu_seqlens, packing.tiles(choice.BLOCK_M))[0]
+
+    return run if filled is qkv else lambda qkv, packing: run(qkv, packing)[..., :head_dim]
+
+
+def _filled(qkv: Tensor) -> Tensor:
+    """Heads filled up with zeros to a multiple of 8, since the Triton kernels read them in pieces of 16 bytes.
+
+    It changes no score, and the columns that come of it are left out of the result.
+    """
+    missing = -qkv.shape[-1] % 8
+    return F.pad(qkv, (0, missing)) if missing else qkv
 
 
 def _check(
@@ -102,6 +122,8 @@ def _check(
         raise ArgumentError("qkv", f"{qkv.shape[0]} rows", f"at least the {packing.tokens} tokens of the packing")
     if qkv.device != packing.cu_seqlens.device:
         raise ArgumentError("packing", f"on {packing.cu_seqlens.device}", f"on {qkv.device}, the device of qkv")
+    if qkv.shape[3] == 0:
+        raise ArgumentError("qkv", f"shape {tuple(qkv.shape)}", "heads of at least one column")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ArgumentError("scale", scale, "a positive finite number")
     if bias is not None:
@@ -281,7 +303,7 @@ def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor) -> None:
     """
     out[packing.tokens :] = 0
     machine = native_machine(qkv)
-    if machine is not None and qkv.shape[-1] % 8 == 0:
+    if machine is not None and qkv.shape[-1] <= WIDEST_HEAD:
         from fastbert.native import attention as kernel
 
         qkv, longest = qkv.contiguous(), packing.max_seqlen
