@@ -19,8 +19,9 @@ from rich.console import Console
 from tokenizers import BertWordPieceTokenizer
 
 from fastbert.assets import fetch
+from fastbert.checkpoints.special_tokens import BERT_NAMES
 from fastbert.config import EncoderConfig
-from fastbert.text import BERT_SPECIAL_TOKENS, Tokenizer
+from fastbert.text import Tokenizer
 from fastbert.training import Settings, scratch, train
 
 VOCABULARY = 4000
@@ -49,7 +50,7 @@ def main() -> int:
 
     learner = BertWordPieceTokenizer(lowercase=True)
     learner.train_from_iterator(
-        parts["train"], vocab_size=VOCABULARY, special_tokens=list(BERT_SPECIAL_TOKENS), show_progress=False
+        parts["train"], vocab_size=VOCABULARY, special_tokens=list(BERT_NAMES.values()), show_progress=False
     )
     vocabulary = sorted(learner.get_vocab(), key=learner.get_vocab().__getitem__)
     config = EncoderConfig(

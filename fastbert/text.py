@@ -8,20 +8,22 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 import torch
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+from tokenizers import normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from fastbert.checkpoints import files
-from fastbert.checkpoints.fields import Fields
+from fastbert.checkpoints.files import checkpoint_folder
+from fastbert.checkpoints.special_tokens import BERT_NAMES, library_errors
+from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_tokenizer
 from fastbert.errors import ArgumentError, CheckpointError
 
 Text = str | tuple[str, str]
@@ -32,10 +34,6 @@ CHUNK_CHARACTERS = 1_000_000
 ENCODING_CHARACTERS = 10
 # A text longer than this many characters per token asked for is first tried by its beginning alone.
 HEAD_CHARACTERS_PER_TOKEN = 32
-
-NO_LIMIT = 1e30  # as transformers writes that there is none
-
-BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _IDEOGRAPHS = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
@@ -108,42 +106,51 @@ class SentenceTokens:
 class Tokenizer:
     """A `tokenizers.Tokenizer` that cuts and pads as the caller says, whatever its file says.
 
+    Args:
+        tokenizer: from now on this object's own.
+        settings: what else is known about it.
+
     Attributes:
-        max_length: most tokens of a text that the folder allows, special ones included; None where it sets no limit.
+        highest_id: the greatest id that a token of a text may have.
+
+    Raises:
+        CheckpointError: it has ids beyond int32, or its post-processor loses the text or knows more than 256 types.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, max_length: int | None = None) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings | None = None) -> None:
+        settings = settings or TokenizerSettings()
         tokenizer.no_padding()
-        self.max_length = max_length
-        self._tokenizer = tokenizer
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = settings.split_special_tokens  # no file of the library's holds this
+        if tokenizer.post_processor is None:  # the library's fast batches then leave the second text's types at 0
+            tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
+        self._tokenizer, self._settings = tokenizer, settings
         self._lock = threading.Lock()  # truncation is state of the tokenizer, so one encode at a time
-        # BERT's rules look at no character beyond a space, so the tokens of a text cut at a space are the first tokens
-        # of the whole text. Not so for other rules, or for added tokens that have spaces in them.
-        self._heads_tell = (
-            isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
-            and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
-            and not any(" " in token.content for token in tokenizer.get_added_tokens_decoder().values())
-        )
+        self._heads_tell = settings.truncation_side == "right" and _heads_tell(tokenizer)
+        self._single, self._pair = framed(tokenizer)
+        if self._single.special_tokens_mask.count(0) != 1:
+            raise CheckpointError(f"{settings.source}: post_processor", "a text that is lost in it", "the text, once")
+        if (highest := max([*self._single.type_ids, *self._pair.type_ids])) > np.iinfo(np.uint8).max:
+            raise CheckpointError(f"{settings.source}: post_processor", f"the token type {highest}", "0 or 1")
+        self.highest_id = max(tokenizer.get_vocab().values(), default=-1)
+        if self.highest_id > np.iinfo(np.int32).max:
+            raise CheckpointError(settings.source, f"the token id {self.highest_id}", "ids that fit int32")
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[tokenizers.Tokenizer, TokenizerSettings]]:
+        return type(self), (self._tokenizer, self._settings)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """The tokenizer of a checkpoint folder: tokenizer.json, else vocab.txt read as BERT's WordPiece.
 
-        With vocab.txt, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars` come from tokenizer_config.json.
+        Settings and special tokens come from tokenizer_config.json, special_tokens_map.json and added_tokens.json, as
+        transformers 5 reads them (docs/tokenizers.md). What it passes over is passed over, with a warning.
 
         Raises:
-            CheckpointError: neither file is there, or one is damaged.
+            CheckpointError: there is no tokenizer, a file is damaged, or it asks for what the `tokenizers` library has
+                not.
         """
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if path.is_file():
-            try:
-                return cls(tokenizers.Tokenizer.from_buffer(path.read_bytes()), _max_length(folder))
-            except ValueError as error:
-                raise CheckpointError(str(path), f"{error}", "a file that `tokenizers` reads") from error
-        if (folder / "vocab.txt").is_file():
-            return cls(_word_piece(folder), _max_length(folder))
-        raise CheckpointError(str(folder), "no tokenizer", "tokenizer.json or vocab.txt in it")
+        return cls(*read_tokenizer(checkpoint_folder(folder)))
 
     def encode(self, texts: Iterable[Text], max_length: int) -> Tokens:
         """Token ids of texts, or of pairs of texts: `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]` for BERT.
@@ -151,11 +158,12 @@ class Tokenizer:
         Args:
             texts: all strings, or all tuples of two strings. An empty string is a legal text. Lone surrogates, which
                 have no UTF-8 form, become U+FFFD, and one warning counts them.
-            max_length: most tokens of a text, special ones included; longer texts lose their end, pairs that of the
-                longer one first.
+            max_length: most tokens of a text, special ones included; longer texts lose their end (their beginning, if
+                the folder says so), pairs that of the longer one first.
 
         Raises:
             ArgumentError: an item is something else, or `max_length` leaves no room for a token.
+            CheckpointError: the folder's rules fail at one of these texts, or lose a text of a pair.
         """
         if isinstance(texts, str):
             raise ArgumentError("texts", "a single string", "a list of strings", "Wrap it in a list.")
@@ -165,18 +173,22 @@ class Tokenizer:
         if max_length <= special:
             raise ArgumentError("max_length", max_length, f"more than the {special} special tokens of each text")
         texts = _checked(texts, pairs)
+        typed = self._typed(pairs)
         ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
         types: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)]
         lengths = [0]
         with self._lock:
-            self._tokenizer.enable_truncation(max_length, strategy="longest_first")
+            self._tokenizer.enable_truncation(
+                max_length, strategy="longest_first", direction=self._settings.truncation_side
+            )
             for chunk in _chunks(texts):
-                encodings = self._encodings(chunk, max_length, pairs)
+                with self._failures():
+                    encodings = self._encodings(chunk, max_length, pairs)
                 lengths += [len(encoding) for encoding in encodings]
                 ids.append(np.fromiter(chain.from_iterable(one.ids for one in encodings), np.int32))
-                if pairs:
+                if typed:
                     types.append(np.fromiter(chain.from_iterable(one.type_ids for one in encodings), np.uint8))
-        return Tokens(np.concatenate(ids), np.concatenate(types) if pairs else None, np.cumsum(lengths, dtype=np.int64))
+        return Tokens(np.concatenate(ids), np.concatenate(types) if typed else None, np.cumsum(lengths, dtype=np.int64))
 
     def encode_words(self, sentences: Iterable[Sequence[str]], max_length: int) -> WordTokens:
         """Token ids of sentences given as words, each word split into pieces by itself: `[CLS] words [SEP]`.
@@ -242,7 +254,10 @@ class Tokenizer:
             ArgumentError: a sentence is no string, or `max_length` leaves no room for two tokens.
         """
         before, after, room = self._frame(max_length)
-        room -= len(after)
+        if len(after) != 1:
+            got = f"{len(after)} tokens after a text"
+            raise CheckpointError(f"{self._settings.source}: post_processor", got, "one, the separator of a pair")
+        room -= 1
         if room < 2:
             raise ArgumentError("max_length", max_length, "room for two tokens beside the special ones of a pair")
         documents = list(documents)
@@ -263,13 +278,18 @@ class Tokenizer:
         return SentenceTokens(tokens, np.array(starts, np.int64), np.array(owners, np.int64))
 
     @property
+    def max_length(self) -> int | None:
+        """Most tokens of a text by the folder, special ones included; None where it sets no limit."""
+        return self._settings.max_length
+
+    @property
     def mask_id(self) -> int:
         """The id of the token that hides another.
 
         Raises:
             CheckpointError: the vocabulary has none.
         """
-        return self._id_of("[MASK]", "<mask>")
+        return self._id_of("mask_token", "[MASK]", "<mask>")
 
     @property
     def unknown_id(self) -> int:
@@ -278,12 +298,18 @@ class Tokenizer:
         Raises:
             CheckpointError: the vocabulary has none.
         """
-        return self._id_of("[UNK]", "<unk>")
+        return self._id_of("unk_token", "[UNK]", "<unk>")
 
-    @property
+    @cached_property
     def special_ids(self) -> list[int]:
-        """The ids of the tokens that no text is made of."""
-        return [i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+        """The ids of the tokens that no text is made of: those that the folder calls so, and those around a text."""
+        special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        for spelling in self._settings.special or BERT_NAMES.values():
+            if (found := self._tokenizer.token_to_id(spelling)) is not None:
+                special.add(found)
+        for frame in (self._single, self._pair):
+            special |= {i for i, own in zip(frame.ids, frame.special_tokens_mask, strict=True) if own}
+        return sorted(special)
 
     def id_of_word(self, word: str) -> int | None:
         """The id of a word that is one token once it is normalised as texts are; None where it is not."""
@@ -300,26 +326,51 @@ class Tokenizer:
         """Tokens in the vocabulary."""
         return self._tokenizer.get_vocab_size()
 
-    def _id_of(self, *spellings: str) -> int:
+    def _id_of(self, role: str, *usual: str) -> int:
+        """The token of a role, by the folder's name for it, else by a usual one."""
+        spellings = [self._settings.names[role]] if role in self._settings.names else usual
         for token in spellings:
             if (found := self._tokenizer.token_to_id(token)) is not None:
                 return found
-        raise CheckpointError("tokenizer", f"a vocabulary without {spellings[0]}", f"one with {' or '.join(spellings)}")
+        mend = f"tokenizer_config.json may name another: {role}."
+        source = self._settings.source
+        raise CheckpointError(
+            source, f"a vocabulary without {spellings[0]}", f"one with {' or '.join(spellings)}", mend
+        )
+
+    def _typed(self, pairs: bool) -> bool:
+        """Whether tokens have types other than 0."""
+        source, frame = self._settings.source, self._pair if pairs else self._single
+        if pairs and frame.special_tokens_mask.count(0) != 2:
+            raise CheckpointError(f"{source}: post_processor", "a pair that loses a text in it", "each text, once")
+        typed = any(frame.type_ids)
+        if typed and not self._settings.token_types:
+            warnings.warn(
+                f"{source}: model_input_names in tokenizer_config.json lacks token_type_ids, so every token has type 0 "
+                "as in transformers 5",
+                stacklevel=3,
+            )
+        return typed and self._settings.token_types
 
     def _frame(self, max_length: int) -> tuple[list[int], list[int], int]:
         """The special tokens before a text, those after it, and the room between."""
-        with self._lock:
-            self._tokenizer.no_truncation()
-            before, *after = self._tokenizer.encode("").ids  # of all BERT's kin, one comes before the text
-        room = max_length - 1 - len(after)
-        if room < 1:
-            raise ArgumentError("max_length", max_length, f"more than the {1 + len(after)} special tokens of each text")
-        return [before], after, room
+        if any(self._single.type_ids) and self._settings.token_types:
+            source = f"{self._settings.source}: post_processor"
+            raise CheckpointError(source, "token types other than 0 for one text", "types of 0 for words and documents")
+        at = self._single.special_tokens_mask.index(0)
+        before, after = self._single.ids[:at], self._single.ids[at + 1 :]
+        special = len(before) + len(after)
+        if max_length <= special:
+            raise ArgumentError("max_length", max_length, f"more than the {special} special tokens of each text")
+        return before, after, max_length - special
+
+    def _failures(self) -> AbstractContextManager[None]:
+        return library_errors(self._settings.source, "rules that serve these texts")
 
     def _bare(self, texts: list[str]) -> Iterator[list[int]]:
         """The ids of each text, whole and without special tokens."""
         for chunk in _chunks(texts):
-            with self._lock:
+            with self._lock, self._failures():
                 self._tokenizer.no_truncation()
                 encodings = self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
             for encoding in encodings:
@@ -328,7 +379,7 @@ class Tokenizer:
     def _pieces(self, sentences: list[list[str]]) -> Iterator[list[list[int]]]:
         """The ids of each word's pieces."""
         for chunk in _chunks(sentences):
-            with self._lock:
+            with self._lock, self._failures():
                 self._tokenizer.no_truncation()
                 encodings = self._tokenizer.encode_batch(chunk, is_pretokenized=True, add_special_tokens=False)
             for words, encoding in zip(chunk, encodings, strict=True):
@@ -446,43 +497,6 @@ def _neighbours(sentences: list[list[int]], room: int) -> list[list[list[int]]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _max_length(folder: Path) -> int | None:
-    path = folder / "tokenizer_config.json"
-    fields = Fields(str(path), files.read_json(path) if path.is_file() else {})
-    value = fields.number("model_max_length", NO_LIMIT, least=1)
-    return int(value) if value < NO_LIMIT else None
-
-
-def _word_piece(folder: Path) -> tokenizers.Tokenizer:
-    path = folder / "vocab.txt"
-    try:
-        words = path.read_bytes().decode().removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(str(path), f"{error}", "one word a line, in UTF-8") from error
-    vocabulary = {word.removesuffix("\r"): i for i, word in enumerate(words)}
-    for token in BERT_SPECIAL_TOKENS[1:4]:
-        if token not in vocabulary:
-            raise CheckpointError(str(path), f"no {token}", "BERT's special tokens among the words")
-    settings_path = folder / "tokenizer_config.json"
-    settings = files.read_json(settings_path) if settings_path.is_file() else {}
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True) for token in BERT_SPECIAL_TOKENS if token in vocabulary]
-    )
-    return tokenizer
-
-
 def _checked(texts: list[Any], pairs: bool) -> list[Any]:
     expected = "a pair of strings, as texts[0]" if pairs else "a string, as texts[0]"
     replaced = 0
@@ -502,6 +516,22 @@ def _checked(texts: list[Any], pairs: bool) -> list[Any]:
     if replaced:
         warnings.warn(f"{replaced} lone surrogates in the texts were replaced by U+FFFD", stacklevel=3)
     return checked
+
+
+def _heads_tell(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether the tokens of a text that is cut at a space are the first tokens of the whole text.
+
+    BERT's rules look at no character beyond a space. Not so other rules, and added tokens that have a space in them, or
+    get one when they are normalised as texts are.
+    """
+    normalizer = tokenizer.normalizer
+    if not isinstance(normalizer, normalizers.BertNormalizer):
+        return False
+    if not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer):
+        return False
+    added = tokenizer.get_added_tokens_decoder().values()
+    spelled = [normalizer.normalize_str(token.content) if token.normalized else token.content for token in added]
+    return not any(character.isspace() for spelling in spelled for character in spelling)
 
 
 def _head(text: str, max_length: int) -> str:

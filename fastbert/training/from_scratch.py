@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastbert.checkpoints.files import write_bytes
+from fastbert.checkpoints.files import TOKENIZER_FILES, write_bytes
 from fastbert.checkpoints.load import save
+from fastbert.checkpoints.special_tokens import BERT_NAMES
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.heads import BertForPreTraining, HeadModel
 from fastbert.models import BertModel
-from fastbert.text import BERT_SPECIAL_TOKENS, Tokenizer
+from fastbert.text import Tokenizer
 
 
 def scratch(
@@ -53,7 +54,7 @@ def scratch(
         raise ArgumentError(
             "vocabulary", "two of one word, or a word with a line's end", "different words, a line each"
         )
-    for token in BERT_SPECIAL_TOKENS:
+    for token in BERT_NAMES.values():
         if token not in words:
             raise ArgumentError("vocabulary", f"no {token}", "BERT's special tokens among the words")
     if config.vocab_size != len(words):
@@ -61,13 +62,14 @@ def scratch(
     if config.pad_token_id != words.index("[PAD]"):
         raise ArgumentError("config.pad_token_id", config.pad_token_id, f"{words.index('[PAD]')}, the place of [PAD]")
     folder = Path(folder)
-    if (folder / "tokenizer.json").exists():
-        raise ArgumentError("folder", f"{folder} with a tokenizer.json", "a folder without one", "It would be read.")
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case}
     tokenizer = {
         "vocab.txt": "".join(f"{word}\n" for word in words).encode(),
         "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
     }
+    for name in set(TOKENIZER_FILES) - set(tokenizer):
+        if (folder / name).exists():
+            raise ArgumentError("folder", f"{folder} with a {name}", "a folder without one", "It would be read.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BertForPreTraining(config)
