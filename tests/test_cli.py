@@ -382,7 +382,7 @@ def test_train_then_classify(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "found.jsonl").read_text())["label"] == "pos"
     # A classifier is no tagger, and the other way round.
     refused = run("tag", "--model", tmp_path / "out", "--max-length", 48, stdin=b"a\n")
-    assert refused.code == 2 and "no trained classifier for BertForTokenClassification" in refused.err
+    assert refused.code == 2 and "no trained BertForTokenClassification" in refused.err
 
 
 @pytest.mark.filterwarnings("ignore:no losses.png")
