@@ -296,6 +296,10 @@ def tag(
         "-"
     ),
     output: Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")] = None,
+    words: Annotated[
+        Literal["remembered", "whitespace", "json"],
+        typer.Option(help="As the training file cut them, what spaces part, or each line a JSON list of words."),
+    ] = "remembered",
     dtype: Annotated[
         Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
     ] = "fp32",
@@ -309,7 +313,8 @@ def tag(
 ) -> None:
     """Find entities in texts, one a line; JSON lines with text and its entities.
 
-    An entity has a type, start and end in characters, its text, and the mean probability of its tags as score.
+    An entity has a type, start and end in characters, its text, and the mean probability of its tags as score. Of lists
+    of words, start and end count words.
     """
     from fastbert.tasks import TextTagger
 
@@ -320,18 +325,25 @@ def tag(
     tagger = TextTagger.from_folder(model, dtype=dtype)
     with results(output) as file:
         for texts in filter(None, lines.parts(file)):
-            found = tagger.tag(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
+            given = _word_lists(texts) if words == "json" else texts
+            found = tagger.tag(
+                given,
+                words="whitespace" if words == "whitespace" else "remembered",
+                max_length=max_length,
+                batch_tokens=batch_tokens,
+                progress=sys.stderr.isatty(),
+            )
             _write_records(
                 file,
                 [
                     {
-                        "text": text,
+                        "words" if words == "json" else "text": text,
                         "entities": [
                             {"type": one.kind, "start": one.start, "end": one.end, "text": one.text, "score": one.score}
                             for one in entities
                         ],
                     }
-                    for text, entities in zip(texts, found, strict=True)
+                    for text, entities in zip(given, found, strict=True)
                 ],
             )
     _report(lines)
@@ -396,6 +408,19 @@ def _write_jsonl(file: IO[bytes], parts: _Parts) -> None:
             numbers = ", ".join([f"{number:.9g}" for number in embedding.tolist()])
             file.write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n'.encode())
         file.flush()
+
+
+def _word_lists(lines: list[str]) -> list[list[str]]:
+    found = []
+    for line in lines:
+        try:
+            words = json.loads(line)
+        except (ValueError, RecursionError):
+            words = None
+        if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+            raise ArgumentError("INPUT", f"the line {line!r:.80}", 'a JSON list of words, such as ["Ada", "met"]')
+        found.append(words)
+    return found
 
 
 def _cpu() -> tuple[str, str]:

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -29,12 +30,14 @@ from fastbert.ops.linear import Layouts, hold_weights
 from fastbert.packing import Packing
 from fastbert.quantization import in_int8, quantize
 from fastbert.sentence import Embedder, Mode
-from fastbert.text import Text, Tokenizer, Tokens, batches, word_spans
+from fastbert.text import Text, Tokenizer, Tokens, batches
 from fastbert.training.metrics import TAGS, chunks, marked, odd_tag, plain_mark
+from fastbert.words import DEFAULT, WordRule, parted_by_spaces
 
 Model = TypeVar("Model", bound=nn.Module)
 
 DTypeName = Literal["fp32", "bf16", "int8"]
+Words = Literal["remembered", "whitespace"]
 
 # Of the parameters; "int8" is made of float32.
 DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
@@ -452,8 +455,8 @@ class Entity:
 
     Attributes:
         kind: its type, such as "PER".
-        start, end: where it is, in characters: `text == whole[start:end]`.
-        text: what is there.
+        start, end: where it is, in characters: `text == whole[start:end]`; in words, where the text came as words.
+        text: what is there; words with spaces between them.
         score: the mean probability, by softmax, of the tags of its words.
     """
 
@@ -465,9 +468,10 @@ class Entity:
 
 
 def tag(
-    texts: Iterable[str],
+    texts: Iterable[str | Sequence[str]],
     model: str | os.PathLike[str] | TextTagger,
     *,
+    words: Words = "remembered",
     max_length: int | None = None,
     batch_tokens: int | None = None,
     progress: bool = False,
@@ -475,14 +479,14 @@ def tag(
     """The entities of each text, in the order of `texts`.
 
     Args:
-        texts: strings.
+        texts: strings, or lists of words.
         model: a checkpoint folder with a tagger, loaded anew by each call; or a `TextTagger`, loaded once.
 
     See `TextTagger.tag` for the other arguments and for the errors.
     """
     if not isinstance(model, TextTagger):
         model = TextTagger.from_folder(model)
-    return model.tag(texts, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
+    return model.tag(texts, words=words, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -492,10 +496,12 @@ class TextTagger(_Holder):
     Attributes:
         model: in eval mode.
         tokenizer: of the same checkpoint.
+        rule: how it cuts texts into words; a folder that `train` wrote remembers how its training file was cut.
     """
 
     model: BertForTokenClassification
     tokenizer: Tokenizer
+    rule: WordRule = DEFAULT
 
     @classmethod
     def from_folder(
@@ -515,24 +521,26 @@ class TextTagger(_Holder):
         model = _with_trained_head(BertForTokenClassification, folder, dtype, device)
         if (odd := odd_tag(model.head_config.labels)) is not None:
             raise CheckpointError(str(folder), f"the tag {odd!r}", TAGS)
-        return cls(model, Tokenizer.from_folder(folder))
+        return cls(model, Tokenizer.from_folder(folder), WordRule.from_folder(Path(folder)))
 
     def tag(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Sequence[str]],
         *,
+        words: Words = "remembered",
         max_length: int | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> list[list[Entity]]:
         """The entities of each text, in the order of `texts`, and those of a text in its order.
 
-        A word has the tag of its first piece (`text.word_spans` says what a word is). Tags become entities by the rules
-        of conlleval. Where tags have no prefixes, each word is an entity, as with parts of speech; but with O among
-        them, neighbours of one tag are one. A text longer than `max_length` is read in windows that overlap.
+        A word has the tag of its first piece. Tags become entities by the rules of conlleval. Where tags have no
+        prefixes, each word is an entity, as with parts of speech; but with O among them, neighbours of one tag are one.
+        A text longer than `max_length` is read in windows that overlap.
 
         Args:
-            texts: strings.
+            texts: strings, or lists of words: then entities are placed in words, not in characters.
+            words: how strings are cut, "remembered" by `rule` or "whitespace" by spaces alone.
             max_length: most tokens of a window, special ones included.
             batch_tokens: most tokens of a batch (a longer window is a batch of its own); by default as many as the last
                 cache of a CPU holds the activations of.
@@ -542,11 +550,17 @@ class TextTagger(_Holder):
             ArgumentError: an argument is not as described; `texts[i]` names the item.
         """
         max_length = _longest(self.tokenizer, self.model) if max_length is None else _checked(max_length, self.model)
-        texts = _strings(texts)
-        spans = [word_spans(text) for text in texts]
-        words = [[text[start:end] for start, end in places] for text, places in zip(texts, spans, strict=True)]
-        encoded = self.tokenizer.encode_words(words, max_length)
-        tags = np.zeros(sum(map(len, words)), np.int64)
+        if words not in get_args(Words):
+            raise ArgumentError("words", repr(words), f"one of {', '.join(get_args(Words))}")
+        cut = self.rule.spans if words == "remembered" else parted_by_spaces
+        texts = _strings_or_words(texts)
+        spans = [cut(text) if isinstance(text, str) else [(i, i + 1) for i in range(len(text))] for text in texts]
+        sentences = [
+            [text[start:end] for start, end in places] if isinstance(text, str) else text
+            for text, places in zip(texts, spans, strict=True)
+        ]
+        encoded = self.tokenizer.encode_words(sentences, max_length)
+        tags = np.zeros(sum(map(len, sentences)), np.int64)
         scores = np.zeros(len(tags), np.float32)
         with hold_weights(self.layouts):
             for rows, _, out in _outputs(self.model, encoded.tokens, batch_tokens, "tagging" if progress else None):
@@ -564,12 +578,13 @@ class TextTagger(_Holder):
 
 
 def _entities(
-    text: str, spans: list[tuple[int, int]], tags: list[str], scores: npt.NDArray[np.float32]
+    text: str | list[str], spans: list[tuple[int, int]], tags: list[str], scores: npt.NDArray[np.float32]
 ) -> list[Entity]:
     found: list[Entity] = []
     for kind, first, last in chunks(tags):
         start, end = spans[first][0], spans[last - 1][1]
-        found.append(Entity(kind, start, end, text[start:end], float(scores[first:last].mean())))
+        there = text[start:end] if isinstance(text, str) else " ".join(text[start:end])
+        found.append(Entity(kind, start, end, there, float(scores[first:last].mean())))
     return found
 
 
@@ -593,14 +608,18 @@ def _parts(texts: Iterator[Text], texts_at_once: int) -> Generator[list[Text], N
             texts.close()
 
 
-def _strings(texts: Iterable[str]) -> list[str]:
+def _strings_or_words(texts: Iterable[str | Sequence[str]]) -> list[str | list[str]]:
     if isinstance(texts, str):
         raise ArgumentError("texts", "a single string", "a list of strings", "Wrap it in a list.")
-    texts = list(texts)
+    found: list[str | list[str]] = []
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ArgumentError(f"texts[{i}]", f"a {type(text).__name__}", "a string")
-    return texts
+        if not isinstance(text, str | list | tuple):
+            raise ArgumentError(f"texts[{i}]", f"a {type(text).__name__}", "a string, or a list of words")
+        for j, word in enumerate(() if isinstance(text, str) else text):
+            if not isinstance(word, str) or not word:
+                raise ArgumentError(f"texts[{i}][{j}]", repr(word), "a word")
+        found.append(text if isinstance(text, str) else list(text))
+    return found
 
 
 def _quantized(model: Model, name: DTypeName) -> Model:

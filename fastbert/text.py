@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.special_tokens import BERT_NAMES, library_errors
 from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_tokenizer
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.words import DEFAULT
 
 Text = str | tuple[str, str]
 
@@ -36,7 +36,6 @@ ENCODING_CHARACTERS = 10
 HEAD_CHARACTERS_PER_TOKEN = 32
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_IDEOGRAPHS = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -428,28 +427,7 @@ def cut(rows: list[int], lengths: npt.NDArray[np.int64], batch_tokens: int) -> l
     return groups
 
 
-def word_spans(text: str) -> list[tuple[int, int]]:
-    """`(start, end)` of the words of a text, in characters, as the corpora that taggers learn from cut them.
-
-    Words are told apart by spaces. Punctuation at either end of one is a word a character ("Paris," is two words, "U.S"
-    and "O'Neill" one each), and so is every Chinese or Japanese ideograph.
-    """
-    spans: list[tuple[int, int]] = []
-    for run in re.finditer(r"\S+", text):
-        start, end = run.span()
-        while start < end and _is_punctuation(text[start]):
-            spans.append((start, start + 1))
-            start += 1
-        tail = end
-        while tail > start and _is_punctuation(text[tail - 1]):
-            tail -= 1
-        spans += [part.span() for part in _IDEOGRAPHS.finditer(text, start, tail)]
-        spans += [(i, i + 1) for i in range(tail, end)]
-    return spans
-
-
-def _is_punctuation(character: str) -> bool:
-    return unicodedata.category(character)[0] in "PS"
+word_spans = DEFAULT.spans  # where no folder remembers another rule
 
 
 def _windows(sizes: list[int], room: int) -> Iterator[tuple[int, int, int, int]]:

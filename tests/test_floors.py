@@ -37,7 +37,7 @@ FLOORS: list[list[str]] = [
         "checkpoints.tokenizer",
     ],
     ["assets"],
-    ["text"],
+    ["text", "words"],
     ["training", "training.*"],
     ["piping", "tasks"],
     ["__main__", "cli"],

@@ -29,12 +29,15 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+WORDS = "fastbert_words.json"  # our own: how texts are cut into words; see `words.WordRule`
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "vocab.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    WORDS,
 )
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -261,7 +261,7 @@ class _Run:
         self.out = Path(settings.out)
         with torch.device("meta"):
             self.whole = type(model)(model.config, model.head_config)  # what is saved, without weights of its own
-        self.whole.origin = model.origin
+        self.whole.origin = objective.remembered(model.origin)
         self.forward = model if processes.count == 1 else spread(model, settings.parallel)
         if processes.rank > 0:
             torch.manual_seed(settings.seed + processes.rank)  # or all would drop the same

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastbert.checkpoints.load import load, read_model, trained_head
+from fastbert.checkpoints.files import TOKENIZER_CONFIG, WORDS, read_json
+from fastbert.checkpoints.load import Origin, load, read_model, trained_head
 from fastbert.config import HeadConfig, ProblemType
 from fastbert.errors import ArgumentError
 from fastbert.heads import (
@@ -31,6 +33,7 @@ from fastbert.packing import Packing
 from fastbert.text import SentenceTokens, Tokenizer, Tokens, batches
 from fastbert.training import metrics
 from fastbert.training.data import read_classified, read_documents, read_sentences, read_tagged
+from fastbert.words import WordRule
 
 MAX_EXPONENT = 700.0  # exp of more is no float64
 INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
@@ -146,6 +149,13 @@ class Objective(ABC):
     @abstractmethod
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
         """The metrics of a model that `run` runs, in eval mode."""
+
+    def remembered(self, origin: Origin) -> Origin:
+        """What the folder is to remember of the training besides the model: `max_length`, as transformers reads it."""
+        path = self.folder / TOKENIZER_CONFIG
+        settings = read_json(path) if path.exists() else {}
+        content = json.dumps({**settings, "model_max_length": self.max_length}, indent=2, ensure_ascii=False) + "\n"
+        return replace(origin, others={**origin.others, TOKENIZER_CONFIG: content.encode()})
 
     def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
         """Whether metrics are better than others, or than none."""
@@ -263,6 +273,7 @@ class Tag(Objective):
         if len(found) < 2:
             raise ArgumentError(str(path), f"one tag, {tags[0][0]!r}", "at least two different tags")
         self._names = self._name_labels(path, BertForTokenClassification, found)
+        self._rule = WordRule.learned(sentences)
         examples = self._examples(sentences, tags)
         numbers = {label: i for i, label in enumerate(self.labels)}
         flat = np.array([*(numbers[tag] for sentence in examples.gold for tag in sentence), IGNORED], dtype=np.int64)
@@ -283,6 +294,11 @@ class Tag(Objective):
     def model(self) -> HeadModel:
         """A token classifier; the checkpoint's own head if it has these tags."""
         return self._with_classifier(BertForTokenClassification, None)
+
+    def remembered(self, origin: Origin) -> Origin:
+        """Also how the training file was cut into words."""
+        origin = super().remembered(origin)
+        return replace(origin, others={**origin.others, WORDS: self._rule.to_json()})
 
     def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
         """A label at the first piece of each word."""
