@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig
 from fastbert.encoder import initialise
+from fastbert.ops.dropout import drop
 from fastbert.ops.embedding import embedding
+from fastbert.ops.layer_norm import layer_norm
 
 
 class Embeddings(nn.Module):
@@ -22,10 +24,25 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
         initialise(self, config.initializer_range)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """int64 `[tokens]` each -> `[tokens, hidden]`; no token types means type 0."""
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """int64 `[tokens]` each -> `[tokens, hidden]`; no token types means type 0.
+
+        `inputs_embeds`, floating `[tokens, hidden]`, come in the place of `input_ids`: what the word table would give.
+        """
         dropout = self.config.hidden_dropout if self.training else 0.0
-        seed = torch.randint(2**63 - 1, (1,), device=input_ids.device) if dropout else None
+        seed = torch.randint(2**63 - 1, (1,), device=position_ids.device) if dropout else None
+        if inputs_embeds is not None:
+            types = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids
+            x = inputs_embeds + self.position(position_ids) + self.token_type(types)
+            x = layer_norm(x, self.norm.weight, self.norm.bias, eps=self.norm.eps)
+            return x if seed is None else drop(x, seed, dropout)
+        assert input_ids is not None
         return embedding(
             input_ids,
             position_ids,

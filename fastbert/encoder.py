@@ -13,7 +13,7 @@ from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.layer import EncoderLayer
 from fastbert.masks import read_mask
-from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers
+from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
 from fastbert.packing import Packing
 from fastbert.projections import SelfAttention, hooks_of, is_hooked, is_plain
 
@@ -80,8 +80,8 @@ class Encoder(nn.Module):
         attention_mask: Tensor | BlockMask | None = None,
         *,
         packing: Packing | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **hf: Any,
     ) -> EncoderOutput | tuple[Any, ...]:
         """Run the stack.
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
             attention_mask: any form in `masks.read_mask`; not together with `packing`.
             packing: the layout of packed `hidden_states`; the output is then packed too.
             output_hidden_states: also return the input of the first layer and the output of every layer.
-            return_dict: False gives a plain tuple.
+            return_dict: False gives a plain tuple of what is not None.
             hf: further arguments that Hugging Face passes to an encoder; accepted where they change nothing.
 
         Returns:
@@ -101,9 +101,7 @@ class Encoder(nn.Module):
             ArgumentError: a wrong shape or mask, or a Hugging Face argument that asks for something else
                 (cross-attention, a cache, attention weights).
         """
-        for name, value in hf.items():
-            if name not in _HARMLESS and not _asks_nothing(value):
-                raise ArgumentError(name, _describe(value), "None", "fastbert.Encoder has no such thing.")
+        refuse_what_asks(hf, "fastbert.Encoder")
         x, bias = hidden_states, None
         packed = packing is not None
         if packing is None:
@@ -125,7 +123,7 @@ class Encoder(nn.Module):
         append_hidden_states(collected_by_transformers(), states, layout)
         every = tuple(layout(state) for state in states) if output_hidden_states else None
         out = EncoderOutput(states[-1], every)
-        return out if return_dict else out.to_tuple()
+        return out.to_tuple() if return_dict is False else out
 
     def run(
         self,
@@ -169,9 +167,6 @@ class Encoder(nn.Module):
         return any(any(cast(EncoderLayer, layer).dropouts()) for layer in self.layer)
 
 
-_HARMLESS = {"position_ids", "cache_position", "num_items_in_batch"}
-
-
 def _take_over(ours: nn.Module, theirs: nn.Module, name: str) -> None:
     """Put the modules of `theirs` that hold parameters, and dropouts, in the places of those of `ours`."""
     own = [*theirs._parameters, *theirs._buffers]
@@ -202,19 +197,10 @@ def _check_like(ours: nn.Module, theirs: nn.Module, name: str) -> None:
     if type(theirs) is not type(ours):
         return
     for part, parameter in ours.named_parameters():
-        given = theirs._parameters.get(part)
+        given = getattr(theirs, part, None)
         if given is None or given.shape != parameter.shape:
             got = "nothing" if given is None else f"shape {tuple(given.shape)}"
             raise CheckpointError(f"{name}.{part}", got, f"shape {tuple(parameter.shape)}, as the config says")
-
-
-def _asks_nothing(value: Any) -> bool:
-    """Whether an argument is None, False or a list of None (what transformers 4 passes as `head_mask`)."""
-    return value is None or value is False or (isinstance(value, list) and all(v is None for v in value))
-
-
-def _describe(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def initialise(module: nn.Module, std: float) -> None:

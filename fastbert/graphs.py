@@ -112,6 +112,10 @@ class Graphs:
         self._weights: int | None = None
         self._pool: Any = None
 
+    def __reduce__(self) -> tuple[type[Graphs], tuple[int]]:
+        """To another process, or to a copy, goes no graph: they are captured anew there."""
+        return Graphs, (self.most,)
+
     def run(self, model: BertModel, inputs: Inputs) -> Tensor:
         """The last hidden states of packed inputs, `[rows, hidden]`; those of slack rows are 0.
 
@@ -119,6 +123,7 @@ class Graphs:
             ArgumentError, BackendError: see `graphed`.
         """
         _check(model, inputs)
+        assert inputs.input_ids is not None
         rows, packing = len(inputs.input_ids), inputs.packing
         weights = model.embeddings.word.weight.data_ptr()
         if weights != self._weights:  # graphs know the weights by their addresses
@@ -163,7 +168,9 @@ class Graphs:
 
 
 def _check(model: BertModel, inputs: Inputs) -> None:
-    device = inputs.input_ids.device
+    device = inputs.position_ids.device
+    if inputs.inputs_embeds is not None:
+        raise ArgumentError("inputs_embeds", "embeddings for a graphed model", "input_ids")
     if model.training:
         raise ArgumentError("model", "in training mode", "model.eval()", "Graphs serve inference.")
     if torch.is_grad_enabled():

@@ -6,7 +6,7 @@ logits and counts in no loss, whatever its labels say (Hugging Face computes val
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,21 @@ from fastbert.models import BertModel, Inputs
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.pooling import first_rows, first_tokens
-from fastbert.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput
+from fastbert.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.packing import Packing
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _LABELS = HeadConfig()
+Out = TypeVar("Out", HeadOutput, PreTrainingOutput, QuestionAnsweringOutput)
 
 
 class HeadModel(nn.Module):
     """What the models with heads share. The arguments of every `forward`, beside its labels:
 
-    input_ids, attention_mask, token_type_ids, position_ids, packing: as `BertModel.forward`.
+    input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing, return_dict, hf: as
+        `BertModel.forward`.
     output_hidden_states: also return the embeddings and the output of every layer, all tokens of it.
 
     Every loss is the mean over the labels that count, in float32 (float64 for a float64 model); 0 where none counts.
@@ -65,11 +67,13 @@ class HeadModel(nn.Module):
         return F.dropout(x, self.config.hidden_dropout if given is None else given, self.training)
 
     def _states_at(
-        self, inputs: Inputs, rows: Tensor, output_hidden_states: bool
+        self, inputs: Inputs, rows: Tensor, output_hidden_states: bool | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The last layer's output at packed rows, `[len(rows), hidden]`; and all hidden states, if asked for."""
         nothing = inputs.packing.tokens == 0
-        states = self.bert.run(inputs, None if output_hidden_states or nothing else rows, every=output_hidden_states)
+        states = self.bert.run(
+            inputs, None if output_hidden_states or nothing else rows, every=bool(output_hidden_states)
+        )
         at_rows = states[-1]
         if nothing:
             at_rows = at_rows.new_zeros(len(rows), self.config.hidden_size)
@@ -77,13 +81,15 @@ class HeadModel(nn.Module):
             at_rows = at_rows.index_select(0, rows)
         return at_rows, tuple(map(inputs.layout, states)) if output_hidden_states else None
 
-    def _pooled(self, inputs: Inputs, output_hidden_states: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    def _pooled(self, inputs: Inputs, output_hidden_states: bool | None) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The pooler's output, `[batch, hidden]`; and all hidden states, if asked for."""
         first, hidden_states = self._states_at(inputs, first_rows(inputs.packing), output_hidden_states)
         return self.bert.pool(_zero_where_empty(first, inputs.packing)), hidden_states
 
-    def _all_states(self, inputs: Inputs, output_hidden_states: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        states = self.bert.run(inputs, every=output_hidden_states)
+    def _all_states(
+        self, inputs: Inputs, output_hidden_states: bool | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        states = self.bert.run(inputs, every=bool(output_hidden_states))
         return states[-1], tuple(map(inputs.layout, states)) if output_hidden_states else None
 
 
@@ -124,30 +130,38 @@ class BertForMaskedLM(HeadModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | BlockMask | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
         labels: Tensor | None = None,
         packing: Packing | None = None,
-        output_hidden_states: bool = False,
-    ) -> HeadOutput:
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **hf: Any,
+    ) -> HeadOutput | tuple[Any, ...]:
         """Without labels the logits of every token, `[batch, seqlen, vocab]` (packed: `[tokens, vocab]`).
 
         With `labels`, int64 as `input_ids`, -100 where a token is not to be predicted, the loss and no logits: the head
         runs on the labelled tokens alone, and its logits are never whole.
         """
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        refuse_what_asks(hf, "fastbert's model")
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         word = self.bert.embeddings.word.weight
         if labels is None:
             x, hidden_states = self._all_states(inputs, output_hidden_states)
-            return HeadOutput(None, inputs.layout(self.predictions.logits(x, word)), hidden_states)
-        check_labels(labels, input_ids.shape, len(word), word.device)
+            return _as_asked(
+                HeadOutput(None, inputs.layout(self.predictions.logits(x, word)), hidden_states), return_dict
+            )
+        check_labels(labels, inputs.shape, len(word), word.device)
         labels = inputs.pack(labels)
         rows = _labelled(labels)
         x, hidden_states = self._states_at(inputs, rows, output_hidden_states)
-        return HeadOutput(self.predictions.loss(x, word, labels.index_select(0, rows)), None, hidden_states)
+        return _as_asked(
+            HeadOutput(self.predictions.loss(x, word, labels.index_select(0, rows)), None, hidden_states), return_dict
+        )
 
 
 class BertForPreTraining(HeadModel):
@@ -163,7 +177,7 @@ class BertForPreTraining(HeadModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | BlockMask | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -171,8 +185,11 @@ class BertForPreTraining(HeadModel):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         packing: Packing | None = None,
-        output_hidden_states: bool = False,
-    ) -> PreTrainingOutput:
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **hf: Any,
+    ) -> PreTrainingOutput | tuple[Any, ...]:
         """`prediction_logits` as BertForMaskedLM's, `seq_relationship_logits` as BertForNextSentencePrediction's.
 
         The loss is the sum of those of the labels that are given (Hugging Face gives none unless both are).
@@ -181,7 +198,8 @@ class BertForPreTraining(HeadModel):
             labels: int64 as `input_ids`, -100 where a token is not to be predicted; with them no `prediction_logits`.
             next_sentence_label: int64 `[batch]`; 0 where the second text follows the first, 1 where it does not.
         """
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        refuse_what_asks(hf, "fastbert's model")
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         word = self.bert.embeddings.word.weight
         logits, losses = None, []
         if labels is None:
@@ -189,7 +207,7 @@ class BertForPreTraining(HeadModel):
             logits = inputs.layout(self.predictions.logits(x, word))
             first = first_tokens(x, inputs.packing)
         else:
-            check_labels(labels, input_ids.shape, len(word), word.device)
+            check_labels(labels, inputs.shape, len(word), word.device)
             labels = inputs.pack(labels)
             rows = _labelled(labels)
             batch = inputs.packing.batch
@@ -201,7 +219,10 @@ class BertForPreTraining(HeadModel):
         relation = self.next_sentence(self.bert.pool(first))
         if next_sentence_label is not None:
             losses.append(cross_entropy(relation, next_sentence_label.flatten(), "next_sentence_label"))
-        return PreTrainingOutput(torch.stack(losses).sum() if losses else None, logits, relation, hidden_states)
+        return _as_asked(
+            PreTrainingOutput(torch.stack(losses).sum() if losses else None, logits, relation, hidden_states),
+            return_dict,
+        )
 
 
 class BertForNextSentencePrediction(HeadModel):
@@ -216,21 +237,25 @@ class BertForNextSentencePrediction(HeadModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | BlockMask | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
         labels: Tensor | None = None,
         packing: Packing | None = None,
-        output_hidden_states: bool = False,
-    ) -> HeadOutput:
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **hf: Any,
+    ) -> HeadOutput | tuple[Any, ...]:
         """Logits `[batch, 2]`; `labels` int64 `[batch]`: 0 where the second text follows the first, 1 where not."""
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        refuse_what_asks(hf, "fastbert's model")
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         pooled, hidden_states = self._pooled(inputs, output_hidden_states)
         logits = self.next_sentence(pooled)
         loss = None if labels is None else cross_entropy(logits, labels.flatten())
-        return HeadOutput(loss, logits, hidden_states)
+        return _as_asked(HeadOutput(loss, logits, hidden_states), return_dict)
 
 
 class BertForSequenceClassification(HeadModel):
@@ -245,25 +270,31 @@ class BertForSequenceClassification(HeadModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | BlockMask | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
         labels: Tensor | None = None,
         packing: Packing | None = None,
-        output_hidden_states: bool = False,
-    ) -> HeadOutput:
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **hf: Any,
+    ) -> HeadOutput | tuple[Any, ...]:
         """Logits `[batch, classes]`.
 
         Args:
             labels: integers `[batch]` for a single label; `[batch, classes]` of 0 and 1 for several; numbers
                 `[batch, classes]` (or `[batch]`, for one class) for regression.
         """
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        refuse_what_asks(hf, "fastbert's model")
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         pooled, hidden_states = self._pooled(inputs, output_hidden_states)
         logits = self.classifier(self._drop(pooled))
-        return HeadOutput(None if labels is None else self._loss(logits, labels), logits, hidden_states)
+        return _as_asked(
+            HeadOutput(None if labels is None else self._loss(logits, labels), logits, hidden_states), return_dict
+        )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         problem = self.head_config.problem_type
@@ -296,28 +327,32 @@ class BertForTokenClassification(HeadModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | BlockMask | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
         labels: Tensor | None = None,
         packing: Packing | None = None,
-        output_hidden_states: bool = False,
-    ) -> HeadOutput:
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **hf: Any,
+    ) -> HeadOutput | tuple[Any, ...]:
         """Logits `[batch, seqlen, classes]`, 0 at padding (packed: `[tokens, classes]`).
 
         Args:
             labels: int64 as `input_ids`, -100 where a token has none.
         """
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        refuse_what_asks(hf, "fastbert's model")
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         x, hidden_states = self._all_states(inputs, output_hidden_states)
         logits = self.classifier(self._drop(x))
         loss = None
         if labels is not None:
-            check_labels(labels, input_ids.shape, logits.shape[1], logits.device)
+            check_labels(labels, inputs.shape, logits.shape[1], logits.device)
             loss = cross_entropy(logits, inputs.pack(labels))
-        return HeadOutput(loss, inputs.layout(logits), hidden_states)
+        return _as_asked(HeadOutput(loss, inputs.layout(logits), hidden_states), return_dict)
 
 
 class BertForQuestionAnswering(HeadModel):
@@ -332,7 +367,7 @@ class BertForQuestionAnswering(HeadModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | BlockMask | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -340,8 +375,11 @@ class BertForQuestionAnswering(HeadModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         packing: Packing | None = None,
-        output_hidden_states: bool = False,
-    ) -> QuestionAnsweringOutput:
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **hf: Any,
+    ) -> QuestionAnsweringOutput | tuple[Any, ...]:
         """Logits `[batch, seqlen]`, -inf at padding, which is no answer (packed: `[tokens]`).
 
         The loss, where both positions are given, is the mean of that of the start and that of the end.
@@ -350,7 +388,8 @@ class BertForQuestionAnswering(HeadModel):
             start_positions, end_positions: int64 `[batch]`, columns of the padded grid, also for packed ids. Negative
                 ones mean column 0, as in Hugging Face's; one that is no token counts for nothing.
         """
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        refuse_what_asks(hf, "fastbert's model")
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         x, hidden_states = self._all_states(inputs, output_hidden_states)
         both = self.qa_outputs(x)
         on_grid = inputs.packing.unpack(both, fill=-torch.inf).unbind(-1)
@@ -360,7 +399,7 @@ class BertForQuestionAnswering(HeadModel):
             loss = _position_loss(start, start_positions, "start_positions")
             loss = (loss + _position_loss(end, end_positions, "end_positions")) / 2
         start, end = on_grid if packing is None else both.unbind(-1)
-        return QuestionAnsweringOutput(loss, start, end, hidden_states)
+        return _as_asked(QuestionAnsweringOutput(loss, start, end, hidden_states), return_dict)
 
 
 class BertForMultipleChoice(HeadModel):
@@ -375,7 +414,7 @@ class BertForMultipleChoice(HeadModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -383,8 +422,11 @@ class BertForMultipleChoice(HeadModel):
         labels: Tensor | None = None,
         packing: Packing | None = None,
         num_choices: int | None = None,
-        output_hidden_states: bool = False,
-    ) -> HeadOutput:
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **hf: Any,
+    ) -> HeadOutput | tuple[Any, ...]:
         """Logits `[batch, choices]`.
 
         Args:
@@ -393,20 +435,27 @@ class BertForMultipleChoice(HeadModel):
             labels: int64 `[batch]`, the choice that fits.
         """
         if packing is None:
-            if input_ids.dim() != 3:
-                raise ArgumentError("input_ids", f"shape {tuple(input_ids.shape)}", "[batch, choices, seqlen]")
-            num_choices = input_ids.shape[1]
-            input_ids = input_ids.flatten(0, 1)
-            attention_mask, token_type_ids, position_ids = (
-                None if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids)
+            given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+            if given is None or given.dim() != 3:
+                got = None if given is None else f"shape {tuple(given.shape)}"
+                raise ArgumentError("input_ids", got, "[batch, choices, seqlen]")
+            num_choices = given.shape[1]
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
+                None if x is None else x.flatten(0, 1)
+                for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
             )
         elif num_choices is None or num_choices < 1 or packing.batch % num_choices:
             raise ArgumentError("num_choices", num_choices, f"a divisor of the {packing.batch} packed sequences")
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
+        refuse_what_asks(hf, "fastbert's model")
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         pooled, hidden_states = self._pooled(inputs, output_hidden_states)
         logits = self.classifier(self._drop(pooled)).view(inputs.packing.batch // num_choices, num_choices)
         loss = None if labels is None else cross_entropy(logits, labels)
-        return HeadOutput(loss, logits, hidden_states)
+        return _as_asked(HeadOutput(loss, logits, hidden_states), return_dict)
+
+
+def _as_asked(out: Out, return_dict: bool | None) -> Out | tuple[Any, ...]:
+    return out.to_tuple() if return_dict is False else out
 
 
 def _labelled(labels: Tensor) -> Tensor:

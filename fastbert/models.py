@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from fastbert.errors import ArgumentError
 from fastbert.masks import read_mask
 from fastbert.ops.linear import held
 from fastbert.ops.pooling import first_tokens
-from fastbert.outputs import ModelOutput
+from fastbert.outputs import ModelOutput, refuse_what_asks
 from fastbert.packing import Packing
 
 if TYPE_CHECKING:
@@ -30,15 +30,19 @@ class Inputs:
 
     Attributes:
         input_ids, position_ids, token_type_ids: int64 `[tokens]`; the last may be None.
+        inputs_embeds: floating `[tokens, hidden]` where these came in the place of `input_ids`, which then is None.
+        shape: of `input_ids` as they were given, `[batch, seqlen]` or packed `[tokens]`.
         packing: their layout.
         bias: added to the attention scores, where the mask was more than padding.
         pack: brings a tensor that was given as `input_ids` was, labels say, to `[tokens, ...]`.
         layout: brings packed rows back to the layout of the arguments, with 0 at padding.
     """
 
-    input_ids: Tensor
+    input_ids: Tensor | None
     position_ids: Tensor
     token_type_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    shape: torch.Size
     packing: Packing
     bias: Tensor | None
     pack: Callable[[Tensor], Tensor]
@@ -65,42 +69,53 @@ class BertModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | BlockMask | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         packing: Packing | None = None,
-        output_hidden_states: bool = False,
-    ) -> ModelOutput:
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **hf: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
         """Run the model.
 
         Args:
-            input_ids: int64 `[batch, seqlen]`; or packed `[tokens]` together with `packing`.
+            input_ids: integers `[batch, seqlen]`; or packed `[tokens]` together with `packing`.
             attention_mask: any form in `masks.read_mask`; not together with `packing`.
             token_type_ids: as `input_ids`; type 0 by default.
             position_ids: as `input_ids`; by default the column in the padded grid, as in Hugging Face's BERT.
+            inputs_embeds: floating `[batch, seqlen, hidden]` (packed: `[tokens, hidden]`), in the place of `input_ids`:
+                what the word table would give for them.
             packing: the layout of packed ids; the hidden states are then packed too.
             output_hidden_states: also return the embeddings and the output of every layer.
+            return_dict: False gives a plain tuple of what is not None.
+            hf: further arguments of Hugging Face's BertModel; accepted where they ask for nothing.
 
         Returns:
             Hidden states, 0 at padding. `pooler_output` is tanh(W x + b) of each sequence's first kept token.
 
         Raises:
-            ArgumentError: a wrong shape, mask or id, or a sequence longer than the position table.
+            ArgumentError: a wrong shape, mask or id, a sequence longer than the position table, or an argument of
+                Hugging Face that asks for something else (attention weights, cross-attention, a cache).
         """
-        inputs = self.read(input_ids, attention_mask, token_type_ids, position_ids, packing)
-        states = self.run(inputs, every=output_hidden_states)
+        refuse_what_asks(hf, "fastbert.BertModel")
+        inputs = self.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
+        states = self.run(inputs, every=bool(output_hidden_states))
         pooled = None if self.pooler is None else self.pool(first_tokens(states[-1], inputs.packing))
         hidden_states = tuple(inputs.layout(state) for state in (states if output_hidden_states else states[-1:]))
-        return ModelOutput(hidden_states[-1], pooled, hidden_states if output_hidden_states else None)
+        out = ModelOutput(hidden_states[-1], pooled, hidden_states if output_hidden_states else None)
+        return out.to_tuple() if return_dict is False else out
 
     def read(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | BlockMask | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
         packing: Packing | None,
     ) -> Inputs:
         """The arguments of `forward`, packed.
@@ -109,12 +124,14 @@ class BertModel(nn.Module):
             ArgumentError: see `forward`.
         """
         given, bias = packing, None
+        input_ids, token_type_ids, position_ids = map(_as_int64, (input_ids, token_type_ids, position_ids))
+        name, shape, device = self._described(input_ids, inputs_embeds)
         if packing is None:
-            if input_ids.dim() != 2:
-                raise ArgumentError("input_ids", f"shape {tuple(input_ids.shape)}", "[batch, seqlen]")
-            batch, seqlen = input_ids.shape
-            packing, bias = read_mask(attention_mask, batch, seqlen, input_ids.device)
-            input_ids = packing.pack(input_ids)
+            if len(shape) != 2:
+                raise ArgumentError(name, f"shape {tuple(shape)}", "[batch, seqlen]")
+            batch, seqlen = shape
+            packing, bias = read_mask(attention_mask, batch, seqlen, device)
+            input_ids, inputs_embeds = (None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds))
             token_type_ids, position_ids = (
                 None if ids is None else packing.pack(ids.expand(batch, seqlen))
                 for ids in (token_type_ids, position_ids)
@@ -124,14 +141,33 @@ class BertModel(nn.Module):
         if position_ids is None:
             if packing.padded_shape[1] > self.config.max_positions:
                 raise ArgumentError(
-                    "input_ids",
+                    name,
                     f"sequences of {packing.padded_shape[1]} tokens",
                     f"at most the model's {self.config.max_positions} positions",
                     "Truncate the texts.",
                 )
             position_ids = packing.columns
         pack, layout = (packing.pack, packing.unpack) if given is None else (_as_it_is, _as_it_is)
-        return Inputs(input_ids, position_ids, token_type_ids, packing, bias, pack, layout)
+        return Inputs(
+            input_ids, position_ids, token_type_ids, inputs_embeds, shape, packing, bias, pack, layout
+        )  # fmt: skip
+
+    def _described(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> tuple[str, torch.Size, torch.device]:
+        """Which of the two was given, the shape of the ids, and where they are."""
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "both" if input_ids is not None else "neither"
+            raise ArgumentError("input_ids", f"{got} of input_ids and inputs_embeds", "one of the two")
+        if input_ids is not None:
+            return "input_ids", input_ids.shape, input_ids.device
+        assert inputs_embeds is not None
+        word = self.embeddings.word.weight
+        wanted = (word.shape[1], word.dtype)
+        if inputs_embeds.dim() < 2 or (inputs_embeds.shape[-1], inputs_embeds.dtype) != wanted:
+            got = f"{inputs_embeds.dtype} of shape {tuple(inputs_embeds.shape)}"
+            raise ArgumentError("inputs_embeds", got, f"{word.dtype} of shape [batch, seqlen, {word.shape[1]}]")
+        return "inputs_embeds", inputs_embeds.shape[:-1], inputs_embeds.device
 
     def run(self, inputs: Inputs, read: Tensor | None = None, *, every: bool = True) -> list[Tensor]:
         """The packed embeddings and the packed output of each layer; `read` as in `Encoder.run`.
@@ -143,7 +179,7 @@ class BertModel(nn.Module):
                 raise ArgumentError("output_hidden_states", True, "False", "A graphed model has its last states only.")
             last = self.graphs.run(self, inputs)
             return [last if read is None else last.index_select(0, read)]
-        x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids)
+        x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids, inputs.inputs_embeds)
         if not every and inputs.bias is None and laid_out.serves(self.encoder, x):
             made = held(self, "laid out", lambda: laid_out.lay_out(self.encoder, x))
             if made is not None:
@@ -158,6 +194,11 @@ class BertModel(nn.Module):
         """tanh(W x + b) of the sequences' first tokens, `[batch, hidden]` each. There must be a pooler."""
         assert self.pooler is not None
         return torch.tanh(self.pooler(first))
+
+
+def _as_int64(ids: Tensor | None) -> Tensor | None:
+    narrow = ids is not None and ids.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8)
+    return cast(Tensor, ids).long() if narrow else ids
 
 
 def _as_it_is(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,30 @@ from torch import Tensor
 from fastbert.errors import ArgumentError
 
 
+class _Output:
+    """What all outputs share: fields that are read by name, like Hugging Face's outputs, or by position."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in order."""
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def keys(self) -> list[str]:
+        """The names of the fields that are not None, in order."""
+        return [f.name for f in fields(cast(Any, self)) if getattr(self, f.name) is not None]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """The fields that are not None, in order, with their names."""
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
 @dataclass
-class EncoderOutput:
+class EncoderOutput(_Output):
     """Output of an encoder.
 
     Attributes:
@@ -30,28 +52,18 @@ class EncoderOutput:
     past_key_values: None = None
     cache: None = None
 
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None, in order."""
-        return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
 
 @dataclass
-class ModelOutput:
+class ModelOutput(_Output):
     """Output of a whole model: as EncoderOutput, with `pooler_output` `[batch, hidden]` (None without a pooler)."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
-    to_tuple = EncoderOutput.to_tuple
-    __getitem__ = EncoderOutput.__getitem__
-
 
 @dataclass
-class HeadOutput:
+class HeadOutput(_Output):
     """Output of a model with one head.
 
     Attributes:
@@ -64,12 +76,9 @@ class HeadOutput:
     logits: Tensor | None
     hidden_states: tuple[Tensor, ...] | None = None
 
-    to_tuple = EncoderOutput.to_tuple
-    __getitem__ = EncoderOutput.__getitem__
-
 
 @dataclass
-class PreTrainingOutput:
+class PreTrainingOutput(_Output):
     """Output of BertForPreTraining: as HeadOutput, with logits of both heads."""
 
     loss: Tensor | None
@@ -77,12 +86,9 @@ class PreTrainingOutput:
     seq_relationship_logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
 
-    to_tuple = EncoderOutput.to_tuple
-    __getitem__ = EncoderOutput.__getitem__
-
 
 @dataclass
-class QuestionAnsweringOutput:
+class QuestionAnsweringOutput(_Output):
     """Output of BertForQuestionAnswering: as HeadOutput, with logits of the first and the last token of the answer."""
 
     loss: Tensor | None
@@ -90,8 +96,22 @@ class QuestionAnsweringOutput:
     end_logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
 
-    to_tuple = EncoderOutput.to_tuple
-    __getitem__ = EncoderOutput.__getitem__
+
+# Arguments that Hugging Face passes on, and that change nothing here.
+_HARMLESS = {"position_ids", "cache_position", "num_items_in_batch", "use_cache"}
+
+
+def refuse_what_asks(hf: dict[str, Any], where: str) -> None:
+    """Raise ArgumentError if one of these further arguments of Hugging Face asks `where` for something."""
+    for name, value in hf.items():
+        if name not in _HARMLESS and not _asks_nothing(value):
+            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ArgumentError(name, shown, "None", f"{where} has no such thing.")
+
+
+def _asks_nothing(value: Any) -> bool:
+    """Whether an argument is None, False or a list of None (what transformers 4 passes as `head_mask`)."""
+    return value is None or value is False or (isinstance(value, list) and all(v is None for v in value))
 
 
 def collected_by_transformers() -> dict[str, Any]:

@@ -102,6 +102,10 @@ class _Holder:
         """The weights as they are laid out for the CPU, from the first call on."""
         return Layouts(self.model)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """To another process, or to a copy, goes the model alone: it is laid out anew there."""
+        return {name: value for name, value in self.__dict__.items() if name != "layouts"}
+
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder(_Holder):

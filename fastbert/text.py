@@ -138,6 +138,13 @@ class Tokenizer:
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[tokenizers.Tokenizer, TokenizerSettings]]:
         return type(self), (self._tokenizer, self._settings)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """To another process, or to a copy, goes all but the lock."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """The tokenizer of a checkpoint folder: tokenizer.json, else vocab.txt read as BERT's WordPiece.
