@@ -78,6 +78,7 @@ class FoldedEncoder:
 
     def run(self, x: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
         """The last of what `Encoder.run` returns for these arguments; `x` is overwritten."""
+        packing.check_rows("x", x)
         config = self.config
         heads, head_dim = config.num_heads, config.head_dim
         x.add_(self.shift)

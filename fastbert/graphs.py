@@ -159,7 +159,7 @@ class Graphs:
 
         def run() -> Tensor:
             # A fresh packing each time: its table of tiles must be made inside the graph, from the lengths of a replay.
-            packing = Packing(cu_seqlens, max_seqlen, indices, (batch, max_seqlen))
+            packing = Packing.made_right(cu_seqlens, max_seqlen, indices, (batch, max_seqlen))
             return model.encoder.run(model.embeddings(input_ids, position_ids, token_type_ids), packing)[-1]
 
         graph, out = capture(run, device, self._pool)

@@ -92,6 +92,7 @@ class LaidOut(ABC):
         """The last of what `Encoder.run` returns for these arguments."""
         from fastbert.native.code import Program
 
+        packing.check_rows("x", x)
         if read is None and len(x) == packing.tokens <= SHORT:
             return self._run_again(x, packing)
         context = self._context(x)

@@ -8,13 +8,14 @@ once per batch and travels through the whole model as one object.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fastbert.errors import ArgumentError
 
@@ -32,13 +33,21 @@ class Packing:
     """Where the sequences of a packed batch begin and where their tokens come from.
 
     Attributes:
-        cu_seqlens: int32 `[batch + 1]`, on the device of the data; sequence `i` begins at row `cu_seqlens[i]`.
+        cu_seqlens: contiguous int32 `[batch + 1]`, on the device of the data, from 0 to the number of tokens; sequence
+            `i` begins at row `cu_seqlens[i]`.
         max_seqlen: length of the longest sequence, a host int; 0 for an empty batch.
-        indices: int64 `[tokens]`; row `t` is element `indices[t]` of the flattened padded grid.
+        indices: contiguous int64 `[tokens]`, rising; row `t` is element `indices[t]` of the flattened padded grid, in
+            the line of its sequence.
         padded_shape: `(batch, seqlen)` of the padded grid.
 
     Zero-length sequences and empty batches are legal. A packed tensor may have more rows than `cu_seqlens[-1]`
     (slack, for bucketed shapes): nothing reads or writes them.
+
+    One that is made by hand is looked at once, when it is made; on a GPU that waits for the device. The `from_...`
+    below are right by the way they are made.
+
+    Raises:
+        ArgumentError: a field is not as described.
     """
 
     cu_seqlens: Tensor
@@ -46,6 +55,18 @@ class Packing:
     indices: Tensor
     padded_shape: tuple[int, int]
     _made: dict[str | int, Tensor] = field(default_factory=dict, repr=False)
+    _right: InitVar[bool] = False
+
+    def __post_init__(self, _right: bool) -> None:
+        if not _right:
+            _check_kinds(self)
+            if not torch.compiler.is_compiling() and not any(map(_has_no_values, (self.cu_seqlens, self.indices))):
+                _check_values(self)
+
+    @classmethod
+    def made_right(cls, cu_seqlens: Tensor, max_seqlen: int, indices: Tensor, padded_shape: tuple[int, int]) -> Packing:
+        """One that is not looked at. For our own use: kernels read and write where a wrong one points."""
+        return cls(cu_seqlens, max_seqlen, indices, padded_shape, _right=True)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Packing:
@@ -77,7 +98,8 @@ class Packing:
         facts = torch.cat([lengths, *(flag.view(1).to(torch.int32) for flag in flags)]).tolist()
         on_host = facts[: kept.shape[0]]
         indices = torch.nonzero_static(kept.flatten(), size=sum(on_host)).flatten()
-        packing = cls(_cumulate(lengths), max(on_host, default=0), indices, (kept.shape[0], kept.shape[1]))
+        shape = kept.shape[0], kept.shape[1]
+        packing = cls.made_right(_cumulate(lengths), max(on_host, default=0), indices, shape)
         return packing, [bool(fact) for fact in facts[kept.shape[0] :]]
 
     @classmethod
@@ -115,7 +137,7 @@ class Packing:
         row = torch.arange(int(sum(lengths)), device="cpu")
         indices = row + torch.repeat_interleave(firsts - (ends - on_host), on_host)
         cu_seqlens = _cumulate(on_host.to(torch.int32))
-        return cls(cu_seqlens.to(device), max_seqlen, indices.to(device), (len(lengths), width))
+        return cls.made_right(cu_seqlens.to(device), max_seqlen, indices.to(device), (len(lengths), width))
 
     @classmethod
     def from_ragged(cls, sequences: Sequence[Tensor]) -> tuple[Tensor, Packing]:
@@ -202,14 +224,20 @@ class Packing:
             raise ArgumentError("padded", f"shape {tuple(padded.shape)}", f"leading dimensions {self.padded_shape}")
         return padded.flatten(0, 1).index_select(0, self.indices)
 
+    def check_rows(self, name: str, packed: Tensor) -> None:
+        """Raise ArgumentError unless `packed` has a row for each token, on this device."""
+        if packed.dim() == 0 or packed.shape[0] < self.tokens:
+            raise ArgumentError(name, f"shape {tuple(packed.shape)}", f"a row for each of {self.tokens} tokens")
+        if packed.device != self.cu_seqlens.device:
+            raise ArgumentError("packing", f"on {self.cu_seqlens.device}", f"on {packed.device}, the device of {name}")
+
     def unpack(self, packed: Tensor, fill: float = 0.0) -> Tensor:
         """`[tokens, ...]` -> `[batch, seqlen, ...]`, padding set to `fill`; differentiable, the inverse of `pack`.
 
         Raises:
             ArgumentError: `packed` has fewer rows than there are tokens.
         """
-        if packed.dim() == 0 or packed.shape[0] < self.tokens:
-            raise ArgumentError("packed", f"shape {tuple(packed.shape)}", f"at least {self.tokens} rows")
+        self.check_rows("packed", packed)
         batch, seqlen = self.padded_shape
         padded = packed.new_full((batch * seqlen, *packed.shape[1:]), fill)
         padded = padded.index_copy(0, self.indices, packed[: self.tokens])
@@ -306,6 +334,59 @@ class Block:
             )
             self._made[key] = torch.stack((row, head, sequence)).flatten(1)
         return self._made[key]
+
+
+def _has_no_values(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def _check_kinds(packing: Packing) -> None:
+    """Raise ArgumentError for what can be told of the fields without reading a tensor."""
+    cu_seqlens, indices, shape = packing.cu_seqlens, packing.indices, packing.padded_shape
+    for name, x, dtype, least in (("cu_seqlens", cu_seqlens, torch.int32, 1), ("indices", indices, torch.int64, 0)):
+        expected = f"a contiguous {dtype} tensor of one dimension" + (", of one element or more" if least else "")
+        if not isinstance(x, Tensor):
+            raise ArgumentError(name, type(x).__name__, expected)
+        if x.layout is not torch.strided or x.is_nested or x.dtype != dtype or x.dim() != 1:
+            raise ArgumentError(name, f"{x.dtype}, {x.layout}, of {x.dim()} dimensions", expected)
+        if x.numel() < least or not x.is_contiguous():
+            raise ArgumentError(name, f"{x.numel()} elements, strides {x.stride()}", expected)
+    if indices.device != cu_seqlens.device:
+        raise ArgumentError("indices", f"on {indices.device}", f"on {cu_seqlens.device}, the device of cu_seqlens")
+    if not _is_size(packing.max_seqlen):
+        raise ArgumentError("max_seqlen", repr(packing.max_seqlen), "an int, the length of the longest sequence")
+    if not isinstance(shape, tuple) or len(shape) != 2 or not all(map(_is_size, shape)) or shape[0] != packing.batch:
+        raise ArgumentError("padded_shape", repr(shape), f"({packing.batch}, width of the padded grid), two ints")
+
+
+def _is_size(number: object) -> bool:
+    return isinstance(number, int | torch.SymInt) and not isinstance(number, bool) and number >= 0
+
+
+def _check_values(packing: Packing) -> None:
+    """Raise ArgumentError unless the tensors say what the docstring of `Packing` says; one host sync on a GPU."""
+    cu_seqlens, indices, (batch, seqlen) = packing.cu_seqlens, packing.indices, packing.padded_shape
+    ends, tokens = cu_seqlens.long(), packing.tokens
+    lengths = F.pad(ends.diff(), (0, 1))  # an empty batch has a shortest and a longest one then, too
+    row = torch.arange(tokens, device=cu_seqlens.device)
+    line = torch.searchsorted(ends, row, right=True) - 1
+    in_line = (indices // max(seqlen, 1) == line).all()
+    facts = ends[0], ends[-1], lengths.amin(), lengths.amax(), in_line, (indices.diff() > 0).all()
+    first, end, shortest, longest, lies_in_line, rises = torch.stack([fact.long() for fact in facts]).tolist()
+    if first != 0:
+        raise ArgumentError("cu_seqlens", f"{first} at its beginning", "0, the row of the first token")
+    if shortest < 0:
+        raise ArgumentError("cu_seqlens", f"a sequence of length {shortest}", "ends that do not fall")
+    if end != tokens:
+        raise ArgumentError("cu_seqlens", f"{end} at its end", f"{tokens}, as many tokens as there are indices")
+    if longest != packing.max_seqlen:
+        raise ArgumentError("max_seqlen", packing.max_seqlen, f"{longest}, the length of the longest sequence")
+    if not lies_in_line or not rises or batch * seqlen < tokens:
+        raise ArgumentError(
+            "indices",
+            "places outside of their sequences' lines in the padded grid, or that do not rise",
+            f"rising places, those of sequence i from i * {seqlen} to (i + 1) * {seqlen} - 1",
+        )
 
 
 def _cumulate(lengths: Tensor) -> Tensor:

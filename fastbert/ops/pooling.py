@@ -35,10 +35,7 @@ def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) 
         BackendError: the Triton path was forced and can't serve this call.
     """
     check_rows("x", x)
-    if x.shape[0] < packing.tokens:
-        raise ArgumentError("x", f"{x.shape[0]} rows", f"at least the {packing.tokens} tokens of the packing")
-    if x.device != packing.cu_seqlens.device:
-        raise ArgumentError("packing", f"on {packing.cu_seqlens.device}", f"on {x.device}, the device of x")
+    packing.check_rows("x", x)
     if how not in get_args(Pooling):
         raise ArgumentError("how", repr(how), f"one of {', '.join(get_args(Pooling))}")
     if len(x) > packing.tokens:  # a slice of all rows would cost its gradient a copy
