@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from fastbert.quantization import quantize as quantize
     from fastbert.tasks import TextClassifier as TextClassifier
     from fastbert.tasks import TextEncoder as TextEncoder
+    from fastbert.tasks import TextScorer as TextScorer
     from fastbert.tasks import TextTagger as TextTagger
     from fastbert.tasks import classify as classify
     from fastbert.tasks import encode as encode
+    from fastbert.tasks import score as score
     from fastbert.tasks import tag as tag
 
     __version__: str
@@ -65,6 +67,7 @@ _HOMES = {
     "Packing": "packing",
     "TextClassifier": "tasks",
     "TextEncoder": "tasks",
+    "TextScorer": "tasks",
     "TextTagger": "tasks",
     "classify": "tasks",
     "encode": "tasks",
@@ -72,6 +75,7 @@ _HOMES = {
     "load": "checkpoints.load",
     "quantize": "quantization",
     "save": "checkpoints.load",
+    "score": "tasks",
     "tag": "tasks",
     "use_backend": "backend",
 }

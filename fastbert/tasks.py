@@ -21,7 +21,7 @@ from torch import nn
 from fastbert.backend import bfloat16_unserved, first_device
 from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import WithHead, load, read_model
-from fastbert.checkpoints.sentence import Recipe, read_recipe
+from fastbert.checkpoints.sentence import Recipe, read_recipe, read_score_activation
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
 from fastbert.models import BertModel
@@ -29,7 +29,7 @@ from fastbert.native.machine import last_cache
 from fastbert.ops.linear import Layouts, hold_weights
 from fastbert.packing import Packing
 from fastbert.quantization import in_int8, quantize
-from fastbert.sentence import Embedder, Mode
+from fastbert.sentence import ACTIVATIONS, Embedder, Mode
 from fastbert.text import Text, Tokenizer, Tokens, batches
 from fastbert.training.metrics import TAGS, chunks, marked, odd_tag, plain_mark
 from fastbert.words import DEFAULT, WordRule, parted_by_spaces
@@ -356,7 +356,8 @@ class Classification:
 
     Attributes:
         label: the likeliest.
-        probabilities: of every label, by softmax, the likeliest first.
+        probabilities: of every label, the likeliest first; by softmax, and each by itself, by the logistic function,
+            where a text may have several labels.
     """
 
     label: str
@@ -408,13 +409,14 @@ class TextClassifier(_Holder):
 
         Raises:
             ArgumentError: `dtype` is none of these.
-            CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier that gives one label.
+            CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier of several labels.
         """
         model = _with_trained_head(BertForSequenceClassification, folder, dtype, device)
-        problem = model.head_config.problem_type
-        if problem not in (None, "single_label_classification") or len(model.head_config.labels) < 2:
-            got = f"{problem or 'regression'} with {len(model.head_config.labels)} outputs"
-            raise CheckpointError(str(folder), got, "a classifier that gives one of several labels")
+        problem, outputs = model.head_config.problem_type, len(model.head_config.labels)
+        if problem == "regression" or outputs < 2:
+            mend = "fastbert.score gives the number of a model with one output." if outputs == 1 else ""
+            got = f"{problem or 'regression'} with {outputs} outputs"
+            raise CheckpointError(str(folder), got, "a classifier of several labels", mend)
         return cls(model, Tokenizer.from_folder(folder))
 
     def classify(
@@ -442,15 +444,96 @@ class TextClassifier(_Holder):
         tokens = self.tokenizer.encode(texts, max_length)
         _warn_of_cuts(tokens.full(max_length), max_length)
         labels = self.model.head_config.labels
+        several = self.model.head_config.problem_type == "multi_label_classification"
         probabilities = torch.empty((len(tokens.lengths), len(labels)), dtype=torch.float32, device="cpu")
         with hold_weights(self.layouts):
             for rows, _, out in _outputs(self.model, tokens, batch_tokens, "classifying" if progress else None):
-                probabilities[rows] = out.logits.float().softmax(1).cpu()
+                logits = out.logits.float()
+                probabilities[rows] = (logits.sigmoid() if several else logits.softmax(1)).cpu()
         found: list[Classification] = []
         for row in probabilities.tolist():
             ranked = sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])
             found.append(Classification(ranked[0][0], dict(ranked)))
         return found
+
+
+def score(
+    texts: Iterable[Text],
+    model: str | os.PathLike[str] | TextScorer,
+    *,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> npt.NDArray[np.float32]:
+    """One number for each text or pair, float32 `[texts]`, in the order of `texts`: what a cross-encoder gives.
+
+    Args:
+        texts: pairs of strings, as of a question and a passage; or strings.
+        model: a checkpoint folder with a head of one output, loaded anew by each call; or a `TextScorer`, loaded once.
+
+    See `TextScorer.score` for the other arguments and for the errors.
+    """
+    if not isinstance(model, TextScorer):
+        model = TextScorer.from_folder(model)
+    return model.score(texts, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
+
+
+@dataclass(frozen=True, eq=False)
+class TextScorer(_Holder):
+    """A head of one output, such as a cross-encoder or a regression, and its tokenizer, loaded once to be used often.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: of the same checkpoint.
+        activation: what is applied to the output, a key of `sentence.ACTIVATIONS`.
+    """
+
+    model: BertForSequenceClassification
+    tokenizer: Tokenizer
+    activation: str
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: DTypeName = "fp32",
+        device: torch.device | str | None = None,
+    ) -> TextScorer:
+        """Load a checkpoint folder, or one of sentence-transformers' CrossEncoder; arguments as for `TextEncoder`.
+
+        What is applied to the output is what the folder says. Where it says nothing it is the logistic function, and
+        nothing where `problem_type` is "regression".
+
+        Raises:
+            ArgumentError: `dtype` is none of these.
+            CheckpointError: the folder is not a checkpoint fastbert reads, or has no head of one output.
+        """
+        model = _with_trained_head(BertForSequenceClassification, folder, dtype, device)
+        if (outputs := len(model.head_config.labels)) > 1:
+            raise CheckpointError(str(folder), f"{outputs} outputs", "a head of one output", "Use fastbert.classify.")
+        return cls(model, Tokenizer.from_folder(folder), read_score_activation(checkpoint_folder(folder)))
+
+    def score(
+        self,
+        texts: Iterable[Text],
+        *,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """One number for each text or pair, float32 `[texts]`, in the order of `texts`.
+
+        See `TextClassifier.classify` for the arguments and for the errors.
+        """
+        max_length = _longest(self.tokenizer, self.model) if max_length is None else _checked(max_length, self.model)
+        tokens = self.tokenizer.encode(texts, max_length)
+        _warn_of_cuts(tokens.full(max_length), max_length)
+        scores = torch.empty(len(tokens.lengths), dtype=torch.float32, device="cpu")
+        with hold_weights(self.layouts):
+            for rows, _, out in _outputs(self.model, tokens, batch_tokens, "scoring" if progress else None):
+                scores[rows] = ACTIVATIONS[self.activation](out.logits.float()).squeeze(1).cpu()
+        return scores.numpy()
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,28 @@ def read_recipe(folder: Path, device: torch.device | str) -> tuple[Path, Recipe]
     )
 
 
+def read_score_activation(folder: Path) -> str:
+    """What a cross-encoder's folder applies to its one output, a key of `ACTIVATIONS`: by default Sigmoid.
+
+    Raises:
+        CheckpointError: a file is damaged, or asks for what fastbert does not do.
+    """
+    config = Fields(str(folder / files.CONFIG), files.read_config(folder))
+    settings = Fields(str(folder / PROMPTS), files.read_json(folder / PROMPTS) if files.has(folder / PROMPTS) else {})
+    if settings.text("model_type", "CrossEncoder") != "CrossEncoder":
+        raise settings.error("model_type", "'CrossEncoder': one number for each text or pair")
+    if settings.given("default_prompt_name"):
+        raise settings.error("default_prompt_name", "null: prompts of cross-encoders are not served")
+    default = "torch.nn.Identity" if config.values.get("problem_type") == "regression" else "torch.nn.Sigmoid"
+    places = (  # of versions 5, 4 and before
+        (settings, "activation_fn"),
+        (Fields(f"{config.source}: sentence_transformers", config.mapping("sentence_transformers")), "activation_fn"),
+        (config, "sbert_ce_default_activation_function"),
+    )
+    fields, name = next(((fields, name) for fields, name in places if fields.given(name)), (config, "activation_fn"))
+    return _activation(fields, name, default)
+
+
 def _modules(folder: Path) -> tuple[list[str], list[Path]]:
     """The classes of the modules, without their packages, and their folders."""
     path = folder / MODULES
@@ -132,10 +154,7 @@ def _dense(folder: Path, device: torch.device | str) -> Dense:
     _check_input(fields)
     if fields.flag("use_residual", False):
         raise fields.error("use_residual", "false: a residual is not served")
-    activation = fields.text("activation_function", "torch.nn.modules.activation.Tanh")
-    name = activation.rpartition(".")[2]
-    if not activation.startswith("torch.nn.") or name not in ACTIVATIONS:
-        raise fields.error("activation_function", f"one of torch's {', '.join(ACTIVATIONS)}")
+    activation = _activation(fields, "activation_function", "torch.nn.Tanh")
     tensors = files.read_tensors(folder)
     biased = fields.flag("bias", True)
     shape = (fields.whole("out_features", 0, least=1), fields.whole("in_features", 0, least=1))
@@ -144,7 +163,15 @@ def _dense(folder: Path, device: torch.device | str) -> Dense:
     if got != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise CheckpointError(str(folder), f"tensors {shown(got)}", f"floating {expected}, as {files.CONFIG} says")
     copies = {key: tensor.to(device, torch.float32, copy=True) for key, tensor in tensors.items()}
-    return Dense(copies["linear.weight"], copies.get("linear.bias"), name)
+    return Dense(copies["linear.weight"], copies.get("linear.bias"), activation)
+
+
+def _activation(fields: Fields, name: str, default: str) -> str:
+    path = fields.text(name, default)
+    activation = path.rpartition(".")[2]
+    if not path.startswith("torch.nn.") or activation not in ACTIVATIONS:
+        raise fields.error(name, f"one of torch's {', '.join(ACTIVATIONS)}")
+    return activation
 
 
 def _normalise(folder: Path) -> Callable[[Tensor], Tensor]:
