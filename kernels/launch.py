@@ -837,8 +837,8 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     Two rows of 512 columns of half types share the weight and the work around it. The sums for the parameters take
     registers too. Where one warp for 1024 columns would spill, in float32 and on RDNA, there are two; not for 8192
     columns on NVIDIA, where 16 warps have fewer registers a lane. So too for 4096 columns on Blackwell. At 4096 and
-    8192, at 1024 in float32, and at 512 on Blackwell, NVIDIA's assembler would rather spill than take more than 128, 80
-    and 168 registers.
+    8192, at 1024 in float32, and at 512 and 1024 on Blackwell, NVIDIA's assembler would rather spill than take more
+    than 128, 80 and 168 registers.
     """
     rows, warps = _whole_rows(width, dtype, target)
     columns = row_block(width)
@@ -848,9 +848,8 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
         warps *= 2
     if columns == 4096 and family(target) == "blackwell" and dtype != torch.float32:
         warps *= 2
-    thrifty = (
-        columns >= 4096 or (columns == 1024 and dtype == torch.float32) or (columns == 512 and target.arch in BLACKWELL)
-    )
+    thrifty = columns >= 4096 or (columns == 1024 and dtype == torch.float32)
+    thrifty = thrifty or (columns in (512, 1024) and target.arch in BLACKWELL)
     return rows, 1024 // warps, warps, 255 if thrifty and target.backend == "cuda" else 0
 
 
