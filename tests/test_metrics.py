@@ -52,7 +52,15 @@ def test_tags_of_other_schemes(tag: str) -> None:
 
 
 def test_tags_that_go_together() -> None:
-    for together in ({"O"}, {"O", "I-X"}, {"B-X", "E-X"}, {"NOUN", "VERB"}, {"O", "PER"}, {"X", "-LRB-", "O"}):
+    for together in (
+        {"O"},
+        {"O", "I-X"},
+        {"B-X", "E-X"},
+        {"NOUN", "VERB"},
+        {"O", "PER"},
+        {"X", "-LRB-", "O"},
+        {"0", "1", "2"},
+    ):
         assert odd_tag(together) is None
     for tags, odd in (
         (["O", "B-X", "X"], "X"),
@@ -60,6 +68,8 @@ def test_tags_that_go_together() -> None:
         (["B_X", "O"], "B_X"),
         (["A", ""], ""),
         (["I-"], "I-"),
+        (["PER", "0"], "0"),
+        (["X", "Y", "X", "Y", "B-X"], "X"),
     ):
         assert odd_tag(tags) == odd
     assert [plain_mark(tags) for tags in (["O"], ["O", "S-X"], ["O", "X"], ["X"])] == ["", "", "I-", "B-"]

@@ -274,7 +274,11 @@ def to_lines(rows: list[dict[str, str]]) -> str:
         ("a.jsonl", '{"text": "a", "label": null}\n', "line 1: got label None"),
         ("a.jsonl", '{"text": "a", "label": ""}\n', "line 1: got an empty label"),
         ("a.jsonl", '{"text": "a", "label": NaN}\n', "line 1: got label nan"),
-        ("a.jsonl", '{"text": "a", "label": 1.0}\n', r"label 1\.0"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1.0}\n',
+            r"label 1\.0; expected label in each row, a string or a whole number",
+        ),
         ("a.json", '[{"text": "a", "label": 1}, {"text": "b", "label": null}]', "item 2: got label None"),
         ("a.jsonl", '{"text": NaN, "label": 1}\n', "text nan"),
         ("a.csv", "text,label\nwell, really, x\n", r"line 2: got 3 fields; expected 2, .*quotes"),
@@ -344,6 +348,7 @@ CONLLU = """# newdoc
         (CONLLU, [["Vamos", "nos"], ["mar"]], [["VERB", "PRON"], ["NOUN"]]),
         ("\ufeffEU S-ORG\r\n \t\r\nMr B-PER  \nA E-PER", [["EU"], ["Mr", "A"]], [["S-ORG"], ["B-PER", "E-PER"]]),
         ("New York\tB-LOC\nis\tO", [["New York", "is"]], [["B-LOC", "O"]]),  # tabs part columns where there are any
+        ("a\tO\t\n\t\nb\tB-X\n", [["a"], ["b"]], [["O"], ["B-X"]]),  # WNUT 2017: a tab at the end, a tab between
         ("1 B-N\n2 B-N\n", [["1", "2"]], [["B-N", "B-N"]]),  # words that are numbers
     ],
 )

@@ -173,8 +173,11 @@ def _field(place: str, record: dict[str, Any], name: str, kind: Any) -> Any:
         got = (
             f"{name} {value!r:.80}" if name in record else f"no {name}, only {', '.join(map(str, record)) or 'nothing'}"
         )
-        raise ArgumentError(place, got, f"{name} in each row")
+        raise ArgumentError(place, got, f"{name} in each row, {_KINDS[kind]}")
     return value
+
+
+_KINDS = {str: "a string", list: "a list of strings", (str, int): "a string or a whole number"}
 
 
 def _some(path: Path, items: Sequence[Any]) -> list[Any]:

@@ -96,8 +96,11 @@ def odd_tag(tags: Iterable[str]) -> str | None:
     """
     tags = list(tags)
     plain = [tag for tag in tags if tag != OUTSIDE and not _PREFIXED.fullmatch(tag)]
-    mixed = len(plain) + (OUTSIDE in tags) < len(set(tags))
-    return next((tag for tag in plain if mixed or not tag or _MISSPELT.fullmatch(tag)), None)
+    mixed = len(set(plain)) + (OUTSIDE in tags) < len(set(tags))
+    numbers = all(tag.isdecimal() for tag in tags)  # else a 0 is an O that was misread
+    return next(
+        (tag for tag in plain if mixed or not tag or _MISSPELT.fullmatch(tag) or (tag == "0" and not numbers)), None
+    )
 
 
 def plain_mark(tags: Iterable[str]) -> str:
