@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fastbert.heads import BertForSequenceClassification as BertForSequenceClassification
     from fastbert.heads import BertForTokenClassification as BertForTokenClassification
     from fastbert.models import BertModel as BertModel
+    from fastbert.ops.watch import weights_changed as weights_changed
     from fastbert.packing import Packing as Packing
     from fastbert.quantization import quantize as quantize
     from fastbert.tasks import TextClassifier as TextClassifier
@@ -78,6 +79,7 @@ _HOMES = {
     "score": "tasks",
     "tag": "tasks",
     "use_backend": "backend",
+    "weights_changed": "ops.watch",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -7,6 +7,7 @@ when asked for by `use_backend("triton")`.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,3 +110,14 @@ def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         warnings.warn(message, stacklevel=4)
+
+
+def _one_thread() -> None:
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+# The threads of OpenMP do not survive a fork, and a child that asks for them waits forever; reading a checkpoint is
+# enough to have started them. DataLoader's workers do the same.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_thread)

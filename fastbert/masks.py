@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastbert.errors import ArgumentError
+from fastbert.errors import ArgumentError, BackendError
 from fastbert.packing import Packing
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def read_mask(
 
     Raises:
         ArgumentError: the mask has another shape, or a 2-D mask holds values other than 0 and 1.
+        BackendError: `torch.jit.trace` or `torch.export` records the call.
     """
+    _refuse_recorders()
     if mask is None:
         return Packing.from_lengths([seqlen] * batch, seqlen=seqlen, device=device), None
     if not isinstance(mask, Tensor):
@@ -54,6 +56,21 @@ def read_mask(
         hidden, -torch.inf
     )
     return Packing.from_lengths([seqlen] * batch, seqlen=seqlen, device=device), bias.expand(-1, -1, seqlen, -1)
+
+
+def _refuse_recorders() -> None:
+    """Raise BackendError where a call is recorded for other batches: how many tokens there are would be taken over."""
+    for recorder, on in (
+        ("torch.jit.trace", torch.jit.is_tracing()),  # type: ignore[attr-defined, no-untyped-call]
+        ("torch.export", torch.compiler.is_exporting()),
+    ):
+        if on:
+            raise BackendError(
+                recorder,
+                "a fastbert encoder on padded inputs",
+                "a call",
+                "Its work depends on where the padding is. Record transformers' own model, or use torch.compile.",
+            )
 
 
 def _check_shape(mask: Tensor, *sizes: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 
@@ -11,7 +12,7 @@ import torch
 from processes import PYTHON
 
 import fastbert
-from fastbert.errors import ArgumentError
+from fastbert.errors import ArgumentError, BackendError
 from fastbert.testing import assert_close
 
 transformers = pytest.importorskip("transformers", reason="compares with its models")
@@ -200,3 +201,52 @@ def test_user_case_41_workers_of_a_loader(tmp_path):
     (tmp_path / "workers.py").write_text(WORKERS)
     ran = subprocess.run([*PYTHON, tmp_path / "workers.py", tmp_path], capture_output=True, text=True)
     assert ran.stdout == "done\n", ran.stderr
+
+
+FORKED = """
+import os, signal, sys, torch, fastbert
+torch.set_num_threads(2)
+encoder = fastbert.TextEncoder.from_folder(sys.argv[1])
+texts = ["a b c d e f g h"] * 300
+if sys.argv[2] == "used":
+    torch.randn(2000, 2000) @ torch.randn(2000, 2000)
+    encoder.encode(texts, max_length=16)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    torch.randn(1000, 1000).exp().sum()
+    made = encoder.encode(texts, max_length=16)
+    os._exit(0 if made.shape == (300, 32) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that forks processes")
+@pytest.mark.parametrize("used", ["loaded", "used"])
+def test_a_forked_process_does_not_hang(used, tmp_path):
+    """As gunicorn --preload forks its workers."""
+    pair(tmp_path)
+    ran = subprocess.run([*PYTHON, "-c", FORKED, tmp_path, used], capture_output=True, text=True)
+    assert ran.stdout == "0\n", (ran.stdout, ran.stderr)
+
+
+class Whole(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask):
+        return self.model(ids, attention_mask=mask)[0]
+
+
+@pytest.mark.parametrize("recorder", ["torch.jit.trace", "torch.export"])
+@pytest.mark.parametrize("which", ["drop-in", "loaded"])
+def test_user_case_15_jit_trace(which, recorder, tmp_path):
+    """Recorded, the work of the first batch would be done for every other."""
+    theirs, ours = pair(tmp_path)
+    if which == "drop-in":
+        theirs.encoder = fastbert.Encoder.from_hf(theirs.encoder)
+        ours = theirs
+    record = torch.jit.trace if recorder == "torch.jit.trace" else torch.export.export
+    with torch.no_grad(), pytest.raises(BackendError, match=recorder):
+        record(Whole(ours), (IDS, MASK))

@@ -17,6 +17,7 @@ from fastbert.native.layout import laid_out
 from fastbert.native.machine import Machine, multiplies_well
 from fastbert.native.memory import room
 from fastbert.ops.common import check_linear, native_machine, observed, onednn_fuses, wants_gradient
+from fastbert.ops.watch import Watch
 
 T = TypeVar("T")
 
@@ -31,26 +32,16 @@ _held: ContextVar[Made | None] = ContextVar("held", default=None)
 
 
 class Layouts:
-    """What `hold_weights` made of a model's weights, kept until one of them changes.
-
-    A change is seen by the address and version of each parameter, and by a few numbers of each matrix, because `.data`
-    and some optimizers leave the version as it was.
-    """
+    """What `hold_weights` made of a model's weights, kept until one of them changes; see `ops.watch`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._watch = Watch(model)
         self._made: Made = WeakIdKeyDictionary()
-        self._state: tuple[list[Any], Tensor] | None = None
 
     def current(self) -> Made:
         """All that was made of the weights as they are."""
-        parameters = [parameter for parameter in self._model.parameters() if parameter.device.type == "cpu"]
-        with torch.no_grad():
-            sample = [parameter.reshape(-1)[:8] for parameter in parameters if parameter.dim() > 1]
-            versions = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
-            state = versions, torch.cat([part.float() for part in sample]) if sample else room((0,), torch.float32)
-        if self._state is None or state[0] != self._state[0] or not torch.equal(state[1], self._state[1]):
-            self._made, self._state = WeakIdKeyDictionary(), state
+        if self._watch.changed():
+            self._made = WeakIdKeyDictionary()
         return self._made
 
 

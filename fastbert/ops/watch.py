@@ -1,0 +1,96 @@
+"""Whether a model's parameters are still what they were, asked before each piece of work, in microseconds.
+
+Seen are other modules, other parameters, other memory, and what torch counts as a write. `.data` and some optimizers
+write without a trace, so numbers are compared too: biases and norms whole, of a matrix 16 lines on its diagonal, as
+spread over rows and columns. A write that no number of these feels is not seen: `weights_changed` says it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+# Lines of a matrix that are compared, and numbers of each. So spread they meet every head of 12 or more, in the rows of
+# queries, keys and values as in the columns of the product after them, and cost a cache line each.
+LINES, WIDTH = 16, 16
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_said = 0
+
+
+def weights_changed() -> None:
+    """Say that weights of some model were written in a way that nobody can see: a few numbers of a matrix by `.data`.
+
+    What was laid out of weights is then made anew. Any other change is seen without it.
+    """
+    global _said
+    _said += 1
+
+
+class Watch:
+    """The state of a model's parameters on the CPU when `changed` was asked last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._tables: list[dict[str, Any]] = []  # of each module, its parameters and its modules
+        self._members: list[Any] = []  # of all of them; kept, so that no other object gets the id of one
+        self._ids: list[int] = []
+        self._parameters: list[Tensor] = []
+        self._counted: list[Tensor] = []  # those whose writes torch counts
+        self._samples: list[list[npt.NDArray[Any]]] = []  # of one width each: views of the parameters' memory
+        self._marks: list[Any] = []
+        self._numbers: list[npt.NDArray[Any]] = []
+
+    def changed(self) -> bool:
+        """Whether anything has changed since the last time; True the first time."""
+        same = bool(self._tables) and self._ids == [id(member) for table in self._tables for member in table.values()]
+        if not same:
+            self._read_tree()
+        marks = self._current_marks()
+        if not same or marks != self._marks:
+            self._look_at_memory()
+            same = False
+        numbers = [np.concatenate(samples) for samples in self._samples]
+        if same:
+            same = all(np.array_equal(one, other) for one, other in zip(numbers, self._numbers, strict=True))
+        self._marks, self._numbers = marks, numbers
+        return not same
+
+    def _read_tree(self) -> None:
+        modules = list(self._model.modules())
+        self._tables = [table for module in modules for table in (module._parameters, module._modules)]
+        self._members = [member for table in self._tables for member in table.values()]
+        self._ids = list(map(id, self._members))
+        found = {id(p): p for p in self._model.parameters()}
+        self._parameters = [p for p in found.values() if type(p) is nn.Parameter and p.device.type == "cpu"]
+        self._counted = [p for p in self._parameters if not p.is_inference()]
+
+    def _current_marks(self) -> list[Any]:
+        """Where each parameter lies and how often it was written, as torch counts; and what the user said."""
+        return [_said, *map(Tensor.data_ptr, self._parameters), *map(attrgetter("_version"), self._counted)]
+
+    def _look_at_memory(self) -> None:
+        samples: dict[Any, list[npt.NDArray[Any]]] = defaultdict(list)
+        for parameter in self._parameters:
+            if parameter.device.type == "cpu" and parameter.layout == torch.strided and parameter.numel():
+                sample = _sample(parameter.detach())
+                samples[sample.dtype, sample.shape[1:]].append(sample.numpy())
+        self._samples = list(samples.values())
+
+
+def _sample(x: Tensor) -> Tensor:
+    """A vector whole, of a matrix numbers on its diagonal; as integers, because NaN is not equal to itself."""
+    x = x.view(_INTEGERS[x.itemsize]) if x.dtype.is_floating_point else x
+    if x.dim() < 2:
+        return x.reshape(-1)
+    down, across = x.stride()[:2]
+    lines, width = min(LINES, x.shape[0]), min(WIDTH, x.shape[1])
+    step = x.shape[0] // lines * down + (x.shape[1] - width) // max(lines - 1, 1) * across
+    return x.as_strided((lines, width), (step, across))
