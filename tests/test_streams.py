@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 import sqlite3
 import threading
 from collections.abc import Generator, Iterator
@@ -128,6 +129,15 @@ def test_an_empty_part_holds_nothing_back(encoder: TextEncoder) -> None:
     assert len(next(arrays)) == 3
     assert told == ["first", "nothing more yet"]
     assert [len(array) for array in arrays] == [2]
+
+
+def test_closing_early_closes_the_parts(encoder: TextEncoder) -> None:
+    """Someone else holds them here, so that nothing but `close` ends them."""
+    held = (TEXTS[i : i + 3] for i in range(0, 30, 3))
+    arrays = encoder.encode_parts(held, max_length=48)
+    next(arrays)
+    arrays.close()  # type: ignore[attr-defined]
+    assert inspect.getgeneratorstate(held) == inspect.GEN_CLOSED
 
 
 def test_a_single_string_is_no_stream(encoder: TextEncoder) -> None:
