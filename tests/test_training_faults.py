@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import resource
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import tiny_bert
+import torch
 from processes import PYTHON
 
 from fastbert.errors import ArgumentError, CheckpointError
@@ -192,6 +194,14 @@ def test_a_damaged_checkpoint_says_what_to_do(given: Settings, monkeypatch: pyte
         state.write_bytes(damage)
         with pytest.raises(CheckpointError, match=r"state\.pt: .*Remove .*checkpoint-4 to go on"):
             train(given, resume=True)
+    torch.save({"weights": torch.zeros(3)}, state)  # of another program
+    with pytest.raises(CheckpointError, match=r"KeyError 'identity'; expected a checkpoint of fastbert's training"):
+        train(given, resume=True)
+    others = torch.load(io.BytesIO(whole), weights_only=True)
+    others["identity"]["the names of the weights"] = "others"  # of a version that calls its weights otherwise
+    torch.save(others, state)
+    with pytest.raises(ArgumentError, match=r"the names of the weights: got .* Resume with the same .* version"):
+        train(given, resume=True)
     state.unlink()  # as in a folder of transformers' Trainer
     with pytest.raises(CheckpointError, match="No such file"):
         train(given, resume=True)

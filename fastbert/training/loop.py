@@ -329,11 +329,12 @@ class _Run:
         path = folders[-1] / STATE
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            began = saved["identity"]
         except (*TORCH_LOAD_ERRORS, OSError) as error:
             got = f"{type(error).__name__} {error}".splitlines()[0]
             mend = f"Remove {path.parent} to go on from the one before it, or else from the beginning."
             raise CheckpointError(str(path), got, "a checkpoint of fastbert's training", mend) from error
-        began, now = saved["identity"], self._identity()
+        now = self._identity()
         changed = [name for name in now if now[name] != began.get(name)]
         if changed:
             got = ", ".join(repr(now[name]) for name in changed)
@@ -502,6 +503,8 @@ class _Run:
             del settings[free]
         settings |= {"device": self.objective.device.type, "processes": self.processes.count}
         settings["the sizes of the model"] = asdict(self.model.config)
+        names = " ".join(name for name, _ in self.model.named_parameters())
+        settings["the names of the weights"] = hashlib.sha256(names.encode()).hexdigest()[:16]
         settings["the training examples"] = _fingerprint(self.examples)
         settings["the validation examples"] = None if self.valid is None else _fingerprint(self.valid)
         return settings
