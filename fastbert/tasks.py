@@ -759,6 +759,7 @@ def _outputs(
     model: nn.Module, tokens: Tokens, batch_tokens: int | None, description: str | None
 ) -> Iterator[tuple[list[int], Packing, Any]]:
     """`(rows, packing, output)` of each batch of texts; `description` is shown beside a bar if the work is long."""
+    tokens.check_fit(model.config)
     lengths = tokens.lengths
     parameter = next(model.parameters())
     device = parameter.device

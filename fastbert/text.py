@@ -23,6 +23,7 @@ from torch import Tensor
 from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.special_tokens import BERT_NAMES, library_errors
 from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_tokenizer
+from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.words import DEFAULT
 
@@ -60,6 +61,14 @@ class Tokens:
     def full(self, max_length: int) -> int:
         """How many texts have `max_length` tokens, and so may have lost their end."""
         return int((self.lengths == max_length).sum())
+
+    def check_fit(self, config: EncoderConfig) -> None:
+        """Raise CheckpointError where a token has no row in a model's tables: of words, or of types."""
+        for kind, values, rows in (("id", self.ids, config.vocab_size), ("type", self.types, config.type_vocab_size)):
+            if values is not None and len(values) and (highest := int(values.max())) >= rows:
+                got, expected = f"a token of {kind} {highest}", f"{kind}s below {rows}, the rows of the model's table"
+                mend = "The tokenizer is another model's, or has tokens that the model's tables were not resized for."
+                raise CheckpointError("tokenizer", got, expected, mend)
 
     def take(self, values: npt.NDArray[np.int64], rows: Sequence[int]) -> npt.NDArray[np.int64]:
         """Of values `[tokens]`, those of the tokens of these texts, in this order."""

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from fastbert.errors import CheckpointError
 from fastbert.text import Tokenizer
 
 pytestmark = pytest.mark.skipif(
@@ -192,6 +193,17 @@ def rows(tokens: Any, values: Any) -> list[list[int]]:
     return [values[a:b].tolist() for a, b in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)]
 
 
+def panics(theirs: Any, texts: list[str]) -> bool:
+    """Whether the library itself breaks at these texts, as it does where added tokens claim the same space."""
+    try:
+        theirs(texts)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        return True
+    return False
+
+
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -209,6 +221,10 @@ def test_every_folder_is_read_as_transformers_reads_it(files: dict[str, Any], te
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         ours = Tokenizer.from_folder(folder)
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        if panics(theirs, texts):
+            with pytest.raises(CheckpointError, match="rules that serve these texts"):
+                ours.encode(texts, length)
+            return
         tokens = ours.encode(texts, length)
         assert rows(tokens, tokens.ids) == theirs(texts, truncation=True, max_length=length)["input_ids"]
 
@@ -227,14 +243,13 @@ def test_every_folder_is_read_as_transformers_reads_it(files: dict[str, Any], te
         pieces = [theirs(sentence, is_split_into_words=True, add_special_tokens=False) for sentence in words]
         assert len(tokens.words[tokens.words >= 0]) == sum(map(len, words))
         if all(set(one.word_ids()) == set(range(len(sentence))) for one, sentence in zip(pieces, words, strict=True)):
-            whole = theirs(words, is_split_into_words=True)["input_ids"]
-            assert rows(tokens.tokens, tokens.tokens.ids) == whole, (
-                rows(tokens.tokens, tokens.tokens.ids),
-                whole,
-                words,
-            )
+            assert rows(tokens.tokens, tokens.tokens.ids) == theirs(words, is_split_into_words=True)["input_ids"]
         special = set(theirs.all_special_ids) | {i for i, t in theirs.added_tokens_decoder.items() if t.special}
-        assert special <= set(ours.special_ids)
+        framed = theirs("the", "cat", return_special_tokens_mask=True)
+        around = {i for i, own in zip(framed["input_ids"], framed["special_tokens_mask"], strict=True) if own}
+        known = theirs.get_vocab()
+        usual = {known[name] for name in SPECIAL if name in known and not theirs.all_special_ids}
+        assert special <= set(ours.special_ids) <= special | around | usual
         assert ours.highest_id == max(theirs.get_vocab().values())
         assert ours.max_length == (theirs.model_max_length if theirs.model_max_length < 10**9 else None)
         if theirs.mask_token is not None:

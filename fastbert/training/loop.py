@@ -199,6 +199,9 @@ def _train(
     examples = objective.read_training(Path(settings.train))
     valid = objective.read_validation(Path(settings.valid)) if settings.valid is not None else None
     model = objective.model()
+    for read in (examples, valid):
+        if read is not None:
+            read.tokens.check_fit(model.config)
     positions = model.config.max_positions
     _check("max_length", settings.max_length, settings.max_length <= positions, f"at most the {positions} positions")
     processes.wait()  # nobody writes before everybody has looked

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastbert.checkpoints.files import TOKENIZER_CONFIG, WORDS, read_json
+from fastbert.checkpoints.files import TOKENIZER_CONFIG, WORDS, read_config, read_json
 from fastbert.checkpoints.load import Origin, load, read_model, trained_head
-from fastbert.config import HeadConfig, ProblemType
-from fastbert.errors import ArgumentError
+from fastbert.config import EncoderConfig, HeadConfig, ProblemType
+from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.heads import (
     BertForMaskedLM,
     BertForPreTraining,
@@ -335,6 +335,13 @@ class MaskedLM(Objective):
 
     score = "loss"
 
+    def __init__(self, folder: Path, max_length: int, device: torch.device) -> None:
+        super().__init__(folder, max_length, device)
+        self._rows = EncoderConfig.from_hf(read_config(folder)).vocab_size
+        if self.tokenizer.mask_id >= self._rows:
+            got, expected = f"a mask token of id {self.tokenizer.mask_id}", f"one of the model's {self._rows} rows"
+            raise CheckpointError(str(folder), got, expected, "Is it in the vocabulary, under the name that is given?")
+
     def read_training(self, path: Path) -> Examples:
         """What `read_documents` reads."""
         return self.read_validation(path)
@@ -377,7 +384,7 @@ class MaskedLM(Objective):
         hidden = chosen[fate < MASK_TOKEN_SHARE]
         replaced = chosen[(fate >= MASK_TOKEN_SHARE) & (fate < MASK_TOKEN_SHARE + RANDOM_TOKEN_SHARE)]
         masked[hidden] = self.tokenizer.mask_id
-        masked[replaced] = random.integers(0, self.tokenizer.size, len(replaced))
+        masked[replaced] = random.integers(0, min(self.tokenizer.size, self._rows), len(replaced))
         return torch.from_numpy(masked), torch.from_numpy(labels)
 
     def _may_be_masked(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
