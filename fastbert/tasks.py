@@ -756,7 +756,7 @@ def _warn_of_cuts(full: int, max_length: int) -> None:
 
 
 def _outputs(
-    model: nn.Module, tokens: Tokens, batch_tokens: int | None, description: str | None
+    model: BertModel | HeadModel, tokens: Tokens, batch_tokens: int | None, description: str | None
 ) -> Iterator[tuple[list[int], Packing, Any]]:
     """`(rows, packing, output)` of each batch of texts; `description` is shown beside a bar if the work is long."""
     tokens.check_fit(model.config)
