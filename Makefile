@@ -1,9 +1,16 @@
 # The set-up lives in .venv and is made when it is missing or pyproject.toml changes. Variables:
 #   PYTHON   the Python to make it with, 3.10 or later
 #   TRITON   the triton to install; `make test TRITON=triton` takes the newest
+#   CPU      what `make test` leaves of this CPU: avx512 (no bfloat16, no int8), avx2, or none (none of our kernels)
+#   MARK     the marker of the tests that `make test` runs, cpu for those that CPU= may change
 PYTHON ?= python3
 TRITON ?= triton==3.7.1
 TORCH := torch==2.13.0
+
+LANE_avx512 := FASTBERT_CPU=avx512 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
+LANE_avx2 := FASTBERT_CPU=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+LANE_none := FASTBERT_CPU=none ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+LANE = $(if $(CPU),$(or $(LANE_$(CPU)),$(error CPU=$(CPU): expected avx512, avx2 or none)))
 
 INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
@@ -16,7 +23,7 @@ demo: $(INSTALLED)
 # All tests but the exhaustive offline compile, a process a core and each on one thread. The script, and not
 # `python -m pytest`, keeps this folder off sys.path.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(LANE) .venv/bin/pytest -n auto --dist worksteal $(if $(MARK),-m $(MARK))
 
 # Lint, format, types.
 check: $(INSTALLED)

@@ -152,7 +152,7 @@ def products(machine: Machine, dtype: str, rows: int, shapes: list[tuple[int, in
         else:
             to = torch.bfloat16 if dtype == "bf16" else torch.float32
             out = torch.empty(rows, width, dtype=to)
-            launches.append(linear(machine, x.to(to), laid_out(weight.to(to)), bias.to(to), out))
+            launches.append(linear(machine, x.to(to), laid_out(weight.to(to), machine.columns), bias.to(to), out))
     return Program(launches).run
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from measure import DeviceTimer, Timer, cpu_seconds
 from workloads import POSITIONS, VOCABULARY, Workload
 
+from fastbert.backend import onednn_multiplies_bfloat16
 from fastbert.errors import ArgumentError
 from fastbert.kernels import cost
 from fastbert.kernels.cost import Cost
@@ -96,7 +97,8 @@ def _products(name: str, rows: int, columns: int, out: int, device: torch.device
     x = torch.randn(rows, columns, device=device).to(DTYPES[name])
     weight = torch.randn(out, columns, device=device).to(DTYPES[name])
     yield lambda: F.linear(x, weight)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    served = torch.backends.mkldnn.is_available() if name == "fp32" else onednn_multiplies_bfloat16()
+    if device.type == "cpu" and served:
         laid_out = torch.ops.mkldnn._reorder_linear_weight(weight)
         yield lambda: torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
 

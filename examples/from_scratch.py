@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from tokenizers import BertWordPieceTokenizer
 
 from fastbert.assets import fetch
+from fastbert.backend import onednn_multiplies_bfloat16
 from fastbert.checkpoints.special_tokens import BERT_NAMES
 from fastbert.config import EncoderConfig
 from fastbert.text import Tokenizer
@@ -67,7 +67,7 @@ def main() -> int:
     entropy = unigram_entropy(Tokenizer.from_folder(out / "untrained"), parts["valid"])
     console.print(f"{len(vocabulary)} word pieces; by their frequencies alone a token costs {entropy:.2f} nats")
 
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_bf16 = onednn_multiplies_bfloat16()
     settings = Settings(
         task="pretrain",
         model=str(out / "untrained"),

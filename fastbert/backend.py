@@ -83,10 +83,27 @@ def _decide(device: torch.device, forced: Forced | None, interpreted: bool, comp
 
 def bfloat16_unserved(device: torch.device) -> str | None:
     """Why bfloat16 is slower than float32 on `device`; None where it is not, or where nobody has looked."""
-    machine = host()
-    if device.type != "cpu" or not isinstance(machine, Machine) or machine.bfloat16:
+    if device.type != "cpu":
         return None
-    return f"{machine.cpu} has no instructions for bfloat16"
+    machine = host()
+    if isinstance(machine, Machine):
+        return None if machine.bfloat16 else f"{machine.cpu} has no instructions for bfloat16"
+    return None if onednn_multiplies_bfloat16() else "torch's oneDNN finds no instructions for bfloat16"
+
+
+def int8_unserved(device: torch.device) -> str | None:
+    """Why int8 is slower than float32 on `device`; None where it is not."""
+    if device.type != "cpu":
+        return None
+    machine = host()
+    if isinstance(machine, Machine):
+        return None if machine.int8 else f"{machine.cpu} has no instructions for int8 (AVX512-VNNI)"
+    return machine
+
+
+def onednn_multiplies_bfloat16() -> bool:
+    """Whether the oneDNN that torch brings multiplies bfloat16 on this CPU."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def uses_triton(op: str, x: Tensor, unserved: str | None = None) -> bool:

@@ -355,6 +355,7 @@ def info() -> None:
     import torch
 
     from fastbert import backend
+    from fastbert.native.machine import lane
 
     print("versions")
     _row("python", platform.python_version())
@@ -363,6 +364,8 @@ def info() -> None:
     print("devices")
     name, instructions = _cpu()
     _row("cpu", f"{name}, {torch.get_num_threads()} threads, {instructions}")
+    if (taken := lane()) is not None:
+        _row("", f"FASTBERT_CPU={taken} is set; torch computes with {torch.backends.cpu.get_cpu_capability()}")
     devices = [torch.device("cpu")]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -375,9 +378,16 @@ def info() -> None:
     for device in devices:
         decision = backend.decide(device)
         _row(str(device), f"{decision.path}, because {decision.reason}")
-        slow = backend.bfloat16_unserved(device)
-        if slow is not None:
-            _row("", f"--dtype bf16 computes in float32 here, because {slow}")
+        for name, unserved, instead in (
+            ("bf16", backend.bfloat16_unserved(device), "computes in float32"),
+            ("int8", backend.int8_unserved(device), "is slower than fp32"),
+        ):
+            if device.type == "cuda" and name == "int8":
+                _row("", "--dtype int8 is for CPUs")
+            elif unserved is None:
+                _row("", f"--dtype {name} multiplies in {name} here")
+            else:
+                _row("", f"--dtype {name} {instead} here, because {unserved}")
 
 
 def _write_records(file: IO[bytes], records: list[dict[str, Any]]) -> None:

@@ -13,6 +13,8 @@ from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.layer import EncoderLayer
 from fastbert.masks import read_mask
+from fastbert.ops.common import onednn_fuses, onednn_rows
+from fastbert.ops.linear import with_slack
 from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
 from fastbert.packing import Packing
 from fastbert.projections import SelfAttention, hooks_of, is_hooked, is_plain
@@ -143,17 +145,22 @@ class Encoder(nn.Module):
         seeds = torch.randint(2**63 - 1, (len(layers), 3), device=x.device) if self.drops() else None
         if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
-        states = [x]
+        rows, states = len(x), [x]
+        slack = onednn_rows(rows) - rows if onednn_fuses(x, next(self.parameters())) else 0
+        if slack:  # once for all products, which would each do it
+            x = with_slack(x, slack)
+        last_unpacks = unpack and not slack and not is_hooked(layers[-1])
         for i, layer in enumerate(layers):
             last = i + 1 == len(layers)
             seed = None if seeds is None else seeds[i]
             if is_hooked(layer):  # by one who knows transformers' padded layout
-                x = packing.pack(layer(packing.unpack(states[-1]), packing, bias, seed))
-                if last and (unpack or read is not None):
-                    x = packing.unpack(x) if unpack else x.index_select(0, cast(Tensor, read))
-                states.append(x)
+                x = packing.pack(layer(packing.unpack(x), packing, bias, seed))
+                x = x.index_select(0, read) if last and read is not None else x
             else:
-                states.append(layer(states[-1], packing, bias, seed, read if last else None, unpack and last))
+                x = layer(x, packing, bias, seed, read if last else None, last_unpacks and last)
+            states.append(x[:rows] if slack and not (last and read is not None) else x)
+        if unpack and not last_unpacks:
+            states[-1] = packing.unpack(states[-1])
         return states
 
     def is_plain(self) -> bool:

@@ -19,6 +19,7 @@ from fastbert.layer import linear_activation
 from fastbert.models import BertModel, Inputs
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
 from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.linear import Linear, linear
 from fastbert.ops.pooling import first_rows, first_tokens
 from fastbert.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.packing import Packing
@@ -58,7 +59,7 @@ class HeadModel(nn.Module):
         self.bert = BertModel(config, pooler=self.pooler)
 
     def _linear(self, outputs: int) -> nn.Linear:
-        linear = nn.Linear(self.config.hidden_size, outputs)
+        linear = Linear(self.config.hidden_size, outputs)
         initialise(linear, self.config.initializer_range)
         return linear
 
@@ -99,7 +100,7 @@ class PredictionHead(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
         initialise(self, config.initializer_range)
@@ -111,7 +112,7 @@ class PredictionHead(nn.Module):
 
     def logits(self, x: Tensor, word: Tensor) -> Tensor:
         """`[rows, hidden]` and the word table `[vocab, hidden]` -> `[rows, vocab]`."""
-        return F.linear(self(x), word, self.bias)
+        return linear(self(x), word, self.bias)
 
     def loss(self, x: Tensor, word: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy of rows with int64 labels `[rows]`, without their logits."""

@@ -194,7 +194,9 @@ class LaidOutEncoder(LaidOut):
             weights += [weight, *(linear.weight for linear in linears)]
             biases += [bias, *(linear.bias for linear in linears)]
         biases = [bias.detach().contiguous() for bias in biases]
-        products = iter([_Product(*both) for both in zip(laid_out_together(weights), biases, strict=True)])
+        products = iter(
+            [_Product(*both) for both in zip(laid_out_together(weights, machine.columns), biases, strict=True)]
+        )
         self.layers = [
             _Layer(
                 qkv=next(products),

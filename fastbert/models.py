@@ -15,7 +15,7 @@ from fastbert.embeddings import Embeddings
 from fastbert.encoder import Encoder, initialise
 from fastbert.errors import ArgumentError
 from fastbert.masks import read_mask
-from fastbert.ops.linear import held
+from fastbert.ops.linear import Linear, held
 from fastbert.ops.pooling import first_tokens
 from fastbert.outputs import ModelOutput, refuse_what_asks
 from fastbert.packing import Packing
@@ -63,7 +63,7 @@ class BertModel(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooler else None
+        self.pooler = Linear(config.hidden_size, config.hidden_size) if pooler else None
         if self.pooler is not None:
             initialise(self.pooler, config.initializer_range)
 

@@ -13,6 +13,7 @@ Residuals, LayerNorm, attention and the heads of a model compute as before.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, Generic, Literal, NoReturn, TypeVar, cast, get_args
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import reference
+from fastbert.backend import int8_unserved
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, BackendError
@@ -50,7 +52,8 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
 
     Args:
         model: any module with a `fastbert.Encoder` in it, in eval mode.
-        dtype: "int8" runs on a CPU, fast where it multiplies int8 (AVX512-VNNI); float32 rounds the least beside it.
+        dtype: "int8" runs on a CPU, fast where it multiplies int8 (AVX512-VNNI), else slower than float32, with a
+            warning; float32 rounds the least beside it.
             "fp8", for e4m3, runs on NVIDIA GPUs from sm_89 on, in bfloat16; on a CPU it computes the same numbers
             slowly, to test accuracy. By default what the device of the model runs fast: int8 on a CPU, else fp8.
 
@@ -67,6 +70,8 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
         raise ArgumentError("dtype", repr(dtype), "'fp8' or 'int8'")
     if model.training:
         raise ArgumentError("model", "a model in training mode", "one in eval mode", "Call model.eval() first.")
+    if dtype == "int8" and (slow := int8_unserved(next(model.parameters()).device)) is not None:
+        warnings.warn(f"int8 is slower than float32 here: {slow}", stacklevel=2)
     encoders = {name: part for name, part in model.named_modules() if type(part) is Encoder}
     if not encoders:
         raise ArgumentError("model", type(model).__name__, "a module with a fastbert.Encoder in it")

@@ -10,6 +10,8 @@ from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
 from fastbert.native.machine import Machine, host
 
+pytestmark = pytest.mark.cpu
+
 CPU = torch.zeros(1)
 
 

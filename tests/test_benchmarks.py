@@ -123,6 +123,7 @@ def test_ceilings_of_a_device_that_is_not_there() -> None:
             roofline.ceilings(torch.device("cuda"))
 
 
+@pytest.mark.cpu
 def test_ceilings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "COPY_BYTES", 2**16)
     monkeypatch.setattr(roofline, "GEMMS", [(16, 16)])

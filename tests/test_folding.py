@@ -13,6 +13,8 @@ from fastbert.ops.linear import hold_weights
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
 
+pytestmark = pytest.mark.cpu
+
 
 def random_model(generator, **options):
     """A model whose every parameter is random, LayerNorm's weights between 0.2 and 1.7."""

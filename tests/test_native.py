@@ -27,9 +27,11 @@ from fastbert.ops.linear import Layouts, hold_weights
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
 
+pytestmark = pytest.mark.cpu
+
 HOST = host()
 if not isinstance(HOST, Machine):
-    pytest.skip(HOST, allow_module_level=True)
+    pytest.skip(f"{HOST}: Linux on x86-64 with AVX2 runs this", allow_module_level=True)
 
 # Without AVX-512 the vectors are half as wide, and there are half as many.
 NARROW = Machine("x86-64-v3", "", lanes=8, registers=16, bfloat16=False, int8=False)
@@ -46,7 +48,7 @@ ACTIVATIONS = {
 
 def served(machine, dtype):
     if dtype not in machine.dtypes:
-        pytest.skip(f"this machine has no {dtype}")
+        pytest.skip(f"no products of {dtype} here: a CPU with them runs this (AVX512-BF16; without FASTBERT_CPU)")
 
 
 def quantized(machine, x):
@@ -212,7 +214,7 @@ def test_linear(rows, depth, width, machine, dtype, generator):
     weight = (torch.randn(width, depth, generator=generator) / depth**0.5).to(dtype)
     bias = torch.randn(width, generator=generator).to(dtype)
     residual = torch.randn(rows, width, generator=generator).to(dtype)
-    matrix = native_layout.laid_out(weight)
+    matrix = native_layout.laid_out(weight, machine.columns)
     for activation, added in ((None, None), ("gelu", None), (None, residual), ("silu", residual)):
 
         def compute(to, activation=activation, added=added):
@@ -224,12 +226,13 @@ def test_linear(rows, depth, width, machine, dtype, generator):
         assert_close(out, compute(torch.float32).to(dtype), compute(torch.float64))
 
 
-def test_linear_over_several_groups_of_rows(generator, monkeypatch):
+@pytest.mark.parametrize("machine", MACHINES)
+def test_linear_over_several_groups_of_rows(machine, generator, monkeypatch):
     """Each group has tasks of its own; the last one is short, and goes over rows of the one before it."""
-    monkeypatch.setattr(native_linear, "GROUP_BYTES", 64 * 4 * 16)
+    monkeypatch.setattr(Machine, "group_bytes", 64 * 4 * 16)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((67, 64), (96, 64), (96,)))
     out = torch.full((67, 96), torch.nan)
-    native_linear.linear(HOST, x, native_layout.laid_out(weight), bias, out).run()
+    native_linear.linear(machine, x, native_layout.laid_out(weight, machine.columns), bias, out).run()
     assert_close(out, F.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
 
 
@@ -348,7 +351,7 @@ def forced(run):
 def test_linear_int8(rows, depth, width, dtype, step, generator):
     """The kernel gives what torch computes from the same integers."""
     if not HOST.int8:
-        pytest.skip("this machine does not multiply int8")
+        pytest.skip("no products of int8 here: a CPU with them runs this (AVX512-VNNI; without FASTBERT_CPU)")
     served(HOST, dtype)
     weight = Int8Matrix.of(torch.randn(width, depth, generator=generator) / depth**0.5)
     bias, norm_weight, norm_bias = torch.randn(3, width, generator=generator)
@@ -447,7 +450,7 @@ def test_laid_out_int8_encoder(lengths, dtype, generator, runs, nan_empty):
     """It computes what the quantized layers do one by one; the rows of a batch of few are shared out otherwise."""
     served(HOST, dtype)
     if not HOST.int8:
-        pytest.skip("this machine does not multiply int8")
+        pytest.skip("no products of int8 here: a CPU with them runs this (AVX512-VNNI; without FASTBERT_CPU)")
     model = quantize(random_model(generator).to(dtype), dtype="int8")
     packing = Packing.from_lengths(lengths)
     ids = torch.randint(50, (packing.tokens,), generator=generator)
@@ -539,6 +542,7 @@ def test_where_the_laid_out_encoder_does_not_run(case, generator, runs):
 
 @pytest.mark.parametrize("change", ["in place", "data", "assigned", "norm", "dtype"])
 def test_layouts_are_kept_until_a_weight_changes(change, generator, runs):
+    served(HOST, torch.bfloat16 if change == "dtype" else torch.float32)
     model = random_model(generator)
     layouts = Layouts(model)
     ids, packing = torch.randint(50, (9,), generator=generator), Packing.from_lengths([4, 5])
@@ -584,7 +588,7 @@ def test_what_a_machine_has_decides(monkeypatch):
 def test_one_task_more_than_rows_of_a_task(generator):
     """Rows that end inside a task, in a kernel whose tasks share out rows evenly."""
     if not HOST.int8:
-        pytest.skip("this machine does not multiply int8")
+        pytest.skip("no products of int8 here: a CPU with them runs this (AVX512-VNNI; without FASTBERT_CPU)")
     for rows in (native_linear_int8.MOST_ROWS, native_linear_int8.MOST_ROWS + 1, 2 * native_linear_int8.TASK_ROWS + 1):
         x = torch.randn(rows, 16, generator=generator)
         product = quantize_rows_int8(x), Int8Matrix.of(torch.randn(16, 16, generator=generator)), torch.zeros(16)

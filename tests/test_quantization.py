@@ -20,6 +20,8 @@ from fastbert.packing import Packing
 from fastbert.quantization import in_int8
 from fastbert.tasks import TextEncoder
 
+pytestmark = pytest.mark.cpu
+
 
 def batch(generator):
     packing = Packing.from_lengths([5, 17, 1, 30])

@@ -91,16 +91,19 @@ def test_encode_from_a_folder(minilm: Path, encoder: TextEncoder) -> None:
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
 
 
+@pytest.mark.cpu
 def test_bf16_points_the_same_way(minilm: Path, encoder: TextEncoder) -> None:
     embeddings = encode(TEXTS, minilm, dtype="bf16")
     assert embeddings.dtype == np.float32
     exact = encoder.encode(TEXTS)
-    assert not np.array_equal(embeddings, exact)
+    in_float32 = backend.bfloat16_unserved(next(encoder.model.parameters()).device) is not None
+    assert np.array_equal(embeddings, exact) == in_float32
     # A text of one word has no mean to round its errors away: transformers' bf16 falls to 0.99988 for those.
     several_words = [i for i, text in enumerate(TEXTS) if len(text.split()) > 1]
     assert (embeddings * exact)[several_words].sum(axis=1).min() >= 0.9999
 
 
+@pytest.mark.cpu
 def test_bf16_is_as_exact_as_transformers(minilm: Path) -> None:
     embeddings = torch.from_numpy(encode(TEXTS, minilm, dtype="bf16"))
     plain = transformers.BertModel.from_pretrained(minilm, dtype=torch.bfloat16).eval()

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastbert.native.layout import COLUMNS, laid_out
+from fastbert.native.layout import laid_out
 from fastbert.native.memory import FLOAT32, INT8, UINT8, Place, located, room
+
+# Outputs of a product that are made together: two vectors of AVX-512's. The same on every machine, because a quantized
+# model's `state_dict` holds weights that are laid out so.
+COLUMNS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +71,7 @@ class Int8Matrix:
         scale = exact.abs().amax(1).clamp_min(1e-30) / 127.0
         values = (exact / scale[:, None]).round().to(torch.int8)
         total = scale * values.sum(1, dtype=torch.int32)
-        return cls(laid_out(values), scale, total)
+        return cls(laid_out(values, COLUMNS), scale, total)
 
     def places(self, words: int, width: int) -> tuple[Place, Place, Place]:
         """Values, scale and sum, as a kernel takes them."""

@@ -9,26 +9,27 @@ from torch import Tensor
 
 from fastbert.native.memory import room
 
-# Outputs of a product that are made together: two vectors of sums with AVX-512.
-COLUMNS = 32
 
+def laid_out(weight: Tensor, columns: int) -> Tensor:
+    """`[out, in]` -> `[blocks of outputs, words of inputs, columns, inputs in a word of 4 bytes]`, zeros at the end.
 
-def laid_out(weight: Tensor) -> Tensor:
-    """`[out, in]` -> `[blocks of outputs, words of inputs, COLUMNS, inputs in a word of 4 bytes]`, zeros at the end."""
+    Args:
+        columns: outputs that are made together.
+    """
     inputs = 4 // weight.itemsize
-    padded = F.pad(weight.detach(), (0, -weight.shape[1] % inputs, 0, -len(weight) % COLUMNS))
-    return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
+    padded = F.pad(weight.detach(), (0, -weight.shape[1] % inputs, 0, -len(weight) % columns))
+    return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, columns)).transpose(1, 2).contiguous()
 
 
-def laid_out_together(weights: Sequence[Tensor]) -> list[Tensor]:
+def laid_out_together(weights: Sequence[Tensor], columns: int) -> list[Tensor]:
     """Each `laid_out`, of one dtype, one after another in memory: what is fetched past one's end is the next one."""
     inputs = 4 // weights[0].itemsize
     sizes = [
-        (len(weight) + -len(weight) % COLUMNS) * (weight.shape[1] + -weight.shape[1] % inputs) for weight in weights
+        (len(weight) + -len(weight) % columns) * (weight.shape[1] + -weight.shape[1] % inputs) for weight in weights
     ]
     parts = room([sum(sizes)], weights[0].dtype).split(sizes)
     made = []
     for weight, part in zip(weights, parts, strict=True):
-        one = laid_out(weight)
+        one = laid_out(weight, columns)
         made.append(part.view_as(one).copy_(one))
     return made

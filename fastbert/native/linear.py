@@ -1,8 +1,8 @@
 """linear: a product with bias, activation and residual sum, on a CPU, in float32 or bfloat16.
 
-A task is `COLUMNS` outputs of a group of rows: as many as half of a second cache holds, so that the tasks of a group
-find them there. The weights of a task lie together and meet up to `MOST_ROWS` rows at a time; a sum stays in its
-register until it is whole. bfloat16 is multiplied by pairs, into float32.
+A task is `Machine.columns` outputs of a group of rows: as many as half of a second cache holds, so that the tasks of a
+group find them there. The weights of a task lie together and meet up to `Machine.rows` rows at a time; a sum stays in
+its register until it is whole. bfloat16 is multiplied by pairs, into float32.
 """
 
 from __future__ import annotations
@@ -16,18 +16,12 @@ from torch import Tensor
 
 from fastbert.config import Activation
 from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
-from fastbert.native.layout import COLUMNS
 from fastbert.native.machine import Machine
 from fastbert.native.memory import located, located_or_none
 from fastbert.native.row_wise import activated, load_states
 
-# Rows at a time; with two vectors each they take half of the registers.
-MOST_ROWS = 8
 # Words whose products are summed before that sum joins the others, so that rounding grows no faster than in a BLAS.
 CHUNK = 384
-
-# Bytes of the rows of a group: half of Zen 4's second cache.
-GROUP_BYTES = 2**19
 
 # Bytes ahead of the weights in use that are fetched, which a cache is slow to do by itself once they fill none.
 AHEAD = 8192
@@ -60,14 +54,14 @@ def linear(
 
     Args:
         x: contiguous `[rows, in]`, of a dtype of `machine.dtypes`; a row is whole words.
-        weight: made by `layout.laid_out`, in the dtype of x.
+        weight: made by `layout.laid_out` for `machine.columns`, in the dtype of x.
         bias: contiguous `[out]`, in the dtype of x.
         out: contiguous `[rows, out]`, in the dtype of x <- the result; not the residual itself.
         residual: contiguous `[rows, out]`, in the dtype of x.
     """
     (rows, width), (blocks, words, *_) = out.shape, weight.shape
-    at_once = min(MOST_ROWS, 1 << (max(rows, 1).bit_length() - 1))
-    group_rows = max(GROUP_BYTES // (4 * words * at_once), 1) * at_once
+    at_once = machine.rows if rows >= machine.rows else 1 << (max(rows, 1).bit_length() - 1)
+    group_rows = max(machine.group_bytes // (4 * words * at_once), 1) * at_once
     kernel = _kernel(machine, Steps(x.dtype, words, width, at_once, activation, residual is not None))
     next_weight = weight[0].nbytes * torch.get_num_threads()
     dtypes = (x.dtype,)
@@ -76,7 +70,7 @@ def linear(
         located("x", x, machine.dtypes, rows * words * 4 // x.itemsize),
         rows,
         group_rows,
-        located("weight", weight, dtypes, -(-width // COLUMNS) * words * COLUMNS * 4 // x.itemsize),
+        located("weight", weight, dtypes, -(-width // machine.columns) * words * machine.columns * 4 // x.itemsize),
         next_weight,
         located("bias", bias, dtypes, width),
         located_or_none("residual", residual, dtypes, rows * width),
@@ -90,13 +84,13 @@ def _kernel(machine: Machine, steps: Steps) -> Kernel:
 
 
 def _product(code: Code, steps: Steps) -> None:
-    lanes, words, width = code.lanes, steps.words, steps.width
+    lanes, columns, words, width = code.lanes, code.machine.columns, steps.words, steps.width
     bfloat16 = steps.dtype == torch.bfloat16
     word = I32 if bfloat16 else F32
-    blocks = -(-width // COLUMNS)
+    blocks = -(-width // columns)
     block = code.task % blocks
-    column = block * COLUMNS
-    weight = code["weight"] + block * (words * 4 * COLUMNS)
+    column = block * columns
+    weight = code["weight"] + block * (words * 4 * columns)
     first = (code.task // blocks) * code["group_rows"]
     last = code.minimum(first + code["group_rows"], code["rows"])
 
@@ -112,7 +106,7 @@ def _product(code: Code, steps: Steps) -> None:
                         code.prefetch(code["residual"] + ((row + r) * width + column) * steps.dtype.itemsize + line)
 
             def multiply(k: Value, *totals: Value) -> Sequence[Value]:
-                line = weight + k * (4 * COLUMNS)
+                line = weight + k * (4 * columns)
                 vectors = [code.load(line + 4 * lanes * n, word, lanes) for n in range(len(counts))]  # [lanes] words
                 for n in range(len(counts)):
                     code.prefetch(line + 4 * lanes * n + ahead)
@@ -147,17 +141,17 @@ def _product(code: Code, steps: Steps) -> None:
 
         code.loop(first, last, steps.rows, row_block)
 
-    in_columns(code, block, width, column_block)
+    in_columns(code, block, columns, width, column_block)
 
 
-def in_columns(code: Code, block: Value, width: int, body: Callable[[Sequence[int]], None]) -> None:
-    """`body(counts)` for a block of `COLUMNS` of `width` outputs; the last block may have less."""
-    whole, rest = divmod(width, COLUMNS)
-    code.when(block < whole, lambda: body(column_counts(COLUMNS, code.lanes)))
+def in_columns(code: Code, block: Value, columns: int, width: int, body: Callable[[Sequence[int]], None]) -> None:
+    """`body(counts)` for a block of `columns` of `width` outputs; the last block may have less."""
+    whole, rest = divmod(width, columns)
+    code.when(block < whole, lambda: body(column_counts(columns, code.lanes)))
     if rest:
         code.when(code.number(whole - 1) < block, lambda: body(column_counts(rest, code.lanes)))
 
 
 def column_counts(width: int, lanes: int) -> list[int]:
-    """How many numbers there are in each vector of so many outputs, `COLUMNS` at most."""
+    """How many numbers there are in each vector of so many outputs."""
     return [min(lanes, width - n) for n in range(0, width, lanes)]

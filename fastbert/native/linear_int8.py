@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fastbert.config import Activation
 from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
-from fastbert.native.int8 import Int8Matrix, Int8Rows
-from fastbert.native.layout import COLUMNS
+from fastbert.native.int8 import COLUMNS, Int8Matrix, Int8Rows
 from fastbert.native.linear import column_counts, in_columns
 from fastbert.native.machine import Machine
 from fastbert.native.memory import FLOAT32, PerWorker, located, located_or_none, room
@@ -209,7 +208,7 @@ def _product_of_few(code: Code, steps: FewSteps) -> None:
 
         code.loop(0, code["rows"], steps.rows, row_block)
 
-    in_columns(code, code.task, steps.width, column_block)
+    in_columns(code, code.task, COLUMNS, steps.width, column_block)
 
 
 def _product(code: Code, steps: Steps) -> None:

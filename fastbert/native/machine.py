@@ -1,8 +1,14 @@
-"""The vector unit of this CPU, as the kernels are written for it."""
+"""The vector unit of this CPU, as the kernels are written for it.
+
+FASTBERT_CPU=avx512, avx2 or none takes some of it away, so that what a weaker CPU does is seen on a stronger one:
+AVX-512 without bfloat16 and int8, AVX2, or no kernels at all. `make test CPU=...` tells torch and its libraries the
+same.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastbert.errors import ArgumentError, BackendError
+
+# What each lane leaves of the features of a CPU whose names begin with "avx" and "amx".
+LANES = {
+    "avx512": {"avx", "avx2", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "avx2": {"avx", "avx2"},
+    "none": set[str](),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,21 @@ class Machine:
     int8: bool
 
     @property
+    def columns(self) -> int:
+        """Outputs of a product of floats that are made together: two vectors of sums for each row."""
+        return 2 * self.lanes
+
+    @property
+    def rows(self) -> int:
+        """Rows of a product of floats that are made together: their sums leave room for operands, and for renaming."""
+        return 8 if self.registers == 32 else 6
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of rows that all outputs are made of before the next: half of the second cache of a Zen 4 or Zen 3."""
+        return 2**19 if self.lanes == 16 else 2**18
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """What the kernels read and write."""
         return (torch.float32, torch.bfloat16) if self.bfloat16 else (torch.float32,)
@@ -43,9 +73,27 @@ class Machine:
         return f"{self.cpu}, {self.lanes} floats a vector, products of {' and '.join(['float32', *narrow])}"
 
 
+def lane() -> str | None:
+    """What FASTBERT_CPU leaves of the CPU: a key of `LANES`; None where it is not set.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    name = os.environ.get("FASTBERT_CPU") or None
+    if name is not None and name not in LANES:
+        raise ArgumentError("FASTBERT_CPU", repr(name), f"{', '.join(LANES)}, or nothing for all that the CPU has")
+    return name
+
+
 @cache
 def host() -> Machine | str:
-    """The CPU at hand; or in words why kernels are not compiled for it."""
+    """The CPU at hand, as far as the `lane` leaves it; or in words why kernels are not compiled for it.
+
+    Raises:
+        ArgumentError, BackendError: FASTBERT_CPU is no lane, or one that this CPU is too weak for.
+    """
+    if lane() == "none":
+        return "FASTBERT_CPU=none is set"
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return f"{platform.system()} on {platform.machine()}: CPU kernels are written for Linux on x86-64"
     try:
@@ -57,6 +105,11 @@ def host() -> Machine | str:
     except (OSError, AttributeError) as error:
         return f"torch's OpenMP can't be used: {error}"
     features = llvm.get_host_cpu_features()
+    if (kept := LANES.get(lane() or "")) is not None:
+        if missing := sorted(name for name in kept if not features.get(name)):
+            raise BackendError("FASTBERT_CPU", lane(), f"what this CPU has: it lacks {', '.join(missing)}")
+        for name in features:
+            features[name] = features[name] and (name in kept or not name.startswith(("avx", "amx")))
     if not (features.get("avx2") and features.get("fma")):
         return "a CPU without AVX2"
     wide = all(features.get(f"avx512{part}") for part in ("f", "bw", "dq", "vl"))
@@ -98,9 +151,8 @@ def made_by_amd() -> bool:
 
 
 def multiplies_well() -> bool:
-    """Whether products of floats by a kernel of ours were measured to be faster than a BLAS: with AVX-512 on Zen 4.
+    """Whether products of floats by a kernel of ours were measured to be faster than a BLAS: on AMD's, Zen 3 to Zen 5.
 
     Not measured on Intel's, whose AMX multiplies bfloat16 faster than any vectors, and whose BLAS torch brings.
     """
-    machine = host()
-    return made_by_amd() and isinstance(machine, Machine) and machine.lanes == 16
+    return made_by_amd()

@@ -1,8 +1,8 @@
 """weight_gradient: what a linear layer's weight gets of its output's gradient, `dout^T @ x`, on a CPU, in float32.
 
-A task is `TASK_INPUTS` inputs and `TASK_OUTPUTS` outputs. Of `CHUNK` rows after `CHUNK` it copies its part together,
-since whole rows lie so far apart that they would share a few lines of a cache; then `COLUMNS` inputs of them meet
-`OUTPUTS` outputs after `OUTPUTS`, whose sums over the chunk stay in registers.
+A task is `TASK_INPUTS` inputs and `TASK_OUTPUTS` times `Machine.rows` outputs. Of `CHUNK` rows after `CHUNK` it copies
+its part together, since whole rows lie so far apart that they would share a few lines of a cache; then
+`Machine.columns` inputs of them meet `Machine.rows` outputs after as many, whose sums over the chunk stay in registers.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastbert.native.code import F32, Code, Kernel, Launch, Value, compiled
-from fastbert.native.layout import COLUMNS
 from fastbert.native.machine import Machine
 from fastbert.native.memory import FLOAT32, PerWorker, located
 
-# Outputs at a time; with two vectors of inputs each they take half of the registers.
-OUTPUTS = 8
-# Of a task, multiples of `COLUMNS` and `OUTPUTS`: enough that copying is little beside the products, few enough to
-# share out and to stay in a second cache.
-TASK_INPUTS, TASK_OUTPUTS = 128, 64
+# Inputs of a task, a multiple of `Machine.columns`, and how often it has `Machine.rows` outputs: enough that copying is
+# little beside the products, few enough to share out and to stay in a second cache.
+TASK_INPUTS, TASK_OUTPUTS = 128, 8
 # Rows whose products are summed before that sum joins the others, so that rounding grows no faster than in a BLAS.
 CHUNK = 128
 
@@ -44,14 +41,15 @@ def weight_gradient(machine: Machine, x: Tensor, dout: Tensor, dweight: Tensor) 
         dweight: contiguous float32 `[out, in]`, to which it is added.
     """
     outputs, inputs = dweight.shape
-    tasks = -(-inputs // TASK_INPUTS) * -(-outputs // TASK_OUTPUTS)
+    task_outputs = TASK_OUTPUTS * machine.rows
+    tasks = -(-inputs // TASK_INPUTS) * -(-outputs // task_outputs)
     rows = len(x)
     return _kernel(machine, Steps(inputs, outputs))(
         tasks,
         located("x", x, FLOAT32, rows * inputs),
         located("dout", dout, FLOAT32, rows * outputs),
         rows,
-        PerWorker(4 * CHUNK * (TASK_INPUTS + TASK_OUTPUTS)),
+        PerWorker(4 * CHUNK * (TASK_INPUTS + task_outputs)),
         located("dweight", dweight, FLOAT32, outputs * inputs),
     )
 
@@ -63,10 +61,12 @@ def _kernel(machine: Machine, steps: Steps) -> Kernel:
 
 def _product(code: Code, steps: Steps) -> None:
     lanes, inputs, outputs = code.lanes, steps.inputs, steps.outputs
+    block, most = code.machine.columns, code.machine.rows
+    task_outputs = TASK_OUTPUTS * most
     groups = -(-inputs // TASK_INPUTS)
-    input_, output = code.task % groups * TASK_INPUTS, code.task // groups * TASK_OUTPUTS
-    x = code["scratch"] + code.worker * (4 * CHUNK * (TASK_INPUTS + TASK_OUTPUTS))  # [blocks, CHUNK, COLUMNS]
-    dout = x + 4 * CHUNK * TASK_INPUTS  # [CHUNK, TASK_OUTPUTS]
+    input_, output = code.task % groups * TASK_INPUTS, code.task // groups * task_outputs
+    x = code["scratch"] + code.worker * (4 * CHUNK * (TASK_INPUTS + task_outputs))  # [blocks, CHUNK, block]
+    dout = x + 4 * CHUNK * TASK_INPUTS  # [CHUNK, task_outputs]
 
     def task(some_inputs: int, some_outputs: int) -> None:
         def add_chunk(begin: Value) -> None:
@@ -76,21 +76,21 @@ def _product(code: Code, steps: Steps) -> None:
                 from_x = code["x"] + ((begin + row) * inputs + input_) * 4
                 for n in range(0, some_inputs, lanes):
                     vector = code.load_first(from_x + 4 * n, F32, min(lanes, some_inputs - n), lanes)
-                    code.store(vector, x + (n // COLUMNS * CHUNK * COLUMNS + n % COLUMNS) * 4 + row * (4 * COLUMNS))
+                    code.store(vector, x + (n // block * CHUNK * block + n % block) * 4 + row * (4 * block))
                 from_dout = code["dout"] + ((begin + row) * outputs + output) * 4
                 for n in range(0, some_outputs, lanes):
                     vector = code.load_first(from_dout + 4 * n, F32, min(lanes, some_outputs - n), lanes)
-                    code.store(vector, dout + row * (4 * TASK_OUTPUTS) + 4 * n)
+                    code.store(vector, dout + row * (4 * task_outputs) + 4 * n)
 
-            def add_tile(i: Value, o: Value, columns: int = COLUMNS, at_once: int = OUTPUTS) -> None:
+            def add_tile(i: Value, o: Value, columns: int = block, at_once: int = most) -> None:
                 vectors = range(0, columns, lanes)
 
                 def multiply(row: Value, *totals: Value) -> list[Value]:
-                    line = x + (i * CHUNK + row * COLUMNS) * 4
+                    line = x + (i * CHUNK + row * block) * 4
                     values = [code.load(line + 4 * n, F32, lanes) for n in vectors]  # [lanes] inputs
                     made = []
                     for r in range(at_once):
-                        scalar = code.splat(code.load(dout + (row * TASK_OUTPUTS + o + r) * 4, F32))
+                        scalar = code.splat(code.load(dout + (row * task_outputs + o + r) * 4, F32))
                         made += [code.fma(scalar, v, totals[r * len(vectors) + n]) for n, v in enumerate(values)]
                     return made
 
@@ -102,25 +102,25 @@ def _product(code: Code, steps: Steps) -> None:
                         total = code.load_first(place, F32, count, lanes) + sums[r * len(vectors) + number]
                         code.store(total, place, count)
 
-            def add_columns(i: Value, columns: int = COLUMNS) -> None:
-                whole = some_outputs // OUTPUTS * OUTPUTS
-                code.loop(0, whole, OUTPUTS, lambda o: add_tile(i, o, columns))
+            def add_columns(i: Value, columns: int = block) -> None:
+                whole = some_outputs // most * most
+                code.loop(0, whole, most, lambda o: add_tile(i, o, columns))
                 if whole < some_outputs:
                     add_tile(i, code.number(whole), columns, some_outputs - whole)
 
             code.loop(0, rows, 1, copy)
-            whole = some_inputs // COLUMNS * COLUMNS
-            code.loop(0, whole, COLUMNS, add_columns)
+            whole = some_inputs // block * block
+            code.loop(0, whole, block, add_columns)
             if whole < some_inputs:
                 add_columns(code.number(whole), some_inputs - whole)
 
         code.loop(0, code["rows"], CHUNK, add_chunk)
 
     def with_outputs(some_inputs: int) -> None:
-        whole, rest = divmod(outputs, TASK_OUTPUTS)
-        code.when(output < whole * TASK_OUTPUTS, lambda: task(some_inputs, TASK_OUTPUTS))
+        whole, rest = divmod(outputs, task_outputs)
+        code.when(output < whole * task_outputs, lambda: task(some_inputs, task_outputs))
         if rest:
-            code.when(code.number(whole * TASK_OUTPUTS - 1) < output, lambda: task(some_inputs, rest))
+            code.when(code.number(whole * task_outputs - 1) < output, lambda: task(some_inputs, rest))
 
     whole, rest = divmod(inputs, TASK_INPUTS)
     code.when(input_ < whole * TASK_INPUTS, lambda: with_outputs(TASK_INPUTS))

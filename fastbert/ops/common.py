@@ -144,8 +144,17 @@ def onednn_fuses(x: Tensor, *others: Tensor | None) -> bool:
         and runs_bare(x, *others)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and (torch.ops.mkldnn._is_mkldnn_bf16_supported() if x.dtype == torch.bfloat16 else made_by_amd())
+        and (backend.onednn_multiplies_bfloat16() if x.dtype == torch.bfloat16 else made_by_amd())
     )
+
+
+def onednn_rows(rows: int) -> int:
+    """How many rows oneDNN gets for so many: rounded up to one of 16 numbers from a power of two to the next.
+
+    It keeps half a megabyte for each product of other sizes, 1,024 of them. So no two batches may each bring their own.
+    """
+    step = 1 << max(rows.bit_length() - 5, 0)
+    return -(-rows // step) * step
 
 
 def _described(x: Tensor) -> str:

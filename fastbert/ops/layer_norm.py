@@ -26,7 +26,7 @@ from fastbert.ops.common import (
     wants_gradient,
 )
 from fastbert.ops.dropout import drop
-from fastbert.ops.linear import packed, product
+from fastbert.ops.linear import by_onednn, product
 from fastbert.packing import Packing
 
 
@@ -129,7 +129,7 @@ def linear_layer_norm(
         )
     tensors = (x, weight, x_bias, residual, norm_weight, norm_bias)
     if dropout == 0.0 and onednn_fuses(*tensors):
-        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed(weight), x_bias, "add")
+        total = by_onednn(x, weight, x_bias, residual=residual)
         return layer_norm(total, norm_weight, norm_bias, eps=eps, unpack=unpack)
     if dropout == 0.0 and x.dtype == torch.float32 and x_bias is not None and runs_bare(*tensors):
         total = (residual + x_bias).addmm_(x, weight.t())

@@ -16,8 +16,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastbert.native.layout import laid_out
 from fastbert.native.machine import Machine, multiplies_well
 from fastbert.native.memory import room
-from fastbert.ops.common import check_linear, native_machine, observed, onednn_fuses, wants_gradient
+from fastbert.ops.common import check_linear, native_machine, observed, onednn_fuses, onednn_rows, wants_gradient
 from fastbert.ops.watch import Watch
+from fastbert.reference import Approximate
 
 T = TypeVar("T")
 
@@ -100,8 +101,44 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     check_linear(x, weight, bias)
     if onednn_fuses(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "none", [], "")
+        return by_onednn(x, weight, bias)
     return product(x, weight, bias)
+
+
+def by_onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gelu: Approximate | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A linear layer and GELU or a residual sum, `[rows, out]`, on tensors for which `onednn_fuses`."""
+    rows = len(x)
+    slack = onednn_rows(rows) - rows
+    if slack:
+        x, residual = with_slack(x, slack), None if residual is None else with_slack(residual, slack)
+    if residual is not None:
+        made = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed(weight), bias, "add")
+    else:
+        after: tuple[str, list[Any], str] = ("none", [], "") if gelu is None else ("gelu", [], gelu)
+        made = torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, *after)
+    return made[:rows] if slack else made
+
+
+class Linear(nn.Linear):
+    """An `nn.Linear`, of rows by oneDNN where that is for them: a pooler's or a head's, of any number of rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        if x.dim() == 2 and onednn_fuses(x, self.weight, self.bias):
+            return by_onednn(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def with_slack(x: Tensor, rows: int) -> Tensor:
+    """`x` with so many rows of zeros after its own."""
+    return F.pad(x, (0, 0, 0, rows))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,7 +176,7 @@ def _by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None)
 
     bias = x.new_zeros(len(weight)) if bias is None else bias.contiguous()
     out = room((len(x), len(weight)), x.dtype)
-    kernel.linear(machine, x.contiguous(), laid_out(weight), bias, out).run()
+    kernel.linear(machine, x.contiguous(), laid_out(weight, machine.columns), bias, out).run()
     return out
 
 

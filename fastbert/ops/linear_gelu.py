@@ -14,7 +14,7 @@ from fastbert.errors import BackendError
 from fastbert.kernels import launch, target
 from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, check_approximate
 from fastbert.ops.common import cast_states, check_linear, launched, onednn_fuses, runs_bare, wants_gradient
-from fastbert.ops.linear import linear, packed
+from fastbert.ops.linear import by_onednn, linear
 from fastbert.reference import Approximate
 
 
@@ -41,7 +41,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     if backend.uses_triton("linear_gelu", x, launch.elementwise_unserved(x.dtype)):
         return _linear_gelu_triton(x, weight, bias, approximate)
     if onednn_fuses(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "gelu", [], approximate)
+        return by_onednn(x, weight, bias, gelu=approximate)
     product = linear(x, weight, bias)
     if runs_bare(x, weight, bias):
         return torch.ops.aten.gelu_(product, approximate=approximate)

@@ -1,0 +1,165 @@
+"""What a CPU has, and the lanes that take some of it away."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from processes import PYTHON
+
+from fastbert import backend, quantize
+from fastbert.errors import ArgumentError, BackendError
+from fastbert.native import machine as native_machine
+from fastbert.native.machine import LANES, Machine
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What torch, oneDNN, our kernels and the code that LLVM makes of one have in a process.
+FOUND = """
+import sys
+import torch
+from fastbert import backend
+from fastbert.native.machine import Machine, host
+
+print("torch", torch.backends.cpu.get_cpu_capability())
+print("oneDNN bfloat16", backend.onednn_multiplies_bfloat16())
+layer = torch.ops.mkldnn._linear_pointwise(torch.ones(2, 64), torch.ones(64, 64), None, "none", [], "")
+machine = host()
+if isinstance(machine, Machine):
+    print("kernels", machine.lanes, machine.bfloat16, machine.int8)
+    import llvmlite.binding as llvm
+    make, made = llvm.create_mcjit_compiler, []
+    def kept(module, target):
+        made.append(target.emit_assembly(module))
+        return make(module, target)
+    llvm.create_mcjit_compiler = kept
+    from fastbert.native.layout import laid_out
+    from fastbert.native.linear import linear
+    from fastbert.native.row_wise import row_wise
+    x, out = torch.ones(20, 64), torch.empty(20, 64)
+    row_wise(machine, x, activation="gelu", norm=(torch.ones(64), torch.ones(64), 1e-5), out=out).run()
+    linear(machine, x, laid_out(x, machine.columns), torch.ones(20), torch.empty(20, 20), activation="silu").run()
+    assert len(made) >= 2
+    names = "xmm", "ymm", "zmm", "k1", "ymm16"
+    print("vectors", *(name for name in names if any(f"%{name}" in code for code in made)))
+else:
+    print("no kernels,", machine)
+"""
+
+
+def lane_of(cpu: str) -> dict[str, str]:
+    """The environment of `make test CPU=...`; skips where this CPU has less."""
+    said = subprocess.run(["make", "-n", "test", f"CPU={cpu}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    words = shlex.split(next(line for line in said.stdout.splitlines() if "pytest" in line))
+    lane = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
+    bare = {name: value for name, value in os.environ.items() if name not in lane}
+    done = subprocess.run(
+        [*PYTHON, "-c", "from fastbert.native.machine import host; host()"],
+        env=bare | {"FASTBERT_CPU": cpu},
+        capture_output=True,
+        text=True,
+    )
+    if "it lacks" in done.stderr:
+        pytest.skip(
+            f"CPU={cpu} takes away what this CPU has not: {done.stderr.splitlines()[-1]}; a CPU with it runs this"
+        )
+    return bare | lane | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        ("avx512", ["torch AVX512", "isa:Intel AVX-512", "kernels 16 False False", "zmm"]),
+        (
+            "avx2",
+            ["torch AVX2", "oneDNN bfloat16 False", "isa:Intel AVX2", "kernels 8 False False", "vectors xmm ymm\n"],
+        ),
+        (
+            "none",
+            ["torch DEFAULT", "oneDNN bfloat16 False", "isa:Intel SSE4.1", "no kernels, FASTBERT_CPU=none is set"],
+        ),
+    ],
+)
+def test_a_lane_is_what_every_library_has(cpu: str, expected: list[str]) -> None:
+    done = subprocess.run(
+        [*PYTHON, "-c", FOUND], env=lane_of(cpu) | {"ONEDNN_VERBOSE": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for one in expected:
+        assert one in done.stdout
+    assert "VNNI" not in done.stdout and "bfloat16 support" not in done.stdout
+
+
+def test_make_knows_its_lanes() -> None:
+    done = subprocess.run(["make", "-n", "test", "CPU=sse9"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "CPU=sse9: expected avx512, avx2 or none" in done.stderr
+    assert set(LANES) == {"avx512", "avx2", "none"}
+
+
+@pytest.fixture
+def features(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Those of the CPU at hand, to be changed."""
+    llvm = pytest.importorskip("llvmlite.binding", reason="it says what a CPU has: Linux on x86-64")
+    if not isinstance(native_machine.host.__wrapped__(), Machine):
+        pytest.skip(f"{native_machine.host()}: a CPU with kernels of ours runs this, or another lane")
+    found = llvm.get_host_cpu_features()
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: found)
+    monkeypatch.delenv("FASTBERT_CPU", raising=False)
+    return found  # type: ignore[no-any-return]
+
+
+def test_a_lane_takes_away_and_never_adds(features: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in features:
+        if name.startswith("avx512"):
+            features[name] = False
+    monkeypatch.setenv("FASTBERT_CPU", "avx512")
+    with pytest.raises(
+        BackendError, match=r"FASTBERT_CPU: got avx512; expected what this CPU has: it lacks avx512bw, "
+    ):
+        native_machine.host.__wrapped__()
+    monkeypatch.setenv("FASTBERT_CPU", "avx2")
+    machine = native_machine.host.__wrapped__()
+    assert machine.lanes == 8 and "+avx512" not in machine.features and "+avx2" in machine.features
+    monkeypatch.setenv("FASTBERT_CPU", "fast")
+    with pytest.raises(ArgumentError, match="FASTBERT_CPU: got 'fast'; expected avx512, avx2, none"):
+        native_machine.host.__wrapped__()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_sums_of_a_tile_fit_the_registers(wide: bool) -> None:
+    """Beside them are two vectors of weights and a number of x in each lane of a third."""
+    machine = Machine("", "", lanes=16 if wide else 8, registers=32 if wide else 16, bfloat16=False, int8=False)
+    vectors = machine.columns // machine.lanes
+    assert machine.rows * vectors + vectors + 1 <= machine.registers
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_what_no_instruction_serves_is_said(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels and without; a GPU is another matter."""
+    asked = backend.bfloat16_unserved if dtype == "bf16" else backend.int8_unserved
+    cpu = torch.device("cpu")
+    for served in (True, False):
+        machine = Machine("a 486", "", lanes=8, registers=16, bfloat16=served, int8=served)
+        monkeypatch.setattr(backend, "host", lambda machine=machine: machine)
+        said = asked(cpu)
+        assert (said is None) == served and (served or "a 486 has no instructions for" in said)
+        monkeypatch.setattr(backend, "host", lambda: "a CPU of sand")
+        monkeypatch.setattr(backend, "onednn_multiplies_bfloat16", lambda served=served: served)
+        assert (asked(cpu) is None) == (served and dtype == "bf16")
+    assert asked(torch.device("cuda")) is None
+
+
+def test_int8_that_is_slower_than_float32_warns(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    from tiny_bert import random_model
+
+    model = random_model(generator)
+    machine = Machine("a 486", "", lanes=8, registers=16, bfloat16=False, int8=False)
+    monkeypatch.setattr(backend, "host", lambda: machine)
+    with pytest.warns(UserWarning, match=r"int8 is slower than float32 here: a 486 has no instructions for int8"):
+        quantize(model, dtype="int8")
