@@ -22,7 +22,7 @@ from fastbert.backend import bfloat16_unserved, first_device
 from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import WithHead, load, read_model
 from fastbert.checkpoints.sentence import Recipe, read_recipe, read_score_activation
-from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.errors import ArgumentError, BackendError, CheckpointError
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
 from fastbert.models import BertModel
 from fastbert.native.machine import last_cache
@@ -191,6 +191,7 @@ class TextEncoder(_Holder):
 
         Raises:
             ArgumentError: an argument is not as described; `texts[i]` names the item.
+            BackendError: a result is NaN or infinite; `texts[i]` names the text.
         """
         how = self._how(pooling, normalize, max_length, prompt, prompt_name)
         tokens = self._tokens(texts, how)
@@ -329,7 +330,7 @@ class TextEncoder(_Holder):
         with hold_weights(self.layouts):
             for rows, packing, out in _outputs(self.model, tokens, batch_tokens, description):
                 embeddings[rows] = embedder(out.last_hidden_state, packing)
-        return embeddings.cpu().numpy()
+        return _finite(embeddings.cpu().numpy(), self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -439,6 +440,7 @@ class TextClassifier(_Holder):
 
         Raises:
             ArgumentError: an argument is not as described; `texts[i]` names the item.
+            BackendError: a result is NaN or infinite; `texts[i]` names the text.
         """
         max_length = _longest(self.tokenizer, self.model) if max_length is None else _checked(max_length, self.model)
         tokens = self.tokenizer.encode(texts, max_length)
@@ -451,7 +453,7 @@ class TextClassifier(_Holder):
                 logits = out.logits.float()
                 probabilities[rows] = (logits.sigmoid() if several else logits.softmax(1)).cpu()
         found: list[Classification] = []
-        for row in probabilities.tolist():
+        for row in _finite(probabilities.numpy(), self.model).tolist():
             ranked = sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])
             found.append(Classification(ranked[0][0], dict(ranked)))
         return found
@@ -635,6 +637,7 @@ class TextTagger(_Holder):
 
         Raises:
             ArgumentError: an argument is not as described; `texts[i]` names the item.
+            BackendError: a result is NaN or infinite; `texts[i]` names the text.
         """
         max_length = _longest(self.tokenizer, self.model) if max_length is None else _checked(max_length, self.model)
         if words not in get_args(Words):
@@ -660,8 +663,27 @@ class TextTagger(_Holder):
         for text, places in zip(texts, spans, strict=True):
             mine = slice(first, first + len(places))
             first = mine.stop
+            if not np.isfinite(scores[mine]).all():
+                raise _not_finite(len(found), self.model)
             found.append(_entities(text, places, [labels[i] for i in tags[mine].tolist()], scores[mine]))
         return found
+
+
+def _finite(results: npt.NDArray[np.float32], model: nn.Module) -> npt.NDArray[np.float32]:
+    """`results`, `[texts, n]`, none of which is NaN or infinite."""
+    if not np.isfinite(results).all():
+        raise _not_finite(int((~np.isfinite(results)).any(1).argmax()), model)
+    return results
+
+
+def _not_finite(text: int, model: nn.Module) -> BackendError:
+    dtype = next(model.parameters()).dtype
+    return BackendError(
+        f"texts[{text}]",
+        f"a result of NaN or infinity in {dtype}",
+        "finite numbers",
+        "Compute in float32, since activations overflow in narrower dtypes; if it is that, the weights are broken.",
+    )
 
 
 def _entities(

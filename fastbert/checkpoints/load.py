@@ -94,7 +94,8 @@ def load(
 
     Raises:
         CheckpointError: a file is missing or damaged, the family is not supported, config.json asks for what the model
-            does not do, keys or shapes do not fit, or a masked-token decoder is not tied to the word embeddings.
+            does not do, keys or shapes do not fit, a weight is NaN or infinite, or a masked-token decoder is not tied
+            to the word embeddings.
         ArgumentError: `dtype` is not floating, or `head` is given without a head.
     """
     model, untrained = read_model(folder, kind, head=head, dtype=dtype, device=device)
@@ -152,6 +153,7 @@ def read_model(
     if parts.strangers:
         names = ", ".join(parts.strangers[:KEYS_SHOWN]) + (", ..." if len(parts.strangers) > KEYS_SHOWN else "")
         warnings.warn(f"{folder} has tensors that no {kind.__name__} computes with: {names}", stacklevel=3)
+    _check_finite(parts.known, folder)
     dtypes = {tensor.dtype for tensor in parts.known.values()}
     if dtype is None and len(dtypes) > 1 and dtypes <= set(DTYPES):
         dtype = _one_dtype(raw_config, dtypes)
@@ -272,6 +274,18 @@ def _check_sizes(config: EncoderConfig, state: Mapping[str, Tensor], path: Path)
     for name, (most, expected) in bounds.items():
         if getattr(config, name) > most:
             raise CheckpointError(f"{path}: {HF_NAMES[name]}", getattr(config, name), expected)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise CheckpointError for a NaN or an infinity: every result would be one."""
+    for key, tensor in tensors.items():
+        # The sum is the fastest pass; it may overflow by itself.
+        if not tensor.is_floating_point() or tensor.sum().isfinite():
+            continue
+        if broken := int((~tensor.isfinite()).sum()):
+            got = f"{broken} of {tensor.numel()} numbers that are NaN or infinite"
+            mend = "Take weights from before training diverged, or download anew."
+            raise CheckpointError(f"{folder}: {key}", got, "finite numbers", mend)
 
 
 def _check_tied(
