@@ -160,6 +160,22 @@ def test_a_full_disk_is_one_sentence_and_resumed(most: int, given: Settings) -> 
     assert losses(given.out) == losses(given.out + "2") and not hidden(given.out)
 
 
+def test_torch_hides_a_full_disk(given: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a large tensor does not fit, closing the file does not say it again."""
+
+    def failing(state: Any, file: Any) -> None:
+        error = RuntimeError("unexpected pos 704 vs 598")
+        error.__context__ = OSError(28, "No space left on device")
+        raise error
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(
+        OSError, match=r"No space left on device: the training in .* ended at step 4\. --resume goes on"
+    ):
+        train(given)
+    assert not hidden(given.out)
+
+
 def test_folders_that_are_not_to_be_written(given: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     for out in ("file", "file/out", "file/a/out"):
