@@ -515,17 +515,15 @@ def _checked(texts: list[Any], pairs: bool) -> list[Any]:
 def _heads_tell(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether the tokens of a text that is cut at a space are the first tokens of the whole text.
 
-    BERT's rules look at no character beyond a space. Not so other rules, and added tokens that have a space in them, or
-    get one when they are normalised as texts are.
+    BERT's rules look at no character beyond a space. Not so other rules, and added tokens that have a space in them; a
+    tab or another white space becomes one when it is normalised.
     """
-    normalizer = tokenizer.normalizer
-    if not isinstance(normalizer, normalizers.BertNormalizer):
+    if not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         return False
     if not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer):
         return False
     added = tokenizer.get_added_tokens_decoder().values()
-    spelled = [normalizer.normalize_str(token.content) if token.normalized else token.content for token in added]
-    return not any(character.isspace() for spelling in spelled for character in spelling)
+    return not any(character.isspace() for token in added for character in token.content)
 
 
 def _head(text: str, max_length: int) -> str:
