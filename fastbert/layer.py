@@ -26,10 +26,10 @@ from fastbert.ops.layer_norm import linear_layer_norm, prepare_linear_layer_norm
 from fastbert.ops.linear import linear
 from fastbert.ops.linear_gelu import linear_gelu, prepare_linear_gelu
 from fastbert.packing import Packing
-from fastbert.projections import SelfAttention, is_hooked, is_plain
+from fastbert.projections import Group, SelfAttention, is_hooked, is_plain
 
 
-class Output(nn.Module):
+class Output(Group):
     """The modules of a product that ends in a residual sum and a LayerNorm."""
 
     def __init__(self, inputs: int, config: EncoderConfig) -> None:
@@ -39,7 +39,7 @@ class Output(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
 
-class Attention(nn.Module):
+class Attention(Group):
     """The modules of attention."""
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.output = Output(config.hidden_size, config)
 
 
-class Intermediate(nn.Module):
+class Intermediate(Group):
     """The module of the first product of the feed-forward."""
 
     def __init__(self, config: EncoderConfig) -> None:

@@ -6,18 +6,34 @@ the product of all three reads the parameters themselves, no copy, and nothing c
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from fastbert.config import EncoderConfig
+from fastbert.errors import ArgumentError
 from fastbert.ops.common import observed
 from fastbert.ops.linear import held
 
 
-class SelfAttention(nn.Module):
+class Group(nn.Module):
+    """Modules under one name. It is never called itself, so hooks on it are refused."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ArgumentError(
+            type(self).__name__,
+            "a hook on it",
+            "a hook on the layer, or on a linear layer or norm in it",
+            "It is a name for its modules, and is never called.",
+        )
+
+    register_forward_hook = register_forward_pre_hook = _refuse
+    register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _refuse
+
+
+class SelfAttention(Group):
     """The modules of queries, keys and values."""
 
     def __init__(self, config: EncoderConfig) -> None:

@@ -251,6 +251,41 @@ def test_hooks_on_what_no_module_of_ours_computes_are_refused():
         Encoder.from_hf(model.encoder)
 
 
+@pytest.mark.parametrize("name", ["attention", "attention.self", "attention.output", "intermediate", "output"])
+def test_hooks_that_would_never_be_called_are_refused(name):
+    """mistral-inference #246: hooks on attention that do nothing."""
+    part = swapped(theirs()).encoder.layer[0].get_submodule(name)
+    for register in (part.register_forward_hook, part.register_forward_pre_hook, part.register_full_backward_hook):
+        with pytest.raises(ArgumentError, match="never called"):
+            register(lambda *_: None)
+
+
+def test_replicas_of_data_parallel_compute():
+    """pytorch #33907: they have tensors in the place of parameters."""
+    ours = swapped(theirs())
+    expected = states(ours)
+    modules = list(ours.modules())
+    copies = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        for name, child in module._modules.items():
+            copies[id(module)]._modules[name] = None if child is None else copies[id(child)]
+        for name, parameter in module._parameters.items():
+            setattr(copies[id(module)], name, None if parameter is None else parameter * 1.0)
+    torch.testing.assert_close(states(copies[id(ours)])[KEPT], expected[KEPT])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_adapters_learn_under_checkpointing(reentrant):
+    """peft #80: all but the adapters is frozen."""
+    ours = swapped(theirs("BertForSequenceClassification")).train().requires_grad_(False)
+    adapt(ours.bert)
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ours.enable_input_require_grads()
+    ours(IDS, attention_mask=MASK, labels=torch.tensor([0, 1])).loss.backward()
+    learned = [p for p in ours.parameters() if p.requires_grad]
+    assert len(learned) == 12 and all(p.grad is not None and p.grad.any() for p in learned)
+
+
 def test_hooks_of_transformers_are_no_users_hooks():
     model = theirs()
     with torch.no_grad():
