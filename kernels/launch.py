@@ -834,15 +834,15 @@ def arguments(choice: Any) -> dict[str, Any]:
 def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, int, int, int]:
     """(ROWS, PROGRAMS, num_warps, maxnreg) of a backward: as `_whole_rows`, in 1024 warps, 8 on 128 multiprocessors.
 
-    Two rows of 512 columns of half types share the weight and the work around it. The sums for the parameters take
-    registers too. Where one warp for 1024 columns would spill, in float32 and on RDNA, there are two; not for 8192
-    columns on NVIDIA, where 16 warps have fewer registers a lane. So too for 4096 columns on Blackwell. At 4096 and
-    8192, at 1024 in float32, and at 512 and 1024 on Blackwell, NVIDIA's assembler would rather spill than take more
-    than 128, 80 and 168 registers.
+    Two rows of 512 columns of half types share the weight and the work around it, but on sm_120 they spill. The sums
+    for the parameters take registers too. Where one warp for 1024 columns would spill, in float32 and on RDNA, there
+    are two; not for 8192 columns on NVIDIA, where 16 warps have fewer registers a lane. So too for 4096 columns on
+    Blackwell. At 4096 and 8192, at 1024 in float32, and at 512 and 1024 on Blackwell, NVIDIA's assembler would rather
+    spill than take more than 128, 80 and 168 registers.
     """
     rows, warps = _whole_rows(width, dtype, target)
     columns = row_block(width)
-    if columns == 512 and dtype != torch.float32 and family(target) != "rdna":
+    if columns == 512 and dtype != torch.float32 and family(target) != "rdna" and target.arch != "sm_120":
         rows = 2
     if columns >= 1024 and (family(target) == "rdna" or (dtype == torch.float32 and columns < 8192)):
         warps *= 2
