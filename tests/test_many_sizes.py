@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from processes import PYTHON
 
+from fastbert import backend
+
 pytestmark = [
     pytest.mark.cpu,
     pytest.mark.heavy,
@@ -57,6 +59,8 @@ with torch.inference_mode():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_user_case_shapes_memory_does_not_grow_with_each_number_of_rows(dtype: str, how: str) -> None:
     """oneDNN keeps half a megabyte of each product of other sizes: 2,000 batches once took 1.6 GB and more."""
+    if dtype == "bfloat16" and not backend.onednn_multiplies_bfloat16():
+        pytest.skip("oneDNN multiplies no bfloat16 here: a CPU with AVX-512 runs this, or CPU=avx512")
     done = subprocess.run(
         [*PYTHON, "-c", MANY_SIZES, dtype, how], capture_output=True, text=True, cwd=Path(__file__).parent
     )
