@@ -435,7 +435,7 @@ def test_laid_out_encoder(lengths, activation, dtype, generator, runs, nan_empty
             for _ in range(2):
                 assert_close(model(ids, packing=packing).last_hidden_state, plain, exact, factor=3.0)
             read = torch.tensor([packing.tokens - 1, 0])
-            inputs = model.read(ids, None, None, None, packing)
+            inputs = model.read(ids, None, None, None, None, packing)
             torch.testing.assert_close(model.run(inputs, read, every=False)[-1], plain[read], atol=0.1, rtol=0.1)
             torch.testing.assert_close(
                 model.run(inputs, read, every=False)[-1], model.run(inputs, every=False)[-1][read]
@@ -454,7 +454,7 @@ def test_laid_out_int8_encoder(lengths, dtype, generator, runs, nan_empty):
     model = quantize(random_model(generator).to(dtype), dtype="int8")
     packing = Packing.from_lengths(lengths)
     ids = torch.randint(50, (packing.tokens,), generator=generator)
-    inputs, read = model.read(ids, None, None, None, packing), torch.tensor([packing.tokens - 1, 0])
+    inputs, read = model.read(ids, None, None, None, None, packing), torch.tensor([packing.tokens - 1, 0])
     with torch.no_grad():
         expected = model(ids, packing=packing).last_hidden_state
         assert not runs
