@@ -2,6 +2,7 @@
 #   PYTHON   the Python to make it with, 3.10 or later
 #   TRITON   the triton to install; `make test TRITON=triton` takes the newest
 #   CPU      what `make test` leaves of this CPU: avx512 (no bfloat16, no int8), avx2, or none (none of our kernels)
+#   MINUTES  how long `make fuzz` draws
 #   MARK     the marker of the tests that `make test` runs, cpu for those that CPU= may change
 PYTHON ?= python3
 TRITON ?= triton==3.7.1
@@ -14,7 +15,9 @@ LANE = $(if $(CPU),$(or $(LANE_$(CPU)),$(error CPU=$(CPU): expected avx512, avx2
 
 INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
-.PHONY: demo test check static bench gate gpu report clean
+MINUTES ?= 20
+
+.PHONY: demo test check fuzz static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
@@ -24,6 +27,12 @@ demo: $(INSTALLED)
 # `python -m pytest`, keeps this folder off sys.path.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(LANE) .venv/bin/pytest -n auto --dist worksteal $(if $(MARK),-m $(MARK))
+
+# Draw arguments and states of torch for the public API, others each time, for so many minutes; see tests/test_fuzz.py.
+fuzz: $(INSTALLED)
+	@end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
+	  FASTBERT_CHECK=1 FASTBERT_FUZZ_EXAMPLES=200 $(LANE) .venv/bin/pytest -q tests/test_fuzz.py \
+	    --hypothesis-seed=$$(date +%s) || exit 1; done
 
 # Lint, format, types.
 check: $(INSTALLED)

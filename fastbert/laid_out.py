@@ -294,10 +294,11 @@ class LaidOutInt8Encoder(LaidOut):
         )
 
 
-def lay_out(encoder: Encoder, x: Tensor) -> LaidOut:
-    """`encoder` for inputs as `x`, for which it `serves`."""
-    machine = native_machine(x)
-    assert machine is not None
+def lay_out(encoder: Encoder, x: Tensor) -> LaidOut | None:
+    """`encoder` for inputs as `x`, for which it `serves`; None where a parameter is no plain tensor."""
+    machine = native_machine(x, *encoder.parameters())
+    if machine is None:
+        return None
     if isinstance(encoder, QuantizedEncoder):
         return LaidOutInt8Encoder(machine, encoder)
     return LaidOutEncoder(machine, encoder)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.packing import Packing
+from fastbert.packing import Packing, check_dense
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -34,6 +34,7 @@ def read_mask(
         return Packing.from_lengths([seqlen] * batch, seqlen=seqlen, device=device), None
     if not isinstance(mask, Tensor):
         mask = _dense(mask, batch, seqlen, device)
+    check_dense("attention_mask", mask)
     if mask.dim() == 2:
         _check_shape(mask, (batch,), (seqlen,))
         return Packing.from_mask(mask), None

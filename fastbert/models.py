@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from fastbert.masks import read_mask
 from fastbert.ops.linear import Linear, held
 from fastbert.ops.pooling import first_tokens
 from fastbert.outputs import ModelOutput, refuse_what_asks
-from fastbert.packing import Packing
+from fastbert.packing import Packing, check_dense
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -124,7 +124,9 @@ class BertModel(nn.Module):
             ArgumentError: see `forward`.
         """
         given, bias = packing, None
-        input_ids, token_type_ids, position_ids = map(_as_int64, (input_ids, token_type_ids, position_ids))
+        input_ids = _as_int64("input_ids", input_ids)
+        token_type_ids = _as_int64("token_type_ids", token_type_ids)
+        position_ids = _as_int64("position_ids", position_ids)
         name, shape, device = self._described(input_ids, inputs_embeds)
         if packing is None:
             if len(shape) != 2:
@@ -133,8 +135,8 @@ class BertModel(nn.Module):
             packing, bias = read_mask(attention_mask, batch, seqlen, device)
             input_ids, inputs_embeds = (None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds))
             token_type_ids, position_ids = (
-                None if ids is None else packing.pack(ids.expand(batch, seqlen))
-                for ids in (token_type_ids, position_ids)
+                None if ids is None else packing.pack(_expanded(name, ids, batch, seqlen))
+                for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids))
             )
         elif attention_mask is not None:
             raise ArgumentError("attention_mask", "a mask beside a packing", "one of the two")
@@ -162,6 +164,7 @@ class BertModel(nn.Module):
         if input_ids is not None:
             return "input_ids", input_ids.shape, input_ids.device
         assert inputs_embeds is not None
+        check_dense("inputs_embeds", inputs_embeds)
         word = self.embeddings.word.weight
         wanted = (word.shape[1], word.dtype)
         if inputs_embeds.dim() < 2 or (inputs_embeds.shape[-1], inputs_embeds.dtype) != wanted:
@@ -196,9 +199,20 @@ class BertModel(nn.Module):
         return torch.tanh(self.pooler(first))
 
 
-def _as_int64(ids: Tensor | None) -> Tensor | None:
-    narrow = ids is not None and ids.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8)
-    return cast(Tensor, ids).long() if narrow else ids
+def _as_int64(name: str, ids: Tensor | None) -> Tensor | None:
+    """Ids of any integer type as int64; ArgumentError for what is no tensor of integers."""
+    if ids is None:
+        return None
+    check_dense(name, ids)
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ArgumentError(name, f"a tensor of {ids.dtype}", "one of integers, int64 say")
+    return ids.long()
+
+
+def _expanded(name: str, ids: Tensor, batch: int, seqlen: int) -> Tensor:
+    if ids.dim() != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] not in (1, seqlen):
+        raise ArgumentError(name, f"shape {tuple(ids.shape)}", f"[{batch}, {seqlen}] or [1, {seqlen}]")
+    return ids.expand(batch, seqlen)
 
 
 def _as_it_is(x: Tensor) -> Tensor:

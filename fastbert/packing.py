@@ -78,6 +78,7 @@ class Packing:
         Raises:
             ArgumentError: `mask` is not 2-D, or holds a value other than 0 and 1.
         """
+        check_dense("mask", mask)
         if mask.dim() != 2:
             raise ArgumentError("mask", f"shape {tuple(mask.shape)}", "a 2-D [batch, seqlen] tensor")
         kept = mask != 0
@@ -220,12 +221,14 @@ class Packing:
         Raises:
             ArgumentError: the leading shape is not `padded_shape`.
         """
+        check_dense("padded", padded)
         if tuple(padded.shape[:2]) != self.padded_shape:
             raise ArgumentError("padded", f"shape {tuple(padded.shape)}", f"leading dimensions {self.padded_shape}")
         return padded.flatten(0, 1).index_select(0, self.indices)
 
     def check_rows(self, name: str, packed: Tensor) -> None:
         """Raise ArgumentError unless `packed` has a row for each token, on this device."""
+        check_dense(name, packed)
         if packed.dim() == 0 or packed.shape[0] < self.tokens:
             raise ArgumentError(name, f"shape {tuple(packed.shape)}", f"a row for each of {self.tokens} tokens")
         if packed.device != self.cu_seqlens.device:
@@ -334,6 +337,19 @@ class Block:
             )
             self._made[key] = torch.stack((row, head, sequence)).flatten(1)
         return self._made[key]
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Raise ArgumentError for what is no tensor, and for one that is sparse, nested, opaque, quantized or on meta."""
+    if not isinstance(x, Tensor):
+        raise ArgumentError(name, f"a {type(x).__name__}", "a tensor")
+    if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else x.layout
+        raise ArgumentError(
+            name, f"a tensor of {x.dtype}, {kind}", "a dense tensor", "Make it one by to_dense() or dequantize()."
+        )
+    if x.device.type == "meta":
+        raise ArgumentError(name, "a tensor on meta, which has no numbers", "one on a device that computes")
 
 
 def _has_no_values(x: Tensor) -> bool:

@@ -30,7 +30,7 @@ from fastbert.ops.linear import Layouts, hold_weights
 from fastbert.packing import Packing
 from fastbert.quantization import in_int8, quantize
 from fastbert.sentence import ACTIVATIONS, Embedder, Mode
-from fastbert.text import Text, Tokenizer, Tokens, batches
+from fastbert.text import Text, Tokenizer, Tokens, batches, check_whole
 from fastbert.training.metrics import TAGS, chunks, marked, odd_tag, plain_mark
 from fastbert.words import DEFAULT, WordRule, parted_by_spaces
 
@@ -765,6 +765,7 @@ def _longest(tokenizer: Tokenizer, model: BertModel | HeadModel, most: int | Non
 
 
 def _checked(max_length: int, model: BertModel | HeadModel) -> int:
+    check_whole("max_length", max_length)
     positions = model.config.max_positions
     if max_length > positions:
         raise ArgumentError("max_length", max_length, f"at most the model's {positions} positions")

@@ -415,6 +415,12 @@ class Tokenizer:
         return encodings
 
 
+def check_whole(name: str, number: object) -> None:
+    """Raise ArgumentError for what is no whole number, of Python or of numpy."""
+    if not isinstance(number, int | np.integer) or isinstance(number, bool):
+        raise ArgumentError(name, repr(number), "a whole number")
+
+
 def batches(lengths: Sequence[int] | npt.NDArray[np.int64], batch_tokens: int) -> list[list[int]]:
     """Rows of texts grouped so that a batch has at most `batch_tokens` tokens; a longer text is a batch of its own.
 
@@ -423,6 +429,7 @@ def batches(lengths: Sequence[int] | npt.NDArray[np.int64], batch_tokens: int) -
     Raises:
         ArgumentError: `batch_tokens` is not positive.
     """
+    check_whole("batch_tokens", batch_tokens)
     if batch_tokens < 1:
         raise ArgumentError("batch_tokens", batch_tokens, "a positive number of tokens")
     lengths = np.asarray(lengths, dtype=np.int64)

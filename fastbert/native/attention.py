@@ -169,14 +169,15 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
         greatest = code.loop(pairs, width, lanes, partial(score, halves=1), *greatest)
         scale = code.splat(code.float_of("scale"))
         numbers = code.lane_numbers()
-        shifts = [code.negative(code.splat(code.greatest(row)) * scale) for row in greatest]
+        shifts = [code.splat(code.greatest(row)) for row in greatest]
 
         def exponentials(j: Value, *totals: Value, masked: bool) -> Sequence[Value]:
             """Of `lanes` keys of each row, in the place of their scores; 0 past the last key, if there are such."""
             following = []
             for r in range(rows):
                 place = scores + j * (4 * rows) + 4 * r * lanes
-                power = code.exp2(code.fma(code.load(place, F32, lanes), scale, shifts[r]))
+                # The difference first: the rounding of a product of scores in the billions is more than 2^x can take.
+                power = code.exp2((code.load(place, F32, lanes) - shifts[r]) * scale)
                 if masked:
                     power = code.select(numbers < code.splat_int32(length - j), power, code.vector())
                 code.store(code.to_bfloat16(power) if bfloat16 else power, place)

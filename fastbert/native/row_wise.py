@@ -156,7 +156,7 @@ def over_columns(
 
 
 def load_states(code: Code, name: str, dtype: torch.dtype, place: Value, count: int) -> Value:
-    """float32 of the first `count` elements from number `located` on of an argument, the other lanes 0."""
+    """float32 of the first `count` elements from number `place` on of an argument, the other lanes 0."""
     start = code[name] + place * dtype.itemsize
     if dtype == torch.bfloat16:
         return code.from_bfloat16(code.load_first(start, I16, count, code.lanes))

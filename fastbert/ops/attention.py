@@ -16,7 +16,7 @@ from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.ops.common import cast_states, check_dropout, launched, native_machine, wants_gradient
 from fastbert.ops.dropout import keep_lines
-from fastbert.packing import Block, Packing
+from fastbert.packing import Block, Packing, check_dense
 
 # The kernel of a CPU is written out for each width of a head: wider ones would take seconds to compile.
 WIDEST_HEAD = 256
@@ -114,6 +114,7 @@ def _check(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
+    check_dense("qkv", qkv)
     if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise ArgumentError(
             "qkv", f"{qkv.dtype} of shape {tuple(qkv.shape)}", "a floating [rows, 3, heads, head_dim] tensor"
@@ -124,6 +125,7 @@ def _check(
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ArgumentError("scale", scale, "a positive finite number")
     if bias is not None:
+        check_dense("bias", bias)
         full = (packing.batch, qkv.shape[2], packing.max_seqlen, packing.max_seqlen)
         fits = bias.dim() == 4 and all(b in (1, n) for b, n in zip(bias.shape, full, strict=True))
         if not fits or not bias.is_floating_point():

@@ -31,8 +31,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
         ArgumentError: a shape, dtype, device or value is wrong.
         BackendError: the Triton path was forced and can't serve this call.
     """
-    (x,) = cast_states(x)
     check_rows("x", x)
+    (x,) = cast_states(x)
     check_approximate(approximate)
     if gated and x.shape[1] % 2:
         raise ArgumentError("x", f"shape {tuple(x.shape)}", "an even number of columns: GELU's input, then the gate")

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
-from torch.nn import Parameter
 
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.native.machine import Machine, host, made_by_amd
+from fastbert.native.memory import is_plain
+from fastbert.packing import check_dense
 
 
 def check_rows(name: str, x: Tensor) -> None:
     """Raise ArgumentError unless `x` is a floating `[rows, width]` tensor."""
+    check_dense(name, x)
     if x.dim() != 2 or not x.is_floating_point():
         raise ArgumentError(name, f"{x.dtype} of shape {tuple(x.shape)}", "a floating [rows, width] tensor")
 
 
 def check_residual(residual: Tensor, shape: tuple[int, int], x: Tensor) -> None:
     """Raise ArgumentError unless `residual` has this shape and the dtype and device of `x`."""
+    check_dense("residual", residual)
     if tuple(residual.shape) != shape or (residual.dtype, residual.device) != (x.dtype, x.device):
         raise ArgumentError("residual", _described(residual), f"{x.dtype} of shape {shape} on {x.device}, as x")
 
 
 def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """Raise ArgumentError unless `parameter` has this shape, is beside `x`, and has its dtype or float32."""
+    check_dense(name, parameter)
     fits = parameter.dtype in (x.dtype, torch.float32)
     if not fits or tuple(parameter.shape) != shape or parameter.device != x.device:
         raise ArgumentError(name, _described(parameter), f"{x.dtype} or torch.float32 of shape {shape} on {x.device}")
@@ -40,15 +44,19 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     All have one dtype, except under autocast, which casts them.
     """
     check_rows("x", x)
+    check_dense("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not _beside(weight, x):
         raise ArgumentError("weight", _described(weight), f"{x.dtype} of shape [out, {x.shape[1]}] on {x.device}")
+    if bias is not None:
+        check_dense("bias", bias)
     if bias is not None and (bias.shape != weight.shape[:1] or not _beside(bias, x)):
         raise ArgumentError("bias", _described(bias), f"{x.dtype} of shape [{weight.shape[0]}] on {x.device}")
 
 
 def _beside(other: Tensor, x: Tensor) -> bool:
-    same_dtype = other.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-    return same_dtype and other.device == x.device
+    dtypes = {other.dtype, x.dtype}
+    cast = dtypes <= {torch.float32, torch.bfloat16, torch.float16} and torch.is_autocast_enabled(x.device.type)
+    return (len(dtypes) == 1 or cast) and other.device == x.device
 
 
 def check_dropout(dropout: float, seed: Tensor | None, x: Tensor) -> None:
@@ -99,18 +107,23 @@ def observed() -> bool:
 def launched(op: CustomOpDef, *tensors: Tensor | None) -> Callable[..., Any]:
     """The launcher of a kernel, `op` without torch's dispatch around it, or `op` itself where that is of use.
 
-    It is where autograd records these tensors, and where they are `observed`.
+    It is where autograd records these tensors, where they are `observed`, and where one of them is not plain.
     """
-    return op if wants_gradient(*tensors) or observed() else op._init_fn
+    watched = wants_gradient(*tensors) or observed() or not _all_plain(tensors)
+    return op if watched else op._init_fn
 
 
-def native_machine(x: Tensor) -> Machine | None:
-    """The CPU whose own kernels may run on `x`, which autograd does not record; None where they don't."""
+def _all_plain(tensors: Iterable[Tensor | None]) -> bool:
+    return all(tensor is None or is_plain(tensor) for tensor in tensors)
+
+
+def native_machine(x: Tensor, *others: Tensor | None) -> Machine | None:
+    """The CPU whose own kernels may run on `x`, which autograd does not record, and others; None where they don't."""
     if (
         x.device.type != "cpu"
-        or type(x) not in (Tensor, Parameter)
         or backend.decide(x.device).path != "native"
         or observed()
+        or not _all_plain((x, *others))
     ):
         return None
     machine = host()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastbert.errors import ArgumentError
 from fastbert.ops.common import check_linear
+from fastbert.packing import check_dense
 
 IGNORED = -100  # the label that counts for nothing, as in PyTorch and Hugging Face
 CHUNK_ELEMENTS = 2**25  # of logits at once: 128 MiB in float32, 1099 rows of BERT's vocabulary
@@ -66,6 +67,7 @@ def check_labels(
     name: str = "labels",
 ) -> None:
     """Raise ArgumentError unless `labels` is int64 of this shape beside the model, with classes or `ignore_index`."""
+    check_dense(name, labels)
     if labels.dtype != torch.int64 or tuple(labels.shape) != shape or labels.device != device:
         got = f"{labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
         raise ArgumentError(name, got, f"torch.int64 of shape {tuple(shape)} on {device}")

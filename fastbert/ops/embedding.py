@@ -15,6 +15,7 @@ from fastbert.native.memory import room
 from fastbert.ops.common import check_dropout, check_parameter, check_rows, launched, native_machine, wants_gradient
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import check_eps, normalise
+from fastbert.packing import check_dense
 
 
 def embedding(
@@ -96,6 +97,7 @@ def _check_tables(word: Tensor, position: Tensor, token_type: Tensor, weight: Te
 
 
 def _check_ids(name: str, ids: Tensor, input_ids: Tensor, word: Tensor) -> None:
+    check_dense(name, ids)
     if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape != input_ids.shape or ids.device != word.device:
         raise ArgumentError(
             name,
@@ -133,7 +135,7 @@ def _embedding_torch(
     _check_inside("position_ids", position_ids, position)
     if token_type_ids is not None:
         _check_inside("token_type_ids", token_type_ids, token_type)
-    machine = native_machine(word)
+    machine = native_machine(word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids)
     if machine is not None and dropout == 0.0 and not wants_gradient(word, position, token_type, weight, bias):
         from fastbert.native import embedding as kernel
 

@@ -63,7 +63,7 @@ def linear_int8(
         out, int8: whether the result is wanted in `dtype`, and whether in int8, quantized before it is rounded.
     """
     rows, depth = x.values.shape
-    machine = native_machine(x.scale)
+    machine = native_machine(x.scale, x.values, x.zero, bias, residual, *(norm or ())[:2])
     if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
         from fastbert.native import linear_int8 as kernel
         from fastbert.native.code import Program

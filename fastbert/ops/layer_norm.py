@@ -27,7 +27,7 @@ from fastbert.ops.common import (
 )
 from fastbert.ops.dropout import drop
 from fastbert.ops.linear import by_onednn, product
-from fastbert.packing import Packing
+from fastbert.packing import Packing, check_dense
 
 
 def layer_norm(
@@ -63,9 +63,11 @@ def layer_norm(
         ArgumentError: a shape, dtype, device or value is wrong.
         BackendError: the Triton path was forced and can't serve this call.
     """
+    check_rows("x", x)
     if residual is None:
         (x,) = cast_states(x)
     else:
+        check_dense("residual", residual)
         x, residual = cast_states(x, residual)
     _check(x, weight, bias, residual, x_bias, eps, unpack)
     check_dropout(dropout, seed, x)
@@ -110,8 +112,9 @@ def linear_layer_norm(
     Raises:
         ArgumentError, BackendError: as `layer_norm`.
     """
-    x, residual = cast_states(x, residual)
     check_linear(x, weight, x_bias)
+    check_dense("residual", residual)
+    x, residual = cast_states(x, residual)
     check_dropout(dropout, seed, x)
     hidden = weight.shape[0]
     check_residual(residual, (x.shape[0], hidden), x)

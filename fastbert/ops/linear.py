@@ -115,6 +115,7 @@ def by_onednn(
 ) -> Tensor:
     """A linear layer and GELU or a residual sum, `[rows, out]`, on tensors for which `onednn_fuses`."""
     rows = len(x)
+    bias = None if bias is None else bias.contiguous()  # oneDNN's form reads it as if it were
     slack = onednn_rows(rows) - rows
     if slack:
         x, residual = with_slack(x, slack), None if residual is None else with_slack(residual, slack)
@@ -143,10 +144,10 @@ def with_slack(x: Tensor, rows: int) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` unchecked; where it is recorded by kernels of this CPU, if they are faster than its BLAS."""
-    machine = native_machine(x)
+    machine = native_machine(x, weight, bias)
     recorded = wants_gradient(x, weight, bias) and not torch.is_autocast_enabled("cpu")
-    plain = x.dtype == weight.dtype == torch.float32 and type(weight) in (Tensor, nn.Parameter)
-    if machine is not None and recorded and plain and len(x) >= LEAST_ROWS and multiplies_well():
+    exact = x.dtype == weight.dtype == torch.float32
+    if machine is not None and recorded and exact and len(x) >= LEAST_ROWS and multiplies_well():
         return _Linear.apply(machine, x, weight, bias)  # type: ignore[no-untyped-call]
     return F.linear(x, weight, bias)
 
@@ -174,9 +175,9 @@ class _Linear(torch.autograd.Function):
 def _by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from fastbert.native import linear as kernel
 
-    bias = x.new_zeros(len(weight)) if bias is None else bias.contiguous()
+    bias = x.new_zeros(len(weight)) if bias is None else _as_kernels_read(bias)
     out = room((len(x), len(weight)), x.dtype)
-    kernel.linear(machine, x.contiguous(), laid_out(weight, machine.columns), bias, out).run()
+    kernel.linear(machine, _as_kernels_read(x), laid_out(weight, machine.columns), bias, out).run()
     return out
 
 
@@ -184,5 +185,9 @@ def _weight_gradient(machine: Machine, x: Tensor, dout: Tensor) -> Tensor:
     from fastbert.native import weight_gradient as kernel
 
     dweight = room((dout.shape[1], x.shape[1]), x.dtype).zero_()
-    kernel.weight_gradient(machine, x.contiguous(), dout.contiguous(), dweight).run()
+    kernel.weight_gradient(machine, _as_kernels_read(x), _as_kernels_read(dout), dweight).run()
     return dweight
+
+
+def _as_kernels_read(x: Tensor) -> Tensor:
+    return x.resolve_neg().contiguous()  # a gradient may come negated

@@ -10,9 +10,10 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbert.kernels import target
+from fastbert.native.memory import is_plain
 from fastbert.ops.common import observed, wants_gradient
 
 Run = Callable[..., Any]
@@ -49,4 +50,4 @@ def prepared(
 
 def _as_it_lies(x: Tensor) -> bool:
     """Whether kernels take a tensor as it is: an ordinary one, contiguous, in 16-byte pieces."""
-    return type(x) in (Tensor, nn.Parameter) and x.is_contiguous() and x.data_ptr() % 16 == 0
+    return is_plain(x) and x.is_contiguous() and x.data_ptr() % 16 == 0
