@@ -155,6 +155,7 @@ def onednn_fuses(x: Tensor, *others: Tensor | None) -> bool:
         x.dtype in (torch.bfloat16, torch.float32)
         and x.shape[1] > 0
         and runs_bare(x, *others)
+        and all(other is None or other.dim() > 1 or other.is_contiguous() for other in others)  # a bias: it reads past
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and (backend.onednn_multiplies_bfloat16() if x.dtype == torch.bfloat16 else made_by_amd())
