@@ -162,8 +162,8 @@ def show_throughput(folder: Path, sentences: list[str]) -> None:
     for contender, values in seconds.items():
         table.add_row(contender, f"{tokens / statistics.median(values):,.0f}")
     console.print(table)
-    for name, reason in left_out.items():
-        console.print(f"   No row for {name}: {reason}")
+    for missing, reason in left_out.items():
+        console.print(f"   No row for {missing}: {reason}")
 
 
 if __name__ == "__main__":
