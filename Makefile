@@ -4,6 +4,7 @@
 #   CPU      what `make test` leaves of this CPU: avx512 (no bfloat16, no int8), avx2, or none (none of our kernels)
 #   MINUTES  how long `make fuzz` draws
 #   MARK     the marker of the tests that `make test` runs, cpu for those that CPU= may change
+#   CHECK    1 has `make test` watch the memory of our CPU kernels; see docs/native.md
 PYTHON ?= python3
 TRITON ?= triton==3.7.1
 TORCH := torch==2.13.0
@@ -26,7 +27,7 @@ demo: $(INSTALLED)
 # All tests but the exhaustive offline compile, a process a core and each on one thread. The script, and not
 # `python -m pytest`, keeps this folder off sys.path.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(LANE) .venv/bin/pytest -n auto --dist worksteal $(if $(MARK),-m $(MARK))
+	OMP_NUM_THREADS=1 $(LANE) $(if $(CHECK),FASTBERT_CHECK=$(CHECK)) .venv/bin/pytest -n auto --dist worksteal $(if $(MARK),-m $(MARK))
 
 # Draw arguments and states of torch for the public API, others each time, for so many minutes; see tests/test_fuzz.py.
 fuzz: $(INSTALLED)

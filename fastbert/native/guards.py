@@ -21,8 +21,6 @@ ON = os.environ.get("FASTBERT_CHECK", "0") not in ("", "0")
 
 # Bytes on either side: more than a tile of rows that are 4096 wide.
 GUARD = 2**17
-# A line of a cache, at which memory of torch begins.
-LINE = 64
 
 # Of each guarded storage that is alive, by its address: how many bytes lie between the guards.
 _sizes: dict[int, tuple[StorageWeakRef, int]] = {}
