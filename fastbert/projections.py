@@ -56,11 +56,14 @@ class SelfAttention(Group):
         The Parameter objects stay. Each keeps a storage of its own, which DLPack makes of a part of the memory, because
         some that save state dicts (accelerate) take tensors of one storage for copies of each other and drop them.
         """
-        self._forget()
         linears = [self._modules[name] for name in ("query", "key", "value")]
         if not all(map(is_plain, linears)):
+            self._forget()
             return
         weights, biases = ([one._parameters[name] for one in linears] for name in ("weight", "bias"))  # type: ignore[union-attr]
+        if self._joined is not None and _places(cast(list[Tensor], weights + biases)) == self._places:
+            return  # a second move would be for nothing, and a CUDA graph may hold the addresses
+        self._forget()
         if _movable(weights) and _movable(biases):
             self._joined = _moved(cast(list[Tensor], weights)), _moved(cast(list[Tensor], biases))
             self._places = _places(cast(list[Tensor], weights + biases))
@@ -152,7 +155,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def _places(parts: list[Tensor]) -> tuple[Any, ...]:
-    return tuple([(part.data_ptr(), part.shape) for part in parts])
+    return tuple([(part.data_ptr(), part.stride(), part.numel()) for part in parts])
 
 
 def _movable(parts: list[Tensor | None]) -> bool:
@@ -165,11 +168,7 @@ def _movable(parts: list[Tensor | None]) -> bool:
     tensors = cast(list[Tensor], parts)
     if len({(part.shape, part.dtype, part.device) for part in tensors}) > 1:
         return False
-    if first.device.type == "cpu" and any(part.is_shared() for part in tensors):  # with other processes
-        return False
-    size = first.numel() * first.itemsize
-    pointers = [part.data_ptr() for part in tensors]
-    return size == 0 or pointers != [pointers[0] + i * size for i in range(len(parts))]
+    return first.device.type == "cuda" or not any(part.is_shared() for part in tensors)  # with other processes
 
 
 def _moved(parts: list[Tensor]) -> Tensor:

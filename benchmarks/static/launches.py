@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import fastbert
+from fastbert import projections
 from fastbert.kernels import (
     attention,
     attention_backward,
@@ -81,6 +82,8 @@ def counted() -> Iterator[Counter[str]]:
             for name, launcher in vars(module).copy().items():
                 if name.endswith(("_forward", "_backward")):
                     patches.enter_context(patch.object(module, name, seen(launcher)))
+        # Else the product would copy the parameters of queries, keys and values together, as under any dispatch mode.
+        patches.enter_context(patch.object(projections, "observed", lambda: False))
         with torch_calls:
             yield counts
 
