@@ -146,7 +146,8 @@ class Encoder(nn.Module):
         if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
         rows, states = len(x), [x]
-        slack = onednn_rows(rows) - rows if onednn_fuses(x, next(self.parameters())) else 0
+        weight = next(self.parameters(), None)  # None in a replica of DataParallel, which has tensors in their place
+        slack = onednn_rows(rows) - rows if weight is not None and onednn_fuses(x, weight) else 0
         if slack:  # once for all products, which would each do it
             x = with_slack(x, slack)
         last_unpacks = unpack and not slack and not is_hooked(layers[-1])
