@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -81,6 +82,18 @@ def test_memory_given_back_is_not_looked_at() -> None:
         x = memory.room((1000,), torch.float32)
         row_wise(HOST, x[None], out=x[None]).run()
     assert len(guards._sizes) < 50
+
+
+def test_threads_make_memory_at_once() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(lambda rows: memory.room((rows % 7, 3), torch.float32), range(600)))
+            list(pool.map(lambda rows: memory.room((rows % 7, 3), torch.float32).sum(), range(600)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(x.untyped_storage().data_ptr() in guards._sizes for x in made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64], ids=str)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -24,16 +25,18 @@ GUARD = 2**17
 
 # Of each guarded storage that is alive, by its address: how many bytes lie between the guards.
 _sizes: dict[int, tuple[StorageWeakRef, int]] = {}
+_lock = threading.Lock()
 
 
 def guarded(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """As `memory.room`, between guards."""
     size = math.prod(shape) * dtype.itemsize
     whole = torch.full((size + 2 * GUARD,), 0xFF, dtype=torch.uint8, device="cpu")
-    for address in [address for address, (storage, _) in _sizes.items() if storage.expired()]:
-        del _sizes[address]
     storage = whole.untyped_storage()
-    _sizes[storage.data_ptr()] = StorageWeakRef(storage), size
+    with _lock:
+        for address in [address for address, (one, _) in _sizes.items() if one.expired()]:
+            del _sizes[address]
+        _sizes[storage.data_ptr()] = StorageWeakRef(storage), size
     return whole[GUARD : GUARD + size].view(dtype).view(shape)
 
 
