@@ -43,8 +43,8 @@ class Packing:
     Zero-length sequences and empty batches are legal. A packed tensor may have more rows than `cu_seqlens[-1]`
     (slack, for bucketed shapes): nothing reads or writes them.
 
-    One that is made by hand is looked at once, when it is made; on a GPU that waits for the device. The `from_...`
-    below are right by the way they are made.
+    One that is made by hand copies its tensors and is looked at once, when it is made; on a GPU that waits for the
+    device. The `from_...` below are right by the way they are made.
 
     Raises:
         ArgumentError: a field is not as described.
@@ -54,13 +54,16 @@ class Packing:
     max_seqlen: int
     indices: Tensor
     padded_shape: tuple[int, int]
-    _made: dict[str | int, Tensor] = field(default_factory=dict, repr=False)
+    _made: dict[str | int, Tensor] = field(default_factory=dict, init=False, repr=False)
     _right: InitVar[bool] = False
 
     def __post_init__(self, _right: bool) -> None:
         if not _right:
             _check_kinds(self)
             if not torch.compiler.is_compiling() and not any(map(_has_no_values, (self.cu_seqlens, self.indices))):
+                # what is looked at is ours: the caller may write the next batch where his lie
+                object.__setattr__(self, "cu_seqlens", self.cu_seqlens.clone())
+                object.__setattr__(self, "indices", self.indices.clone())
                 _check_values(self)
 
     @classmethod
@@ -287,7 +290,7 @@ class Block:
     rows: Tensor
     places: Tensor
     is_token: Tensor
-    _made: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
+    _made: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, first: int, begin: int, lengths: list[int], device: torch.device) -> Block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,7 @@ from fastbert.ops.linear import Layouts, hold_weights
 from fastbert.packing import Packing
 from fastbert.quantization import in_int8, quantize
 from fastbert.sentence import ACTIVATIONS, Embedder, Mode
-from fastbert.text import Text, Tokenizer, Tokens, batches, check_whole
+from fastbert.text import Text, Tokenizer, Tokens, batches, check_texts, check_whole
 from fastbert.training.metrics import TAGS, chunks, marked, odd_tag, plain_mark
 from fastbert.words import DEFAULT, WordRule, parted_by_spaces
 
@@ -222,10 +223,10 @@ class TextEncoder(_Holder):
             ArgumentError: as `encode`, where `texts[i]` counts from the first of an array; or `texts_at_once` is not
                 positive.
         """
-        if texts_at_once < 1:
+        check_whole("texts_at_once", texts_at_once)
+        if not 1 <= texts_at_once <= sys.maxsize:
             raise ArgumentError("texts_at_once", texts_at_once, "a positive number of texts")
-        if isinstance(texts, str):
-            raise ArgumentError("texts", "a single string", "strings", "Wrap it in a list.")
+        check_texts(texts)
         return self.encode_parts(
             _parts(iter(texts), texts_at_once),
             pooling=pooling,
@@ -293,6 +294,9 @@ class TextEncoder(_Holder):
     ) -> _How:
         """What a call asks for, and the folder's where it does not; checked before the work."""
         prompts = self.recipe.prompts
+        for argument, value in (("prompt", prompt), ("prompt_name", prompt_name)):
+            if not isinstance(value, str | None):
+                raise ArgumentError(argument, repr(value), "a string, or None")
         if prompt is not None and prompt_name is not None:
             raise ArgumentError("prompt_name", repr(prompt_name), "None where prompt is given")
         name = prompt_name if prompt_name is not None else self.recipe.prompt_name
@@ -317,7 +321,8 @@ class TextEncoder(_Holder):
         )
 
     def _tokens(self, texts: Iterable[Text], how: _How) -> Tokens:
-        if how.prompt and not isinstance(texts, str):
+        check_texts(texts)
+        if how.prompt:
             texts = [_after(how.prompt, text) for text in texts]
         return self.tokenizer.encode(texts, how.max_length)
 
@@ -531,11 +536,11 @@ class TextScorer(_Holder):
         max_length = _longest(self.tokenizer, self.model) if max_length is None else _checked(max_length, self.model)
         tokens = self.tokenizer.encode(texts, max_length)
         _warn_of_cuts(tokens.full(max_length), max_length)
-        scores = torch.empty(len(tokens.lengths), dtype=torch.float32, device="cpu")
+        scores = torch.empty((len(tokens.lengths), 1), dtype=torch.float32, device="cpu")
         with hold_weights(self.layouts):
             for rows, _, out in _outputs(self.model, tokens, batch_tokens, "scoring" if progress else None):
-                scores[rows] = ACTIVATIONS[self.activation](out.logits.float()).squeeze(1).cpu()
-        return scores.numpy()
+                scores[rows] = ACTIVATIONS[self.activation](out.logits.float()).cpu()
+        return _finite(scores.numpy(), self.model).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -718,8 +723,7 @@ def _parts(texts: Iterator[Text], texts_at_once: int) -> Generator[list[Text], N
 
 
 def _strings_or_words(texts: Iterable[str | Sequence[str]]) -> list[str | list[str]]:
-    if isinstance(texts, str):
-        raise ArgumentError("texts", "a single string", "a list of strings", "Wrap it in a list.")
+    check_texts(texts)
     found: list[str | list[str]] = []
     for i, text in enumerate(texts):
         if not isinstance(text, str | list | tuple):

@@ -180,8 +180,7 @@ class Tokenizer:
             ArgumentError: an item is something else, or `max_length` leaves no room for a token.
             CheckpointError: the folder's rules fail at one of these texts, or lose a text of a pair.
         """
-        if isinstance(texts, str):
-            raise ArgumentError("texts", "a single string", "a list of strings", "Wrap it in a list.")
+        check_texts(texts)
         texts = list(texts)
         pairs = bool(texts) and not isinstance(texts[0], str)
         special = self._tokenizer.num_special_tokens_to_add(pairs)
@@ -413,6 +412,15 @@ class Tokenizer:
             if head is not text and len(encodings[i]) < max_length:
                 encodings[i] = self._tokenizer.encode_batch_fast([text])[0]
         return encodings
+
+
+def check_texts(texts: object) -> None:
+    """Raise ArgumentError for one text that is not in a list, and for what can't be gone through."""
+    if isinstance(texts, str | bytes):
+        got = "a single string" if isinstance(texts, str) else "bytes"
+        raise ArgumentError("texts", got, "a list of strings", "Wrap it in a list.")
+    if not any(hasattr(texts, name) for name in ("__iter__", "__getitem__")):
+        raise ArgumentError("texts", f"a {type(texts).__name__}", "a list of strings")
 
 
 def check_whole(name: str, number: object) -> None:

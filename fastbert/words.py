@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from fastbert.checkpoints.fields import Fields
-from fastbert.checkpoints.files import WORDS, read_json
+from fastbert.checkpoints.files import WORDS, json_bytes, read_json
 
 ENDING_CHARACTERS = 5  # of an ending such as 's or ... at most
 MOST_WHOLE = 20_000  # words that are kept whole by name, the frequent ones
@@ -84,11 +83,11 @@ class WordRule:
         for run in re.finditer(r"\S+", text):
             start, end = run.span()
             tail: Spans = []
-            while text[start:end] not in self.whole:
+            while end - start > self._longest or text[start:end] not in self.whole:
                 if start < end and self._is_cut(text[start], self.before):
                     spans.append((start, start + 1))
                     start += 1
-                elif size := self._ending(text[start:end]):
+                elif size := self._ending(text, start, end):
                     tail.append((end - size, end))
                     end -= size
                 else:
@@ -102,8 +101,7 @@ class WordRule:
 
     def to_json(self) -> bytes:
         """What `from_folder` reads."""
-        fields = {name: sorted(getattr(self, name)) for name in ("before", "after", "endings", "whole")}
-        return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
+        return json_bytes({name: sorted(getattr(self, name)) for name in ("before", "after", "endings", "whole")})
 
     @classmethod
     def from_folder(cls, folder: Path) -> WordRule:
@@ -121,12 +119,17 @@ class WordRule:
     def _is_cut(self, character: str, kept: frozenset[str]) -> bool:
         return character not in kept and _is_punctuation(character)
 
-    def _ending(self, word: str) -> int:
-        """Characters to be cut off at the end, or 0; never all of them but of a single one."""
-        for size in range(min(ENDING_CHARACTERS, len(word) - 1), 0, -1):
-            if word[-size:] in self.endings:
+    def _ending(self, text: str, start: int, end: int) -> int:
+        """Characters to be cut off the end of a word, or 0; never all of them but of a single one."""
+        for size in range(min(ENDING_CHARACTERS, end - start - 1), 0, -1):
+            if text[end - size : end] in self.endings:
                 return size
-        return int(bool(word) and self._is_cut(word[-1], self.after))
+        return int(start < end and self._is_cut(text[end - 1], self.after))
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest of `whole`: a line of a million dots is not looked for a million times."""
+        return max(map(len, self.whole), default=0)
 
 
 DEFAULT = WordRule()

@@ -258,3 +258,24 @@ def test_tensors_of_other_layouts_in_a_pickle(folder: Path) -> None:
     torch.save(state | {3: torch.ones(2)}, folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*no string: 3"):
         fastbert.load(folder)
+
+
+def test_a_small_pickle_does_not_fill_the_memory(folder: Path) -> None:
+    """A tensor may be one number that stands for 10**9 rows of them."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    fastbert.load(folder)
+    [word] = [key for key in state if key.endswith("word_embeddings.weight")]
+    torch.save({**state, word: torch.zeros(1, 1).expand(10**9, 32)}, folder / "pytorch_model.bin")
+    change(folder, vocab_size=10**9)
+    with pytest.raises(CheckpointError, match=r"word_embeddings\.weight: shape \(1000000000, 32\) in 4 bytes"):
+        fastbert.load(folder)
+
+
+def test_a_lone_surrogate_is_saved_as_it_came(folder: Path, tmp_path: Path) -> None:
+    """JSON can spell what UTF-8 can't."""
+    change(folder, id2label={"0": "\ud800", "1": "ä"})
+    fastbert.save(fastbert.load(folder), tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["id2label"] == {"0": "\ud800", "1": "ä"}
+    assert "ä".encode() in (tmp_path / "saved" / "config.json").read_bytes()

@@ -184,3 +184,21 @@ TAKERS: dict[str, Callable[[Tensor, Packing], object]] = {
 def test_fewer_rows_than_tokens(taker: str, rows: int, tokens: int) -> None:
     with pytest.raises(ArgumentError):
         TAKERS[taker](torch.zeros(rows, 64), Packing.from_lengths([tokens]))
+
+
+def test_the_next_batch_in_the_same_memory_changes_nothing() -> None:
+    """Kernels read where a packing points, so what was looked at is what they get."""
+    cu_seqlens, indices = ends(0, 8, 16), torch.arange(16)
+    packing = by_hand(cu_seqlens=cu_seqlens, indices=indices)
+    cu_seqlens[1], indices[:] = 2**30, 2**40
+    assert packing.cu_seqlens.tolist() == [0, 8, 16]
+    assert packing.indices.tolist() == list(range(16))
+
+
+def test_what_is_kept_is_of_its_own_packing() -> None:
+    packing = Packing.from_lengths([3, 5])
+    _ = packing.grid, packing.tiles(2)
+    turned = Packing.from_lengths([5, 3])
+    other = replace(packing, cu_seqlens=turned.cu_seqlens, indices=turned.indices)
+    assert torch.equal(other.grid, turned.grid)
+    assert torch.equal(other.tiles(2), turned.tiles(2))

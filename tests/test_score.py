@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny_bert
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastbert
 from fastbert.config import HeadConfig, ProblemType
-from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.errors import ArgumentError, BackendError, CheckpointError
 from fastbert.heads import BertForSequenceClassification
 
 PAIRS = [("the film", "was fine"), ("a", "dull plot , with a very lovely scene"), ("", "music")]
@@ -138,3 +139,14 @@ def test_user_case_31_several_labels_are_as_transformers(tmp_path: Path) -> None
     )
     [ours] = fastbert.classify(["a dull plot"], folder)
     assert ours.probabilities == pytest.approx({one["label"]: one["score"] for one in found}, abs=1e-5)
+
+
+def test_a_score_that_overflows_is_named(tmp_path: Path) -> None:
+    folder = with_head(tmp_path, 1, "regression")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "classifier.weight": torch.full_like(tensors["classifier.weight"], 3e38)}, path)
+    scorer = fastbert.TextScorer.from_folder(folder, device="cpu")
+    with pytest.raises(BackendError, match=r"texts\[0\]: got a result of NaN or infinity"):
+        scorer.score(PAIRS)
+    assert scorer.score([]).shape == (0,)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -356,3 +357,12 @@ def test_columns_as_corpora_have_them(
     write: Write, content: str, sentences: list[list[str]], tags: list[list[str]]
 ) -> None:
     assert read_tagged(write("train.txt", content)) == (sentences, tags)
+
+
+def test_time_of_a_wide_header_grows_with_its_width(write: Write) -> None:
+    header = ",".join(["text", "label", *(f"c{i}" for i in range(60_000))])
+    began = time.monotonic()
+    assert read_classified(write("wide.csv", f"{header}\na,b\n")) == (["a"], ["b"])
+    assert time.monotonic() - began < 10
+    with pytest.raises(ArgumentError, match="two columns 'c7'"):
+        read_classified(write("twice.csv", f"{header},c7\na,b\n"))

@@ -243,3 +243,21 @@ def make_half() -> Callable[[str], None]:
         (folder / lock.LOCK).write_text("process 17 of elsewhere")
 
     return make
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "folder", "pipe"])
+def test_a_lock_that_is_no_file_empties_no_other(kind: str, tmp_path: Path) -> None:
+    other, path = tmp_path / "other", tmp_path / "out" / lock.LOCK
+    path.parent.mkdir()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other)
+    if kind == "link":
+        other.write_text("precious")
+    with pytest.raises(ArgumentError, match="a link, folder or device"), lock.locked(path.parent):
+        pass
+    assert other.exists() == (kind == "link")
+    assert kind != "link" or other.read_text() == "precious"

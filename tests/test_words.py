@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,18 @@ def test_words_on_the_command_line(tagger: Path, tmp_path: Path) -> None:
     assert record["text"] == "the @ada met in rome." and record["entities"][-1]["text"] == "rome."
     refused = run("json", "the @ada")
     assert refused.returncode == 2 and "the line 'the @ada'; expected a JSON list of words" in refused.stderr
+
+
+def test_time_of_a_long_run_grows_with_its_length() -> None:
+    """A line of a CSV's dashes, or of a table of contents, is no hang; it was one, for 200,000 characters."""
+    for text in ("." * 300_000, "a" + "-" * 300_000, "(" * 300_000 + "a"):
+        began = time.monotonic()
+        assert WordRule(whole=frozenset({"U.S."})).spans(text)[-1][1] == len(text)
+        assert time.monotonic() - began < 10
+
+
+def test_a_word_without_utf8_is_kept(tmp_path: Path) -> None:
+    rule = WordRule(whole=frozenset({"U.\ud800", "Ü.S."}))
+    (tmp_path / "fastbert_words.json").write_bytes(rule.to_json())
+    assert "Ü.S.".encode() in rule.to_json()
+    assert WordRule.from_folder(tmp_path) == rule

@@ -198,8 +198,13 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
             number = int(found[1])
             raise OSError(number, os.strerror(number), str(folder / WEIGHTS)) from error
     with replacing(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(config))
     write_bytes(folder, others)
+
+
+def json_bytes(value: object) -> bytes:
+    """The value as a JSON file has it, in UTF-8; a lone surrogate, which has no UTF-8, as the escape that JSON has."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def write_bytes(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -334,6 +339,9 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or value.layout is not torch.strided or value.is_quantized or value.is_meta:
             got = f"a sparse, quantized or empty tensor, or a name that is no string: {key!r}"
             raise CheckpointError(str(path), got, "a state dict of plain tensors")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():  # a copy of it might fill the memory
+            got = f"{key}: shape {tuple(value.shape)} in {value.untyped_storage().nbytes()} bytes, expanded"
+            raise CheckpointError(str(path), got, "tensors that hold all of their numbers", "Save them contiguous.")
     return dict(state)
 
 

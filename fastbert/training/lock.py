@@ -22,9 +22,11 @@ def locked(folder: Path) -> Iterator[None]:
     A file system without locks is a warning.
 
     Raises:
-        ArgumentError: another process holds it.
+        ArgumentError: another process holds it, or the lock is no file: through a link we would empty another file.
     """
     path = folder / LOCK
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ArgumentError(str(path), "a link, folder or device", "a file of our own, or nothing", "Remove it.")
     file = path.open("a+")
     while True:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastbert.checkpoints.files import TOKENIZER_CONFIG, WORDS, read_config, read_json
+from fastbert.checkpoints.files import TOKENIZER_CONFIG, WORDS, json_bytes, read_config, read_json
 from fastbert.checkpoints.load import Origin, load, read_model, trained_head
 from fastbert.config import EncoderConfig, HeadConfig, ProblemType
 from fastbert.errors import ArgumentError, CheckpointError
@@ -154,8 +153,8 @@ class Objective(ABC):
         """What the folder is to remember of the training besides the model: `max_length`, as transformers reads it."""
         path = self.folder / TOKENIZER_CONFIG
         settings = read_json(path) if path.exists() else {}
-        content = json.dumps({**settings, "model_max_length": self.max_length}, indent=2, ensure_ascii=False) + "\n"
-        return replace(origin, others={**origin.others, TOKENIZER_CONFIG: content.encode()})
+        content = json_bytes({**settings, "model_max_length": self.max_length})
+        return replace(origin, others={**origin.others, TOKENIZER_CONFIG: content})
 
     def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
         """Whether metrics are better than others, or than none."""

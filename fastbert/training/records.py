@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,8 @@ def _read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any
     read = 1
     try:
         header = [name.strip() for name in next(rows, [])]
-        for name in header:
-            if name and header.count(name) > 1:
+        for name, count in Counter(header).items():
+            if name and count > 1:
                 raise ArgumentError(f"{path}, line 1", f"two columns {name!r}", "columns of different names")
         for row in rows:
             read = rows.line_num
