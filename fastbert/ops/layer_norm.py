@@ -113,7 +113,8 @@ def linear_layer_norm(
         ArgumentError, BackendError: as `layer_norm`.
     """
     check_linear(x, weight, x_bias)
-    check_dense("residual", residual)
+    for name, given in (("residual", residual), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        check_dense(name, given)
     x, residual = cast_states(x, residual)
     check_dropout(dropout, seed, x)
     hidden = weight.shape[0]
