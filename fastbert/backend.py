@@ -59,6 +59,21 @@ def first_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def usable_device(device: torch.device | str | int) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ArgumentError: it is no name of a device, or this torch can use no such device here.
+    """
+    try:
+        return torch.empty(0, dtype=torch.uint8, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(
+            "device", repr(device), f"one that this torch can use here, 'cpu' say ({reason})"
+        ) from error
+
+
 def decide(device: torch.device) -> Decision:
     """The path for tensors on `device`, were the call one that the kernels serve."""
     interpreted = _forced == "triton" and target.interpreted()

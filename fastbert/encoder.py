@@ -47,9 +47,11 @@ class Encoder(nn.Module):
             CheckpointError: its modules or parameters are not those of a BertEncoder.
         """
         layers = getattr(module, "layer", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise CheckpointError("module", type(module).__name__, "a BertEncoder: a module with a ModuleList `layer`")
-        config = replace(EncoderConfig.from_hf(module.config), num_layers=len(layers))
+        config = getattr(module, "config", None)
+        if not isinstance(layers, nn.ModuleList) or not hasattr(config, "to_dict"):
+            expected = "a BertEncoder of transformers: a module with a ModuleList `layer` and a config"
+            raise CheckpointError("module", type(module).__name__, expected)
+        config = replace(EncoderConfig.from_hf(config), num_layers=len(layers))
         with torch.device("meta"):
             encoder = cls(config)
         _take_over(encoder, module, "encoder")

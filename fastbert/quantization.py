@@ -63,6 +63,8 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
         BackendError: the device can't, or the model is not in bfloat16 (fp8 on a GPU); also later, where the copy was
             moved to one that can't, or a gradient is asked for.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", f"a {type(model).__name__}", "a module with a fastbert.Encoder in it")
     if dtype is None:
         on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
         dtype = "int8" if on_cpu else "fp8"

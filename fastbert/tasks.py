@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastbert.backend import bfloat16_unserved, first_device
+from fastbert.backend import bfloat16_unserved, first_device, usable_device
 from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import WithHead, load, read_model
 from fastbert.checkpoints.sentence import Recipe, read_recipe, read_score_activation
@@ -140,11 +140,11 @@ class TextEncoder(_Holder):
             device: where to compute; the first GPU, or the CPU where there is none.
 
         Raises:
-            ArgumentError: `dtype` is none of these.
+            ArgumentError: `dtype` is none of these, or torch can't use `device` here.
             BackendError: the device has no int8.
             CheckpointError: the folder is not a checkpoint fastbert reads.
         """
-        device = device or first_device()
+        device = first_device() if device is None else usable_device(device)
         transformer, recipe = read_recipe(checkpoint_folder(folder), device)
         model = load(transformer, dtype=_dtype(dtype, device), device=device)
         try:
@@ -313,6 +313,8 @@ class TextEncoder(_Holder):
     def _embedder(self, pooling: Mode | None, normalize: bool | None) -> Embedder:
         if pooling is not None and pooling not in get_args(Mode):
             raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Mode))}")
+        if normalize is not None and not isinstance(normalize, bool | np.bool_):
+            raise ArgumentError("normalize", repr(normalize), "True, False, or None for what the folder says")
         own = self.recipe.embedder
         return replace(
             own,
@@ -414,7 +416,7 @@ class TextClassifier(_Holder):
         """Load a checkpoint folder; arguments as `TextEncoder.from_folder`.
 
         Raises:
-            ArgumentError: `dtype` is none of these.
+            ArgumentError: `dtype` is none of these, or torch can't use `device` here.
             CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier of several labels.
         """
         model = _with_trained_head(BertForSequenceClassification, folder, dtype, device)
@@ -513,7 +515,7 @@ class TextScorer(_Holder):
         nothing where `problem_type` is "regression".
 
         Raises:
-            ArgumentError: `dtype` is none of these.
+            ArgumentError: `dtype` is none of these, or torch can't use `device` here.
             CheckpointError: the folder is not a checkpoint fastbert reads, or has no head of one output.
         """
         model = _with_trained_head(BertForSequenceClassification, folder, dtype, device)
@@ -608,7 +610,7 @@ class TextTagger(_Holder):
         """Load a checkpoint folder; arguments as `TextEncoder.from_folder`.
 
         Raises:
-            ArgumentError: `dtype` is none of these.
+            ArgumentError: `dtype` is none of these, or torch can't use `device` here.
             CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier of tags that go
                 together (`training.metrics.odd_tag`).
         """
@@ -739,11 +741,11 @@ def _quantized(model: Model, name: DTypeName) -> Model:
     return quantize(model, dtype="int8") if name == "int8" else model
 
 
-def _dtype(name: DTypeName, device: torch.device | str) -> torch.dtype:
+def _dtype(name: DTypeName, device: torch.device) -> torch.dtype:
     """Of the parameters; float32, and said, where bfloat16 would only be slower."""
     if name not in DTYPES:
         raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
-    slow = bfloat16_unserved(torch.device(device))
+    slow = bfloat16_unserved(device)
     if name == "bf16" and slow is not None:
         warnings.warn(f"computing in float32, not in bfloat16: {slow}", stacklevel=3)
         return torch.float32
@@ -754,7 +756,7 @@ def _with_trained_head(
     kind: type[WithHead], folder: str | os.PathLike[str], dtype: DTypeName, device: torch.device | str | None
 ) -> WithHead:
     """As `load`, but a head that would begin untrained is an error: its answers would mean nothing."""
-    device = device or first_device()
+    device = first_device() if device is None else usable_device(device)
     model, untrained = read_model(folder, kind, dtype=_dtype(dtype, device), device=device)
     if untrained:
         got = f"no trained {kind.__name__}: it lacks {', '.join(untrained)}"

@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -415,12 +415,18 @@ class Tokenizer:
 
 
 def check_texts(texts: object) -> None:
-    """Raise ArgumentError for one text that is not in a list, and for what can't be gone through."""
+    """Raise ArgumentError for one text that is not in a list, for what can't be gone through, and for tables.
+
+    To go through a dict or a data frame gives the names of its columns, which would be embedded in place of the texts.
+    """
     if isinstance(texts, str | bytes):
         got = "a single string" if isinstance(texts, str) else "bytes"
         raise ArgumentError("texts", got, "a list of strings", "Wrap it in a list.")
-    if not any(hasattr(texts, name) for name in ("__iter__", "__getitem__")):
-        raise ArgumentError("texts", f"a {type(texts).__name__}", "a list of strings")
+    got = f"a {type(texts).__name__}"
+    if isinstance(texts, Mapping) or not any(hasattr(texts, name) for name in ("__iter__", "__getitem__")):
+        raise ArgumentError("texts", got, "a list of strings")
+    if (axes := getattr(texts, "ndim", 1)) != 1:
+        raise ArgumentError("texts", f"{got} of {axes} dimensions", "a list of strings", "Pass one column of it.")
 
 
 def check_whole(name: str, number: object) -> None:
@@ -507,11 +513,13 @@ def _neighbours(sentences: list[list[int]], room: int) -> list[list[list[int]]]:
 
 
 def _checked(texts: list[Any], pairs: bool) -> list[Any]:
-    expected = "a pair of strings, as texts[0]" if pairs else "a string, as texts[0]"
+    first = "a string, or a pair of strings" if pairs else "a string"
+    others = "a pair of strings, as texts[0]" if pairs else "a string, as texts[0]"
     replaced = 0
     checked: list[Any] = []
     for i, text in enumerate(texts):
         strings = text if pairs else (text,)
+        expected = others if i else first
         if not isinstance(strings, (tuple, list)) or len(strings) != 1 + pairs:
             raise ArgumentError(f"texts[{i}]", f"a {type(text).__name__}", expected)
         for string in strings:

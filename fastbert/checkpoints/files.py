@@ -59,6 +59,13 @@ TORCH_LOAD_ERRORS = (
 )
 
 
+def path_of(folder: str | os.PathLike[str]) -> Path:
+    """`folder` as a path, or ArgumentError if it is none."""
+    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
+        raise ArgumentError("folder", f"a {type(folder).__name__}", "a path: a str or a Path")
+    return Path(folder)
+
+
 def checkpoint_folder(folder: str | os.PathLike[str]) -> Path:
     """The path of a checkpoint folder that is there.
 
@@ -66,9 +73,7 @@ def checkpoint_folder(folder: str | os.PathLike[str]) -> Path:
         ArgumentError: `folder` is no path.
         CheckpointError: there is no such folder, or it is closed to us.
     """
-    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
-        raise ArgumentError("folder", f"a {type(folder).__name__}", "a path: a str or a Path")
-    path = Path(folder)
+    path = path_of(folder)
     expected = f"a folder with {CONFIG} and {WEIGHTS}"
     try:
         mode = path.stat().st_mode

@@ -13,13 +13,14 @@ from typing import Any, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
+from fastbert.backend import usable_device
 from fastbert.checkpoints import files
 from fastbert.checkpoints.architectures import FAMILIES, Dialect, architectures, recognise, split
 from fastbert.checkpoints.mapping import KEYS_SHOWN, head_rules, to_ours, to_theirs
 from fastbert.checkpoints.sentence import read_sentence_files
 from fastbert.config import HF_NAMES, EncoderConfig, HeadConfig
 from fastbert.encoder import initialise
-from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
+from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning, shown
 from fastbert.heads import HeadModel
 from fastbert.models import BertModel
 
@@ -96,7 +97,8 @@ def load(
         CheckpointError: a file is missing or damaged, the family is not supported, config.json asks for what the model
             does not do, keys or shapes do not fit, a weight is NaN or infinite, or a masked-token decoder is not tied
             to the word embeddings.
-        ArgumentError: `dtype` is not floating, or `head` is given without a head.
+        ArgumentError: `dtype` is not floating, `kind` no such class, torch can't use `device` here, or `head` is given
+            without a head.
     """
     model, untrained = read_model(folder, kind, head=head, dtype=dtype, device=device)
     if untrained:
@@ -116,6 +118,10 @@ def read_model(
     """As `load`, and instead of a warning the names of the parts that begin untrained."""
     if dtype not in (None, *DTYPES):
         raise ArgumentError("dtype", dtype, "a floating dtype of 16, 32 or 64 bits, or None for the checkpoint's own")
+    if not (isinstance(kind, type) and issubclass(kind, (BertModel, HeadModel))):
+        raise ArgumentError("kind", shown(kind), "BertModel, or a class of fastbert.heads: the class, not its name")
+    if device is not None:
+        device = usable_device(device)
     if head is not None and not issubclass(kind, HeadModel):
         raise ArgumentError("head", head, "None for a BertModel", "Name a class of fastbert.heads as kind.")
     folder = files.checkpoint_folder(folder)
@@ -216,16 +222,21 @@ def save(model: BertModel | HeadModel, folder: str | os.PathLike[str]) -> None:
     class of the same name would be. Each file is replaced atomically.
 
     Raises:
-        ArgumentError: a file that would be written is something other than a file.
+        ArgumentError: `model` is no model of fastbert, `folder` no path, or a file that would be written is something
+            other than a file.
         CheckpointError: the parameters are not those of the model's class.
     """
+    if not isinstance(model, BertModel | HeadModel):
+        mend = "A model of transformers has save_pretrained, and a TextEncoder has its model as `model`."
+        raise ArgumentError("model", f"a {type(model).__name__}", "a BertModel of fastbert, or one with a head", mend)
+    path = files.path_of(folder)
     origin: Origin = model.origin or _standard_origin(model)
     parts = model.parts if isinstance(model, HeadModel) else None
     layers = len((model.bert if isinstance(model, HeadModel) else model).encoder.layer)
     tensors = to_theirs(model.state_dict(), origin.dialect.rules(layers, parts))
     tensors |= origin.carried
     copies = {key: tensors[to].clone() for key, to in origin.tied.items()}
-    files.write(Path(folder), {**origin.config, "num_hidden_layers": layers}, tensors | copies, origin.others)
+    files.write(path, {**origin.config, "num_hidden_layers": layers}, tensors | copies, origin.others)
 
 
 def _trained_parts(

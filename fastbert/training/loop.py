@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from fastbert.backend import usable_device
 from fastbert.checkpoints.files import TORCH_LOAD_ERRORS, making, read_json, remove, replacing
 from fastbert.checkpoints.load import save
 from fastbert.errors import ArgumentError, CheckpointError
@@ -181,7 +182,8 @@ def train(
     with joined() as processes:
         speaks = processes.rank == 0
         say = say if say is not None and speaks else lambda line: None
-        return _train(settings, resume, torch.device(device or own_device()), processes, progress and speaks, say)
+        found = own_device() if device is None else usable_device(device)
+        return _train(settings, resume, found, processes, progress and speaks, say)
 
 
 def _train(
