@@ -213,6 +213,12 @@ def test_a_damaged_checkpoint_says_what_to_do(given: Settings, monkeypatch: pyte
     torch.save({"weights": torch.zeros(3)}, state)  # of another program
     with pytest.raises(CheckpointError, match=r"KeyError 'identity'; expected a checkpoint of fastbert's training"):
         train(given, resume=True)
+    for identity in ([], ["seed"], None, 3, torch.zeros(2)):
+        torch.save({"identity": identity}, state)
+        with pytest.raises(
+            (CheckpointError, ArgumentError), match=r"a checkpoint of fastbert's training|run began with"
+        ):
+            train(given, resume=True)
     others = torch.load(io.BytesIO(whole), weights_only=True)
     others["identity"]["the names of the weights"] = "others"  # of a version that calls its weights otherwise
     torch.save(others, state)

@@ -334,7 +334,7 @@ class _Run:
         path = folders[-1] / STATE
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            began = saved["identity"]
+            began = dict(saved["identity"])
         except (*TORCH_LOAD_ERRORS, OSError) as error:
             got = f"{type(error).__name__} {error}".splitlines()[0]
             mend = f"Remove {path.parent} to go on from the one before it, or else from the beginning."
