@@ -227,6 +227,8 @@ class Packing:
         check_dense("padded", padded)
         if tuple(padded.shape[:2]) != self.padded_shape:
             raise ArgumentError("padded", f"shape {tuple(padded.shape)}", f"leading dimensions {self.padded_shape}")
+        if padded.device != self.indices.device:
+            raise ArgumentError("packing", f"on {self.indices.device}", f"on {padded.device}, the device of padded")
         return padded.flatten(0, 1).index_select(0, self.indices)
 
     def check_rows(self, name: str, packed: Tensor) -> None:
@@ -343,7 +345,7 @@ class Block:
 
 
 def check_dense(name: str, x: Tensor) -> None:
-    """Raise ArgumentError for what is no tensor, and for one that is sparse, nested, opaque, quantized or on meta."""
+    """Raise ArgumentError for what is no tensor, and for one that is sparse, nested, opaque or quantized."""
     if not isinstance(x, Tensor):
         raise ArgumentError(name, f"a {type(x).__name__}", "a tensor")
     if x.layout is not torch.strided or x.is_nested or x.is_quantized:
@@ -351,8 +353,6 @@ def check_dense(name: str, x: Tensor) -> None:
         raise ArgumentError(
             name, f"a tensor of {x.dtype}, {kind}", "a dense tensor", "Make it one by to_dense() or dequantize()."
         )
-    if x.device.type == "meta":
-        raise ArgumentError(name, "a tensor on meta, which has no numbers", "one on a device that computes")
 
 
 def _has_no_values(x: Tensor) -> bool:

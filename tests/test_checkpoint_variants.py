@@ -72,7 +72,7 @@ def states(model: BertModel) -> Tensor:
 WRONG: dict[str, list[Any]] = {
     "hidden_size": [10**9, 2**63, -32, 0, 32.0, "32", True, [32], 1e308, float("nan"), 33, {}],
     "num_hidden_layers": [10**6, 10**9, -1, 2.0, "2", True],
-    "num_attention_heads": [0, -1, 5, 32, 4.0, "4", 10**9, True],
+    "num_attention_heads": [0, -1, 5, 64, 4.0, "4", 10**9, True],
     "intermediate_size": [10**9, 10**18, 0, 64.5, "64"],
     "vocab_size": [10**12, 0, "67", 67.0, 10],
     "max_position_embeddings": [10**9, 0, 512.0, 3],

@@ -169,14 +169,16 @@ def test_folding_of_constant_rows(generator):
     encoder = Encoder(EncoderConfig(hidden_size=width, num_layers=1, num_heads=39, intermediate_size=8)).eval()
     norm = torch.nn.LayerNorm(width)
     with torch.no_grad():
-        for linear in (encoder.layers[0].attention_output, encoder.layers[0].output):
+        for linear in (encoder.layer[0].attention.output.dense, encoder.layer[0].output.dense):
             linear.weight.zero_(), linear.bias.zero_()
-        encoder.layers[0].attention_norm.weight.fill_(1e-30)  # so that what comes out of it is its bias, one value
-        encoder.layers[0].attention_norm.bias.fill_(0.1)
-        encoder.layers[0].output_norm.bias.copy_(torch.randn(width, generator=generator))
+        encoder.layer[0].attention.output.LayerNorm.weight.fill_(
+            1e-30
+        )  # so that what comes out of it is its bias, one value
+        encoder.layer[0].attention.output.LayerNorm.bias.fill_(0.1)
+        encoder.layer[0].output.LayerNorm.bias.copy_(torch.randn(width, generator=generator))
         x = torch.randn(20, width, generator=generator)
         packing = Packing.from_lengths([20])
-        wanted = encoder.layers[0].output_norm.bias.expand(20, -1)
+        wanted = encoder.layer[0].output.LayerNorm.bias.expand(20, -1)
         assert torch.equal(encoder.run(x, packing)[-1], wanted)
         folded = fold(encoder, norm)
         assert folded is None  # such weights would round too much

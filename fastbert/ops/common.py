@@ -55,7 +55,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _beside(other: Tensor, x: Tensor) -> bool:
     dtypes = {other.dtype, x.dtype}
-    cast = dtypes <= {torch.float32, torch.bfloat16, torch.float16} and torch.is_autocast_enabled(x.device.type)
+    cast = dtypes <= {torch.float32, torch.bfloat16, torch.float16} and autocasts(x)
     return (len(dtypes) == 1 or cast) and other.device == x.device
 
 
@@ -74,6 +74,11 @@ def check_dropout(dropout: float, seed: Tensor | None, x: Tensor) -> None:
             )
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; torch knows none for meta."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def cast_states(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     """Hidden states in the dtype of autocast where it is on for their device, as torch casts those of its own products.
 
@@ -83,7 +88,7 @@ def cast_states(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
         `x` and the others, those that are None left out.
     """
     states = [state for state in (x, *others) if state is not None]
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         return tuple(states)
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(state if state.dtype == torch.float64 else state.to(dtype) for state in states)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.errors import ArgumentError
-from fastbert.ops.common import check_linear
+from fastbert.ops.common import autocasts, check_linear
 from fastbert.packing import check_dense
 
 IGNORED = -100  # the label that counts for nothing, as in PyTorch and Hugging Face
@@ -41,7 +41,7 @@ def linear_cross_entropy(
     """
     check_linear(x, weight, bias)
     check_labels(labels, x.shape[:1], weight.shape[0], x.device, ignore_index)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _LinearCrossEntropy.apply(x, weight, bias, labels, ignore_index)  # type: ignore[no-untyped-call]
