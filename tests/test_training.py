@@ -607,7 +607,7 @@ def test_a_checkpoint_is_whole_or_not_there(settings: Make, tmp_path: Path, monk
         ({"max_length": 49}, "at most the 48 positions"),
         ({"max_length": 2}, "max_length"),
         ({"train": "nowhere.jsonl"}, "No such file"),
-        ({"model": "nowhere"}, "no tokenizer"),
+        ({"model": "nowhere"}, "no folder there"),
     ],
 )
 def test_wrong_settings(settings: Make, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
