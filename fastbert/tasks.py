@@ -792,9 +792,7 @@ def _outputs(
     lengths = tokens.lengths
     parameter = next(model.parameters())
     device = parameter.device
-    if batch_tokens is None and int(lengths.sum()) <= LEAST_TOKENS:  # one batch, whatever the model's size
-        batch_tokens = LEAST_TOKENS
-    elif batch_tokens is None:
+    if batch_tokens is None:
         batch_tokens = _batch_tokens(model) if device.type == "cpu" else GPU_TOKENS
     groups = batches(lengths, batch_tokens)
     long = description is not None and len(groups) > LONG_WORK
