@@ -62,7 +62,7 @@ def test_user_case_shapes_memory_does_not_grow_with_each_number_of_rows(dtype: s
     if dtype == "bfloat16" and not backend.onednn_multiplies_bfloat16():
         pytest.skip("oneDNN multiplies no bfloat16 here: a CPU with AVX-512 runs this, or CPU=avx512")
     if isinstance(host(), str):
-        pytest.skip("torch alone, whose memory grew by a seventh to a third here: not mended. A CPU with AVX2 runs this")
+        pytest.skip("torch alone, whose memory grew by a third here: not mended. A CPU with AVX2 runs this")
     done = subprocess.run(
         [*PYTHON, "-c", MANY_SIZES, dtype, how], capture_output=True, text=True, cwd=Path(__file__).parent
     )
