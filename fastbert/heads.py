@@ -31,6 +31,11 @@ _LABELS = HeadConfig()
 Out = TypeVar("Out", HeadOutput, PreTrainingOutput, QuestionAnsweringOutput)
 
 
+def body_of(model: BertModel | HeadModel) -> BertModel:
+    """A model without its head."""
+    return model.bert if isinstance(model, HeadModel) else model
+
+
 class HeadModel(nn.Module):
     """What the models with heads share. The arguments of every `forward`, beside its labels:
 

@@ -77,6 +77,7 @@ class BertModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         packing: Packing | None = None,
         output_hidden_states: bool | None = None,
+        output_pooled: bool = True,
         return_dict: bool | None = None,
         **hf: Any,
     ) -> ModelOutput | tuple[Any, ...]:
@@ -91,6 +92,7 @@ class BertModel(nn.Module):
                 what the word table would give for them.
             packing: the layout of packed ids; the hidden states are then packed too.
             output_hidden_states: also return the embeddings and the output of every layer.
+            output_pooled: False leaves `pooler_output` None, which saves its product where nobody reads it.
             return_dict: False gives a plain tuple of what is not None.
             hf: further arguments of Hugging Face's BertModel; accepted where they ask for nothing.
 
@@ -104,7 +106,9 @@ class BertModel(nn.Module):
         refuse_what_asks(hf, "fastbert.BertModel")
         inputs = self.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         states = self.run(inputs, every=bool(output_hidden_states))
-        pooled = None if self.pooler is None else self.pool(first_tokens(states[-1], inputs.packing))
+        pooled = None
+        if output_pooled and self.pooler is not None:
+            pooled = self.pool(first_tokens(states[-1], inputs.packing))
         hidden_states = tuple(inputs.layout(state) for state in (states if output_hidden_states else states[-1:]))
         out = ModelOutput(hidden_states[-1], pooled, hidden_states if output_hidden_states else None)
         return out.to_tuple() if return_dict is False else out

@@ -12,6 +12,7 @@ from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from itertools import groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -135,12 +136,11 @@ class Packing:
                 raise ArgumentError(f"lengths[{i}]", length, f"an int between 0 and seqlen={width}")
         if device is None:
             device = torch.get_default_device()
-        on_host = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-        firsts = torch.arange(len(lengths), device="cpu") * width
-        ends = on_host.cumsum(0)
-        row = torch.arange(int(sum(lengths)), device="cpu")
-        indices = row + torch.repeat_interleave(firsts - (ends - on_host), on_host)
-        cu_seqlens = _cumulate(on_host.to(torch.int32))
+        # numpy: a tenth of the time of torch's for the few numbers there are
+        ends = np.cumsum([0, *lengths], dtype=np.int64)
+        gaps = np.arange(len(lengths)) * width - ends[:-1]
+        indices = torch.from_numpy(np.arange(ends[-1]) + np.repeat(gaps, lengths))
+        cu_seqlens = torch.from_numpy(ends.astype(np.int32))
         return cls.made_right(cu_seqlens.to(device), max_seqlen, indices.to(device), (len(lengths), width))
 
     @classmethod

@@ -90,9 +90,9 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
     return copy.deepcopy(model, copies)
 
 
-def in_int8(model: nn.Module) -> bool:
+def in_int8(encoder: Encoder) -> bool:
     """Whether `quantize` made it, for int8."""
-    return any(isinstance(part, QuantizedEncoder) and part.dtype == "int8" for part in model.modules())
+    return isinstance(encoder, QuantizedEncoder) and encoder.dtype == "int8"
 
 
 def _check_config(config: EncoderConfig) -> None:

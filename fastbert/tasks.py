@@ -24,7 +24,7 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import WithHead, load, read_model
 from fastbert.checkpoints.sentence import Recipe, read_recipe, read_score_activation
 from fastbert.errors import ArgumentError, BackendError, CheckpointError
-from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel
+from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel, body_of
 from fastbert.models import BertModel
 from fastbert.native.machine import last_cache
 from fastbert.ops.linear import Layouts, hold_weights
@@ -78,8 +78,8 @@ def encode(
     """
     if not isinstance(model, TextEncoder):
         model = TextEncoder.from_folder(model, dtype=dtype or "fp32")
-    elif dtype is not None and (DTYPES.get(dtype), dtype == "int8") != (model.dtype, in_int8(model.model)):
-        own = "int8" if in_int8(model.model) else model.dtype
+    elif dtype is not None and (DTYPES.get(dtype), dtype == "int8") != (model.dtype, in_int8(model.model.encoder)):
+        own = "int8" if in_int8(model.model.encoder) else model.dtype
         raise ArgumentError("dtype", repr(dtype), f"that of the TextEncoder, {own}", "Leave dtype out.")
     return model.encode(
         texts,
@@ -335,7 +335,7 @@ class TextEncoder(_Holder):
         shape = (len(tokens.lengths), embedder.width(self.model.config.hidden_size))
         embeddings = torch.empty(shape, dtype=torch.float32, device=device)
         with hold_weights(self.layouts):
-            for rows, packing, out in _outputs(self.model, tokens, batch_tokens, description):
+            for rows, packing, out in _outputs(self.model, tokens, batch_tokens, description, output_pooled=False):
                 embeddings[rows] = embedder(out.last_hidden_state, packing)
         return _finite(embeddings.cpu().numpy(), self.model)
 
@@ -785,9 +785,12 @@ def _warn_of_cuts(full: int, max_length: int) -> None:
 
 
 def _outputs(
-    model: BertModel | HeadModel, tokens: Tokens, batch_tokens: int | None, description: str | None
+    model: BertModel | HeadModel, tokens: Tokens, batch_tokens: int | None, description: str | None, **asked: bool
 ) -> Iterator[tuple[list[int], Packing, Any]]:
-    """`(rows, packing, output)` of each batch of texts; `description` is shown beside a bar if the work is long."""
+    """`(rows, packing, output)` of each batch of texts, `asked` of the model beside them.
+
+    `description` is shown beside a bar if the work is long.
+    """
     tokens.check_fit(model.config)
     lengths = tokens.lengths
     parameter = next(model.parameters())
@@ -800,16 +803,17 @@ def _outputs(
         ids, types = tokens.packed(rows)
         packing = Packing.from_lengths(lengths[rows].tolist(), device=device)
         with torch.inference_mode():
-            out = model(ids.to(device), token_type_ids=None if types is None else types.to(device), packing=packing)
+            types = None if types is None else types.to(device)
+            out = model(ids.to(device), token_type_ids=types, packing=packing, **asked)
         yield rows, packing, out
 
 
-def _batch_tokens(model: Any) -> int:
+def _batch_tokens(model: BertModel | HeadModel) -> int:
     """Tokens whose activations in a layer fill the CPU's last cache: the wide one and about five of hidden_size.
 
     Within 2% of the best of 512 to 8192 with MiniLM in all dtypes on a CPU with 32 MiB.
     """
-    config, size = model.config, 2 if in_int8(model) else next(model.parameters()).itemsize
+    config, size = model.config, 2 if in_int8(body_of(model).encoder) else next(model.parameters()).itemsize
     tokens = last_cache() // ((config.intermediate_size + 5 * config.hidden_size) * size)
     return min(max(tokens, LEAST_TOKENS), MOST_TOKENS)
 

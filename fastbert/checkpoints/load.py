@@ -21,7 +21,7 @@ from fastbert.checkpoints.sentence import read_sentence_files
 from fastbert.config import HF_NAMES, EncoderConfig, HeadConfig
 from fastbert.encoder import initialise
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning, shown
-from fastbert.heads import HeadModel
+from fastbert.heads import HeadModel, body_of
 from fastbert.models import BertModel
 
 WithHead = TypeVar("WithHead", bound=HeadModel)
@@ -174,7 +174,7 @@ def read_model(
     # Copies, because tensors that were read may map the file or share memory.
     ours = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in ours.items()}
     model.load_state_dict(ours, assign=True, strict=not fresh)
-    (model.bert if isinstance(model, HeadModel) else model).encoder.join()
+    body_of(model).encoder.join()
     for part in fresh:
         module = model.get_submodule(part).to_empty(device="cpu")
         initialise(module, config.initializer_range)
@@ -232,7 +232,7 @@ def save(model: BertModel | HeadModel, folder: str | os.PathLike[str]) -> None:
     path = files.path_of(folder)
     origin: Origin = model.origin or _standard_origin(model)
     parts = model.parts if isinstance(model, HeadModel) else None
-    layers = len((model.bert if isinstance(model, HeadModel) else model).encoder.layer)
+    layers = len(body_of(model).encoder.layer)
     tensors = to_theirs(model.state_dict(), origin.dialect.rules(layers, parts))
     tensors |= origin.carried
     copies = {key: tensors[to].clone() for key, to in origin.tied.items()}

@@ -18,7 +18,7 @@ from fastbert.checkpoints.load import save
 from fastbert.checkpoints.special_tokens import BERT_NAMES
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
-from fastbert.heads import BertForPreTraining, HeadModel
+from fastbert.heads import BertForPreTraining, HeadModel, body_of
 from fastbert.models import BertModel
 from fastbert.text import Tokenizer
 
@@ -96,7 +96,7 @@ def initialise_embedding(model: BertModel | HeadModel, tokenizer: Tokenizer, pat
     Raises:
         ArgumentError: see `read_word_vectors`.
     """
-    word = (model.bert if isinstance(model, HeadModel) else model).embeddings.word.weight
+    word = body_of(model).embeddings.word.weight
     special = set(tokenizer.special_ids)
     found: dict[int, npt.NDArray[np.float32]] = {}
     for spelled, vector in read_word_vectors(path, word.shape[1]):
