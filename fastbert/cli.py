@@ -1,4 +1,4 @@
-"""The command line: `fastbert encode`, `train`, `classify`, `tag`, `info`.
+"""The command line: `fastbert encode`, `train`, `classify`, `score`, `tag`, `info`.
 
 Heavy imports are inside the commands, so that `fastbert --help` is quick and `main` comes before torch.
 """
@@ -14,10 +14,10 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     # Texts, and their embeddings, float32 [texts, hidden].
     _Parts = Iterator[tuple[list[str], npt.NDArray[np.float32]]]
 
+_Records = Iterator[dict[str, Any]]
+Model = TypeVar("Model")
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -48,6 +51,15 @@ app = typer.Typer(
     rich_markup_mode=None,  # brackets in help are brackets
     help="Packed, padding-free BERT encoders.",
 )
+
+
+_Input = Annotated[Path, typer.Argument(metavar="INPUT", help="A file of texts, one a line; - for stdin.")]
+_Output = Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")]
+_DType = Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")]
+_MaxLength = Annotated[
+    int | None, typer.Option(help="Most tokens of a text, the rest is cut off; by default what the folder allows.")
+]
+_BatchTokens = Annotated[int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")]
 
 
 def main() -> None:
@@ -101,9 +113,7 @@ def _of_all_commands(
 @app.command()
 def encode(
     model: Annotated[Path, typer.Option(help="A Hugging Face checkpoint folder.")],
-    input: Annotated[Path, typer.Argument(metavar="INPUT", help="A file of texts, one a line; - for stdin.")] = Path(
-        "-"
-    ),
+    input: _Input = Path("-"),
     output: Annotated[Path | None, typer.Option(help="Write here instead of JSON lines on stdout.")] = None,
     file_format: Annotated[
         Literal["npy", "jsonl"] | None,
@@ -122,15 +132,9 @@ def encode(
     prompt_name: Annotated[
         str | None, typer.Option(help="Which of the folder's prompts to put before each text.")
     ] = None,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
-    ] = "fp32",
-    max_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a text, the rest is cut off; by default what the folder allows.")
-    ] = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")
-    ] = None,
+    dtype: _DType = "fp32",
+    max_length: _MaxLength = None,
+    batch_tokens: _BatchTokens = None,
 ) -> None:
     """Embed texts, one a line: row i of the result is line i of the input.
 
@@ -252,64 +256,62 @@ def train(
 @app.command()
 def classify(
     model: Annotated[Path, typer.Option(help="A checkpoint folder with a classifier.")],
-    input: Annotated[Path, typer.Argument(metavar="INPUT", help="A file of texts, one a line; - for stdin.")] = Path(
-        "-"
-    ),
-    output: Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")] = None,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
-    ] = "fp32",
-    max_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a text, the rest is cut off; by default what the folder allows.")
-    ] = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")
-    ] = None,
+    input: _Input = Path("-"),
+    output: _Output = None,
+    dtype: _DType = "fp32",
+    max_length: _MaxLength = None,
+    batch_tokens: _BatchTokens = None,
 ) -> None:
     """Label texts, one a line; JSON lines with text, label and the probability of every label."""
     from fastbert.tasks import TextClassifier
 
-    end_on_signals()
-    output = check_output(output)
-    check_ending(output)
-    lines = Lines(input)
-    classifier = TextClassifier.from_folder(model, dtype=dtype)
-    with results(output) as file:
-        for texts in filter(None, lines.parts(file)):
-            found = classifier.classify(
-                texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty()
-            )
-            _write_records(
-                file,
-                [
-                    {"text": text, "label": one.label, "probabilities": one.probabilities}
-                    for text, one in zip(texts, found, strict=True)
-                ],
-            )
-    _report(lines)
+    def records(classifier: TextClassifier, texts: list[str]) -> _Records:
+        found = classifier.classify(
+            texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty()
+        )
+        for text, one in zip(texts, found, strict=True):
+            yield {"text": text, "label": one.label, "probabilities": one.probabilities}
+
+    _answer(input, output, lambda: TextClassifier.from_folder(model, dtype=dtype), records)
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Option(help="A checkpoint folder with a head of one output, as of a cross-encoder.")],
+    input: _Input = Path("-"),
+    output: _Output = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="A line is two texts with a tab between them.")] = False,
+    dtype: _DType = "fp32",
+    max_length: _MaxLength = None,
+    batch_tokens: _BatchTokens = None,
+) -> None:
+    """Score texts or pairs of them, one a line; JSON lines with text and score."""
+    from fastbert.tasks import TextScorer
+
+    def records(scorer: TextScorer, texts: list[str]) -> _Records:
+        given = _pairs(texts) if pairs else texts
+        found = scorer.score(given, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
+        for text, one in zip(given, found.tolist(), strict=True):
+            yield {"text": text, "score": one}
+
+    _answer(input, output, lambda: TextScorer.from_folder(model, dtype=dtype), records)
 
 
 @app.command()
 def tag(
     model: Annotated[Path, typer.Option(help="A checkpoint folder with a tagger.")],
-    input: Annotated[Path, typer.Argument(metavar="INPUT", help="A file of texts, one a line; - for stdin.")] = Path(
-        "-"
-    ),
-    output: Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")] = None,
+    input: _Input = Path("-"),
+    output: _Output = None,
     words: Annotated[
         Literal["remembered", "whitespace", "json"],
         typer.Option(help="As the training file cut them, what spaces part, or each line a JSON list of words."),
     ] = "remembered",
-    dtype: Annotated[
-        Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")
-    ] = "fp32",
+    dtype: _DType = "fp32",
     max_length: Annotated[
         int | None,
         typer.Option(help="Most tokens of a window, longer texts are several; by default what the folder allows."),
     ] = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")
-    ] = None,
+    batch_tokens: _BatchTokens = None,
 ) -> None:
     """Find entities in texts, one a line; JSON lines with text and its entities.
 
@@ -318,35 +320,25 @@ def tag(
     """
     from fastbert.tasks import TextTagger
 
-    end_on_signals()
-    output = check_output(output)
-    check_ending(output)
-    lines = Lines(input)
-    tagger = TextTagger.from_folder(model, dtype=dtype)
-    with results(output) as file:
-        for texts in filter(None, lines.parts(file)):
-            given = _word_lists(texts) if words == "json" else texts
-            found = tagger.tag(
-                given,
-                words="whitespace" if words == "whitespace" else "remembered",
-                max_length=max_length,
-                batch_tokens=batch_tokens,
-                progress=sys.stderr.isatty(),
-            )
-            _write_records(
-                file,
-                [
-                    {
-                        "words" if words == "json" else "text": text,
-                        "entities": [
-                            {"type": one.kind, "start": one.start, "end": one.end, "text": one.text, "score": one.score}
-                            for one in entities
-                        ],
-                    }
-                    for text, entities in zip(given, found, strict=True)
+    def records(tagger: TextTagger, texts: list[str]) -> _Records:
+        given = _word_lists(texts) if words == "json" else texts
+        found = tagger.tag(
+            given,
+            words="whitespace" if words == "whitespace" else "remembered",
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            progress=sys.stderr.isatty(),
+        )
+        for text, entities in zip(given, found, strict=True):
+            yield {
+                "words" if words == "json" else "text": text,
+                "entities": [
+                    {"type": one.kind, "start": one.start, "end": one.end, "text": one.text, "score": one.score}
+                    for one in entities
                 ],
-            )
-    _report(lines)
+            }
+
+    _answer(input, output, lambda: TextTagger.from_folder(model, dtype=dtype), records)
 
 
 @app.command()
@@ -390,9 +382,20 @@ def info() -> None:
                 _row("", f"--dtype {name} {instead} here, because {unserved}")
 
 
-def _write_records(file: IO[bytes], records: list[dict[str, Any]]) -> None:
-    file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-    file.flush()
+def _answer(
+    input: Path, output: Path | None, load: Callable[[], Model], records: Callable[[Model, list[str]], _Records]
+) -> None:
+    """Write a JSON line for each text, as they come."""
+    end_on_signals()
+    output = check_output(output)
+    check_ending(output)
+    lines = Lines(input)
+    model = load()
+    with results(output) as file:
+        for texts in filter(None, lines.parts(file)):
+            file.write("".join(json.dumps(record) + "\n" for record in records(model, texts)).encode())
+            file.flush()
+    _report(lines)
 
 
 def _write_npy(file: IO[bytes], hidden: int, parts: _Parts) -> None:
@@ -418,6 +421,16 @@ def _write_jsonl(file: IO[bytes], parts: _Parts) -> None:
             numbers = ", ".join([f"{number:.9g}" for number in embedding.tolist()])
             file.write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n'.encode())
         file.flush()
+
+
+def _pairs(lines: list[str]) -> list[tuple[str, str]]:
+    found = []
+    for line in lines:
+        first, tab, second = line.partition("\t")
+        if not tab or "\t" in second:
+            raise ArgumentError("INPUT", f"the line {line!r:.80}", "two texts with one tab between them")
+        found.append((first, second))
+    return found
 
 
 def _word_lists(lines: list[str]) -> list[list[str]]:

@@ -92,7 +92,7 @@ class EncoderConfig:
             ArgumentError: the config asks for something a BERT encoder here does not do (decoder, cross-attention,
                 relative positions, an activation we lack), or a field has a value that it can't have.
         """
-        given: dict[str, Any] = dict(hf) if isinstance(hf, dict) else hf.to_dict()
+        given = _fields(hf)
         for name in ("is_decoder", "add_cross_attention"):
             if given.get(name):
                 raise ArgumentError(f"config.{name}", repr(given[name]), "False: this is a bidirectional encoder")
@@ -178,7 +178,7 @@ class HeadConfig:
             ArgumentError: the labels are not numbered from 0 or not different, or a field has a value that it can't
                 have.
         """
-        given: dict[str, Any] = dict(hf) if isinstance(hf, dict) else hf.to_dict()
+        given = _fields(hf)
         number, names, reverse = (given.get(name) for name in ("num_labels", "id2label", "label2id"))
         if number is not None and not (_is_int(number) and 0 < number <= MOST_LABELS):
             raise ArgumentError("config.num_labels", repr(number), f"a whole number from 1 to {MOST_LABELS}")
@@ -204,6 +204,16 @@ class HeadConfig:
             "problem_type": self.problem_type,
             "classifier_dropout": self.classifier_dropout,
         }
+
+
+def _fields(hf: Any) -> dict[str, Any]:
+    if isinstance(hf, dict):
+        return dict(hf)
+    if not hasattr(hf, "to_dict"):
+        raise ArgumentError(
+            "config", f"a {type(hf).__name__}", "a BertConfig of transformers, or the dict of a config.json"
+        )
+    return dict(hf.to_dict())
 
 
 def _unnamed(number: int) -> tuple[str, ...]:

@@ -56,6 +56,8 @@ def graphed(model: Model, *, most: int = 32) -> Model:
     """
     if most < 1:
         raise ArgumentError("most", most, "at least 1 graph")
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", f"a {type(model).__name__}", "a BertModel, or a model of fastbert with a head")
     trunks = [module for module in model.modules() if isinstance(module, BertModel)]
     if not trunks:
         raise ArgumentError("model", type(model).__name__, "a BertModel, or a model of fastbert with a head")

@@ -152,10 +152,10 @@ class Lines:
         """What was odd about them, to be said when all were read."""
         damaged, first = self._damaged
         if damaged:
-            yield f"{damaged} lines have bytes that are not UTF-8 (first: line {first}); U+FFFD stands for them"
+            yield f"lines with bytes that are not UTF-8: {damaged} (first: line {first}); U+FFFD stands for those bytes"
         empty, first = self._empty
         if empty:
-            yield f"{empty} empty lines (first: line {first}) are taken as empty texts"
+            yield f"empty lines, taken as empty texts: {empty} (first: line {first})"
         if not self._count:
             yield "the input is empty: no results"
 

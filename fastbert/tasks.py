@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastbert.backend import bfloat16_unserved, first_device, usable_device
 from fastbert.checkpoints.files import checkpoint_folder
@@ -452,16 +452,11 @@ class TextClassifier(_Holder):
         max_length = _longest(self.tokenizer, self.model) if max_length is None else _checked(max_length, self.model)
         tokens = self.tokenizer.encode(texts, max_length)
         _warn_of_cuts(tokens.full(max_length), max_length)
-        labels = self.model.head_config.labels
         several = self.model.head_config.problem_type == "multi_label_classification"
-        probabilities = torch.empty((len(tokens.lengths), len(labels)), dtype=torch.float32, device="cpu")
-        with hold_weights(self.layouts):
-            for rows, _, out in _outputs(self.model, tokens, batch_tokens, "classifying" if progress else None):
-                logits = out.logits.float()
-                probabilities[rows] = (logits.sigmoid() if several else logits.softmax(1)).cpu()
+        likely = torch.sigmoid if several else partial(torch.softmax, dim=1)
         found: list[Classification] = []
-        for row in _finite(probabilities.numpy(), self.model).tolist():
-            ranked = sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])
+        for row in _answers(self, tokens, likely, batch_tokens, "classifying" if progress else None).tolist():
+            ranked = sorted(zip(self.model.head_config.labels, row, strict=True), key=lambda pair: -pair[1])
             found.append(Classification(ranked[0][0], dict(ranked)))
         return found
 
@@ -538,11 +533,8 @@ class TextScorer(_Holder):
         max_length = _longest(self.tokenizer, self.model) if max_length is None else _checked(max_length, self.model)
         tokens = self.tokenizer.encode(texts, max_length)
         _warn_of_cuts(tokens.full(max_length), max_length)
-        scores = torch.empty((len(tokens.lengths), 1), dtype=torch.float32, device="cpu")
-        with hold_weights(self.layouts):
-            for rows, _, out in _outputs(self.model, tokens, batch_tokens, "scoring" if progress else None):
-                scores[rows] = ACTIVATIONS[self.activation](out.logits.float()).cpu()
-        return _finite(scores.numpy(), self.model).squeeze(1)
+        activation = ACTIVATIONS[self.activation]
+        return _answers(self, tokens, activation, batch_tokens, "scoring" if progress else None).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -676,6 +668,22 @@ class TextTagger(_Holder):
         return found
 
 
+def _answers(
+    holder: TextClassifier | TextScorer,
+    tokens: Tokens,
+    activation: Callable[[Tensor], Tensor],
+    batch_tokens: int | None,
+    description: str | None,
+) -> npt.NDArray[np.float32]:
+    """What `activation` makes of the logits of each text, float32 `[texts, outputs]`, none of it NaN or infinite."""
+    shape = len(tokens.lengths), len(holder.model.head_config.labels)
+    answers = torch.empty(shape, dtype=torch.float32, device="cpu")
+    with hold_weights(holder.layouts):
+        for rows, _, out in _outputs(holder.model, tokens, batch_tokens, description):
+            answers[rows] = activation(out.logits.float()).cpu()
+    return _finite(answers.numpy(), holder.model)
+
+
 def _finite(results: npt.NDArray[np.float32], model: nn.Module) -> npt.NDArray[np.float32]:
     """`results`, `[texts, n]`, none of which is NaN or infinite."""
     if not np.isfinite(results).all():
@@ -780,7 +788,8 @@ def _checked(max_length: int, model: BertModel | HeadModel) -> int:
 
 def _warn_of_cuts(full: int, max_length: int) -> None:
     if full:
-        message = f"{full} texts fill max_length={max_length} tokens; what is beyond was not read"
+        which = "1 text fills" if full == 1 else f"{full} texts fill"
+        message = f"{which} max_length={max_length} tokens; what is beyond was not read"
         warnings.warn(message, stacklevel=3)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ import torch
 from tokenizers import normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from fastbert import forks
 from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.special_tokens import BERT_NAMES, library_errors
 from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_tokenizer
@@ -133,7 +133,7 @@ class Tokenizer:
         if tokenizer.post_processor is None:  # the library's fast batches then leave the second text's types at 0
             tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
         self._tokenizer, self._settings = tokenizer, settings
-        self._lock = threading.Lock()  # truncation is state of the tokenizer, so one encode at a time
+        self._lock = forks.lock()  # truncation is state of the tokenizer, so one encode at a time
         self._heads_tell = settings.truncation_side == "right" and _heads_tell(tokenizer)
         self._single, self._pair = framed(tokenizer)
         if self._single.special_tokens_mask.count(0) != 1:
@@ -152,7 +152,7 @@ class Tokenizer:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=forks.lock())
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:

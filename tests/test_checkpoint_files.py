@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import fastbert
 from fastbert.checkpoints.fields import Fields
+from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, CheckpointError
 
 
@@ -154,6 +155,28 @@ def test_a_folder_that_is_not_there_gets_a_hint(name: str, message: str, as_path
 def test_a_folder_is_a_path(folder: Any) -> None:
     with pytest.raises(ArgumentError, match=r"folder: got a .*; expected a path"):
         fastbert.load(folder)
+
+
+def test_an_empty_name_is_not_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert fastbert.load(".")
+    with pytest.raises(ArgumentError, match="folder: got ''; expected a path"):
+        fastbert.load("")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "float32", torch.int8, 3])
+def test_a_dtype_is_torchs(folder: Path, dtype: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"dtype: got .*; expected a floating torch\.dtype .* torch\.float32"):
+        fastbert.load(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "make", [EncoderConfig.from_hf, HeadConfig.from_hf, fastbert.graphed], ids=lambda make: make.__qualname__
+)
+@pytest.mark.parametrize("given", [None, 3, "bert-base"])
+def test_what_is_no_config_and_no_model(make: Any, given: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"(config|model): got a "):
+        make(given)
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:

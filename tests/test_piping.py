@@ -128,7 +128,7 @@ def test_lines_are_cut_at_newlines_wherever_blocks_end(
     (tmp_path / "texts").write_bytes(content)
     lines = Lines(tmp_path / "texts")
     assert list(lines.parts(out)) == [["ä", "longer than a block"], ["", "x"], [""]]
-    assert list(lines.odd()) == ["2 empty lines (first: line 3) are taken as empty texts"]
+    assert list(lines.odd()) == ["empty lines, taken as empty texts: 2 (first: line 3)"]
 
 
 def test_a_line_of_many_blocks_takes_time_in_proportion(

@@ -75,7 +75,7 @@ def test_user_case_31_a_regression_gives_its_output(tmp_path: Path) -> None:
     scorer = fastbert.TextScorer.from_folder(folder)
     assert np.allclose(scorer.score(texts), logits(folder, texts)[:, 0].numpy(), atol=1e-5)
     assert scorer.score([]).shape == (0,)
-    with pytest.warns(UserWarning, match="1 texts fill max_length=8"):
+    with pytest.warns(UserWarning, match="1 text fills max_length=8"):
         scorer.score(["the film " * 20, "a"], max_length=8)
     with pytest.raises(ArgumentError, match="at most the model's 48 positions"):
         scorer.score(texts, max_length=49)

@@ -233,16 +233,16 @@ def test_user_case_08_max_seq_length(folder: Path) -> None:
     write(folder / "sentence_bert_config.json", {"max_seq_length": 8, "do_lower_case": False})
     [states] = hidden(folder, [LONG], 8)
     assert len(states) == 8
-    with pytest.warns(UserWarning, match="1 texts fill max_length=8 tokens; what is beyond was not read"):
+    with pytest.warns(UserWarning, match="1 text fills max_length=8 tokens; what is beyond was not read"):
         assert near(fastbert.encode([LONG, "a"], model=folder)[:1], [states.mean(0)])
     [states] = hidden(folder, [LONG], 16)
-    with pytest.warns(UserWarning, match="1 texts fill max_length=16"):
+    with pytest.warns(UserWarning, match="1 text fills max_length=16"):
         assert near(fastbert.encode([LONG], model=folder, max_length=16), [states.mean(0)])
 
 
 def test_the_settings_of_other_names_are_read(folder: Path) -> None:
     write(sentence_folder(folder) / "sentence_roberta_config.json", {"max_seq_length": 8})
-    with pytest.warns(UserWarning, match="fill max_length=8"):
+    with pytest.warns(UserWarning, match="fills? max_length=8"):
         fastbert.encode([LONG], model=folder)
 
 
@@ -268,7 +268,7 @@ def test_user_case_08_do_lower_case(folder: Path) -> None:
 def test_user_case_21_the_default_length_fits_the_model(sentence: bool, folder: Path) -> None:
     if sentence:
         write(sentence_folder(folder) / "sentence_bert_config.json", {"max_seq_length": 512})
-    with pytest.warns(UserWarning, match="1 texts fill max_length=48 tokens"):
+    with pytest.warns(UserWarning, match="1 text fills max_length=48 tokens"):
         assert fastbert.encode([LONG, "the film"], model=folder).shape == (2, 32)
     with pytest.raises(ArgumentError, match="at most the model's 48 positions"):
         fastbert.encode(["the film"], model=folder, max_length=49)
@@ -278,7 +278,7 @@ def test_user_case_21_the_default_length_fits_the_model(sentence: bool, folder: 
 def test_the_tokenizers_length_is_the_default(limit: int | None, folder: Path) -> None:
     write(folder / "tokenizer_config.json", {"model_max_length": limit})
     expected = min(limit or 48, 48)
-    with pytest.warns(UserWarning, match=f"fill max_length={expected} tokens"):
+    with pytest.warns(UserWarning, match=f"fills? max_length={expected} tokens"):
         fastbert.encode([LONG], model=folder)
 
 
@@ -288,7 +288,7 @@ def test_user_case_21_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0
     assert len(run.stdout.splitlines()) == 2
-    assert run.stderr.count("1 texts fill max_length=48 tokens") == 1
+    assert run.stderr.count("1 text fills max_length=48 tokens") == 1
 
 
 # Layouts and prompts
@@ -307,7 +307,7 @@ def test_user_case_45_the_transformer_in_a_folder_of_its_own(folder: Path, tmp_p
             write(root / "modules.json", modules)
         assert np.array_equal(fastbert.encode(TEXTS, model=root), expected)
     write(root / "0_BERT/sentence_bert_config.json", {"max_seq_length": 8})
-    with pytest.warns(UserWarning, match="fill max_length=8"):
+    with pytest.warns(UserWarning, match="fills? max_length=8"):
         fastbert.encode([LONG], model=root)
 
 

@@ -219,6 +219,16 @@ def test_a_damaged_checkpoint_says_what_to_do(given: Settings, monkeypatch: pyte
             (CheckpointError, ArgumentError), match=r"a checkpoint of fastbert's training|run began with"
         ):
             train(given, resume=True)
+    for part in ("state", "rng", "model", "optimizer"):
+        for value in (None, 3):
+            crafted = torch.load(io.BytesIO(whole), weights_only=True) | {part: value}
+            torch.save(crafted, state)
+            with pytest.raises(CheckpointError, match="a checkpoint of fastbert's training"):
+                train(given, resume=True)
+        del crafted[part]
+        torch.save(crafted, state)
+        with pytest.raises(CheckpointError, match=f"KeyError '{part}'"):
+            train(given, resume=True)
     others = torch.load(io.BytesIO(whole), weights_only=True)
     others["identity"]["the names of the weights"] = "others"  # of a version that calls its weights otherwise
     torch.save(others, state)

@@ -63,6 +63,8 @@ def path_of(folder: str | os.PathLike[str]) -> Path:
     """`folder` as a path, or ArgumentError if it is none."""
     if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
         raise ArgumentError("folder", f"a {type(folder).__name__}", "a path: a str or a Path")
+    if not os.fspath(folder):  # which a Path would take for the working directory
+        raise ArgumentError("folder", repr(folder), "a path")
     return Path(folder)
 
 

@@ -117,7 +117,8 @@ def read_model(
 ) -> tuple[Kind, list[str]]:
     """As `load`, and instead of a warning the names of the parts that begin untrained."""
     if dtype not in (None, *DTYPES):
-        raise ArgumentError("dtype", dtype, "a floating dtype of 16, 32 or 64 bits, or None for the checkpoint's own")
+        expected = "a floating torch.dtype of 16, 32 or 64 bits, or None for the checkpoint's own"
+        raise ArgumentError("dtype", repr(dtype), expected, "Write torch.float32, say.")
     if not (isinstance(kind, type) and issubclass(kind, (BertModel, HeadModel))):
         raise ArgumentError("kind", shown(kind), "BertModel, or a class of fastbert.heads: the class, not its name")
     if device is not None:

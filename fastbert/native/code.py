@@ -19,6 +19,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from fastbert import forks
 from fastbert.native import guards
 from fastbert.native.machine import Machine, openmp
 from fastbert.native.memory import PerWorker, Place, room
@@ -426,6 +427,10 @@ def _mangled(type_: Any) -> str:
     return {"float": "f32", "bfloat": "bf16"}.get(str(type_), str(type_))
 
 
+# Around all use of LLVM, which has a lock of its own that no fork waits for.
+_compiling = forks.lock()
+
+
 def float_bits(number: float) -> int:
     """A float32 as the integer that a kernel takes."""
     return ctypes.c_uint32.from_buffer(ctypes.c_float(number)).value
@@ -573,14 +578,15 @@ start:
 @cache
 def _driver() -> Any:
     """`run` of `DRIVER`."""
-    _initialise()
-    for name, function in openmp().items():
-        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
-    parsed = llvm.parse_assembly(DRIVER)
-    parsed.verify()
-    engine = llvm.create_mcjit_compiler(parsed, llvm.Target.from_default_triple().create_target_machine(jit=True))
-    engine.finalize_object()
-    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("run"))
+    with _compiling:
+        _initialise()
+        for name, function in openmp().items():
+            llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+        parsed = llvm.parse_assembly(DRIVER)
+        parsed.verify()
+        engine = llvm.create_mcjit_compiler(parsed, llvm.Target.from_default_triple().create_target_machine(jit=True))
+        engine.finalize_object()
+        run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("run"))
     run.engine = engine  # type: ignore[attr-defined]  # keeps the code alive
     return run
 
@@ -597,6 +603,11 @@ def compiled(machine: Machine, name: str, parameters: Sequence[str], body: Calla
     Args:
         parameters: names of the int64 arguments: numbers, addresses, or `float_bits`.
     """
+    with _compiling:
+        return _compiled(machine, name, parameters, body)
+
+
+def _compiled(machine: Machine, name: str, parameters: Sequence[str], body: Callable[[Code], None]) -> Kernel:
     _initialise()
     module = ir.Module(name)
     module.triple = llvm.get_process_triple()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastbert import forks
 from fastbert.errors import BackendError
 
 ON = os.environ.get("FASTBERT_CHECK", "0") not in ("", "0")
@@ -25,7 +25,7 @@ GUARD = 2**17
 
 # Of each guarded storage that is alive, by its address: how many bytes lie between the guards.
 _sizes: dict[int, tuple[StorageWeakRef, int]] = {}
-_lock = threading.Lock()
+_lock = forks.lock()
 
 
 def guarded(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -335,6 +335,8 @@ class _Run:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             began = dict(saved["identity"])
+            state, random = State(**saved["state"]), list(saved["rng"])
+            parts = {name: dict(saved[name]) for name in ("model", "optimizer")}
         except (*TORCH_LOAD_ERRORS, OSError) as error:
             got = f"{type(error).__name__} {error}".splitlines()[0]
             mend = f"Remove {path.parent} to go on from the one before it, or else from the beginning."
@@ -353,12 +355,12 @@ class _Run:
         set_state_dict(
             self.model,
             self.optimizer,
-            model_state_dict=saved["model"],
-            optim_state_dict=saved["optimizer"],
+            model_state_dict=parts["model"],
+            optim_state_dict=parts["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )
-        self.state = State(**saved["state"])
-        rng, cuda_rng = saved["rng"][self.processes.rank]
+        self.state = state
+        rng, cuda_rng = random[self.processes.rank]
         torch.set_rng_state(rng)
         torch.cuda.set_rng_state_all(cuda_rng)
 
