@@ -206,7 +206,7 @@ PROVIDERS = {
     "torch.compile": torch_compile,
     **runtimes.providers(runtime),
 }
-SLOW = {"transformers eager", "torch.compile"}  # to run, and to compile
+SLOW = {"transformers eager", "torch.compile", "CTranslate2"}  # to run, to compile, to convert
 NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in PROVIDERS]
 CONTEST = Contest(PROVIDERS, operands, plain, exact, costs, factor=3.0)
 WORKLOADS = {work.name: work for grid in (MIXES, TENSORRT, BYTETRANSFORMER, KERNL) for work in grid if work.batch > 1}

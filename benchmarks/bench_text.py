@@ -178,7 +178,7 @@ HEAVY = {"sentence-transformers", "onnxruntime int8", "CTranslate2"}  # under --
     "provider", [pytest.param(name, marks=[pytest.mark.full] if name in HEAVY else []) for name in PROVIDERS]
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("count", [200, pytest.param(MANY, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [100, pytest.param(MANY, marks=pytest.mark.full)])
 def test_encode(count: int, dtype: str, provider: str, compete: Any) -> None:
     standings = compete(CONTEST, case_of(count, dtype), provider)
     facts = standings[provider].facts

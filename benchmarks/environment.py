@@ -12,6 +12,7 @@ import torch
 
 from fastbert.backend import first_device
 from fastbert.kernels import target
+from fastbert.native.machine import Machine, host
 
 ROOT = Path(__file__).resolve().parent.parent
 RIVALS = (
@@ -64,6 +65,12 @@ def _target() -> str:
 
 
 def _cpu() -> str:
+    """Its name and, where we have kernels for it, what LLVM calls its kind: "AMD EPYC" alone says too little."""
+    machine = host()
+    return f"{_cpu_name()} ({machine.cpu})" if isinstance(machine, Machine) else _cpu_name()
+
+
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
