@@ -20,7 +20,7 @@ from measure import pin_threads
 
 from fastbert.errors import FastbertError
 
-BUDGET, FULL_BUDGET = 2.5, 20.0  # seconds for the timing of one contest
+BUDGET, FULL_BUDGET = 1.5, 20.0  # seconds for the timing of one contest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
