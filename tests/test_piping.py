@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 import pytest
 import tiny_bert
-from processes import PYTHON
+from processes import PYTHON, heed_signals
 
 from fastbert import piping
 from fastbert.checkpoints.load import load, save
@@ -51,8 +51,7 @@ def start(*arguments: object, **streams: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(  # type: ignore[call-overload]
         [*COMMAND, *map(str, arguments)],
         env=ENVIRONMENT,
-        # a shell's background jobs, and so a test run among them, inherit that SIGINT is ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_signals,
         **options | streams,
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tiny_bert
 import torch
-from processes import PYTHON
+from processes import PYTHON, heed_signals
 
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.training import Settings, lock, loop, train
@@ -49,7 +49,7 @@ def command(given: Settings, *more: str, **options: Any) -> subprocess.Popen[str
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*PYTHON, "-m", "fastbert", "train", given.task, *named, *more], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_signals, **options,
     )  # fmt: skip
 
 
