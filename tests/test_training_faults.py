@@ -46,10 +46,11 @@ def given(made: Path, tmp_path: Path) -> Settings:
 def command(given: Settings, *more: str, **options: Any) -> subprocess.Popen[str]:
     values = {name.replace("_", "-"): value for name, value in vars(given).items() if name != "task"}
     named = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else sums are taken in another order
     return subprocess.Popen(
         [*PYTHON, "-m", "fastbert", "train", given.task, *named, *more], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_signals, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **{"preexec_fn": heed_signals, **options},
     )  # fmt: skip
 
 
