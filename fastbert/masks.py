@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.packing import Packing, check_dense
+from fastbert.packing import Packing, check_dense, check_values
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -26,7 +26,7 @@ def read_mask(
             padding and gets packed. Any other keeps the whole grid and comes back as bias. One host sync on a GPU.
 
     Raises:
-        ArgumentError: the mask has another shape, or a 2-D mask holds values other than 0 and 1.
+        ArgumentError: the mask has another shape or device, or a 2-D mask holds values other than 0 and 1.
         BackendError: `torch.jit.trace` or `torch.export` records the call.
     """
     _refuse_recorders()
@@ -35,6 +35,9 @@ def read_mask(
     if not isinstance(mask, Tensor):
         mask = _dense(mask, batch, seqlen, device)
     check_dense("attention_mask", mask)
+    if mask.device != device:
+        raise ArgumentError("attention_mask", f"on {mask.device}", f"on {device}, the device of the inputs")
+    check_values("attention_mask", mask)
     if mask.dim() == 2:
         _check_shape(mask, (batch,), (seqlen,))
         return Packing.from_mask(mask), None

@@ -5,6 +5,7 @@ import torch
 
 from fastbert.errors import ArgumentError
 from fastbert.masks import read_mask
+from fastbert.packing import Packing
 
 KEPT = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
 MIN = torch.finfo(torch.float32).min
@@ -98,3 +99,19 @@ def test_a_block_mask_of_flex_attention():
 def test_bad_masks(mask):
     with pytest.raises(ArgumentError, match="mask"):
         read_mask(mask, 3, 5, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 1, 4, 4)], ids=str)
+def test_a_mask_on_another_device_or_without_values(shape):
+    mask = torch.ones(shape, device="meta")
+    with pytest.raises(ArgumentError, match="attention_mask: got on meta; expected on cpu"):
+        read_mask(mask, 2, 4, torch.device("cpu"))
+    with pytest.raises(ArgumentError, match="attention_mask: got on the meta device; expected a tensor with values"):
+        read_mask(mask, 2, 4, torch.device("meta"))
+
+
+def test_packings_are_made_of_values():
+    with pytest.raises(ArgumentError, match="mask: got on the meta device"):
+        Packing.from_mask(torch.ones(2, 4, device="meta"))
+    with pytest.raises(ArgumentError, match="lengths: got on the meta device"):
+        Packing.from_lengths(torch.ones(2, dtype=torch.int64, device="meta"))
