@@ -18,7 +18,7 @@ INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
 MINUTES ?= 20
 
-.PHONY: demo test check fuzz static bench gate gpu report clean
+.PHONY: demo test test-as-gpu check fuzz static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
@@ -28,6 +28,11 @@ demo: $(INSTALLED)
 # `python -m pytest`, keeps this folder off sys.path.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(LANE) $(if $(CHECK),FASTBERT_CHECK=$(CHECK)) .venv/bin/pytest -n auto --dist worksteal $(if $(MARK),-m $(MARK))
+
+# Tests that run kernels, with memory of the CPU playing a GPU's: what is forgotten on the other side shows. What compiles
+# is left out, because torch.compile can't see through the stand-in. See tests/stand_in.py.
+test-as-gpu: $(INSTALLED)
+	OMP_NUM_THREADS=1 FASTBERT_STAND_IN=1 .venv/bin/pytest -n auto --dist worksteal -m kernels -k 'not compil'
 
 # Draw arguments and states of torch for the public API, others each time, for so many minutes; see tests/test_fuzz.py.
 fuzz: $(INSTALLED)

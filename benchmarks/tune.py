@@ -123,10 +123,16 @@ class Search:
         self.broken: list[Problem] = []
 
     def run(self, found: list[Problem]) -> bool:
-        """Search them in order; False where time ran out before the last."""
-        settled = {(entry["op"], entry["shape"]) for entry in self.journal.entries if entry["outcome"] == "settled"}
+        """Search them in order; False where time ran out before the last.
+
+        What an earlier run settled is not searched again, and its winners are put into the file again: it may be that
+        of a fresh checkout.
+        """
+        settled = {(one["op"], one["shape"]): one for one in self.journal.entries if one["outcome"] == "settled"}
         for i, problem in enumerate(found):
-            if (problem.op, problem.shape) in settled:
+            if (entry := settled.get((problem.op, problem.shape))) is not None:
+                if entry["gain"] is not None:
+                    self._keep(problem, type(problem.current)(**entry["choice"]))
                 continue
             if not self._search(problem):
                 self.say(f"time is up: {i} of {len(found)} problems are settled; run it again to go on")
@@ -160,12 +166,15 @@ class Search:
         best = min(seconds, key=lambda choice: seconds[choice])
         gain = None if best == problem.current else self._duel(problem, best, work)
         if gain is not None:
-            write_tuned(self.tuned, self.device.target.arch, problem, best)
-            launch.TUNED[self.device.target.arch, problem.op, problem.shape] = best  # for the problems to come
+            self._keep(problem, best)
         self._note(problem, best if gain else problem.current, outcome="settled", gain=gain)
         verdict = "stays" if gain is None else f"{gain:.2f} times as fast as before: {_key(best)}"
         self.say(f"{problem.op} {problem.shape}: {len(seconds)} of {len(known)} timed; {verdict}")
         return True
+
+    def _keep(self, problem: Problem, winner: Any) -> None:
+        write_tuned(self.tuned, self.device.target.arch, problem, winner)
+        launch.TUNED[self.device.target.arch, problem.op, problem.shape] = winner  # for the problems to come
 
     def _known(self, problem: Problem) -> dict[str, dict[str, Any]]:
         mine = [e for e in self.journal.entries if (e["op"], e["shape"]) == (problem.op, problem.shape)]

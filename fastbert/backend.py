@@ -85,7 +85,8 @@ def _decide(device: torch.device, forced: Forced | None, interpreted: bool, comp
     if forced == "torch":
         return Decision("torch", 'use_backend("torch") is in force')
     if device.type == "cuda":
-        return Decision("triton", "the tensor is on a GPU")
+        unserved = target.unserved(target.of(device))
+        return Decision("triton", "the tensor is on a GPU") if unserved is None else Decision("torch", unserved)
     if device.type == "cpu" and interpreted:
         return Decision("triton", 'use_backend("triton") is in force, under Triton\'s interpreter')
     if device.type == "cpu" and forced is None and not compiling:  # torch.compile can't see into our kernels
@@ -104,6 +105,11 @@ def bfloat16_unserved(device: torch.device) -> str | None:
     if isinstance(machine, Machine):
         return None if machine.bfloat16 else f"{machine.cpu} has no instructions for bfloat16"
     return None if onednn_multiplies_bfloat16() else "torch's oneDNN finds no instructions for bfloat16"
+
+
+def float16_unserved(device: torch.device) -> str | None:
+    """Why float16 is slower than float32 on `device`; None where it is not, or where nobody has looked."""
+    return "fastbert has no kernels for float16 on a CPU" if device.type == "cpu" else None
 
 
 def int8_unserved(device: torch.device) -> str | None:

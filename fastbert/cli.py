@@ -55,7 +55,10 @@ app = typer.Typer(
 
 _Input = Annotated[Path, typer.Argument(metavar="INPUT", help="A file of texts, one a line; - for stdin.")]
 _Output = Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")]
-_DType = Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="What the model computes in; int8 on a CPU.")]
+_DType = Annotated[
+    Literal["fp32", "bf16", "fp16", "int8"] | None,
+    typer.Option(help="What the model computes in; int8 on a CPU. By default fp16 on a GPU, fp32 on a CPU."),
+]
 _MaxLength = Annotated[
     int | None, typer.Option(help="Most tokens of a text, the rest is cut off; by default what the folder allows.")
 ]
@@ -132,7 +135,7 @@ def encode(
     prompt_name: Annotated[
         str | None, typer.Option(help="Which of the folder's prompts to put before each text.")
     ] = None,
-    dtype: _DType = "fp32",
+    dtype: _DType = None,
     max_length: _MaxLength = None,
     batch_tokens: _BatchTokens = None,
 ) -> None:
@@ -258,7 +261,7 @@ def classify(
     model: Annotated[Path, typer.Option(help="A checkpoint folder with a classifier.")],
     input: _Input = Path("-"),
     output: _Output = None,
-    dtype: _DType = "fp32",
+    dtype: _DType = None,
     max_length: _MaxLength = None,
     batch_tokens: _BatchTokens = None,
 ) -> None:
@@ -281,7 +284,7 @@ def score(
     input: _Input = Path("-"),
     output: _Output = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="A line is two texts with a tab between them.")] = False,
-    dtype: _DType = "fp32",
+    dtype: _DType = None,
     max_length: _MaxLength = None,
     batch_tokens: _BatchTokens = None,
 ) -> None:
@@ -306,7 +309,7 @@ def tag(
         Literal["remembered", "whitespace", "json"],
         typer.Option(help="As the training file cut them, what spaces part, or each line a JSON list of words."),
     ] = "remembered",
-    dtype: _DType = "fp32",
+    dtype: _DType = None,
     max_length: Annotated[
         int | None,
         typer.Option(help="Most tokens of a window, longer texts are several; by default what the folder allows."),
@@ -348,6 +351,7 @@ def info() -> None:
 
     from fastbert import backend
     from fastbert.native.machine import lane
+    from fastbert.tasks import default_dtype
 
     print("versions")
     _row("python", platform.python_version())
@@ -370,8 +374,10 @@ def info() -> None:
     for device in devices:
         decision = backend.decide(device)
         _row(str(device), f"{decision.path}, because {decision.reason}")
+        _row("", f"--dtype {default_dtype(device)} by default")
         for name, unserved, instead in (
             ("bf16", backend.bfloat16_unserved(device), "computes in float32"),
+            ("fp16", backend.float16_unserved(device), "computes in float32"),
             ("int8", backend.int8_unserved(device), "is slower than fp32"),
         ):
             if device.type == "cuda" and name == "int8":

@@ -119,14 +119,15 @@ class Encoder(nn.Module):
             raise ArgumentError(
                 "hidden_states", f"shape {tuple(hidden_states.shape)}", f"a last dimension of {self.config.hidden_size}"
             )
-        states = self.run(x, packing, bias, unpack=not packed)
+        collected = collected_by_transformers()
+        every = bool(output_hidden_states) or "hidden_states" in collected
+        states = self.run(x, packing, bias, every=every, unpack=not packed)
 
         def layout(state: Tensor) -> Tensor:
             return state if packed or state is states[-1] else packing.unpack(state)
 
-        append_hidden_states(collected_by_transformers(), states, layout)
-        every = tuple(layout(state) for state in states) if output_hidden_states else None
-        out = EncoderOutput(states[-1], every)
+        append_hidden_states(collected, states, layout)
+        out = EncoderOutput(states[-1], tuple(layout(state) for state in states) if output_hidden_states else None)
         return out.to_tuple() if return_dict is False else out
 
     def run(
@@ -136,12 +137,14 @@ class Encoder(nn.Module):
         bias: Tensor | None = None,
         read: Tensor | None = None,
         *,
+        every: bool = True,
         unpack: bool = False,
     ) -> list[Tensor]:
         """The packed input and the packed output of each layer, `num_layers + 1` tensors `[rows, hidden]`.
 
-        With `read`, int64 `[reads]`, the last of them is `[reads, hidden]`: only these rows of it, and no work for the
-        others. With `unpack` the last of them is `[batch, seqlen, hidden]`. See `EncoderLayer.forward`.
+        Without `every` only the last of them is there, and no other is kept. With `read`, int64 `[reads]`, the last of
+        them is `[reads, hidden]`: only these rows of it, and no work for the others. With `unpack` the last of them is
+        `[batch, seqlen, hidden]`. See `EncoderLayer.forward`.
         """
         layers = cast(list[EncoderLayer], list(self.layer))
         seeds = torch.randint(2**63 - 1, (len(layers), 3), device=x.device) if self.drops() else None
@@ -161,7 +164,8 @@ class Encoder(nn.Module):
                 x = x.index_select(0, read) if last and read is not None else x
             else:
                 x = layer(x, packing, bias, seed, read if last else None, last_unpacks and last)
-            states.append(x[:rows] if slack and not (last and read is not None) else x)
+            state = x[:rows] if slack and not (last and read is not None) else x
+            states = [*states, state] if every else [state]
         if unpack and not last_unpacks:
             states[-1] = packing.unpack(states[-1])
         return states

@@ -79,16 +79,15 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Graph, Tensor]:
-    """The CUDA graph of a call, after one on a side stream that compiles what it needs, and where replays leave it."""
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+def capture(run: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) -> tuple[Graph, Tensor]:
+    """The CUDA graph of a call, after one on `stream` that compiles what it needs, and where replays leave it."""
+    with torch.cuda.device(stream.device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             run()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             out = run()
     return graph, out
 
@@ -106,13 +105,18 @@ class _Captured:
 
 
 class Graphs:
-    """The graphs of one BertModel, by bucket."""
+    """The graphs of one BertModel, by bucket.
+
+    All are captured on one stream: graphs that share their memory must be, and each stream has a workspace of cuBLAS,
+    32 MiB on sm_90 (pytorch/docs/source/notes/cuda.rst).
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._captured: OrderedDict[Bucket, _Captured] = OrderedDict()
         self._weights: int | None = None
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[int]]:
         """To another process, or to a copy, goes no graph: they are captured anew there."""
@@ -131,6 +135,8 @@ class Graphs:
         if weights != self._weights:  # graphs know the weights by their addresses
             self._captured.clear()
             self._weights = weights
+            if self._stream is not None and self._stream.device != inputs.input_ids.device:
+                self._pool = self._stream = None
         key = bucket(rows, packing.max_seqlen, packing.batch)
         # Buffers made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -162,9 +168,12 @@ class Graphs:
         def run() -> Tensor:
             # A fresh packing each time: its table of tiles must be made inside the graph, from the lengths of a replay.
             packing = Packing.made_right(cu_seqlens, max_seqlen, indices, (batch, max_seqlen))
-            return model.encoder.run(model.embeddings(input_ids, position_ids, token_type_ids), packing)[-1]
+            x = model.embeddings(input_ids, position_ids, token_type_ids)
+            return model.encoder.run(x, packing, every=False)[-1]
 
-        graph, out = capture(run, device, self._pool)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        graph, out = capture(run, self._stream, self._pool)
         self._pool = graph.pool()
         return _Captured(graph, input_ids, position_ids, token_type_ids, cu_seqlens, out)
 

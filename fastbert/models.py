@@ -195,7 +195,7 @@ class BertModel(nn.Module):
             folded = held(self, "folded", lambda: folding.fold(self.encoder, self.embeddings.norm))
             if folded is not None:
                 return [folded.run(x, inputs.packing, read)]
-        return self.encoder.run(x, inputs.packing, inputs.bias, read)
+        return self.encoder.run(x, inputs.packing, inputs.bias, read, every=every)
 
     def pool(self, first: Tensor) -> Tensor:
         """tanh(W x + b) of the sequences' first tokens, `[batch, hidden]` each. There must be a pooler."""

@@ -276,6 +276,7 @@ class QuantizedEncoder(Encoder):
         bias: Tensor | None = None,
         read: Tensor | None = None,
         *,
+        every: bool = True,
         unpack: bool = False,
     ) -> list[Tensor]:
         """As `Encoder.run`.
@@ -290,7 +291,7 @@ class QuantizedEncoder(Encoder):
         quantized = quantize_rows(x) if self.dtype == "fp8" else quantize_rows_int8(x)
         for i, layer in enumerate(self.layer):
             x, quantized = layer(states[-1], quantized, packing, bias, read if i + 1 == len(self.layer) else None)
-            states.append(x)
+            states = [*states, x] if every else [x]
         if unpack:
             states[-1] = packing.unpack(states[-1])
         return states

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastbert.backend import bfloat16_unserved, first_device, usable_device
+from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, usable_device
 from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import WithHead, load, read_model
 from fastbert.checkpoints.sentence import Recipe, read_recipe, read_score_activation
@@ -37,11 +37,16 @@ from fastbert.words import DEFAULT, WordRule, parted_by_spaces
 
 Model = TypeVar("Model", bound=nn.Module)
 
-DTypeName = Literal["fp32", "bf16", "int8"]
+DTypeName = Literal["fp32", "bf16", "fp16", "int8"]
 Words = Literal["remembered", "whitespace"]
 
 # Of the parameters; "int8" is made of float32.
-DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+DTYPES: dict[DTypeName, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.float32,
+}
 
 # Tokens of a batch at least and at most on a CPU: below, products slow down; above, nothing was gained.
 LEAST_TOKENS, MOST_TOKENS = 1024, 8192
@@ -67,7 +72,7 @@ def encode(
     Args:
         texts: strings, or pairs of strings.
         model: a Hugging Face checkpoint folder, loaded anew by each call; or a `TextEncoder`, loaded once.
-        dtype: what the model computes in, "fp32" (default for a folder), "bf16" or "int8"; a `TextEncoder` has its own
+        dtype: what the model computes in, for a folder as in `TextEncoder.from_folder`; a `TextEncoder` has its own
             already.
 
     See `TextEncoder.encode` for the other arguments.
@@ -77,7 +82,7 @@ def encode(
         CheckpointError: the folder is not a checkpoint fastbert reads.
     """
     if not isinstance(model, TextEncoder):
-        model = TextEncoder.from_folder(model, dtype=dtype or "fp32")
+        model = TextEncoder.from_folder(model, dtype=dtype)
     elif dtype is not None and (DTYPES.get(dtype), dtype == "int8") != (model.dtype, in_int8(model.model.encoder)):
         own = "int8" if in_int8(model.model.encoder) else model.dtype
         raise ArgumentError("dtype", repr(dtype), f"that of the TextEncoder, {own}", "Leave dtype out.")
@@ -127,7 +132,7 @@ class TextEncoder(_Holder):
         cls,
         folder: str | os.PathLike[str],
         *,
-        dtype: DTypeName = "fp32",
+        dtype: DTypeName | None = None,
         device: torch.device | str | None = None,
     ) -> TextEncoder:
         """Load a Hugging Face checkpoint folder, or one of sentence-transformers.
@@ -135,8 +140,9 @@ class TextEncoder(_Holder):
         Args:
             folder: holds config.json, weights, and tokenizer.json or vocab.txt; or modules.json, which names the
                 folders of a transformer, its pooling, and the Dense and Normalize behind it.
-            dtype: "fp32", "bf16", or "int8" on a CPU: `fastbert.quantize` of the model in float32. On a CPU that has no
-                instructions for it "bf16" is float32, with a warning.
+            dtype: "fp32", "bf16", "fp16", or "int8" on a CPU: `fastbert.quantize` of the model in float32. By default
+                "fp16" on a GPU and "fp32" on a CPU. On a CPU "fp16" is float32, with a warning, and so is "bf16" where
+                the CPU has no instructions for it.
             device: where to compute; the first GPU, or the CPU where there is none.
 
         Raises:
@@ -410,7 +416,7 @@ class TextClassifier(_Holder):
         cls,
         folder: str | os.PathLike[str],
         *,
-        dtype: DTypeName = "fp32",
+        dtype: DTypeName | None = None,
         device: torch.device | str | None = None,
     ) -> TextClassifier:
         """Load a checkpoint folder; arguments as `TextEncoder.from_folder`.
@@ -501,7 +507,7 @@ class TextScorer(_Holder):
         cls,
         folder: str | os.PathLike[str],
         *,
-        dtype: DTypeName = "fp32",
+        dtype: DTypeName | None = None,
         device: torch.device | str | None = None,
     ) -> TextScorer:
         """Load a checkpoint folder, or one of sentence-transformers' CrossEncoder; arguments as for `TextEncoder`.
@@ -596,7 +602,7 @@ class TextTagger(_Holder):
         cls,
         folder: str | os.PathLike[str],
         *,
-        dtype: DTypeName = "fp32",
+        dtype: DTypeName | None = None,
         device: torch.device | str | None = None,
     ) -> TextTagger:
         """Load a checkpoint folder; arguments as `TextEncoder.from_folder`.
@@ -745,23 +751,30 @@ def _strings_or_words(texts: Iterable[str | Sequence[str]]) -> list[str | list[s
     return found
 
 
-def _quantized(model: Model, name: DTypeName) -> Model:
+def _quantized(model: Model, name: DTypeName | None) -> Model:
     return quantize(model, dtype="int8") if name == "int8" else model
 
 
-def _dtype(name: DTypeName, device: torch.device) -> torch.dtype:
-    """Of the parameters; float32, and said, where bfloat16 would only be slower."""
+def default_dtype(device: torch.device) -> DTypeName:
+    """What a model computes in where nobody says: half precision on a GPU, whose matrix units are made for it."""
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def _dtype(name: DTypeName | None, device: torch.device) -> torch.dtype:
+    """Of the parameters; float32, and said, where half precision would only be slower."""
+    name = default_dtype(device) if name is None else name
     if name not in DTYPES:
         raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
-    slow = bfloat16_unserved(device)
-    if name == "bf16" and slow is not None:
-        warnings.warn(f"computing in float32, not in bfloat16: {slow}", stacklevel=3)
+    slow = {"bf16": bfloat16_unserved, "fp16": float16_unserved}.get(name, lambda device: None)(device)
+    if slow is not None:
+        asked = str(DTYPES[name]).removeprefix("torch.")
+        warnings.warn(f"computing in float32, not in {asked}: {slow}", stacklevel=3)
         return torch.float32
     return DTYPES[name]
 
 
 def _with_trained_head(
-    kind: type[WithHead], folder: str | os.PathLike[str], dtype: DTypeName, device: torch.device | str | None
+    kind: type[WithHead], folder: str | os.PathLike[str], dtype: DTypeName | None, device: torch.device | str | None
 ) -> WithHead:
     """As `load`, but a head that would begin untrained is an error: its answers would mean nothing."""
     device = first_device() if device is None else usable_device(device)

@@ -551,7 +551,7 @@ def _attention_forward(
     head_dim: int, dtype: torch.dtype, bias: bool, extras: bool, short: bool, aligned: bool, target: Target
 ) -> Described[AttentionForward]:
     kind, block_d = _KINDS[dtype], attention_block_d(head_dim)
-    own = ATTENTION_FORWARD.get((target.arch, kind, block_d), {})
+    own = ATTENTION_FORWARD.get((target.kin, kind, block_d), {})
     choices = ATTENTION_FORWARD[family(target), kind, block_d] | own
     regimes = {"bias": bias, "extras": extras, "short": short, "aligned": aligned}
     regime = next((name for name, applies in regimes.items() if applies and name in choices), "default")
@@ -692,7 +692,7 @@ def pool_forward(
         block = columns if normalise else min(1024, columns)
         regime, default = "first", PoolForward(ROWS=1, BLOCK=block, num_warps=max(1, block // 1024))
     elif normalise:
-        rows = max(1, min(64, 512 * (16 if target.arch in BLACKWELL else 32) // columns))
+        rows = max(1, min(64, 512 * (16 if target.kin in BLACKWELL else 32) // columns))
         regime, default = "whole", PoolForward(ROWS=rows, BLOCK=columns, num_warps=512 // target.warp_size)
     else:
         regime, default = "line", PoolForward(ROWS=64, BLOCK=_line(columns, dtype), num_warps=4)
@@ -842,14 +842,14 @@ def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> tuple[int, 
     """
     rows, warps = _whole_rows(width, dtype, target)
     columns = row_block(width)
-    if columns == 512 and dtype != torch.float32 and family(target) != "rdna" and target.arch != "sm_120":
+    if columns == 512 and dtype != torch.float32 and family(target) != "rdna" and target.kin != "sm_120":
         rows = 2
     if columns >= 1024 and (family(target) == "rdna" or (dtype == torch.float32 and columns < 8192)):
         warps *= 2
     if columns == 4096 and family(target) == "blackwell" and dtype != torch.float32:
         warps *= 2
     thrifty = columns >= 4096 or (columns == 1024 and dtype == torch.float32)
-    thrifty = thrifty or (columns in (512, 1024) and target.arch in BLACKWELL)
+    thrifty = thrifty or (columns in (512, 1024) and target.kin in BLACKWELL)
     return rows, 1024 // warps, warps, 255 if thrifty and target.backend == "cuda" else 0
 
 
@@ -929,12 +929,12 @@ def family(target: Target) -> str:
     """Targets that share a table of tiles."""
     if target.backend == "hip":
         return "cdna" if target.warp_size == 64 else "rdna"
-    return {"sm_90": "hopper", "sm_100": "blackwell"}.get(target.arch, "ampere")
+    return {"sm_90": "hopper", "sm_100": "blackwell"}.get(target.kin, "ampere")
 
 
 def _of_family(table: dict[tuple[str, str, int], Choice], target: Target, kind: str, block_d: int) -> Choice:
     """The entry of the target itself, else that of its family, else that of any."""
-    keys = ((owner, kind, block_d) for owner in (target.arch, family(target), ANY))
+    keys = ((owner, kind, block_d) for owner in (target.kin, family(target), ANY))
     return table[next(key for key in keys if key in table)]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -28,6 +29,13 @@ class Target:
     arch: str
     warp_size: int
     shared_memory: int
+
+    @cached_property
+    def kin(self) -> str:
+        """The target of `KNOWN` whose launch choices it takes: itself, or the nearest that is not newer."""
+        if self.arch in KNOWN:
+            return self.arch
+        return _amd_kin(self.arch) if self.backend == "hip" else _nvidia_kin(int(self.arch.removeprefix("sm_")))
 
 
 # Shared memory a block may opt in to: CUDA C++ programming guide, table "technical specifications per compute
@@ -85,6 +93,34 @@ def _of_gpu(index: int) -> Target:
         return KNOWN.get(arch) or Target("hip", arch, properties.warp_size, 64 * 1024)
     arch = f"sm_{properties.major}{properties.minor}"
     return KNOWN.get(arch) or Target("cuda", arch, 32, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # not in the stubs
+
+
+def _nvidia_kin(capability: int) -> str:
+    """Of the two Blackwells sm_120 has no tcgen05, which sm_10x and sm_11x have."""
+    if capability // 10 in (10, 11):
+        return "sm_100"
+    known = [int(arch.removeprefix("sm_")) for arch in KNOWN if arch.startswith("sm_")]
+    return f"sm_{max([one for one in known if one <= capability], default=80)}"
+
+
+def _amd_kin(arch: str) -> str:
+    """CDNA's are called gfx9.., RDNA's gfx1...; CDNA 2 is gfx90a, what follows it has the matrix units of gfx942."""
+    if not re.fullmatch("gfx9..", arch):
+        return "gfx1100"
+    return "gfx90a" if arch.startswith("gfx90") else "gfx942"
+
+
+def unserved(target: Target) -> str | None:
+    """Why no kernel of ours is for a GPU, or None.
+
+    Matrix units for bfloat16 begin with sm_80, CDNA 2 (gfx90a) and RDNA 3 (gfx11..), and for older ones the kernels
+    were never compiled.
+    """
+    if target.backend == "cuda" and int(target.arch.removeprefix("sm_")) < 80:
+        return f"{target.arch}: the Triton kernels need sm_80 (Ampere) or later"
+    if target.backend == "hip" and not re.fullmatch("gfx(90a|9[4-9].|1[1-9]..)", target.arch):
+        return f"{target.arch}: the Triton kernels need CDNA 2, RDNA 3 or later"
+    return None
 
 
 def multiprocessors(device: torch.device) -> int:

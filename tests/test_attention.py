@@ -676,12 +676,13 @@ def test_bad_input_names_the_argument(argument, call):
 
 @pytest.mark.kernels
 def test_the_triton_path_refuses_what_it_cannot_serve(generator):
+    packing = Packing.from_lengths([5, 3])
     with backend.use_backend("triton"):
         with pytest.raises(BackendError, match="head_dim 264"):
-            attention(torch.zeros(8, 3, 2, 264), PACKING)
+            attention(torch.zeros(8, 3, 2, 264), packing)
         with pytest.raises(BackendError, match="float64"):
-            attention(QKV.double(), PACKING)
-    assert attention(torch.zeros(8, 3, 2, 264), PACKING).shape == (8, 2, 264)
+            attention(torch.zeros(8, 3, 2, 16, dtype=torch.float64), packing)
+    assert attention(torch.zeros(8, 3, 2, 264), packing).shape == (8, 2, 264)
 
 
 @pytest.mark.parametrize("length", [95, 96, 97, 190, 256])

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from fake_gpu import fake_gpu
 
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
@@ -24,9 +25,10 @@ def test_a_cpu_tensor_takes_the_kernels_of_the_cpu_or_torch_and_says_why():
 
 
 def test_a_gpu_tensor_takes_triton_unless_torch_is_forced():
-    assert backend.decide(torch.device("cuda", 0)).path == "triton"
-    with backend.use_backend("torch"):
-        assert backend.decide(torch.device("cuda", 0)).path == "torch"
+    with fake_gpu("sm_90") as device:
+        assert backend.decide(device).path == "triton"
+        with backend.use_backend("torch"):
+            assert backend.decide(device).path == "torch"
 
 
 @pytest.mark.skipif(not target.interpreted(), reason="kernels are compiled here, not interpreted")
@@ -51,13 +53,14 @@ def test_what_the_kernels_cannot_serve_is_said_once_or_refused(monkeypatch):
     class OnGpu:
         device = torch.device("cuda", 0)
 
-    with pytest.warns(UserWarning, match="head_dim 12"):
-        assert not backend.uses_triton("a_new_op", OnGpu(), "head_dim 12 is odd")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not backend.uses_triton("a_new_op", OnGpu(), "head_dim 12 is odd")
-    with backend.use_backend("triton"), pytest.raises(BackendError, match="head_dim 12"):
-        backend.uses_triton("a_new_op", OnGpu(), "head_dim 12 is odd")
+    with fake_gpu("sm_90"):
+        with pytest.warns(UserWarning, match="head_dim 12"):
+            assert not backend.uses_triton("a_new_op", OnGpu(), "head_dim 12 is odd")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not backend.uses_triton("a_new_op", OnGpu(), "head_dim 12 is odd")
+        with backend.use_backend("triton"), pytest.raises(BackendError, match="head_dim 12"):
+            backend.uses_triton("a_new_op", OnGpu(), "head_dim 12 is odd")
 
 
 def test_an_unknown_backend():

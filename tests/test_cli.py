@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_bert
+import torch
+from fake_gpu import fake_gpu
 from processes import PYTHON, heed_signals
 
 import fastbert
@@ -259,6 +261,16 @@ def test_info_of_a_cpu_without_bfloat16(run: Run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(backend, "host", lambda: Machine("a 486", "", 8, 16, bfloat16=False, int8=False))
     expected = "--dtype bf16 computes in float32 here, because a 486 has no instructions for bfloat16"
     assert expected in run("info").out.decode()
+
+
+def test_info_says_the_default_dtype(run: Run) -> None:
+    with fake_gpu("sm_75"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        torch.cuda.get_device_properties(0).name, torch.cuda.get_device_properties(0).total_memory = "T4", 16 << 30
+        lines = run("info").out.decode().splitlines()
+    [gpu] = [i for i, line in enumerate(lines) if "sm_75: the Triton kernels need sm_80" in line]
+    assert lines[gpu + 1].split() == ["--dtype", "fp16", "by", "default"]
+    assert [line.split() for line in lines].count(["--dtype", "fp32", "by", "default"]) == 1  # of the CPU
 
 
 def test_info_without_cpuinfo_or_packages(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

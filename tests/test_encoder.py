@@ -11,6 +11,7 @@ from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError
 from fastbert.packing import Packing
+from fastbert.quantization import quantize
 from fastbert.testing import assert_close
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers' BertModel")
@@ -82,6 +83,19 @@ def test_case_03_drop_in_for_every_attention_setting(attention, mask, path, gene
     if mask is not LEFT:
         first = kept[:, 0]
         assert_close(got.pooler_output[first], plain.pooler_output[first], exact.pooler_output[first], factor=3.0)
+
+
+@pytest.mark.parametrize("dtype", [None, "fp8", "int8"])
+def test_states_of_layers_are_kept_only_where_they_are_asked_for(dtype, generator):
+    """12 to 24 buffers of a whole batch, and as many in each CUDA graph."""
+    config = EncoderConfig(vocab_size=9, hidden_size=32, num_heads=2, intermediate_size=48, num_layers=4)
+    encoder = Encoder(config).eval()
+    encoder = encoder if dtype is None else quantize(encoder, dtype=dtype)
+    packing, x = Packing.from_lengths([5, 3]), torch.randn(8, 32, generator=generator)
+    with torch.no_grad():
+        every, last = encoder.run(x, packing), encoder.run(x, packing, every=False)
+    assert (len(every), len(last)) == (5, 1)
+    assert torch.equal(last[0], every[-1])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

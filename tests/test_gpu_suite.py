@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,11 +13,14 @@ from typing import Any
 
 import gpu
 import pytest
+import smoke
 import torch
 from gpu import STEPS, Step, run_command, run_steps
 from journal import Journal
 from processes import PYTHON
 
+from fastbert.backend import first_device
+from fastbert.config import EncoderConfig
 from fastbert.kernels.target import KNOWN, Target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,9 +160,9 @@ def test_a_command_is_interrupted_and_then_killed(then: str, tmp_path: Path) -> 
 
 def test_an_unknown_gpu_is_told_whose_choices_it_gets() -> None:
     said = gpu.describe("RTX 9090", Target("cuda", "sm_137", 32, 99 * 1024))
-    assert "sm_137 is none of the targets" in said and "family ampere" in said and "gfx942" in said
+    assert "sm_137 is none of the targets" in said and "choices of sm_120;" in said and "gfx942" in said
     assert gpu.describe("H100", KNOWN["sm_90"]) == "H100: sm_90, launch choices of the family hopper"
-    assert "family cdna" in gpu.describe("MI455X", Target("hip", "gfx1250", 64, 64 * 1024))
+    assert "choices of gfx942;" in gpu.describe("MI355X", Target("hip", "gfx950", 64, 64 * 1024))
 
 
 class FakeCuda:
@@ -169,14 +173,14 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake 80GB")
-        monkeypatch.setattr(gpu, "of", lambda device: KNOWN["sm_90"])
+        monkeypatch.setattr("fastbert.kernels.target.of", lambda device: KNOWN["sm_90"])
         monkeypatch.setattr("folders.RESULTS", results)
-        monkeypatch.setattr(gpu, "environment", lambda: {"device": "NVIDIA Fake 80GB", "commit": commit})
+        monkeypatch.setattr("environment.environment", lambda: {"device": "NVIDIA Fake 80GB", "commit": commit})
         monkeypatch.setattr(gpu, "run_steps", self.run_steps)
 
     def run_steps(self, steps: Sequence[Step], folder: Path, journal: Journal, **options: Any) -> bool:
-        done = {entry["step"] for entry in journal.entries}
-        self.steps = [step.name for step in steps if step.name not in done]
+        status = {entry["step"]: entry["status"] for entry in journal.entries}
+        self.steps = [step.name for step in steps if status.get(step.name) != "passed"]
         for name in self.steps:
             journal.write(step=name, status="passed")
         return True
@@ -197,7 +201,64 @@ def test_results_are_in_the_gpu_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert main("abc", "--anew") == every
     assert main("def") == every
     assert "another commit's" in capsys.readouterr().out
+    assert main("def", "--only", "smoke", "report") == ["smoke", "report"], "though they have passed"
+    assert main("def", "--out", str(tmp_path / "out")) == []
+    assert (tmp_path / "out" / "tuned.json").read_bytes() == (ROOT / "kernels" / "tuned.json").read_bytes()
+    assert (tmp_path / "out" / "environment.json").is_file()
     assert not list(folder.glob("*.tmp"))
+
+
+BARE = """
+import importlib.util, subprocess, sys
+sys.path.insert(0, {benchmarks!r})
+assert importlib.util.find_spec("fastbert") is None
+from bare import importable
+with importable():
+    import fastbert, fastbert.kernels.launch
+    print(fastbert.__file__)
+    ask = "import importlib.util, fastbert.kernels.launch; print(importlib.util.find_spec('kernels'))"
+    subprocess.run([sys.executable, "-S", "-c", ask], check=True)
+assert importlib.util.find_spec("fastbert") is None or "fastbert" in sys.modules
+"""
+
+
+def without_fastbert(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Python with all packages but the installed fastbert, whose finder a .pth file of site-packages brings."""
+    packages = os.pathsep.join({str(Path(module.__file__).parent.parent) for module in (torch, pytest)})
+    environment = {**os.environ, "PYTHONPATH": packages}
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_a_checkout_that_nobody_installed(tmp_path: Path) -> None:
+    """Nor is its root importable, whose `kernels/` transformers would take for PyPI's."""
+    done = without_fastbert("-c", BARE.format(benchmarks=str(ROOT / "benchmarks")), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    where, kernels = done.stdout.split("\n", 1)
+    assert Path(where).parent.name == "fastbert" and not Path(where).exists(), "it is gone at the end"
+    assert kernels.strip() == "None"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_bare_checkout_without_a_gpu_says_so(tmp_path: Path) -> None:
+    done = without_fastbert(str(ROOT / "benchmarks" / "gpu.py"), "--only", "smoke", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("No GPU: torch "), done.stderr
+
+
+def test_the_smoke_test_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter, on a small model."""
+    small = EncoderConfig(
+        vocab_size=40, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, max_positions=40
+    )
+    monkeypatch.setattr(smoke, "LENGTHS", (7, 1, 33))
+    device = first_device()
+    smoke.forward(small, device)
+    smoke.train(small, device)
+    smoke.once(small, device)
+    by_kernels = smoke.by_kernels
+    monkeypatch.setattr(smoke, "by_kernels", lambda *given: 1.01 * by_kernels(*given))
+    with pytest.raises(AssertionError, match="forward in"):
+        smoke.forward(small, device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -24,11 +24,17 @@ CONFIG = EncoderConfig(
 )
 
 
+class FakeStream:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+
 class FakeGraph:
     """Replays by running the function again into the output of its capture."""
 
     def __init__(self, run: Callable[[], Tensor], pool: Any) -> None:
         self.run, self.handle, self.replays = run, pool, 0
+        self.stream: FakeStream | None = None
         self.out = run()
         self.out.fill_(torch.nan)  # a capture computes nothing
 
@@ -45,11 +51,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeGraph]]:
     """The graphs that were captured, in order; inside the fixture the Triton path is on and no gradient is kept."""
     made: list[FakeGraph] = []
 
-    def capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[FakeGraph, Tensor]:
+    def capture(run: Callable[[], Tensor], stream: FakeStream, pool: Any) -> tuple[FakeGraph, Tensor]:
         made.append(FakeGraph(run, object() if pool is None else pool))
+        made[-1].stream = stream
         return made[-1], made[-1].out
 
     monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     with use_backend("triton"), torch.no_grad():
         yield made
 
@@ -139,6 +147,21 @@ def test_the_least_recently_used_graph_is_dropped(made: list[FakeGraph]) -> None
     model(**large)
     assert len(made) == 4
     assert len({id(graph.pool()) for graph in made}) == 1, "one pool for all"
+
+
+def test_all_graphs_of_a_model_are_captured_on_one_stream(made: list[FakeGraph]) -> None:
+    """They share their memory, which PyTorch allows on one stream only; and each stream costs a workspace of cuBLAS."""
+    model, other = fastbert.graphed(bert()), fastbert.graphed(bert())
+    for lengths in ((3, 60), (70, 5), (1, 2, 3), (100, 100)):
+        model(**batch(*lengths))
+    other(**batch(3, 60))
+    assert len(made) > 3
+    streams, pools = {id(one.stream) for one in made[:-1]}, {id(one.handle) for one in made[:-1]}
+    assert len(streams) == len(pools) == 1
+    assert made[-1].stream is not made[0].stream and made[-1].handle is not made[0].handle
+    model.embeddings.word.weight = torch.nn.Parameter(model.embeddings.word.weight.detach().clone())
+    model(**batch(3, 60))
+    assert made[-1].stream is made[0].stream and made[-1].handle is made[0].handle
 
 
 def test_moved_weights_are_captured_again(made: list[FakeGraph]) -> None:

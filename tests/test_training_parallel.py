@@ -99,6 +99,43 @@ def test_two_processes_are_as_one(task: str, parallel: Any, data: Path, tmp_path
     )
 
 
+ON_GPUS = """
+import json, sys
+import torch
+import torch.distributed as dist
+from fastbert.training import parallel
+
+calls, join = [], dist.init_process_group
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda device: calls.append(["set_device", str(device)])
+
+def init(backend, device_id=None):
+    calls.append(["init_process_group", backend, str(device_id)])
+    join("gloo")
+
+dist.init_process_group = init
+with parallel.joined() as processes:
+    assert parallel.own_device() == torch.device("cuda", processes.rank)
+    open(f"{sys.argv[1]}/{processes.rank}", "w").write(json.dumps(calls))
+"""
+
+
+def test_each_process_has_a_gpu_of_its_own(tmp_path: Path) -> None:
+    """With nccl both would otherwise meet on the first one. torch.cuda is a fake that records."""
+    script = tmp_path / "script.py"
+    script.write_text(ON_GPUS)
+    launcher = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*launcher, script, tmp_path], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    for rank in range(2):
+        device = f"cuda:{rank}"
+        calls = json.loads((tmp_path / str(rank)).read_text())
+        assert calls == [["set_device", device], ["init_process_group", "nccl", device]]
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes there")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_killed_and_resumed_is_as_never_stopped(parallel: Any, data: Path, tmp_path: Path) -> None:

@@ -202,6 +202,18 @@ def test_what_is_settled_stays_so(tuned: Path) -> None:
     assert done and again.timed == [] and said == []
 
 
+def test_winners_of_an_earlier_run_are_written_again(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal outlives the checkout whose tuned.json it filled."""
+    same = Problem("bias_gelu_forward", "width=1536,dtype=float16", FASTER, (), False, problem().prepare)
+    search(FakeDevice(), tuned, [problem(), same])
+    tuned.write_text("{}")
+    monkeypatch.setattr(launch, "TUNED", {})
+    again = FakeDevice()
+    _, done, _ = search(again, tuned, [problem(), same])
+    assert done and again.timed == []
+    assert launch.read_tuned(tuned) == launch.TUNED == {("sm_90", "bias_gelu_forward", SHAPE): FASTER}
+
+
 def test_time_runs_out(tuned: Path) -> None:
     device = FakeDevice()
     _, done, said = search(device, tuned, [problem()], deadline=-math.inf)

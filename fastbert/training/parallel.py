@@ -64,7 +64,12 @@ def joined() -> Iterator[Processes]:
     if dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
     elif is_one_of_several():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        device = own_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # else all would meet on the first GPU
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
         yield Processes(dist.get_rank(), dist.get_world_size())
         # Neither after an error nor while a model is spread: what outlives the group and is freed after it, as by a
         # traceback, ends it with Python's lock held, which a thread of gloo may be waiting for.
