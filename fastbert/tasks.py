@@ -765,8 +765,8 @@ def _dtype(name: DTypeName | None, device: torch.device) -> torch.dtype:
     name = default_dtype(device) if name is None else name
     if name not in DTYPES:
         raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
-    slow = {"bf16": bfloat16_unserved, "fp16": float16_unserved}.get(name, lambda device: None)(device)
-    if slow is not None:
+    unserved = {"bf16": bfloat16_unserved, "fp16": float16_unserved}
+    if name in unserved and (slow := unserved[name](device)) is not None:
         asked = str(DTYPES[name]).removeprefix("torch.")
         warnings.warn(f"computing in float32, not in {asked}: {slow}", stacklevel=3)
         return torch.float32
