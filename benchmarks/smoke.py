@@ -12,11 +12,11 @@ import copy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from environment import environment
 from torch import Tensor
 
 import fastbert
@@ -133,17 +133,12 @@ def main() -> int:
     if parser.parse_args().once:
         once(MINILM, device)
         return 0
-    from environment import environment
-
     for name, value in environment().items():
         print(f"{name}: {value}", flush=True)
-    steps: tuple[tuple[str, Callable[[EncoderConfig, torch.device], None]], ...] = (
-        ("forward", forward),
-        ("training step", train),
-    )
-    for name, step in steps:
-        step(MINILM, device)
-        print(f"{name}: as torch", flush=True)
+    forward(MINILM, device)
+    print("forward: as torch", flush=True)
+    train(MINILM, device)
+    print("training step: as torch", flush=True)
     print(sanitize(SANITIZER_SECONDS), flush=True)
     return 0
 

@@ -222,15 +222,15 @@ def initialise(module: nn.Module, std: float) -> None:
 
     The row of the padding token is zero, as in Hugging Face's.
     """
+    if any(parameter.is_meta for parameter in module.parameters()):  # a checkpoint's come in their place
+        return
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            if parameter.is_meta:  # a checkpoint's come in its place
-                continue
             if name == "bias":
                 nn.init.zeros_(parameter)
             elif isinstance(part, nn.LayerNorm):
                 nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, std=std)
-        if isinstance(part, nn.Embedding) and part.padding_idx is not None and not part.weight.is_meta:
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
             nn.init.zeros_(part.weight[part.padding_idx])

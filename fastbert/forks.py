@@ -10,6 +10,7 @@ import threading
 from weakref import WeakSet
 
 _locks: WeakSet[threading.Lock] = WeakSet()
+_forking = threading.Lock()  # one fork at a time, so that two do not each wait for a lock of the other
 _taken: list[threading.Lock] = []
 
 
@@ -21,6 +22,7 @@ def lock() -> threading.Lock:
 
 
 def _take() -> None:
+    _forking.acquire()
     for one in list(_locks):
         one.acquire()
         _taken.append(one)
@@ -29,6 +31,7 @@ def _take() -> None:
 def _open() -> None:
     while _taken:
         _taken.pop().release()
+    _forking.release()
 
 
 if hasattr(os, "register_at_fork"):

@@ -56,11 +56,10 @@ def graphed(model: Model, *, most: int = 32) -> Model:
     """
     if most < 1:
         raise ArgumentError("most", most, "at least 1 graph")
-    if not isinstance(model, nn.Module):
-        raise ArgumentError("model", f"a {type(model).__name__}", "a BertModel, or a model of fastbert with a head")
-    trunks = [module for module in model.modules() if isinstance(module, BertModel)]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    trunks = [module for module in modules if isinstance(module, BertModel)]
     if not trunks:
-        raise ArgumentError("model", type(model).__name__, "a BertModel, or a model of fastbert with a head")
+        raise ArgumentError("model", f"a {type(model).__name__}", "a BertModel, or a model of fastbert with a head")
     for trunk in trunks:
         trunk.graphs = Graphs(most)
     return model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.packing import Packing, check_dense, check_values
+from fastbert.packing import Packing, check_dense, check_has_values
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -37,7 +37,7 @@ def read_mask(
     check_dense("attention_mask", mask)
     if mask.device != device:
         raise ArgumentError("attention_mask", f"on {mask.device}", f"on {device}, the device of the inputs")
-    check_values("attention_mask", mask)
+    check_has_values("attention_mask", mask)
     if mask.dim() == 2:
         _check_shape(mask, (batch,), (seqlen,))
         return Packing.from_mask(mask), None

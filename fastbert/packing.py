@@ -83,7 +83,7 @@ class Packing:
             ArgumentError: `mask` is not 2-D, or holds a value other than 0 and 1.
         """
         check_dense("mask", mask)
-        check_values("mask", mask)
+        check_has_values("mask", mask)
         if mask.dim() != 2:
             raise ArgumentError("mask", f"shape {tuple(mask.shape)}", "a 2-D [batch, seqlen] tensor")
         kept = mask != 0
@@ -127,7 +127,7 @@ class Packing:
                 raise ArgumentError(
                     "lengths", f"{lengths.dtype} of shape {tuple(lengths.shape)}", "an integer tensor of shape [batch]"
                 )
-            check_values("lengths", lengths)
+            check_has_values("lengths", lengths)
             device = lengths.device if device is None else device
             lengths = lengths.tolist()
         lengths = list(lengths)
@@ -357,7 +357,7 @@ def check_dense(name: str, x: Tensor) -> None:
         )
 
 
-def check_values(name: str, x: Tensor) -> None:
+def check_has_values(name: str, x: Tensor) -> None:
     """Raise ArgumentError for a tensor on the meta device: how much there is to do depends on its values."""
     if x.is_meta:
         raise ArgumentError(name, "on the meta device", "a tensor with values")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, usable_device
 from fastbert.checkpoints.files import checkpoint_folder
-from fastbert.checkpoints.load import WithHead, load, read_model
+from fastbert.checkpoints.load import WithHead, dtype_name, load, read_model
 from fastbert.checkpoints.sentence import Recipe, read_recipe, read_score_activation
 from fastbert.errors import ArgumentError, BackendError, CheckpointError
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel, body_of
@@ -767,8 +767,7 @@ def _dtype(name: DTypeName | None, device: torch.device) -> torch.dtype:
         raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
     unserved = {"bf16": bfloat16_unserved, "fp16": float16_unserved}
     if name in unserved and (slow := unserved[name](device)) is not None:
-        asked = str(DTYPES[name]).removeprefix("torch.")
-        warnings.warn(f"computing in float32, not in {asked}: {slow}", stacklevel=3)
+        warnings.warn(f"computing in float32, not in {dtype_name(DTYPES[name])}: {slow}", stacklevel=3)
         return torch.float32
     return DTYPES[name]
 

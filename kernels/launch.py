@@ -650,7 +650,7 @@ def fp8_unserved(dtype: torch.dtype, target: Target) -> str | None:
         return None
     if target.backend == "hip":
         return f"{target.arch}: AMD's e4m3 is another format"
-    if int(target.arch.removeprefix("sm_")) < 89:
+    if target.capability < 89:
         return f"{target.arch} has no fp8 matrix units; they begin with sm_89"
     return None if dtype == torch.bfloat16 else f"{dtype}: products with row scales are written in bfloat16 only"
 

@@ -30,12 +30,17 @@ class Target:
     warp_size: int
     shared_memory: int
 
+    @property
+    def capability(self) -> int:
+        """Of one of NVIDIA's: 90 for sm_90."""
+        return int(self.arch.removeprefix("sm_"))
+
     @cached_property
     def kin(self) -> str:
         """The target of `KNOWN` whose launch choices it takes: itself, or the nearest that is not newer."""
         if self.arch in KNOWN:
             return self.arch
-        return _amd_kin(self.arch) if self.backend == "hip" else _nvidia_kin(int(self.arch.removeprefix("sm_")))
+        return _amd_kin(self.arch) if self.backend == "hip" else _nvidia_kin(self.capability)
 
 
 # Shared memory a block may opt in to: CUDA C++ programming guide, table "technical specifications per compute
@@ -99,7 +104,7 @@ def _nvidia_kin(capability: int) -> str:
     """Of the two Blackwells sm_120 has no tcgen05, which sm_10x and sm_11x have."""
     if capability // 10 in (10, 11):
         return "sm_100"
-    known = [int(arch.removeprefix("sm_")) for arch in KNOWN if arch.startswith("sm_")]
+    known = [one.capability for one in KNOWN.values() if one.backend == "cuda"]
     return f"sm_{max([one for one in known if one <= capability], default=80)}"
 
 
@@ -116,7 +121,7 @@ def unserved(target: Target) -> str | None:
     Matrix units for bfloat16 begin with sm_80, CDNA 2 (gfx90a) and RDNA 3 (gfx11..), and for older ones the kernels
     were never compiled.
     """
-    if target.backend == "cuda" and int(target.arch.removeprefix("sm_")) < 80:
+    if target.backend == "cuda" and target.capability < 80:
         return f"{target.arch}: the Triton kernels need sm_80 (Ampere) or later"
     if target.backend == "hip" and not re.fullmatch("gfx(90a|9[4-9].|1[1-9]..)", target.arch):
         return f"{target.arch}: the Triton kernels need CDNA 2, RDNA 3 or later"

@@ -242,7 +242,7 @@ def test_user_case_08_max_seq_length(folder: Path) -> None:
 
 def test_the_settings_of_other_names_are_read(folder: Path) -> None:
     write(sentence_folder(folder) / "sentence_roberta_config.json", {"max_seq_length": 8})
-    with pytest.warns(UserWarning, match="fills? max_length=8"):
+    with pytest.warns(UserWarning, match="1 text fills max_length=8 tokens"):
         fastbert.encode([LONG], model=folder)
 
 
@@ -278,7 +278,7 @@ def test_user_case_21_the_default_length_fits_the_model(sentence: bool, folder: 
 def test_the_tokenizers_length_is_the_default(limit: int | None, folder: Path) -> None:
     write(folder / "tokenizer_config.json", {"model_max_length": limit})
     expected = min(limit or 48, 48)
-    with pytest.warns(UserWarning, match=f"fills? max_length={expected} tokens"):
+    with pytest.warns(UserWarning, match=f"1 text fills max_length={expected} tokens"):
         fastbert.encode([LONG], model=folder)
 
 
@@ -307,7 +307,7 @@ def test_user_case_45_the_transformer_in_a_folder_of_its_own(folder: Path, tmp_p
             write(root / "modules.json", modules)
         assert np.array_equal(fastbert.encode(TEXTS, model=root), expected)
     write(root / "0_BERT/sentence_bert_config.json", {"max_seq_length": 8})
-    with pytest.warns(UserWarning, match="fills? max_length=8"):
+    with pytest.warns(UserWarning, match="1 text fills max_length=8 tokens"):
         fastbert.encode([LONG], model=root)
 
 

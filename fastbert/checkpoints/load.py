@@ -164,10 +164,10 @@ def read_model(
     dtypes = {tensor.dtype for tensor in parts.known.values()}
     if dtype is None and len(dtypes) > 1 and dtypes <= set(DTYPES):
         dtype = _one_dtype(raw_config, dtypes)
-        names = ", ".join(sorted(map(_dtype_name, dtypes)))
-        warnings.warn(f"{folder} has tensors of {names}; the model is {_dtype_name(dtype)}", stacklevel=3)
+        names = ", ".join(sorted(map(dtype_name, dtypes)))
+        warnings.warn(f"{folder} has tensors of {names}; the model is {dtype_name(dtype)}", stacklevel=3)
     if dtype is not None:  # transformers loads in what the config names; its versions before 5 say torch_dtype
-        raw_config |= {key: _dtype_name(dtype) for key in ("dtype", "torch_dtype") if key in raw_config}
+        raw_config |= {key: dtype_name(dtype) for key in ("dtype", "torch_dtype") if key in raw_config}
         if len(dtypes) > 1:  # q, k and v are joined
             parts.known.update({key: tensor.to(dtype) for key, tensor in parts.known.items() if tensor.dtype in DTYPES})
     ours = to_ours(parts.known, rules)
@@ -261,7 +261,7 @@ def _trained_parts(
 
 def _one_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """Of tensors of several dtypes: what config.json names, else the widest."""
-    by_name = {_dtype_name(dtype): dtype for dtype in DTYPES}
+    by_name = {dtype_name(dtype): dtype for dtype in DTYPES}
     for key in ("dtype", "torch_dtype"):
         named = config.get(key)
         if isinstance(named, str) and named.removeprefix("torch.") in by_name:
@@ -269,7 +269,8 @@ def _one_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> torc
     return reduce(torch.promote_types, dtypes)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json spells it: "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -316,7 +317,7 @@ def _standard_origin(model: BertModel | HeadModel) -> Origin:
     body, prefix, fields = (
         (model.bert, "bert.", model.head_config.to_hf()) if isinstance(model, HeadModel) else (model, "", {})
     )
-    dtype = str(body.embeddings.word.weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(body.embeddings.word.weight.dtype)
     config = {"architectures": [type(model).__name__], "dtype": dtype, **model.config.to_hf(), **fields}
     return Origin(Dialect("bert", prefix, old_norms=False, pooler=body.pooler is not None), config)
 

@@ -427,10 +427,6 @@ def _mangled(type_: Any) -> str:
     return {"float": "f32", "bfloat": "bf16"}.get(str(type_), str(type_))
 
 
-# Around all use of LLVM, which has a lock of its own that no fork waits for.
-_compiling = forks.lock()
-
-
 def float_bits(number: float) -> int:
     """A float32 as the integer that a kernel takes."""
     return ctypes.c_uint32.from_buffer(ctypes.c_float(number)).value
@@ -573,6 +569,10 @@ start:
   ret void
 }
 """
+
+
+# Around all use of LLVM, which has a lock of its own that no fork waits for.
+_compiling = forks.lock()
 
 
 @cache
