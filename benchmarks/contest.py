@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from environment import device_name
-from measure import DeviceTimer, Spread, Timer, captured, interleaved
+from measure import REPEATS, SHORT, DeviceTimer, GraphTimer, Spread, Timer, captured, interleaved
 from roofline import DTYPES, ceilings, floor_of_all
 from torch import Tensor
 from workloads import Workload
@@ -50,7 +50,7 @@ class Case:
         workload: a batch of `workloads.WORKLOADS`.
         passes: forward, or forward and backward.
         dtype: a key of `roofline.DTYPES`.
-        mode: on a GPU, whether launched call by call or as one CUDA graph.
+        mode: on a GPU, whether launched call by call or as one CUDA graph; a graph of what is short holds many calls.
     """
 
     op: str
@@ -256,6 +256,8 @@ def hold(
     if timed and runs:
         if timer is None and case.device.type == "cuda":
             timer = DeviceTimer(case.device)
+            if case.mode == "graph" and any(timer(run, REPEATS) < SHORT for run in runs.values()):
+                timer, runs = repeated(case.device, contenders)  # of all, so that none is timed in another way
         seconds = interleaved(runs, budget=budget, timer=timer)
         costs = contest.costs(case, operands)
     for name, contender in contenders.items():
@@ -264,6 +266,12 @@ def hold(
             standings[name] = Standing(seconds[name], facts(name, case, contender, seconds[name], costs))
         contender.close()
     return standings
+
+
+def repeated(device: torch.device, contenders: Mapping[str, Contender]) -> tuple[Timer, dict[str, Callable[[], float]]]:
+    """A timer of short calls, and what it times of each contender."""
+    timer = GraphTimer(device)
+    return timer, {name: timer.repeated(contender.run, REPEATS) for name, contender in contenders.items()}
 
 
 def check(

@@ -38,6 +38,7 @@ DESCRIBE = {"unit", "warps", "has_loop", "minimum", "tiles_needed", "padded_over
 # Counts for a trip of the main loop, which say nothing of another tile's.
 PER_TRIP = ("instructions", "matrix.", "global_bits")
 
+HOST = "host time of a layer"
 ANEW = "Make the baseline anew with `make gate UPDATE=1`."
 
 # (what was measured, figure) -> value
@@ -175,7 +176,9 @@ def static(arguments: argparse.Namespace) -> list[str]:
         print(f"{arguments.baseline}: {len(figures)} figures written")
         changes = []
     else:
-        changes = compare(flatten(before, archs, arguments.only), figures)
+        figures_before = flatten(before, archs, arguments.only)
+        refuse_what_matches_nothing(arguments.only, figures, figures_before)
+        changes = compare(figures_before, figures)
         print(f"{len(figures)} figures, {len(changes)} of them changed")
     names = {name for name, _ in figures}
     here = {name: bounds for name, bounds in LIMITS.items() if name in names}
@@ -194,6 +197,16 @@ def static(arguments: argparse.Namespace) -> list[str]:
         + [f"changed: {change.figure} of {change.name}" for change in changes if change.verdict != "worse"]
         + exceeded
     )
+
+
+def refuse_what_matches_nothing(only: str, *figures: Figures) -> None:
+    """Raise ArgumentError if `only` leaves nothing to hold: a gate that looks at nothing must not pass."""
+    elsewhere = [*ratios.CASES, HOST]
+    if not any(figures) and not any(re.search(only, name) for name in elsewhere):
+        raise ArgumentError(
+            "--only", repr(only), "what matches the name of a case",
+            f"Names are those in the baseline, without target, 'traffic of' and the like, and {elsewhere}.",
+        )  # fmt: skip
 
 
 def rivals_section(baseline: Path, archs: tuple[str, ...]) -> Evidence:
@@ -226,17 +239,28 @@ def speed(arguments: argparse.Namespace) -> list[str]:
 
 def host(arguments: argparse.Namespace) -> list[str]:
     """Measure the host time of a layer beside a rival's; a line on why the gate fails."""
-    if not re.search(arguments.only, "host time of a layer"):
+    if not re.search(arguments.only, HOST):
         return []
-    print("\nhost time of a layer", flush=True)
+    print(f"\n{HOST}", flush=True)
     script = Path(__file__).resolve().parent / "host_time.py"
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ended = subprocess.run([sys.executable, str(script)], env=compiling).returncode
-    return [f"host time of a layer: {script.name} ended with {ended}"] if ended else []
+    return [f"{HOST}: {script.name} ended with {ended}"] if ended else []
 
 
 # Each prints its tables and returns a line for each reason to fail.
 CHECKS: tuple[Callable[[argparse.Namespace], list[str]], ...] = (static, speed, host)
+
+
+def pattern(text: str) -> str:
+    """A regular expression, as argparse asks for a type."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; leave --only out for everything")
+    return text
 
 
 def main() -> int:
@@ -247,11 +271,12 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the baseline anew, whole")
     parser.add_argument("--base", metavar="COMMIT", help="also compare the speed on this CPU with that of a commit")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="a target, may be repeated; default: the main 3")
-    parser.add_argument("--only", default="", metavar="REGEX", help="what has such a name")
+    parser.add_argument("--only", type=pattern, metavar="REGEX", help="what has such a name")
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.update and (arguments.arch or arguments.only):
         parser.error("--update writes the whole baseline: leave out --arch and --only")
+    arguments.only = arguments.only or ""  # matches everything
     try:
         reasons = [reason for check in CHECKS for reason in check(arguments)]
     except FastbertError as error:

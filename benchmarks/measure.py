@@ -13,7 +13,12 @@ from environment import cores
 
 LEAST = 0.02  # seconds that a turn takes at least, so that the clock's grain and a single interruption don't show
 SETTLE = 0.02  # seconds between turns on a CPU: OpenMP's threads of whoever ran before spin for about 5 ms
-FLUSH = 256 * 2**20  # bytes, several times the largest L2 there is
+FLUSH = 256 * 2**20  # bytes, twice the largest L2 there is or more
+# On a GPU, where LEAST would be thousands of calls, each with a flush of its own that nobody counts: a turn's at most.
+MOST = 50
+# Seconds. A graph that replays less than this takes about as long to begin as to run, and so it holds many calls.
+SHORT = 100e-6
+REPEATS = 20  # calls in the graph of a short one
 
 Timer = Callable[[Callable[[], Any], int], float]
 
@@ -99,14 +104,16 @@ def busy_seconds(run: Callable[[], Any], calls: int) -> float:
 class DeviceTimer:
     """Mean seconds of so many calls on a GPU, between CUDA events, with nothing of ours in its L2 before each.
 
-    Launches that take the host longer than the GPU takes to run them show; `captured` takes them away.
+    Launches that take the host longer than the GPU takes to run them show; `captured` takes them away. What is then
+    short is for `GraphTimer`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
 
     def __call__(self, run: Callable[[], Any], calls: int) -> float:
-        """Mean seconds."""
+        """Mean seconds of so many calls, `MOST` at most."""
+        calls = min(calls, MOST)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         for begin, end in events:
             self.flush.zero_()
@@ -133,3 +140,49 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+class GraphTimer:
+    """Mean seconds of a call among many in one CUDA graph, with nothing of ours in the GPU's L2 before each.
+
+    Between the launches of a graph the host does nothing, so the time of a single kernel is its own. A graph of flushes
+    alone is timed too, and subtracted. Triton's `do_bench_cudagraph` has no flushes: a call finds in L2 what the one
+    before it read and wrote, and may seem faster than memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
+        self._flushes = self.repeated(lambda: None, REPEATS)
+
+    def repeated(self, run: Callable[[], Any], repeats: int) -> Callable[[], float]:
+        """What replays so many calls as one graph, and gives the seconds of all of them and their flushes.
+
+        Raises:
+            RuntimeError: as `captured`.
+        """
+
+        def all_of_them() -> None:
+            for _ in range(repeats):
+                self.flush.zero_()
+                run()
+
+        replay = captured(all_of_them)
+
+        def seconds() -> float:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay()
+            end.record()
+            torch.cuda.synchronize()
+            return begin.elapsed_time(end) / 1000
+
+        return seconds
+
+    def once(self, seconds: Callable[[], float], repeats: int) -> float:
+        """Mean seconds of a call, by a replay of what `repeated` made of so many."""
+        return seconds() / repeats - self._flushes() / REPEATS
+
+    def __call__(self, seconds: Callable[[], float], calls: int) -> float:
+        """As a `Timer`: of what `repeated` made of `REPEATS` calls, by as many replays as hold `calls` or `MOST`."""
+        replays = -(-min(calls, MOST) // REPEATS)
+        return sum(self.once(seconds, REPEATS) for _ in range(replays)) / replays

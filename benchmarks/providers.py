@@ -14,6 +14,8 @@ from contest import Case, UnservedError
 from torch import Tensor
 from workloads import VOCABULARY, Workload
 
+from fastbert.packing import Packing
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -44,6 +46,11 @@ def compiled(function: F) -> F:
         raise UnservedError("torch.compile needs a C++ compiler, and there is none on PATH")
     torch.compiler.reset()  # what it compiled for other cases counts against its limit of recompilations
     return torch.compile(function, dynamic=False)
+
+
+def fresh(packing: Packing) -> Packing:
+    """The layout as a user's next batch brings it: without the table of tiles and all else that a call leaves in it."""
+    return Packing.made_right(packing.cu_seqlens, packing.max_seqlen, packing.indices, packing.padded_shape)
 
 
 def random_ids(workload: Workload, device: torch.device) -> Tensor:

@@ -24,6 +24,8 @@ interpreter.install()
 # A machine with a GPU that is lent may lack these, and no test that runs kernels needs them.
 NEEDS = {
     "hypothesis": ("test_fuzz.py", "test_packing_by_hand.py", "test_tokenizer_parity.py"),
+    "llvmlite": ("test_guard_pages.py", "test_guards.py", "test_native.py"),
+    "matplotlib": ("test_kernel_pages.py", "test_report.py"),
     "typer": ("test_cli.py",),
 }
 collect_ignore = [file for package, files in NEEDS.items() if find_spec(package) is None for file in files]

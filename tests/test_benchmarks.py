@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench_attention
+import bench_encoder
 import contest
 import environment
 import measure
@@ -30,6 +32,7 @@ from fastbert import reference
 from fastbert.errors import ArgumentError
 from fastbert.kernels import cost, target
 from fastbert.kernels.cost import Cost
+from fastbert.packing import Packing
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = Ceilings(copy_gb_per_s=10.0, gemm_gflops={"fp32": 100.0, "bf16": 200.0})
@@ -233,18 +236,23 @@ class FakeGpu:
                 return end.at - self.at
 
         class Graph:
+            def __init__(self) -> None:
+                self.milliseconds = 0.0
+
             def replay(self) -> None:
-                gpu.launch("replay", 2.0)
+                gpu.launch("replay", self.milliseconds)
 
         class Recording:
             def __init__(self, graph: Graph) -> None:
-                pass
+                self.graph = graph
 
             def __enter__(self) -> None:
                 gpu.log.append("capture")
+                self.begin = gpu.now
 
             def __exit__(self, *_: Any) -> None:
                 gpu.log.append("captured")
+                self.graph.milliseconds, gpu.now = gpu.now - self.begin, self.begin  # nothing has run yet
 
         stream = SimpleNamespace(wait_stream=lambda other: None)
         self.cuda = SimpleNamespace(
@@ -283,6 +291,35 @@ def test_a_graph_is_captured_once_after_a_rehearsal(gpu: FakeGpu) -> None:
     replay()
     replay()
     assert gpu.log[-2:] == ["replay", "replay"]
+
+
+def test_a_turn_on_a_gpu_is_a_few_dozen_calls(gpu: FakeGpu) -> None:
+    """Each is flushed for, which takes ten times as long as a short kernel, and is in nobody's budget."""
+    timer = measure.DeviceTimer(torch.device("cpu"))
+    timer(lambda: gpu.launch("kernel", 0.001), 20_000)
+    assert gpu.log.count("kernel") == measure.MOST
+
+
+@pytest.fixture
+def graph_timer(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> measure.GraphTimer:
+    """Its flushes take 100 ms."""
+    flush = SimpleNamespace(zero_=lambda: gpu.launch("flush", 100.0))
+    monkeypatch.setattr(measure.torch, "empty", lambda *shape, **options: flush)
+    return measure.GraphTimer(torch.device("cpu"))
+
+
+def test_a_short_call_is_one_of_many_in_a_graph(gpu: FakeGpu, graph_timer: measure.GraphTimer) -> None:
+    gpu.log.clear()
+    seconds = graph_timer.repeated(lambda: gpu.launch("kernel", 3.0), measure.REPEATS)
+    captured = gpu.log[gpu.log.index("capture") + 1 : gpu.log.index("captured")]
+    assert captured == ["flush", "kernel"] * measure.REPEATS, "L2 is cold before each"
+    gpu.log.clear()
+    assert graph_timer(seconds, 2 * measure.REPEATS) == pytest.approx(0.003)
+    assert gpu.log == ["replay", "synchronize"] * 4, "the host launches graphs alone, of calls and of flushes in turns"
+    gpu.log.clear()
+    assert graph_timer(seconds, 1) == pytest.approx(0.003) and gpu.log.count("replay") == 2
+    graph_timer(seconds, 20_000)
+    assert gpu.log.count("replay") <= 2 + 2 * measure.MOST / measure.REPEATS + 2
 
 
 # Contests
@@ -406,6 +443,67 @@ def test_facts(quick: list[str]) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("mode", "microseconds", "many"), [("graph", 90, True), ("graph", 110, False), ("eager", 90, False)]
+)
+def test_graphs_of_short_calls_hold_many_whoever_is_short(
+    mode: Any, microseconds: float, many: bool, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that is not there: who is timed how, and all in the same way."""
+    made, told = operands(CASE), []
+    took = {"fastbert": 1e-6 * microseconds, "rival": 0.5}
+
+    class OneByOne:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+
+        def __call__(self, run: Any, calls: int) -> float:
+            return took[run[1]]
+
+    class Many(OneByOne):
+        def repeated(self, run: Any, repeats: int) -> Any:
+            return "many", run.name
+
+    class Named:
+        """The call of a contender, known by its name."""
+
+        def __init__(self, name: str, run: Any) -> None:
+            self.name, self.run = name, run
+
+        def __call__(self) -> Any:
+            return self.run()
+
+        def __getitem__(self, _: int) -> str:
+            return self.name
+
+    def named(name: str) -> Any:
+        def provider(case: Case, of: Operands) -> Contender:
+            contender = right(case, of)
+            return replace(contender, run=Named(name, contender.run))
+
+        return provider
+
+    def interleaved(runs: Any, *, timer: Any, **options: Any) -> dict[str, list[float]]:
+        told.append((type(timer), dict(runs)))
+        return {name: [0.001] for name in runs}
+
+    monkeypatch.setattr(contest, "first_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(contest, "device_name", lambda device: "fake")
+    monkeypatch.setattr(contest, "captured", lambda run: ("one", run.name))
+    monkeypatch.setattr(contest, "DeviceTimer", OneByOne)
+    monkeypatch.setattr(contest, "GraphTimer", Many)
+    monkeypatch.setattr(contest, "interleaved", interleaved)
+    of_toys = replace(make(fastbert=named("fastbert"), rival=named("rival")), operands=lambda case: made)
+    standings = contest.hold(of_toys, replace(CASE, mode=mode))
+    assert all(one.seconds == [0.001] for one in standings.values()), standings
+    [(timer, runs)] = told
+    assert timer is (Many if many else OneByOne)
+    if mode == "graph":
+        assert runs == {name: ("many" if many else "one", name) for name in took}
+    else:
+        assert [run.name for run in runs.values()] == list(took)
+
+
 def test_replay_reads_what_was_measured() -> None:
     clock = Replay()
     clock.load([0.25, 0.5])
@@ -419,6 +517,107 @@ def test_cases_beyond_the_default_are_marked_full() -> None:
     default = {parameter.values[0].dtype for parameter in found if not parameter.marks}
     assert default == ({"fp16"} if torch.cuda.is_available() else {"fp32"})
     assert all(parameter.marks for parameter in found if parameter.values[0].workload is large)
+
+
+# What a timed call of fastbert and of a rival holds
+
+
+class FakeModel:
+    """Notes the layouts and masks that it is called with, and keeps a table in a layout as a layer does."""
+
+    def __init__(self) -> None:
+        self.layouts: list[Packing] = []
+        self.masks: list[Any] = []
+
+    def __call__(self, ids: Any = None, packing: Any = None, input_ids: Any = None, attention_mask: Any = None) -> Any:
+        if packing is not None:
+            self.layouts.append(packing)
+            packing.kept("tiles", lambda: torch.zeros(1))
+        self.masks.append(attention_mask)
+        return SimpleNamespace(last_hidden_state=torch.zeros(1))
+
+
+def batch(work: workloads.Workload) -> Any:
+    packing = Packing.from_lengths(work.lengths)
+    packing.kept("tiles", lambda: torch.ones(1))
+    ids = torch.arange(work.tokens)
+    dout = torch.zeros(work.tokens, 1)
+    return SimpleNamespace(
+        folder=None, ids=ids, packing=packing, padded_ids=packing.unpack(ids),
+        mask=packing.unpack(torch.ones_like(ids)), dout=dout,
+    )  # fmt: skip
+
+
+FORWARD = replace(CASE, op="encoder", passes="forward")
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
+    """Whatever a provider loads."""
+    fake = FakeModel()
+    monkeypatch.setattr(bench_encoder, "load", lambda *args, **options: fake)
+    monkeypatch.setattr(bench_encoder, "quantize", lambda model, dtype: model)
+    monkeypatch.setattr(bench_encoder, "graphed", lambda model: model)
+    return fake
+
+
+OURS = [name for name in bench_encoder.PROVIDERS if name.startswith("fastbert")]
+
+
+@pytest.mark.parametrize("provider", OURS)
+def test_each_timed_call_gets_a_layout_that_nothing_was_kept_in(
+    provider: str, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's next batch has another; a table of tiles of the last call would be a gift."""
+    device = "cuda" if provider == "fastbert graphed" else "cpu"
+    monkeypatch.setattr(contest, "first_device", lambda: torch.device(device))
+    of = batch(WORK)
+    contender = bench_encoder.PROVIDERS[provider](FORWARD, of)
+    contender.run()
+    contender.run()
+    contender.close()
+    first, second = model.layouts
+    assert first is not second
+    for layout in model.layouts:
+        assert layout.kept("tiles", lambda: torch.ones(1)).item() == 0, "it was made in the call"
+        assert layout.lengths.tolist() == list(WORK.lengths) and layout.indices is of.packing.indices
+
+
+def test_attention_by_itself_includes_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeModel()
+
+    def attention(qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
+        fake(packing=packing)
+        return qkv[:, 0]
+
+    monkeypatch.setattr(bench_attention, "attention", attention)
+    case = replace(FORWARD, op="attention")
+    of = bench_attention.operands(case)
+    contender = bench_attention.fastbert(case, of)
+    contender.run()
+    contender.run()
+    assert len({id(layout) for layout in [of.fixed, *fake.layouts]}) == 3
+
+
+@pytest.mark.parametrize(("lengths", "masked"), [((5, 3), True), ((5, 5), False)])
+def test_who_pads_gets_a_mask_where_something_is_padded(lengths: tuple[int, ...], masked: bool) -> None:
+    """Under a CUDA graph transformers can't see that a mask hides nothing, and flash attention takes none."""
+    case, fake = replace(FORWARD, workload=replace(WORK, lengths=lengths)), FakeModel()
+    of = batch(case.workload)
+    bench_encoder.of_transformers(case, of, torch.nn.Identity(), fake).run()
+    assert fake.masks == ([of.mask] if masked else [None])
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "passes"),
+    [("cpu", "eager", "forward"), ("cuda", "graph", "forward"), ("cuda", "eager", "forward+backward")],
+)
+def test_a_graphed_model_is_for_inference_on_a_gpu(
+    device: str, mode: Any, passes: Any, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contest, "first_device", lambda: torch.device(device))
+    with pytest.raises(UnservedError, match="inference on a GPU"):
+        bench_encoder.PROVIDERS["fastbert graphed"](replace(FORWARD, mode=mode, passes=passes), batch(WORK))
 
 
 # The whole of it, in pytest and pytest-benchmark

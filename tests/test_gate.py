@@ -283,6 +283,40 @@ def test_update_of_a_part_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "writes the whole baseline" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("only", "status", "said"),
+    [
+        ("launches", 2, "gate: --only: got 'launches'; expected what matches the name of a case"),
+        ("toy", 0, ""),
+        (gate.HOST, 0, ""),
+        ("encoder forward, minilm", 0, ""),
+    ],
+)
+def test_a_name_of_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, only: str, status: int, said: str
+) -> None:
+    """It passed once, because nothing was worse."""
+    path = tmp_path / "static.json"
+    path.write_text(json.dumps(evidence_of()))
+    monkeypatch.setattr(gate.evidence, "collect", lambda archs, only: evidence_of())
+    monkeypatch.setattr(gate, "CHECKS", (gate.static,))
+    monkeypatch.setattr(sys, "argv", ["gate.py", "--baseline", str(path), "--only", only])
+    assert gate.main() == status
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("only", "said"), [("", "it is empty"), ("(", "'(' is no regular expression")])
+def test_what_names_nothing_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, only: str, said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gate.py", "--only", only])
+    monkeypatch.setattr(gate, "CHECKS", ())
+    with pytest.raises(SystemExit) as exit_:
+        gate.main()
+    assert exit_.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_reading_a_baseline_raises_a_typed_error(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError) as caught:
         gate.read_baseline(tmp_path / "none.json")

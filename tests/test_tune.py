@@ -11,7 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import measure
 import pytest
+import stand_in
 import torch
 import tune
 from journal import Journal
@@ -348,6 +350,51 @@ def test_calls_are_right_and_use_the_choice_on_trial(op: str, device: torch.devi
         assert choice in used
         for ours, rough, wanted in zip(got, plain, exact, strict=True):
             assert_close(ours, rough, wanted, what=op)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels do not run in Triton's interpreter")
+@pytest.mark.parametrize("op", by_op())
+def test_calls_wait_for_no_gpu(op: str) -> None:
+    """They are timed in a CUDA graph, which could not hold what waits."""
+    here = of(torch.device("cpu"))
+    found = next(problem for problem in problems(here, SMALL) if problem.op == op)
+    with stand_in.StandIn() as gpu:
+        work = found.prepare(stand_in.GPU)
+        gpu.waits.clear()
+        work.run()
+    assert not gpu.waits
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(1e-9, measure.REPEATS), (0.002, 2), (0.5, 1)])
+def test_a_candidate_is_timed_in_a_graph_that_is_soon_replayed(
+    seconds: float, repeats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Events:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __call__(self, run: Callable[[], object], calls: int) -> float:
+            assert calls == 1
+            return seconds
+
+    class Graphs(Events):
+        def repeated(self, run: Callable[[], object], repeats: int) -> Any:
+            return run, repeats
+
+        def once(self, made: Any, repeats: int) -> float:
+            assert made == (run, repeats)
+            replays.append(repeats)
+            return float(len(replays))
+
+    def run() -> None:
+        raise AssertionError("only the fakes time it")
+
+    replays: list[int] = []
+    monkeypatch.setattr(tune, "DeviceTimer", Events)
+    monkeypatch.setattr(tune, "GraphTimer", Graphs)
+    gpu = tune.Gpu("fake", H100, torch.device("cpu"))
+    assert gpu.time(run) == 3.0, "the median"
+    assert replays == [repeats] * 5
 
 
 COMPILE = """
