@@ -40,8 +40,19 @@ if TYPE_CHECKING:
 PYTHON = sys.executable
 # Not `python -m pytest` as it is, which would find `kernels` at the root.
 PYTEST = (PYTHON, "-c", "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main())")
-# Eight processes, because most of the time goes into compiling.
-AT_ONCE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+# Most of a test is compiling, which keeps a core busy: more processes than cores only share them. Each also holds a
+# context on the GPU, about half a GiB of its memory: eight at most.
+MOST_AT_ONCE = 8
+
+
+def at_once(cores: int | None) -> tuple[str, ...]:
+    """pytest's option for as many processes as there are cores, `MOST_AT_ONCE` at most; none without pytest-xdist."""
+    return ("-n", str(min(MOST_AT_ONCE, cores or 1))) if importlib.util.find_spec("xdist") else ()
+
+
+# Whole models first: what an interruption cuts off at the end is to be what matters least.
+FIRST = ("bench_encoder.py", "bench_latency.py", "bench_attention.py")
+OTHERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("bench_*.py") if path.name not in FIRST))
 
 # Of the 25 minutes that all of it may take, so many are for making .venv.
 SETUP_MINUTES = 3.0
@@ -59,6 +70,7 @@ class Step:
         minutes: its time limit.
         makes: the file of results that it writes, if any; an older one is removed first.
         needs: a file that an earlier step makes, without which this one is left out.
+        asked: whether it only runs where `--only` names it.
     """
 
     name: str
@@ -66,15 +78,33 @@ class Step:
     minutes: float
     makes: str = ""
     needs: str = ""
+    asked: bool = False
 
+
+def _benchmarks(files: Sequence[str], results: str) -> tuple[str, ...]:
+    return (*PYTEST, *(f"benchmarks/{file}" for file in files), f"--benchmark-json={{folder}}/{results}")
+
+
+FORMS = ("attention_forward", "linear_gelu_forward", "linear_gelu")  # the last chooses a form, the others tiles
 
 STEPS = (
     Step("smoke", (PYTHON, "benchmarks/smoke.py"), 2.0),
-    Step("correctness", (*PYTEST, "tests", "-m", "kernels", *AT_ONCE), 6.0),
+    Step("correctness", (*PYTEST, "tests", "-m", "kernels", *at_once(os.cpu_count())), 6.0),
+    Step("sanitizer", (PYTHON, "benchmarks/smoke.py", "--sanitize"), 8.0, asked=True),
+    Step("forms", (PYTHON, "benchmarks/tune.py", "--minutes", "5.5", "--only", *FORMS), 6.0, asked=True),
     Step("tune", (PYTHON, "benchmarks/tune.py", "--minutes", "4.5"), 5.0),
-    Step("benchmarks", (*PYTEST, "benchmarks", "--benchmark-json={folder}/results.json"), 7.5, makes="results.json"),
+    Step("models", _benchmarks(FIRST[:2], "models.json"), 8.0, makes="models.json", asked=True),
+    Step(
+        "fp8", (*PYTEST, "tests/test_quantize_rows.py", "tests/test_quantization.py", "-m", "kernels"), 4.0, asked=True
+    ),
+    Step(
+        "profile", (PYTHON, "benchmarks/profile_encode.py", "--out", "{folder}"), 3.0, makes="profile.txt", asked=True
+    ),
+    Step("benchmarks", _benchmarks((*FIRST, *OTHERS), "results.json"), 7.5, makes="results.json"),
     Step("report", (PYTHON, "benchmarks/report.py"), 1.0, needs="results.json"),
 )
+# What an hour on a GPU is best spent on, in the order in which a failure is cheapest.
+FIRST_HOUR = ("smoke", "correctness", "sanitizer", "forms", "tune", "models", "fp8", "profile")
 
 # (command, log, seconds) -> exit status, or None where the time was up.
 Run = Callable[[Sequence[str], Path, float], int | None]
@@ -156,7 +186,8 @@ def main() -> int:
     parser.add_argument("--anew", action="store_true", help="forget the steps that have passed and what was tuned")
     parser.add_argument(
         "--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP",
-        help=f"these steps, whether they have passed or not: {', '.join(step.name for step in STEPS)}",
+        help=f"these steps, in this order, whether they have passed or not: {', '.join(step.name for step in STEPS)}; "
+        f"by default all but {', '.join(step.name for step in STEPS if step.asked)}",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also put the results and tuned.json there")
     options = parser.parse_args()
@@ -168,6 +199,11 @@ def main() -> int:
         )
     with importable():
         return measure(options.anew, options.only, options.out)
+
+
+def chosen(only: Sequence[str] | None) -> list[Step]:
+    """The steps of these names, or all that nobody needs to ask for, in their order."""
+    return [step for step in STEPS if (not step.asked if only is None else step.name in only)]
 
 
 def measure(anew: bool, only: Sequence[str] | None, out: Path | None) -> int:
@@ -195,7 +231,7 @@ def measure(anew: bool, only: Sequence[str] | None, out: Path | None) -> int:
         print("The steps that had passed were another commit's: begun anew")
     for step in only or ():
         journal.write(step=step, status="asked for")
-    passed = run_steps([step for step in STEPS if only is None or step.name in only], folder, journal)
+    passed = run_steps(chosen(only), folder, journal)
     if out is not None:
         shutil.copytree(folder, out, dirs_exist_ok=True)
         shutil.copy2(ROOT / "kernels/tuned.json", out)

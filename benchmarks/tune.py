@@ -1,6 +1,6 @@
 """Search the launch choices of every kernel on the GPU at hand, and write those that win to `kernels/tuned.json`.
 
-    python benchmarks/tune.py [--minutes 6] [--anew]          # on a machine with a GPU
+    python benchmarks/tune.py [--minutes 6] [--anew] [--only OP ...]    # on a machine with a GPU
     python benchmarks/tune.py --plan --arch sm_90             # what would be searched, on any machine
 
 For each problem (`problems.py`) every candidate is compiled offline in processes beside; one that spills, does not fit
@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ sys.path.append(str(Path(__file__).parent / "static"))
 from folders import folder_of
 from journal import Journal
 from measure import REPEATS, DeviceTimer, GraphTimer
-from problems import SMALL, Problem, Work, in_force, problems
+from problems import SMALL, SPACES, Problem, Work, in_force, problems
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent / "kernels"
@@ -319,8 +319,8 @@ def plan(target: Target) -> None:
     print(f"{target.arch}: {len(found)} problems, {total} candidates; nothing was compiled or timed")
 
 
-def tune(device: Device, minutes: float, *, anew: bool) -> Search:
-    """Search on this device, and give what was searched."""
+def tune(device: Device, minutes: float, *, anew: bool, only: Sequence[str] | None = None) -> Search:
+    """Search on this device, all ops or `only` some, and give what was searched."""
     deadline = time.monotonic() + 60 * minutes
     folder = folder_of(device.name)
     path = folder / "tune.jsonl"
@@ -329,7 +329,7 @@ def tune(device: Device, minutes: float, *, anew: bool) -> Search:
     journal = Journal(path, {"device": device.name, "code": code_version()})
     if journal.begun_anew:
         print(f"{path} is of another version of the kernels: begun anew")
-    found = problems(device.target)
+    found = [problem for problem in problems(device.target) if only is None or problem.op in only]
     tuned = KERNELS / "tuned.json"
     if device.target.arch not in KNOWN:
         print(f"{device.target.arch}: nobody reads its machine code here, so every candidate that runs is timed")
@@ -355,12 +355,13 @@ def main() -> int:
     parser.add_argument("--anew", action="store_true", help="forget what was measured")
     parser.add_argument("--plan", action="store_true", help="only print what would be searched")
     parser.add_argument("--arch", choices=[arch for arch in KNOWN if arch != "interpreter"], help="for --plan")
+    parser.add_argument("--only", nargs="+", choices=list(SPACES), metavar="OP", help=f"of {', '.join(SPACES)}")
     options = parser.parse_args()
     try:
         if options.plan:
             plan(KNOWN[options.arch] if options.arch else Gpu.current().target)
             return 0
-        return 1 if tune(Gpu.current(), options.minutes, anew=options.anew).broken else 0
+        return 1 if tune(Gpu.current(), options.minutes, anew=options.anew, only=options.only).broken else 0
     except FastbertError as error:
         parser.exit(2, f"{error}\n")
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import time
@@ -19,13 +20,14 @@ import bench_attention
 import bench_encoder
 import contest
 import environment
+import gpu as gpu_suite
 import measure
 import pytest
 import roofline
 import torch
 import workloads
 from contest import Case, Contender, Contest, Operands, Replay, UnservedError, WrongResultError, differentiate, on_rows
-from processes import PYTHON
+from processes import PYTHON, heed_signals
 from roofline import Ceilings, Floor
 
 from fastbert import reference
@@ -669,6 +671,56 @@ def test_pytest_can_check_without_timing(tmp_path: Path) -> None:
     done = run_toy(tmp_path, "--benchmark-disable", "-k", "not wrong")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed, 1 skipped" in done.stdout
+
+
+INTERRUPTED = """
+import contest, time
+from dataclasses import replace
+from pathlib import Path
+import pytest
+from roofline import Ceilings
+from test_benchmarks import WORK, make, right
+
+contest.ceilings = lambda device: Ceilings(10.0, {"fp32": 100.0, "fp16": 100.0})
+SLOW = replace(WORK, name="slow")
+
+def provider(case, of):
+    if case.workload == SLOW:
+        Path("begun").touch()
+        time.sleep(600)
+    return right(case, of)
+
+CONTEST = make(fastbert=provider)
+CASES = [contest.Case("toy", work, "forward", "fp32", "eager") for work in (WORK, SLOW, replace(WORK, name="late"))]
+
+@pytest.mark.parametrize("provider", ["fastbert"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_toy(case, provider, compete):
+    compete(CONTEST, case, provider)
+"""
+
+
+def test_an_interruption_leaves_the_contests_that_had_ended(tmp_path: Path) -> None:
+    """As that of `make gpu`, at the end of a step's time."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    (tmp_path / "bench_toy.py").write_text(INTERRUPTED)
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", tmp_path)
+    command = [*PYTHON, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "bench_toy.py"]
+    process = subprocess.Popen(
+        [*command, "--benchmark-json=results.json"], cwd=tmp_path, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_signals,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "begun").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=gpu_suite.GRACE)
+    finally:
+        process.kill()
+    assert process.returncode == pytest.ExitCode.INTERRUPTED, said
+    [one] = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
+    assert one["extra_info"]["workload"] == WORK.name and one["stats"]["median"] > 0
 
 
 def test_full_adds_what_is_left_out(tmp_path: Path) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu
+import profile_encode
 import pytest
 import smoke
 import torch
 from gpu import STEPS, Step, run_command, run_steps
 from journal import Journal
 from processes import PYTHON
+from torch.autograd import DeviceType
 
 from fastbert.backend import first_device
 from fastbert.config import EncoderConfig
@@ -116,10 +121,57 @@ def test_a_corrupt_journal_is_refused(commands: Callable[..., Commands], tmp_pat
 
 
 def test_it_ends_in_under_25_minutes() -> None:
-    assert sum(step.minutes for step in STEPS) + gpu.SETUP_MINUTES < 25
-    [tune] = [step for step in STEPS if step.name == "tune"]
-    own_minutes = float(tune.command[tune.command.index("--minutes") + 1])
-    assert own_minutes < tune.minutes - gpu.GRACE / 60, "it would be interrupted"
+    assert sum(step.minutes for step in gpu.chosen(None)) + gpu.SETUP_MINUTES < 25
+
+
+def test_who_limits_itself_is_not_interrupted() -> None:
+    limited = [step for step in STEPS if "--minutes" in step.command]
+    assert [step.name for step in limited] == ["forms", "tune"]
+    for step in limited:
+        own_minutes = float(step.command[step.command.index("--minutes") + 1])
+        assert own_minutes < step.minutes - gpu.GRACE / 60
+    [sanitizer] = [step for step in STEPS if step.name == "sanitizer"]
+    assert 60 * sanitizer.minutes - gpu.GRACE > smoke.ALONE_SECONDS
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(64, "8"), (4, "4"), (1, "1"), (None, "1")])
+def test_as_many_processes_as_cores(cores: int | None, processes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu.at_once(cores) == ("-n", processes)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert gpu.at_once(cores) == (), "a machine without pytest-xdist"
+
+
+def test_the_first_hour() -> None:
+    """Its steps are ours, in order, each under ten minutes; the docs have the same."""
+    steps = gpu.chosen(gpu.FIRST_HOUR)
+    assert [step.name for step in steps] == list(gpu.FIRST_HOUR)
+    assert all(step.minutes < 10 for step in steps) and sum(step.minutes for step in steps) <= 60
+    docs = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").partition("## The first hour on a GPU")[2]
+    told = re.findall(r"^\| `--only (\w+)` \|.*\| (\d+) \|$", docs.partition("\n## ")[0], re.MULTILINE)
+    assert told == [(step.name, f"{step.minutes:g}") for step in steps]
+
+
+def test_whole_models_are_measured_first() -> None:
+    [step] = [step for step in STEPS if step.name == "benchmarks"]
+    files = [word.removeprefix("benchmarks/") for word in step.command if word.endswith(".py")]
+    assert files[:2] == ["bench_encoder.py", "bench_latency.py"]
+    assert sorted(files) == sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
+
+
+COLLECTED_ELSEWHERE = ("correctness", "models")  # by the test of bare machines, by the step "benchmarks"
+
+
+@pytest.mark.parametrize(
+    "step", [step for step in STEPS if step.name not in COLLECTED_ELSEWHERE], ids=lambda step: step.name
+)
+def test_a_step_s_options_are_those_of_its_command(step: Step, tmp_path: Path) -> None:
+    collects = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+    command = [word.format(folder=tmp_path) for word in step.command]
+    done = subprocess.run(
+        [*command, *(collects if command[:3] == list(gpu.PYTEST) else ["--help"])],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_steps_can_be_run() -> None:
@@ -193,7 +245,8 @@ def test_results_are_in_the_gpu_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert gpu.main() == 0
         return fake.steps
 
-    every = [step.name for step in STEPS]
+    every = [step.name for step in STEPS if not step.asked]
+    assert every == ["smoke", "correctness", "tune", "benchmarks", "report"]
     assert main("abc") == every
     folder = tmp_path / "results" / "nvidia-fake-80gb"
     assert json.loads((folder / "environment.json").read_text())["commit"] == "abc"
@@ -206,6 +259,29 @@ def test_results_are_in_the_gpu_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert (tmp_path / "out" / "tuned.json").read_bytes() == (ROOT / "kernels" / "tuned.json").read_bytes()
     assert (tmp_path / "out" / "environment.json").is_file()
     assert not list(folder.glob("*.tmp"))
+
+
+def test_the_first_hour_runs_in_order_on_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def run(command: Sequence[str], log: Path, seconds: float) -> int:
+        ran.append((log.stem, " ".join(command)))
+        log.write_text("")
+        return 1 if log.stem == "correctness" else 0
+
+    FakeCuda(monkeypatch, tmp_path / "results", "abc")
+    monkeypatch.setattr(gpu, "run_steps", partial(run_steps, run=run))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", *reversed(gpu.FIRST_HOUR)])
+    assert gpu.main() == 1, "one has failed, and the others ran"
+    assert [name for name, _ in ran] == list(gpu.FIRST_HOUR)
+    folder = tmp_path / "results" / "nvidia-fake-80gb"
+    by_name = dict(ran)
+    assert by_name["sanitizer"].endswith("smoke.py --sanitize")
+    assert by_name["forms"].endswith("--only attention_forward linear_gelu_forward linear_gelu")
+    assert by_name["models"].endswith(f"--benchmark-json={folder}/models.json")
+    assert by_name["profile"].endswith(f"profile_encode.py --out {folder}")
 
 
 BARE = """
@@ -259,6 +335,80 @@ def test_the_smoke_test_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(smoke, "by_kernels", lambda *given: 1.01 * by_kernels(*given))
     with pytest.raises(AssertionError, match="forward in"):
         smoke.forward(small, device)
+
+
+def test_the_sanitizer_by_itself(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(smoke, "sanitize", lambda seconds: asked.append(seconds) or "found nothing")
+    monkeypatch.setattr(sys, "argv", ["smoke.py", "--sanitize"])
+    assert smoke.main() == 0
+    assert asked == [smoke.ALONE_SECONDS] and capsys.readouterr().out == "found nothing\n"
+
+
+LACKING = """
+import importlib.machinery
+lacking = {"hypothesis", "llvmlite", "matplotlib", "openvino", "onnx", "onnxruntime", "ctranslate2", "accelerate",
+           "sentence_transformers", "pytest_benchmark", "xdist", "build"}
+found = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda finder, name, *rest: None if name.partition(".")[0] in lacking else found(name, *rest)
+)
+import sys, pytest
+sys.path.remove("")
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_tests_of_kernels_need_no_package_that_a_bare_machine_may_lack() -> None:
+    """Where a test file can't be imported pytest runs no test at all."""
+    done = subprocess.run(
+        [sys.executable, "-c", LACKING, "tests", "-m", "kernels", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"\d{4}/\d+ tests collected", done.stdout)
+
+
+SMALL = EncoderConfig(vocab_size=40, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, max_positions=64)
+
+
+def test_a_profile_of_encode(tmp_path: Path, capsys: Any) -> None:
+    """On the machine at hand, with a toy."""
+    assert profile_encode.main(["--texts", "5", "--out", str(tmp_path)], SMALL) == 0
+    said = (tmp_path / "profile.txt").read_text()
+    assert said == capsys.readouterr().out and said.startswith("5 texts in ") and "\nthe host: " in said
+
+
+def test_a_profile_tells_kernels_copies_and_waits_apart() -> None:
+    gpu_, cpu = DeviceType.CUDA, DeviceType.CPU
+    events: list[Any] = [
+        SimpleNamespace(key=key, count=count, device_type=where, self_cpu_time_total=host, self_device_time_total=took)
+        for key, count, where, host, took in (
+            ("layer_norm_forward_kernel", 12, gpu_, 0.0, 1500.0),
+            ("attention_forward_kernel", 6, gpu_, 0.0, 4500.0),
+            ("Memcpy HtoD (Pageable -> Device)", 3, gpu_, 0.0, 250.0),
+            ("cudaStreamSynchronize", 2, cpu, 700.0, 0.0),
+            ("cudaLaunchKernel", 18, cpu, 90.0, 0.0),
+        )
+    ]
+    said = profile_encode.summary(events, 7, 0.0125)
+    assert said.startswith("7 texts in 12.5 ms; the GPU was busy for 6.2 ms of a profiled call\n")
+    tables = dict(re.findall(r"\n\n(.+): ([\d.]+ ms in \d+ calls)\n", said))
+    assert tables == {
+        "kernels": "6.000 ms in 18 calls",
+        "copies": "0.250 ms in 3 calls",
+        "waits of the host": "0.700 ms in 2 calls",
+        "the host": "0.090 ms in 18 calls",
+    }
+    assert re.search(r"4.500 +75.0 +6  attention_forward_kernel\n +1.500 +25.0 +12  layer_norm_forward_kernel\n", said)
+
+
+def test_a_profile_without_kernels_fails(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Where the driver forbids it, torch.profiler only warns."""
+    monkeypatch.setattr(profile_encode, "record", lambda config, count: ([], 1.0))
+    monkeypatch.setattr(profile_encode, "first_device", lambda: torch.device("cuda"))
+    assert profile_encode.main([]) == 1
+    assert "saw no kernel" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

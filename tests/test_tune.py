@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import measure
@@ -444,6 +445,18 @@ def test_a_gpu_whose_machine_code_nobody_reads(monkeypatch: pytest.MonkeyPatch, 
     assert "sm_137: nobody reads its machine code here" in capsys.readouterr().out
     assert launch.read_tuned(tmp_path / "tuned.json") == {("sm_137", "bias_gelu_forward", SHAPE): FASTER}
     assert (tmp_path / "results" / "a-gpu-of-2031" / "tune.jsonl").exists()
+
+
+def test_only_some_ops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tuned.json").write_text("{}")
+    other = Problem("linear_gelu", "rows=512", CURRENT, (), False, problem().prepare)
+    monkeypatch.setattr("folders.RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tune, "KERNELS", tmp_path)
+    monkeypatch.setattr(tune, "problems", lambda target: [problem(), other])
+    monkeypatch.setattr(tune, "Compilers", lambda *args: SimpleNamespace(close=lambda: None))
+    tune.tune(FakeDevice(), 1.0, anew=False, only=["linear_gelu"])
+    journal = Journal(tmp_path / "results" / "fake" / "tune.jsonl", {"device": "fake", "code": tune.code_version()})
+    assert {entry["op"] for entry in journal.entries} == {"linear_gelu"}
 
 
 def tune_in_a_process(*options: str) -> subprocess.CompletedProcess[str]:
