@@ -28,6 +28,7 @@ from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.kernels.pooling import pool_backward, pool_forward
 from fastbert.kernels.target import Target
 from fastbert.ops.linear_gelu import linear_gelu
+from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
 
 DTYPES = (torch.float16, torch.bfloat16)  # what models run in on a GPU
@@ -371,7 +372,7 @@ class AttentionCall:
         qkv = _randn(device, self.dtype, packing.tokens, 3, self.heads, self.head_dim)
 
         def run() -> list[Tensor]:
-            tiles = packing.tiles(self.forward_choice(target).BLOCK_M)
+            tiles = tile_table(packing, self.forward_choice(target).BLOCK_M)
             out, _ = attention_forward(
                 qkv,
                 packing.cu_seqlens,
@@ -405,8 +406,8 @@ class AttentionCall:
                 out,
                 lse,
                 packing.cu_seqlens,
-                packing.tiles(self.query_choice(target).BLOCK_M),
-                packing.tiles(self.key_choice(target).BLOCK_N),
+                tile_table(packing, self.query_choice(target).BLOCK_M),
+                tile_table(packing, self.key_choice(target).BLOCK_N),
                 longest,
                 tokens=packing.tokens,
                 scale=self.head_dim**-0.5,

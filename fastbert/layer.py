@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastbert import backend
 from fastbert.config import Activation, EncoderConfig
 from fastbert.errors import ArgumentError
+from fastbert.kernels import launch
 from fastbert.masks import read_mask
 from fastbert.ops import repeats
 from fastbert.ops.attention import attention, prepare_attention
@@ -194,14 +195,20 @@ class EncoderLayer(nn.Module):
         """`forward` without options where the kernels serve all of it; else None."""
         if backend.decide(x.device).path != "triton":
             return None
-        config = self.config
+        config, rows = self.config, len(x)
         norms = parts.attention_norm, parts.output_norm
-        options = config.num_heads, config.activation, *(norm.eps for norm in norms)
-        kind = EncoderLayer, *options, packing.tokens, packing.max_seqlen
+        widest = max(3 * config.hidden_size, config.intermediate_size)
+        kind = (
+            EncoderLayer, config.num_heads, config.activation, *(norm.eps for norm in norms),
+            repeats.rows_kind(rows, widest * x.element_size()), launch.row_bound(rows),
+            launch.attention_regime(packing.max_seqlen, rows=rows, batch=packing.batch),
+            rows < packing.tokens,  # which is an error, each time
+        )  # fmt: skip
         parameters: list[Any] = [*self.attention.self.joined()]
         for part in parts[3:]:
             parameters += part._parameters["weight"], part._parameters["bias"]
-        run = repeats.prepared(kind, (x, packing.cu_seqlens, *parameters), lambda: self._prepare(x, packing))
+        states = x, packing.cu_seqlens
+        run = repeats.prepared(kind, states, tuple(parameters), lambda: self._prepare(x, packing))
         return None if run is None else cast(Tensor, run(x, packing, *parameters))
 
     def _prepare(self, x: Tensor, packing: Packing) -> repeats.Run | None:

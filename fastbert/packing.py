@@ -7,7 +7,7 @@ once per batch and travels through the whole model as one object.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -55,7 +55,7 @@ class Packing:
     max_seqlen: int
     indices: Tensor
     padded_shape: tuple[int, int]
-    _made: dict[str | int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
     _right: InitVar[bool] = False
 
     def __post_init__(self, _right: bool) -> None:
@@ -214,11 +214,20 @@ class Packing:
     @property
     def grid(self) -> Tensor:
         """int64 `[tokens]`: where each token sits in the flattened compact `[batch, max_seqlen]` grid."""
-        if "grid" not in self._made:
+
+        def make() -> Tensor:
             row = torch.arange(self.tokens, device=self.cu_seqlens.device)
             sequence = torch.searchsorted(self.cu_seqlens, row.to(torch.int32), right=True) - 1
-            self._made["grid"] = row + sequence * self.max_seqlen - self.cu_seqlens.index_select(0, sequence)
-        return self._made["grid"]
+            return row + sequence * self.max_seqlen - self.cu_seqlens.index_select(0, sequence)
+
+        return self.kept("grid", make)
+
+    def kept(self, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` made of this packing the first time it was asked for by this name, in an earlier layer say."""
+        found = self._made.get(name)
+        if found is None:
+            found = self._made[name] = make()
+        return found
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[batch, seqlen, ...]` -> `[tokens, ...]`; differentiable.
@@ -252,22 +261,6 @@ class Packing:
         padded = packed.new_full((batch * seqlen, *packed.shape[1:]), fill)
         padded = padded.index_copy(0, self.indices, packed[: self.tokens])
         return padded.unflatten(0, (batch, seqlen))
-
-    def tiles(self, block_m: int) -> Tensor:
-        """int32 `[tiles, 2]`: `(sequence, first row in it)` of each tile of `block_m` rows.
-
-        A ragged batch becomes a dense one-dimensional grid. The table is made on the device without a sync, so its
-        size is the bound `tokens // block_m + batch`; spare entries carry sequence -1. Kept for the next layer.
-        """
-        if block_m not in self._made:
-            per_sequence = (self.lengths + (block_m - 1)) // block_m
-            ends = per_sequence.cumsum(0)
-            tile = torch.arange(self.tokens // block_m + self.batch, device=self.cu_seqlens.device)
-            sequence = torch.searchsorted(ends, tile, right=True)
-            starts = F.pad(ends, (1, 0)).index_select(0, sequence)
-            sequence = torch.where(sequence < self.batch, sequence, -1)
-            self._made[block_m] = torch.stack([sequence, (tile - starts) * block_m], dim=1).to(torch.int32)
-        return self._made[block_m]
 
 
 @dataclass(frozen=True, eq=False)

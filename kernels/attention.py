@@ -285,13 +285,13 @@ def prepare_attention_forward(
     dropout: float = 0.0,
     store_lse: bool = False,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`attention_forward` as a function of tensors that are as these but for their contents, 16-byte aligned.
+    """`attention_forward` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
 
-    It takes qkv, cu_seqlens, tiles, bias, alibi_slopes and seed; those left out at the end are None. An lse that it
-    need not store is the same empty tensor each time.
+    `launch.attention_regime` must be the same for them. It takes qkv, cu_seqlens, tiles, bias, alibi_slopes and seed;
+    those left out at the end are None. An lse that it need not store is the same empty tensor each time.
     """
     rows, _, heads, head_dim = qkv.shape
-    strides = *qkv.stride()[:3], heads * head_dim, head_dim, rows if store_lse else 1
+    strides = *qkv.stride()[:3], heads * head_dim, head_dim
     bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
     no_lse = None if store_lse else qkv.new_empty((heads, 0), dtype=torch.float32)
     options = 0 if window is None else window, launch.drop_threshold(dropout), launch.drop_scale(dropout)
@@ -307,7 +307,6 @@ def prepare_attention_forward(
     )
     start = Prepared(
         attention_forward_kernel,
-        (len(tiles) * heads, 1, 1),
         HEAD_DIM=head_dim,
         BLOCK_D=launch.attention_block_d(head_dim),
         HAS_BIAS=bias is not None,
@@ -328,11 +327,13 @@ def prepare_attention_forward(
         alibi_slopes: Tensor | None = None,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        rows = len(qkv)
         out = qkv.new_empty((rows, heads, head_dim))
         lse = qkv.new_empty((heads, rows), dtype=torch.float32) if no_lse is None else no_lse
         if len(tiles) > 0:
             start(
-                qkv, out, lse, cu_seqlens, tiles, *strides, heads, scale * LOG2E, bias, *bias_strides, alibi_slopes,
+                (len(tiles) * heads, 1, 1),
+                qkv, out, lse, cu_seqlens, tiles, *strides, rows if store_lse else 1, heads, scale * LOG2E, bias, *bias_strides, alibi_slopes,
                 options[0], seed, *options[1:],
             )  # fmt: skip
         return out, lse

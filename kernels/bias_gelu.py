@@ -97,13 +97,16 @@ def bias_gelu_forward(x: Tensor, bias: Tensor | None, *, approximate: str = "non
 def prepare_bias_gelu_forward(
     x: Tensor, bias: Tensor | None, *, approximate: str = "none", gated: bool = False
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """`bias_gelu_forward` as a function of tensors that are as these but for their contents, 16-byte aligned."""
-    rows, width = len(x), x.shape[1] // 2 if gated else x.shape[1]
+    """`bias_gelu_forward` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
+
+    Their rows must be of one `launch.number_kind`.
+    """
+    width = x.shape[1] // 2 if gated else x.shape[1]
     x_stride_row = x.stride(0)
     choice = launch.bias_gelu_forward(width, x.dtype, target.of(x.device))
+    blocks = -(-width // choice.BLOCK)
     start = Prepared(
         bias_gelu_forward_kernel,
-        (-(-rows // choice.ROWS), -(-width // choice.BLOCK), 1),
         ROWS=choice.ROWS,
         BLOCK=choice.BLOCK,
         HAS_BIAS=bias is not None,
@@ -115,9 +118,10 @@ def prepare_bias_gelu_forward(
     )
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = len(x)
         out = x.new_empty((rows, width))
         if rows > 0 and width > 0:
-            start(x, bias, out, None, x_stride_row, width, rows, width)
+            start((-(-rows // choice.ROWS), blocks, 1), x, bias, out, None, x_stride_row, width, rows, width)
         return out
 
     return run

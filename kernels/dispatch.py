@@ -2,8 +2,8 @@
 
 `kernel[grid](...)` binds, describes and hashes every argument to find the code that was compiled for such arguments:
 some 20 us of Python, about as long as BERT's small kernels run. Of an argument the code depends on little: of a tensor
-on its dtype and on whether its address is a multiple of 16 bytes, of a whole number on whether it is 1, a multiple of
-16, or too large for 32 bits (Triton's `specialize.cc`). That little is the key here.
+on its dtype and on whether its address is a multiple of 16 bytes, of a whole number on its kind (Triton's
+`specialize.cc`). That little is the key here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastbert.kernels import target
+from fastbert.kernels import launch, target
 
 Grid = tuple[int, int, int]
 
@@ -31,44 +31,43 @@ def dispatch(kernel: Any, grid: Grid, *arguments: Any, **constexprs: Any) -> Non
         arguments: tensors, whole numbers, floats and None for the parameters that are no constexpr; these come first.
         constexprs: the others, and options of the compiler.
     """
-    Prepared(kernel, grid, **constexprs)(*arguments)
+    Prepared(kernel, **constexprs)(grid, *arguments)
 
 
 class Prepared:
-    """Launches of one kind, which differ in the addresses of their tensors only: `dispatch` that need not search again.
+    """Launches that compiled code is found for once: `dispatch` that need not search again.
 
-    All tensors must be multiples of 16 bytes from the second call on, if they were in the first.
+    From the second call on, arguments may differ from those of the first in what the code does not depend on: grids,
+    tensors' addresses, and whole numbers as far as `launch.number_kind` of them is the same. All tensors must be
+    multiples of 16 bytes if they were in the first call, and of less than 2 GiB if they were then.
     """
 
-    def __init__(self, kernel: Any, grid: Grid, **constexprs: Any) -> None:
+    def __init__(self, kernel: Any, **constexprs: Any) -> None:
         self.kernel = kernel
-        self.grid = grid
         self.constexprs = constexprs
-        self.launch: Any = None
+        self.compiled: Any = None
         self.rest: tuple[Any, ...] = ()
 
-    def __call__(self, *arguments: Any) -> None:
+    def __call__(self, grid: Grid, *arguments: Any) -> None:
         """Launch with the arguments of `dispatch`."""
         with target.guard(arguments[0]):
-            if self.launch is not None:
-                self.launch(*arguments, *self.rest)
+            if self.compiled is not None:
+                self.compiled[grid](*arguments, *self.rest)
             elif isinstance(self.kernel, JITFunction):
-                self._search(arguments)
+                self._search(grid, arguments)
             else:  # the interpreter compiles nothing
-                self.kernel[self.grid](*arguments, **self.constexprs)
+                self.kernel[grid](*arguments, **self.constexprs)
 
-    def _search(self, arguments: tuple[Any, ...]) -> None:
+    def _search(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
         here = target.of(arguments[0].device)
         key = (self.kernel.fn, driver.active, driver.active.get_current_device(), *self.constexprs.items())
         key += tuple(_kind(argument, here) for argument in arguments)
         self.rest = tuple(self.constexprs[name] for name in self.kernel.arg_names[len(arguments) :])
-        compiled = _compiled.get(key)
-        if compiled is None:
-            compiled = _compiled[key] = self.kernel[self.grid](*arguments, **self.constexprs)
-            self.launch = compiled[self.grid]
+        self.compiled = _compiled.get(key)
+        if self.compiled is None:
+            self.compiled = _compiled[key] = self.kernel[grid](*arguments, **self.constexprs)
         else:
-            self.launch = compiled[self.grid]
-            self.launch(*arguments, *self.rest)
+            self.compiled[grid](*arguments, *self.rest)
 
 
 def _kind(argument: Any, here: target.Target) -> Any:
@@ -76,7 +75,7 @@ def _kind(argument: Any, here: target.Target) -> Any:
     if argument is None:
         return None
     if isinstance(argument, int):
-        return argument if argument < 2 else (argument % 16 == 0, argument >> 31)
+        return launch.number_kind(argument)
     if isinstance(argument, float):
         return float
     if here.backend == "hip":  # AMD's code also knows whether offsets fit 32 bits

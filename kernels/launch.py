@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,9 @@ from fastbert.kernels.target import Target
 
 WIDEST_ROW = 8192
 
+# Entries of attention's table of tiles that a program writes at once, and its warps: a sequence has few.
+TILE_TABLE = (32, 1)
+
 BLACKWELL = ("sm_100", "sm_120")  # of two families of tiles, for sm_120 has no tcgen05
 
 P = ParamSpec("P")
@@ -28,6 +31,11 @@ Choice = TypeVar("Choice")
 
 # cuBLAS and `bias_gelu`; `linear_gelu_forward`; or cuBLASLt's own epilogue, which knows GELU by tanh only.
 Form = Literal["fused pass", "epilogue", "cublaslt"]
+
+
+def number_kind(number: int) -> Hashable:
+    """What a kernel's code depends on of a whole number: whether it is 0, 1, a multiple of 16, or beyond 32 bits."""
+    return number if number < 2 else (number % 16 == 0, number >> 31)
 
 
 # The choice where nothing was measured, its target, and the words by which a measured one is known.
@@ -542,8 +550,13 @@ def attention_forward(
         extras: a bias, ALiBi, a window or dropout is on.
         bias: a bias is.
     """
-    short, aligned = max_seqlen <= 64, rows == batch * max_seqlen and max_seqlen % 64 == 0
+    short, aligned = attention_regime(max_seqlen, rows=rows, batch=batch)
     return _attention_forward(head_dim, dtype, bias, extras, short, aligned, target)
+
+
+def attention_regime(max_seqlen: int, *, rows: int, batch: int) -> tuple[bool, bool]:
+    """What `attention_forward` looks at of a batch's sizes: short sequences; sequences of whole tiles and one length."""
+    return max_seqlen <= 64, rows == batch * max_seqlen and max_seqlen % 64 == 0
 
 
 @measured_first
@@ -769,7 +782,7 @@ def linear_gelu(
         gradient: it will be asked for, so the product is kept.
     """
     regime = "training" if gradient else {"none": "erf", "tanh": "tanh"}[approximate]
-    return _linear_gelu(_row_bound(rows), width, depth, dtype, regime, target)
+    return _linear_gelu(row_bound(rows), width, depth, dtype, regime, target)
 
 
 @measured_first
@@ -782,7 +795,7 @@ def _linear_gelu(
 
 def linear_gelu_forward(rows: int, width: int, depth: int, dtype: torch.dtype, target: Target) -> LinearGeluForward:
     """The choice for `[rows, depth] x [depth, width]`."""
-    return _linear_gelu_forward(_row_bound(rows), width, depth, dtype, target)
+    return _linear_gelu_forward(row_bound(rows), width, depth, dtype, target)
 
 
 @measured_first
@@ -793,7 +806,8 @@ def _linear_gelu_forward(
     return default, target, _product(row_bound, width, depth, dtype)
 
 
-def _row_bound(rows: int) -> int:
+def row_bound(rows: int) -> int:
+    """What `linear_gelu` looks at of a number of rows."""
     return next((bound for bound in ROW_BOUNDS if rows <= bound), ROW_BOUNDS[-1])
 
 

@@ -148,21 +148,20 @@ def prepare_layer_norm_forward(
     store_stats: bool = False,
     quantize: bool = False,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """`layer_norm_forward` as a function of tensors that are as these but for their contents, 16-byte aligned.
+    """`layer_norm_forward` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
 
-    It takes x, weight, bias, residual, x_bias, seed, out_rows and the two of `quantized`; those left out at the end are
+    The rows of all must be of one `launch.number_kind`, and as here if there are `out_rows`. It takes x, weight, bias, residual, x_bias, seed, out_rows and the two of `quantized`; those left out at the end are
     None. What it need not store it returns as the same empty tensors each time.
     """
-    rows, hidden = x.shape
+    hidden = x.shape[1]
     x_stride_row, residual_stride_row = x.stride(0), 0 if residual is None else residual.stride(0)
-    size = rows if out_rows is None else out_size
+    size = None if out_rows is None or out_size == len(x) else out_size
     stores_total = store_stats and (residual is not None or x_bias is not None or dropout > 0.0)
     nothing = x.new_empty(0), x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     drop_threshold, drop_scale = launch.drop_threshold(dropout), launch.drop_scale(dropout)
     choice = launch.layer_norm_forward(hidden, x.dtype, target.of(x.device))
     start = Prepared(
         layer_norm_forward_kernel,
-        (-(-rows // choice.ROWS), 1, 1),
         HIDDEN=hidden,
         ROWS=choice.ROWS,
         BLOCK=launch.row_block(hidden),
@@ -186,7 +185,8 @@ def prepare_layer_norm_forward(
         values: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out = x.new_empty((rows, hidden)) if size == rows else x.new_zeros((size, hidden))
+        rows = len(x)
+        out = x.new_empty((rows, hidden)) if size is None else x.new_zeros((size, hidden))
         total, mean, rstd = nothing
         if stores_total:
             total = x.new_empty((rows, hidden))
@@ -194,6 +194,7 @@ def prepare_layer_norm_forward(
             mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
         if rows > 0:
             start(
+                (-(-rows // choice.ROWS), 1, 1),
                 x, weight, bias, residual, x_bias, seed, out_rows, out, total, mean, rstd, values, scale, x_stride_row,
                 residual_stride_row, hidden, rows, eps, drop_threshold, drop_scale,
             )  # fmt: skip

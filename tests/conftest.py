@@ -40,9 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.kernels)
 
 
-# FASTBERT_STAND_IN=1 has memory of the CPU play a GPU's; see `stand_in`.
-STANDS_IN = os.environ.get("FASTBERT_STAND_IN") == "1"
-KERNEL_DEVICE = stand_in.GPU if STANDS_IN else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNEL_DEVICE = stand_in.GPU if stand_in.ASKED else torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +52,7 @@ def where_kernels_run(request: pytest.FixtureRequest) -> Iterator[None]:
     if "device" not in request.fixturenames:
         torch.set_default_device(KERNEL_DEVICE)
     try:
-        with stand_in.StandIn() if STANDS_IN else nullcontext():
+        with stand_in.StandIn() if stand_in.ASKED else nullcontext():
             yield
     finally:
         torch.set_default_device(None)

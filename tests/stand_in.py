@@ -10,6 +10,7 @@ A tensor is known by its storage. Of one that C++ made (a gradient, say) nothing
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils._device import _device_constructors
 from triton.runtime.interpreter import GridExecutor
 
 GPU = torch.device("cpu", 0)
+ASKED = os.environ.get("FASTBERT_STAND_IN") == "1"  # that tests of kernels run on it; `make test-as-gpu` sets it
 
 # What waits for the GPU, where one of its tensors is asked.
 WAITS = {
@@ -91,7 +93,7 @@ class StandIn(TorchFunctionMode):
         given = list(tensors((args, kwargs)))
         gpu = any(self.side(x) for x in given)
         copies = func in (Tensor.to, Tensor.copy_, Tensor.cpu) or (
-            func is Tensor.__setitem__ and not any(tensors(args[1]))
+            func is Tensor.__setitem__ and next(tensors(args[1]), None) is None
         )
         if not copies and {True, False} <= {self.side(x) for x in given if x.dim() > 0}:
             raise MixedError(f"{getattr(func, '__name__', func)}: tensors on the GPU and on the CPU")

@@ -9,6 +9,7 @@ from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.ops.attention import attention, attention_forward
+from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
 from fastbert.testing import assert_close, random_lengths
 
@@ -297,7 +298,7 @@ def test_lse_is_the_log_of_the_sum_of_exponentials(generator):
             target=target.of(qkv.device),
         )
         full = options | {name: x.expand(3, 2, 70, 70) for name, x in options.items() if name == "bias"}
-        tiles = packing.tiles(choice.BLOCK_M)
+        tiles = tile_table(packing, choice.BLOCK_M)
         _, lse = launcher(qkv, packing.cu_seqlens, tiles, 70, scale=0.25, store_lse=True, **full)
         _, plain = reference.attention(qkv, packing, scale=0.25, **options)
         doubles = {name: x.double() for name, x in options.items()}
@@ -478,7 +479,7 @@ def op_arguments(generator, **changes):
     values = {
         "qkv": random_qkv(8, 2, 16, torch.float32, generator),
         "cu_seqlens": packing.cu_seqlens,
-        "tiles": [packing.tiles(block) for block in (16, *backward_blocks(16, torch.float32, 5, False))],
+        "tiles": [tile_table(packing, block) for block in (16, *backward_blocks(16, torch.float32, 5, False))],
         "max_seqlen": 5,
         "tokens": 8,
         "scale": 0.25,
@@ -509,7 +510,7 @@ def test_opcheck_with_gradients(generator):
     qkv = random_qkv(8, 2, 16, torch.float32, generator).requires_grad_()
     torch.library.opcheck(attention_forward, op_arguments(generator, qkv=qkv))
     bias = torch.zeros(1, 1, 5, 5, requires_grad=True)
-    tiles = [Packing.from_lengths([5, 3]).tiles(b) for b in (16, *backward_blocks(16, torch.float32, 5, True))]
+    tiles = [tile_table(Packing.from_lengths([5, 3]), b) for b in (16, *backward_blocks(16, torch.float32, 5, True))]
     slopes = torch.tensor([0.5, 0.25])
     torch.library.opcheck(
         attention_forward, op_arguments(generator, qkv=qkv, bias=bias, alibi_slopes=slopes, tiles=tiles)

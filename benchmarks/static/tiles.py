@@ -6,6 +6,7 @@ import torch
 
 from fastbert.kernels import launch
 from fastbert.kernels.target import KNOWN, Target
+from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
 
 # Lengths as real batches have them, each 64 sequences at most: a long tail (most texts short, a few at the limit), all
@@ -57,7 +58,7 @@ def figures(lengths: tuple[int, ...], own: int, other: int) -> dict[str, float]:
     Tiles run, and how many would hold the scores that are needed; scores computed for each that is needed, and the same
     for a padded batch that wastes nothing else; programs that find nothing to do.
     """
-    table = Packing.from_lengths(torch.tensor(lengths)).tiles(own)
+    table = tile_table(Packing.from_lengths(torch.tensor(lengths)), own)
     run, computed = scores(table, list(lengths), own, other)
     needed = sum(length * length for length in lengths)
     return {

@@ -25,6 +25,7 @@ from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.kernels.pooling import pool_backward, pool_forward
+from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -83,12 +84,12 @@ def attention(name: str, lengths: tuple[int, ...], slack: int = SLACK) -> Iterat
     by_key = launch.attention_backward_key(
         HEAD_DIM, DTYPE, packing.max_seqlen, dbias=False, extras=False, target=TARGET
     )
-    batch = (packing.cu_seqlens, packing.tiles(forward.BLOCK_M), packing.max_seqlen)
+    batch = (packing.cu_seqlens, tile_table(packing, forward.BLOCK_M), packing.max_seqlen)
     run = partial(attention_forward, qkv, *batch, scale=HEAD_DIM**-0.5, store_lse=True)
     minimum = cost.attention(lengths, HEADS, HEAD_DIM, DTYPE, lse=True).min_bytes
     yield Case(f"attention {name}", run, tokens, rows, minimum)
     out, lse = _states(rows, HEADS, HEAD_DIM), torch.full((HEADS, rows), 8.0)
-    tiles = (packing.tiles(by_query.BLOCK_M), packing.tiles(by_key.BLOCK_N))
+    tiles = (tile_table(packing, by_query.BLOCK_M), tile_table(packing, by_key.BLOCK_N))
     run = partial(
         attention_backward, dout, qkv, out, lse, packing.cu_seqlens, *tiles, packing.max_seqlen, tokens=tokens,
         scale=HEAD_DIM**-0.5,

@@ -16,6 +16,7 @@ from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.ops.common import cast_states, check_dropout, launched, native_machine, wants_gradient
 from fastbert.ops.dropout import keep_lines
+from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Block, Packing, check_dense
 
 # The kernel of a CPU is written out for each width of a head: wider ones would take seconds to compile.
@@ -86,11 +87,11 @@ def prepare_attention(qkv: Tensor, packing: Packing) -> Callable[[Tensor, Packin
     choice = launch.attention_forward(
         filled.shape[-1], qkv.dtype, packing.max_seqlen, rows=len(qkv), batch=packing.batch, extras=False, target=here
     )
-    tiles, scale = packing.tiles(choice.BLOCK_M), head_dim**-0.5
+    tiles, scale = tile_table(packing, choice.BLOCK_M), head_dim**-0.5
     start = kernel.prepare_attention_forward(filled, packing.cu_seqlens, tiles, packing.max_seqlen, scale=scale)
 
     def run(qkv: Tensor, packing: Packing) -> Tensor:
-        return start(_filled(qkv), packing.cu_seqlens, packing.tiles(choice.BLOCK_M))[0]
+        return start(_filled(qkv), packing.cu_seqlens, tile_table(packing, choice.BLOCK_M))[0]
 
     return run if filled is qkv else lambda qkv, packing: run(qkv, packing)[..., :head_dim]
 
@@ -340,12 +341,12 @@ def _attention_triton(
         bias=bias is not None,
         target=here,
     )
-    tiles = [packing.tiles(forward.BLOCK_M)]
+    tiles = [tile_table(packing, forward.BLOCK_M)]
     if gradient:
         dbias = bias is not None and bias.requires_grad
         by_query = launch.attention_backward_query(head_dim, dtype, extras=extras, target=here)
         by_key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=dbias, extras=extras, target=here)
-        tiles += [packing.tiles(by_query.BLOCK_M), packing.tiles(by_key.BLOCK_N)]
+        tiles += [tile_table(packing, by_query.BLOCK_M), tile_table(packing, by_key.BLOCK_N)]
     out, _ = launched(attention_forward, qkv, bias)(
         qkv, packing.cu_seqlens, tiles, max_seqlen, packing.tokens, scale, bias, alibi_slopes, window, dropout, seed
     )

@@ -1,7 +1,7 @@
 """Calls of one kind, in inference through the kernels: checked, decided and prepared once.
 
 What the host does for a layer takes longer than what a GPU does for one of a small batch, and nearly all of it depends
-on shapes and dtypes alone.
+on widths and dtypes alone. Of the number of rows only its kind counts, so that batches of ever new sizes are of one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.kernels import target
+from fastbert.kernels import launch, target
 from fastbert.native.memory import is_plain
 from fastbert.ops.common import observed, wants_gradient
 
@@ -24,7 +24,10 @@ _kept: dict[tuple[Hashable, ...], Run] = {}
 
 
 def prepared(
-    options: tuple[Hashable, ...], tensors: tuple[Tensor, ...], prepare: Callable[[], Run | None]
+    options: tuple[Hashable, ...],
+    states: tuple[Tensor, ...],
+    parameters: tuple[Tensor, ...],
+    prepare: Callable[[], Run | None],
 ) -> Run | None:
     """What does the work for tensors of this kind, made by `prepare` for the first of them; None: go the long way.
 
@@ -33,19 +36,30 @@ def prepared(
 
     Args:
         options: what is to be done, and all else that it depends on.
-        tensors: all it reads. Of one kind are those of the same shapes, dtypes and devices.
+        states: tensors that it reads, of any number of rows; what depends on that number is in `options`.
+        parameters: the other tensors that it reads. Of one kind are those of the same shapes, dtypes and devices.
         prepare: gives None, or raises, where the kernels can't serve the call.
     """
+    tensors = *states, *parameters
     if wants_gradient(*tensors) or observed() or torch._C._is_any_autocast_enabled():
         return None
-    kinds = [(x.dtype, x.device, x.shape, _as_it_lies(x)) for x in tensors]
-    key = options, target.of(tensors[0].device), *kinds
+    kinds = [(x.dtype, x.device, _as_it_lies(x)) for x in tensors]
+    shapes = [*(x.shape[1:] for x in states), *(x.shape for x in parameters)]
+    key = options, target.of(tensors[0].device), *kinds, *shapes
     run = _kept.get(key)
-    if run is None and all(as_it_lies for *_, as_it_lies in kinds) and (run := prepare()) is not None:
+    if run is None and all(as_it_lies for _, _, as_it_lies in kinds) and (run := prepare()) is not None:
         if len(_kept) >= MOST:
             _kept.clear()
         _kept[key] = run
     return run
+
+
+def rows_kind(rows: int, row_bytes: int) -> Hashable:
+    """What prepared launches depend on of a number of rows, those of the widest tensor of so many bytes each.
+
+    Beyond 2 GiB each number is a kind by itself: AMD's code knows whether a tensor's offsets fit 32 bits.
+    """
+    return launch.number_kind(rows) if rows * row_bytes < 1 << 31 else rows
 
 
 def _as_it_lies(x: Tensor) -> bool:
