@@ -46,8 +46,11 @@ MOST_AT_ONCE = 8
 
 
 def at_once(cores: int | None) -> tuple[str, ...]:
-    """pytest's option for as many processes as there are cores, `MOST_AT_ONCE` at most; none without pytest-xdist."""
-    return ("-n", str(min(MOST_AT_ONCE, cores or 1))) if importlib.util.find_spec("xdist") else ()
+    """pytest in as many processes as there are cores, `MOST_AT_ONCE` at most, with pytest-xdist or without."""
+    processes = str(min(MOST_AT_ONCE, cores or 1))
+    if importlib.util.find_spec("xdist"):  # goes on in another process where one crashes
+        return (*PYTEST, "-n", processes)
+    return PYTHON, "benchmarks/shares.py", processes
 
 
 # Whole models first: what an interruption cuts off at the end is to be what matters least.
@@ -89,7 +92,7 @@ FORMS = ("attention_forward", "linear_gelu_forward", "linear_gelu")  # the last 
 
 STEPS = (
     Step("smoke", (PYTHON, "benchmarks/smoke.py"), 2.0),
-    Step("correctness", (*PYTEST, "tests", "-m", "kernels", *at_once(os.cpu_count())), 6.0),
+    Step("correctness", (*at_once(os.cpu_count()), "tests", "-m", "kernels"), 6.0),
     Step("sanitizer", (PYTHON, "benchmarks/smoke.py", "--sanitize"), 8.0, asked=True),
     Step("forms", (PYTHON, "benchmarks/tune.py", "--minutes", "5.5", "--only", *FORMS), 6.0, asked=True),
     Step("tune", (PYTHON, "benchmarks/tune.py", "--minutes", "4.5"), 5.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import smoke
 import torch
 from gpu import STEPS, Step, run_command, run_steps
 from journal import Journal
-from processes import PYTHON
+from processes import PYTHON, heed_signals
 from torch.autograd import DeviceType
 
 from fastbert.backend import first_device
@@ -136,9 +137,55 @@ def test_who_limits_itself_is_not_interrupted() -> None:
 
 @pytest.mark.parametrize(("cores", "processes"), [(64, "8"), (4, "4"), (1, "1"), (None, "1")])
 def test_as_many_processes_as_cores(cores: int | None, processes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu.at_once(cores) == ("-n", processes)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    assert gpu.at_once(cores) == (*gpu.PYTEST, "-n", processes)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    assert gpu.at_once(cores) == (), "a machine without pytest-xdist"
+    assert gpu.at_once(cores) == (sys.executable, "benchmarks/shares.py", processes)
+
+
+SHARED = """
+import os, pathlib, time, pytest
+@pytest.mark.parametrize("number", range(3))
+def test_it(number):
+    pathlib.Path(f"ran-{number}").write_text(str(os.getppid()))
+    assert number != 1
+def test_of_another_kind():
+    pathlib.Path("ran-other").touch()
+def test_for_long():
+    pathlib.Path("begun").touch()
+    time.sleep(600)
+"""
+
+
+def share(folder: Path, *options: str) -> subprocess.Popen[str]:
+    (folder / "test_shared.py").write_text(SHARED)
+    command = [*PYTHON, str(ROOT / "benchmarks" / "shares.py"), *options, "-p", "no:cacheprovider", "test_shared.py"]
+    return subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True, preexec_fn=heed_signals,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("selected", "status", "passed"), [("test_it", 1, 2), ("test_it and not 1", 0, 2)])
+def test_shares_are_all_the_tests(selected: str, status: int, passed: int, tmp_path: Path) -> None:
+    """In one more process than there are tests for, each once."""
+    process = share(tmp_path, "4", "-k", selected)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == status, said
+    assert said.count("1 passed") == passed and said.count("1 failed") == status, said
+    assert "Share 4 of 4" in said and not (tmp_path / "ran-other").exists()
+
+
+def test_an_interruption_shows_what_shares_have_found(tmp_path: Path) -> None:
+    process = share(tmp_path, "2", "-k", "it or long")
+    end = time.monotonic() + 120
+    while not (tmp_path / "begun").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(2)  # the other share fails the while
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=gpu.GRACE)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in said and "assert 1 != 1" in said, said
 
 
 def test_the_first_hour() -> None:
@@ -172,6 +219,8 @@ def test_a_step_s_options_are_those_of_its_command(step: Step, tmp_path: Path) -
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    if "--help" in done.args:  # which ends a command before it refuses an option that it does not know
+        assert all(word in done.stdout for word in command if word.startswith("--"))
 
 
 def test_steps_can_be_run() -> None:
