@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from fastbert.errors import ArgumentError
+from fastbert.transfer import send
 
 # Of a head's scores, how many at padding take as long as the calls of one more block, measured on a 2-core CPU.
 BLOCK_PADDING = 8192
@@ -143,7 +144,8 @@ class Packing:
         gaps = np.arange(len(lengths)) * width - ends[:-1]
         indices = torch.from_numpy(np.arange(ends[-1]) + np.repeat(gaps, lengths))
         cu_seqlens = torch.from_numpy(ends.astype(np.int32))
-        return cls.made_right(cu_seqlens.to(device), max_seqlen, indices.to(device), (len(lengths), width))
+        cu_seqlens, indices = send([cu_seqlens, indices], torch.device(device))
+        return cls.made_right(cu_seqlens, max_seqlen, indices, (len(lengths), width))
 
     @classmethod
     def from_ragged(cls, sequences: Sequence[Tensor]) -> tuple[Tensor, Packing]:

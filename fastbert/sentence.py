@@ -106,7 +106,7 @@ def _pooled(states: Tensor, packing: Packing, mode: Mode) -> Tensor:
         return states.index_select(0, rows).float() * (lengths > 0)
     weights = torch.arange(1, packing.tokens + 1, dtype=torch.float32, device=states.device)
     numbers = torch.arange(packing.batch, dtype=torch.int64, device=states.device)
-    sequence = torch.repeat_interleave(numbers, packing.lengths)
+    sequence = torch.repeat_interleave(numbers, packing.lengths, output_size=packing.tokens)
     weights -= packing.cu_seqlens[sequence]
     total.index_add_(0, sequence, states[: packing.tokens].float() * weights.unsqueeze(1))
     return total / (lengths * (lengths + 1) / 2).clamp(min=1)

@@ -23,6 +23,7 @@ from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, 
 from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import WithHead, dtype_name, load, read_model
 from fastbert.checkpoints.sentence import Recipe, read_recipe, read_score_activation
+from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, BackendError, CheckpointError
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel, body_of
 from fastbert.models import BertModel
@@ -50,7 +51,9 @@ DTYPES: dict[DTypeName, torch.dtype] = {
 
 # Tokens of a batch at least and at most on a CPU: below, products slow down; above, nothing was gained.
 LEAST_TOKENS, MOST_TOKENS = 1024, 8192
-GPU_TOKENS = 4096  # not measured: no GPU was at hand
+# And on a GPU at least, if its memory allows; seconds the host takes for a layer, and products' FLOP/s, which no GPU of
+# today exceeds by much at BERT's sizes.
+LEAST_GPU_TOKENS, HOST_SECONDS, GPU_RATE = 32768, 110e-6, 400e12
 LONG_WORK = 16  # batches; less is done before a progress bar could be read
 
 
@@ -337,13 +340,12 @@ class TextEncoder(_Holder):
     def _embed(
         self, tokens: Tokens, embedder: Embedder, batch_tokens: int | None, description: str | None
     ) -> npt.NDArray[np.float32]:
-        device = next(self.model.parameters()).device
+        def embeddings(out: Any, packing: Packing) -> Tensor:
+            return embedder(out.last_hidden_state, packing)
+
         shape = (len(tokens.lengths), embedder.width(self.model.config.hidden_size))
-        embeddings = torch.empty(shape, dtype=torch.float32, device=device)
-        with hold_weights(self.layouts):
-            for rows, packing, out in _outputs(self.model, tokens, batch_tokens, description, output_pooled=False):
-                embeddings[rows] = embedder(out.last_hidden_state, packing)
-        return _finite(embeddings.cpu().numpy(), self.model)
+        order, found = _results(self, tokens, embeddings, shape, batch_tokens, description, output_pooled=False)
+        return _of_texts(order, found, self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -655,13 +657,12 @@ class TextTagger(_Holder):
             for text, places in zip(texts, spans, strict=True)
         ]
         encoded = self.tokenizer.encode_words(sentences, max_length)
+        shape = (len(encoded.tokens.ids), 2)
+        order, best = _results(self, encoded.tokens, _likeliest, shape, batch_tokens, "tagging" if progress else None)
         tags = np.zeros(sum(map(len, sentences)), np.int64)
         scores = np.zeros(len(tags), np.float32)
-        with hold_weights(self.layouts):
-            for rows, _, out in _outputs(self.model, encoded.tokens, batch_tokens, "tagging" if progress else None):
-                best, label = out.logits.float().softmax(1).cpu().max(1)
-                at = encoded.tokens.take(encoded.words, rows)
-                tags[at[at >= 0]], scores[at[at >= 0]] = label.numpy()[at >= 0], best.numpy()[at >= 0]
+        at = encoded.tokens.take(encoded.words, order)
+        scores[at[at >= 0]], tags[at[at >= 0]] = best[at >= 0].T
         [labels] = marked([self.model.head_config.labels], plain_mark(self.model.head_config.labels))
         found: list[list[Entity]] = []
         first = 0
@@ -682,16 +683,55 @@ def _answers(
     description: str | None,
 ) -> npt.NDArray[np.float32]:
     """What `activation` makes of the logits of each text, float32 `[texts, outputs]`, none of it NaN or infinite."""
-    shape = len(tokens.lengths), len(holder.model.head_config.labels)
-    answers = torch.empty(shape, dtype=torch.float32, device="cpu")
+    def answers(out: Any, packing: Packing) -> Tensor:
+        return activation(out.logits.float())
+
+    shape = (len(tokens.lengths), len(holder.model.head_config.labels))
+    order, found = _results(holder, tokens, answers, shape, batch_tokens, description)
+    return _of_texts(order, found, holder.model)
+
+
+def _likeliest(out: Any, packing: Packing) -> Tensor:
+    """`[tokens, 2]`: the probability of each token's likeliest tag, and its number."""
+    best, label = out.logits.float().softmax(1).max(1)
+    return torch.stack([best, label.float()], dim=1)
+
+
+def _results(
+    holder: TextEncoder | TextClassifier | TextScorer | TextTagger,
+    tokens: Tokens,
+    result: Callable[[Any, Packing], Tensor],
+    shape: tuple[int, int],
+    batch_tokens: int | None,
+    description: str | None,
+    **asked: bool,
+) -> tuple[list[int], npt.NDArray[np.float32]]:
+    """What `result` makes of each batch's output, one after the other, `[n, width]`; and the order of the texts in it.
+
+    A GPU works through all batches by itself: the host waits for it once, at the end.
+
+    Args:
+        result: of an output and its packing, `[n of this batch, width]`.
+        shape: of all results.
+
+    See `_outputs` for the others.
+    """
+    order: list[int] = []
+    results = torch.empty(shape, dtype=torch.float32, device=next(holder.model.parameters()).device)
+    end = 0
     with hold_weights(holder.layouts):
-        for rows, _, out in _outputs(holder.model, tokens, batch_tokens, description):
-            answers[rows] = activation(out.logits.float()).cpu()
-    return _finite(answers.numpy(), holder.model)
+        for rows, packing, out in _outputs(holder.model, tokens, batch_tokens, description, **asked):
+            found = result(out, packing)
+            results[end : end + len(found)] = found
+            end += len(found)
+            order += rows
+    return order, results.cpu().numpy()
 
 
-def _finite(results: npt.NDArray[np.float32], model: nn.Module) -> npt.NDArray[np.float32]:
-    """`results`, `[texts, n]`, none of which is NaN or infinite."""
+def _of_texts(order: list[int], found: npt.NDArray[np.float32], model: nn.Module) -> npt.NDArray[np.float32]:
+    """Of rows in this order those in the order of the texts, none of which is NaN or infinite."""
+    results = np.empty_like(found)
+    results[order] = found
     if not np.isfinite(results).all():
         raise _not_finite(int((~np.isfinite(results)).any(1).argmax()), model)
     return results
@@ -814,29 +854,48 @@ def _outputs(
     """
     tokens.check_fit(model.config)
     lengths = tokens.lengths
-    parameter = next(model.parameters())
-    device = parameter.device
+    device = next(model.parameters()).device
     if batch_tokens is None:
-        batch_tokens = _batch_tokens(model) if device.type == "cpu" else GPU_TOKENS
+        batch_tokens = _batch_tokens(model, device)
     groups = batches(lengths, batch_tokens)
     long = description is not None and len(groups) > LONG_WORK
     for rows in _shown(groups, description) if long else groups:
-        ids, types = tokens.packed(rows)
-        packing = Packing.from_lengths(lengths[rows].tolist(), device=device)
         with torch.inference_mode():
-            types = None if types is None else types.to(device)
-            out = model(ids.to(device), token_type_ids=types, packing=packing, **asked)
+            ids, types, packing = tokens.batch(rows, device)
+            out = model(ids, token_type_ids=types, packing=packing, **asked)
         yield rows, packing, out
 
 
-def _batch_tokens(model: BertModel | HeadModel) -> int:
-    """Tokens whose activations in a layer fill the CPU's last cache: the wide one and about five of hidden_size.
+def _batch_tokens(model: BertModel | HeadModel, device: torch.device) -> int:
+    size = 2 if in_int8(body_of(model).encoder) else next(model.parameters()).itemsize
+    if device.type == "cuda":
+        return gpu_batch_tokens(model.config, size, torch.cuda.get_device_properties(device).total_memory)
+    return cpu_batch_tokens(model.config, size, last_cache())
+
+
+def cpu_batch_tokens(config: EncoderConfig, itemsize: int, cache: int) -> int:
+    """Tokens whose activations in a layer fill the CPU's last cache, of so many bytes.
 
     Within 2% of the best of 512 to 8192 with MiniLM in all dtypes on a CPU with 32 MiB.
     """
-    config, size = model.config, 2 if in_int8(body_of(model).encoder) else next(model.parameters()).itemsize
-    tokens = last_cache() // ((config.intermediate_size + 5 * config.hidden_size) * size)
-    return min(max(tokens, LEAST_TOKENS), MOST_TOKENS)
+    return min(max(cache // _layer_bytes(config, itemsize), LEAST_TOKENS), MOST_TOKENS)
+
+
+def gpu_batch_tokens(config: EncoderConfig, itemsize: int, memory: int) -> int:
+    """Tokens that a GPU with so many bytes of memory computes for as long as the host prepares two such batches.
+
+    So the host stays ahead; predicted, from the host's time a layer (docs/graphs.md) and `GPU_RATE`. Activations get a
+    tenth of the memory.
+    """
+    flops = 8 * config.hidden_size**2 + 4 * config.hidden_size * config.intermediate_size  # of a token in a layer
+    busy = int(2 * HOST_SECONDS * GPU_RATE / flops)
+    fits = memory // 10 // _layer_bytes(config, itemsize)
+    return min(max(busy, LEAST_GPU_TOKENS), max(fits, LEAST_TOKENS))
+
+
+def _layer_bytes(config: EncoderConfig, itemsize: int) -> int:
+    """Of a token's activations in a layer: the wide one and about five of hidden_size."""
+    return (config.intermediate_size + 5 * config.hidden_size) * itemsize
 
 
 def _shown(groups: list[list[int]], description: str | None) -> Iterable[list[int]]:

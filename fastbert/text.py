@@ -25,6 +25,8 @@ from fastbert.checkpoints.special_tokens import BERT_NAMES, library_errors
 from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_tokenizer
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.packing import Packing
+from fastbert.transfer import send
 from fastbert.words import DEFAULT
 
 Text = str | tuple[str, str]
@@ -79,6 +81,15 @@ class Tokens:
         slices = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
         types = None if self.types is None else _gather(self.types, slices)
         return _gather(self.ids, slices), types
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None, Packing]:
+        """`packed` and the packing of these texts, on `device`; see `transfer.send`."""
+        ids, types = self.packed(rows)
+        packing = Packing.from_lengths(self.lengths[rows].tolist(), device="cpu")
+        here = [ids, packing.cu_seqlens, packing.indices, *(() if types is None else (types,))]
+        ids, cu_seqlens, indices, *more = send(here, device)
+        packing = Packing.made_right(cu_seqlens, packing.max_seqlen, indices, packing.padded_shape)
+        return ids, more[0] if more else None, packing
 
 
 @dataclass(frozen=True, eq=False)

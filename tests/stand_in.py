@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from triton.runtime.interpreter import GridExecutor
 
+from fastbert import transfer
+
 GPU = torch.device("cpu", 0)
 ASKED = os.environ.get("FASTBERT_STAND_IN") == "1"  # that tests of kernels run on it; `make test-as-gpu` sets it
 
@@ -43,11 +45,14 @@ class StandIn(TorchFunctionMode):
 
     Attributes:
         waits: how often the host would have waited, by what for.
+        copies: how many copies from pinned memory nobody waited for.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.copies = 0
+        self._pinned: list[StorageWeakRef] = []
         self._on_gpu: dict[int, tuple[StorageWeakRef, bool]] = {}
 
     def __enter__(self) -> StandIn:
@@ -57,11 +62,13 @@ class StandIn(TorchFunctionMode):
 
         self._launch = GridExecutor.__call__
         GridExecutor.__call__ = launched
+        transfer.PINNED_FOR.add(GPU.type)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        transfer.PINNED_FOR.discard(GPU.type)
         GridExecutor.__call__ = self._launch
 
     def side(self, x: Tensor) -> bool | None:
@@ -73,6 +80,11 @@ class StandIn(TorchFunctionMode):
                 return None
         found = self._on_gpu.get(key)
         return None if found is None or found[0].expired() else found[1]
+
+    def is_pinned(self, x: Tensor) -> bool:
+        """Whether it was made in pinned memory."""
+        with torch._C.DisableTorchFunction():
+            return x.untyped_storage()._cdata in {ref.cdata for ref in self._pinned if not ref.expired()}
 
     def place(self, x: Tensor, gpu: bool) -> Tensor:
         """`x`, which is now known to be there, or not."""
@@ -103,7 +115,10 @@ class StandIn(TorchFunctionMode):
             self.waits[WAITS[func]] += 1
         if gpu and func in (Tensor.__getitem__, Tensor.__setitem__) and boolean(args[1]):
             self.waits["boolean index"] += 1
-        out = func(*args, **kwargs)
+        pinned = kwargs.pop("pin_memory", False) or func is Tensor.pin_memory
+        out = args[0].clone() if func is Tensor.pin_memory else func(*args, **kwargs)
+        if pinned:
+            self._pinned.append(StorageWeakRef(out.untyped_storage()))
         if func in (Tensor.copy_, Tensor.__setitem__):
             return out
         asked = device_of(func, args, kwargs)
@@ -118,7 +133,10 @@ class StandIn(TorchFunctionMode):
         else:
             on = gpu or (False if any(self.side(x) is False for x in given) else None)
         if asked is not None and on != gpu and func is Tensor.to:
-            self.waits["copy to the CPU" if gpu else "copy of pageable memory"] += 1
+            if not gpu and kwargs.get("non_blocking") and self.is_pinned(args[0]):
+                self.copies += 1
+            else:
+                self.waits["copy to the CPU" if gpu else "copy of pageable memory"] += 1
         for x in tensors(out) if on is not None else ():
             if self.side(x) not in (None, on):  # of one device for torch, which gave the same memory back
                 return self.place(x.clone(), on)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Low to high; names are below `fastbert.`. Modules of one floor may import each other as long as that makes no circle.
 FLOORS: list[list[str]] = [
-    ["errors", "forks"],
+    ["errors", "forks", "transfer"],
     ["packing"],
     ["kernels", "kernels.*"],
     ["checkpoints.fields", "config", "masks", "outputs", "reference"],

@@ -1,0 +1,140 @@
+"""Tensors go to a device together; what the host waits for on a GPU is what the docs say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_bert
+import torch
+from stand_in import GPU, StandIn
+
+from fastbert import backend, tasks
+from fastbert.checkpoints.load import load, save
+from fastbert.config import EncoderConfig, HeadConfig
+from fastbert.heads import BertForSequenceClassification, BertForTokenClassification
+from fastbert.packing import Packing
+from fastbert.sentence import Mode
+from fastbert.tasks import TextClassifier, TextEncoder, TextScorer, TextTagger, gpu_batch_tokens
+from fastbert.text import Tokens
+from fastbert.transfer import send
+
+TEXTS = [f"the {word} was {'very ' * (i % 7)}{tiny_bert.GOOD[i % 3]}" for i, word in enumerate(tiny_bert.PLAIN)]
+GIB = 2**30
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """Its device plays a GPU in this test, and the kernels run there; weights are laid out on a CPU only."""
+    monkeypatch.setattr(tasks, "hold_weights", lambda layouts: nullcontext())
+    with backend.use_backend("triton"), StandIn() as mode:
+        yield mode
+
+
+@contextmanager
+def noted(stand_in: StandIn) -> Iterator[list[Packing]]:
+    """The batches that are made inside, whose copies and waits are counted anew."""
+    seen: list[Packing] = []
+    made = Tokens.batch
+
+    def batch(tokens: Tokens, rows: Sequence[int], device: torch.device) -> Any:
+        found = made(tokens, rows, device)
+        seen.append(found[2])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokens, "batch", batch)
+        stand_in.waits.clear()
+        stand_in.copies = 0
+        yield seen
+
+
+def given() -> list[torch.Tensor]:
+    return [
+        torch.arange(5), torch.tensor([1, 2, 3], dtype=torch.int32), torch.empty(0), torch.randn(3, 7),
+        torch.tensor(True), torch.randn(4, 6).half().t(),
+    ]  # fmt: skip
+
+
+def test_on_the_cpu_tensors_stay_themselves() -> None:
+    tensors = given()
+    sent = send(tensors, torch.device("cpu"))
+    assert all(a is b for a, b in zip(sent, tensors, strict=True))
+
+
+def test_any_tensors_arrive_whole_by_one_copy_that_nobody_waits_for(stand_in: StandIn) -> None:
+    tensors = given()
+    sent = send(tensors, GPU)
+    assert stand_in.copies == 1 and not stand_in.waits
+    for there, here in zip(sent, tensors, strict=True):
+        assert (there.device, there.dtype, there.shape) == (GPU, here.dtype, here.shape)
+        assert there.is_contiguous() and there.data_ptr() % 16 == sent[0].data_ptr() % 16
+        assert torch.equal(there.cpu(), here)
+
+
+def test_a_packing_of_lengths_waits_for_nothing(stand_in: StandIn) -> None:
+    packing = Packing.from_lengths([3, 0, 5], device=GPU)
+    assert packing.cu_seqlens.device == packing.indices.device == GPU
+    assert stand_in.copies == 1 and not stand_in.waits
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weightedmean", "lasttoken"])
+def test_encode_copies_once_a_batch_and_waits_once(pooling: Mode, stand_in: StandIn, tmp_path: Path) -> None:
+    folder = tiny_bert.make(tmp_path)
+    encoder = TextEncoder.from_folder(folder, dtype="fp32", device=GPU)
+    with noted(stand_in) as seen:
+        found = encoder.encode(TEXTS, pooling=pooling, batch_tokens=32)
+    assert stand_in.copies == len(seen) > 2
+    assert stand_in.waits == Counter({"copy to the CPU": 1})
+    with backend.use_backend("torch"):
+        expected = TextEncoder.from_folder(folder, device="cpu").encode(TEXTS, pooling=pooling)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["classify", "score", "tag"])
+def test_so_do_the_other_tasks(task: str, stand_in: StandIn, tmp_path: Path) -> None:
+    folder, kinds = (
+        tiny_bert.make(tmp_path / "body"),
+        {"classify": TextClassifier, "score": TextScorer, "tag": TextTagger},
+    )
+    head = {"classify": ("a", "b"), "score": ("a",), "tag": ("B-PER", "I-PER", "O")}[task]
+    kind = BertForTokenClassification if task == "tag" else BertForSequenceClassification
+    with pytest.warns(UserWarning, match="no trained"):
+        model = load(folder, kind, head=HeadConfig(head), device="cpu")
+    save(model, tmp_path / "headed")
+    (tmp_path / "headed/vocab.txt").write_text((folder / "vocab.txt").read_text())
+    answers = []
+    for device, path in ((GPU, "triton"), (torch.device("cpu"), "torch")):
+        one = kinds[task].from_folder(tmp_path / "headed", dtype="fp32", device=device)
+        with backend.use_backend(path), noted(stand_in) as seen:
+            answers.append(getattr(one, task)(TEXTS, batch_tokens=32))
+        if device == GPU:
+            assert stand_in.copies == len(seen) > 2
+            assert stand_in.waits == Counter({"copy to the CPU": 1})
+    if task == "score":
+        np.testing.assert_allclose(*answers, atol=1e-5)
+    for ours, theirs in zip(*answers, strict=True):
+        if task == "classify":
+            assert ours.probabilities == pytest.approx(theirs.probabilities, abs=1e-5)
+        if task == "tag":
+            assert [(found.kind, found.start, found.end) for found in ours] == [
+                (found.kind, found.start, found.end) for found in theirs
+            ]
+            assert [found.score for found in ours] == pytest.approx([found.score for found in theirs], abs=1e-5)
+
+
+def test_a_batch_for_a_gpu_is_as_large_as_it_needs_and_as_the_memory_allows() -> None:
+    """Predicted for 80 GiB: a batch takes the GPU twice the host's time; 32,768 tokens at least, where they fit."""
+    minilm = EncoderConfig(hidden_size=384, num_heads=12, num_layers=6, intermediate_size=1536)
+    tiny = EncoderConfig(hidden_size=128, num_heads=2, num_layers=2, intermediate_size=512)
+    large = EncoderConfig(hidden_size=1024, num_heads=16, num_layers=24, intermediate_size=4096)
+    assert gpu_batch_tokens(minilm, 2, 80 * GIB) == gpu_batch_tokens(large, 2, 80 * GIB) == 32768
+    assert 200_000 < gpu_batch_tokens(tiny, 2, 80 * GIB) < 250_000
+    fits = gpu_batch_tokens(large, 4, 4 * GIB)
+    assert 4096 < fits < 32768 and fits * (4096 + 5 * 1024) * 4 <= 4 * GIB / 10
+    assert gpu_batch_tokens(large, 4, 2**20) == 1024
