@@ -332,9 +332,8 @@ def prepare_attention_forward(
         lse = qkv.new_empty((heads, rows), dtype=torch.float32) if no_lse is None else no_lse
         if len(tiles) > 0:
             start(
-                (len(tiles) * heads, 1, 1),
-                qkv, out, lse, cu_seqlens, tiles, *strides, rows if store_lse else 1, heads, scale * LOG2E, bias, *bias_strides, alibi_slopes,
-                options[0], seed, *options[1:],
+                (len(tiles) * heads, 1, 1), qkv, out, lse, cu_seqlens, tiles, *strides, rows if store_lse else 1, heads,
+                scale * LOG2E, bias, *bias_strides, alibi_slopes, options[0], seed, *options[1:],
             )  # fmt: skip
         return out, lse
 

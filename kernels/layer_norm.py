@@ -150,8 +150,9 @@ def prepare_layer_norm_forward(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """`layer_norm_forward` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
 
-    The rows of all must be of one `launch.number_kind`, and as here if there are `out_rows`. It takes x, weight, bias, residual, x_bias, seed, out_rows and the two of `quantized`; those left out at the end are
-    None. What it need not store it returns as the same empty tensors each time.
+    The rows of all must be of one `launch.number_kind`, and as many as here if there are `out_rows`. It takes x,
+    weight, bias, residual, x_bias, seed, out_rows and the two of `quantized`; those left out at the end are None. What
+    it need not store it returns as the same empty tensors each time.
     """
     hidden = x.shape[1]
     x_stride_row, residual_stride_row = x.stride(0), 0 if residual is None else residual.stride(0)

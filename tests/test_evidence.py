@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from processes import PYTHON
 
+import fastbert
 from fastbert.kernels.target import KNOWN, interpreted
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks" / "static"))
@@ -28,6 +29,7 @@ import traffic
 from recorder import recorded
 
 STATIC = Path(tiles.__file__).parent
+ROOT = STATIC.parent.parent
 
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="kernels are compiled here, not interpreted")
 
@@ -265,6 +267,25 @@ def test_launches_of_a_layer() -> None:
     assert (found["backward"]["kernels"], found["backward"]["matrix_products"]) == (4, 8)
     assert found["backward"]["names"]["sum"] == 4  # three of them in our launchers, inside of custom ops
     assert launches.layer(0.0, (5, 200))["backward"]["kernels"] == 5  # keys and queries apart
+
+
+@needs_interpreter
+def test_a_batch_of_encode_is_one_copy_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = launches.batch_of_encode()
+    assert (found["copies"], found["waits"]) == (1, 0)
+    assert (found["kernels"], found["matrix_products"], found["others"]) == (7, 4, 2), found["names"]
+    figures = [found[name] for name in ("copies", "waits", "kernels", "matrix_products", "others")]
+    row = " | ".join(["| of a batch, with one layer", *map(str, figures)])
+    assert row in (ROOT / "docs/graphs.md").read_text(encoding="utf-8")
+
+    forward = fastbert.BertModel.forward
+
+    def waiting(model: fastbert.BertModel, input_ids: torch.Tensor, **options: Any) -> Any:
+        assert input_ids.max().item() == 0
+        return forward(model, input_ids, **options)
+
+    monkeypatch.setattr(fastbert.BertModel, "forward", waiting)
+    assert launches.batch_of_encode()["waits"] == 1
 
 
 @needs_interpreter

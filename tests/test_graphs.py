@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +22,7 @@ from fastbert.packing import Packing
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/test_gpu.py runs real graphs")
 
 CONFIG = EncoderConfig(
-    vocab_size=50, hidden_size=16, num_layers=1, num_heads=1, intermediate_size=24, max_positions=128
+    vocab_size=50, hidden_size=16, num_layers=1, num_heads=1, intermediate_size=32, max_positions=128
 )
 
 
@@ -162,6 +164,35 @@ def test_all_graphs_of_a_model_are_captured_on_one_stream(made: list[FakeGraph])
     model.embeddings.word.weight = torch.nn.Parameter(model.embeddings.word.weight.detach().clone())
     model(**batch(3, 60))
     assert made[-1].stream is made[0].stream and made[-1].handle is made[0].handle
+
+
+@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle", "quantize"])
+def test_a_copy_of_a_graphed_model_has_graphs_of_its_own(how: str, made: list[FakeGraph]) -> None:
+    """A quantized copy's, in fp8, are those of its own layers; the first model's graphs stay as they are."""
+    model, given = fastbert.graphed(bert().bfloat16(), most=3), batch(3, 5)
+    wanted = model(**given)
+    match how:
+        case "copy":
+            other = copy.copy(model)
+        case "deepcopy":
+            other = copy.deepcopy(model)
+        case "pickle":
+            other = pickle.loads(pickle.dumps(model))
+        case "quantize":
+            with use_backend("torch"):
+                other = fastbert.quantize(model, dtype="fp8")
+    if how == "quantize":
+        plain = copy.deepcopy(other)
+        plain.graphs = None
+        same(other(**given), plain(**given))
+        assert not torch.equal(plain(**given)[0], wanted[0]), "8 bits round more"
+    else:
+        same(other(**given), wanted)
+    if how != "copy":  # which shares all, graphs too
+        assert len(made) == 2 and other.graphs.most == 3
+    replays = made[0].replays
+    same(model(**given), wanted)
+    assert made[0].replays == replays + 1
 
 
 def test_moved_weights_are_captured_again(made: list[FakeGraph]) -> None:

@@ -1,23 +1,25 @@
-"""Launches of one encoder layer, by running `fastbert.Encoder` on Triton's interpreter, which here only counts them.
+"""Launches of one encoder layer and of one batch of `encode`, run on Triton's interpreter, which here only counts them.
 
-Run by interpreted.py. A layer is the difference between a stack of two and one of one. Launch choices are those of an
-H100.
+Run by interpreted.py. A layer is the difference between a stack of two and one of one, a batch that between a call with
+two and one with one. Launch choices are those of an H100.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import fastbert
-from fastbert import projections
+from fastbert import projections, tasks, text
 from fastbert.kernels import (
     attention,
     attention_backward,
@@ -30,10 +32,13 @@ from fastbert.kernels import (
     target,
 )
 from fastbert.packing import Packing
+from fastbert.text import Tokens
 
 # "short" fits the one-pass backward of attention, which needs at most 128 keys; "long" does not.
 BATCHES = {"short": (5, 70, 33), "long": (7, 150, 40)}
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear"}
+# For which the host waits for a GPU.
+WAITS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "masked_select", "equal"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -110,19 +115,52 @@ def stack(layers: int, dropout: float, lengths: tuple[int, ...]) -> dict[str, Co
 def layer(dropout: float, lengths: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     """Launches of one layer in each pass: ours, matrix products, the rest of torch's, and the names of all."""
     one, two = stack(1, dropout, lengths), stack(2, dropout, lengths)
-    found = {}
-    for name, total in two.items():
-        names = total - one[name]
-        kernels = sum(number for called, number in names.items() if called.endswith("_kernel"))
-        products = sum(names[product] for product in PRODUCTS)
-        others = names.total() - kernels - products
-        found[name] = {"kernels": kernels, "matrix_products": products, "others": others, "names": dict(names)}
-    return found
+    return {name: sorted_out(total - one[name]) for name, total in two.items()}
+
+
+def call_of_encode(batches: int) -> Counter[str]:
+    """What a call of `TextEncoder.encode` launches that makes so many batches of a model of one layer."""
+    config = fastbert.EncoderConfig(num_layers=1, hidden_size=128, num_heads=2, intermediate_size=256)
+    length = 70
+    tokens = Tokens(np.zeros(batches * length, np.int32), None, np.arange(batches + 1, dtype=np.int64) * length)
+    tokenizer: Any = SimpleNamespace(encode=lambda *_: tokens, max_length=None)
+    encoder = fastbert.TextEncoder(fastbert.BertModel(config).half().eval(), tokenizer)
+    copies = Counter[str]()
+
+    def sent(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        copies["copy to the GPU"] += 1
+        return list(tensors)
+
+    with ExitStack() as patches:
+        patches.enter_context(target.pretend(target.KNOWN["sm_90"]))
+        patches.enter_context(fastbert.use_backend("triton"))
+        patches.enter_context(patch.object(text, "send", sent))
+        patches.enter_context(
+            patch.object(tasks, "_of_texts", lambda order, found, model: found)
+        )  # nothing was computed
+        with counted() as counts:
+            encoder.encode(["a text"], batch_tokens=length)
+    return counts + copies
+
+
+def batch_of_encode() -> dict[str, Any]:
+    """A batch: copies to the GPU, waits for it, and launches as `layer` has them, of which one layer's are a part."""
+    names = call_of_encode(2) - call_of_encode(1)
+    copies, waits = names.pop("copy to the GPU", 0), sum(names.pop(wait, 0) for wait in WAITS)
+    return {"copies": copies, "waits": waits, **sorted_out(names)}
+
+
+def sorted_out(names: Counter[str]) -> dict[str, Any]:
+    """Launches by what they are: ours, matrix products, the rest of torch's, and the names of all."""
+    kernels = sum(number for called, number in names.items() if called.endswith("_kernel"))
+    products = sum(names[product] for product in PRODUCTS)
+    others = names.total() - kernels - products
+    return {"kernels": kernels, "matrix_products": products, "others": others, "names": dict(names)}
 
 
 def passes() -> dict[str, dict[str, Any]]:
     """Figures of each pass over each batch, without dropout and with it."""
-    found = {}
+    found = {"encode batch of one layer": batch_of_encode()}
     for dropout in (0.0, 0.1):
         for batch, lengths in BATCHES.items():
             for name, figures in layer(dropout, lengths).items():
