@@ -683,6 +683,7 @@ def _answers(
     description: str | None,
 ) -> npt.NDArray[np.float32]:
     """What `activation` makes of the logits of each text, float32 `[texts, outputs]`, none of it NaN or infinite."""
+
     def answers(out: Any, packing: Packing) -> Tensor:
         return activation(out.logits.float())
 

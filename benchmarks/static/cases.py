@@ -25,6 +25,7 @@ from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.kernels.pooling import pool_backward, pool_forward
 from fastbert.kernels.quantize_rows import quantize_rows
 from fastbert.kernels.target import Target
+from fastbert.kernels.tile_table import tile_table
 
 sys.path.append(str(Path(__file__).parent))
 from machine_code import MATRIX
@@ -75,6 +76,7 @@ def main(target: Target) -> Iterator[Case]:
     yield from attention_gradient(64, torch.float32, target, "ragged")
     for option in ("bias", "alibi", "window", "dropout"):
         yield from attention_gradient(64, torch.float16, target, "ragged", **{option: True})
+    yield tiles(64)
     for width in (384, 768, 1024):
         yield layer_norm(width, torch.float16, residual=True, x_bias=True)
     yield layer_norm(768, torch.float16, residual=True, x_bias=True, dropout=True)
@@ -109,6 +111,8 @@ def exhaustive(target: Target) -> Iterator[Case]:
     """Every launch choice and every branch, in every dtype."""
     every = {"bias", "alibi", "window", "dropout"}
     one = [{option} for option in sorted(every)]
+    for block_m in (16, 32, 64, 128):
+        yield tiles(block_m)
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             for lengths in LENGTHS:
@@ -432,6 +436,12 @@ def pool(width: int, dtype: torch.dtype, how: str, *, normalise: bool = False) -
     x, cu_seqlens = torch.empty(1001, width, dtype=dtype), torch.empty(BATCH + 1, dtype=torch.int32)
     run = partial(pool_forward, x, cu_seqlens, how=how, normalise=normalise, store_norm=True)
     return Case(_name(f"pool {how} {width}", dtype, normalise=normalise), run)
+
+
+def tiles(block_m: int) -> Case:
+    """The table of attention's tiles."""
+    cu_seqlens = torch.empty(BATCH + 1, dtype=torch.int32)
+    return Case(f"tile table {block_m}", partial(tile_table, cu_seqlens, 1001 // block_m + BATCH, block_m=block_m))
 
 
 def pool_gradient(width: int, dtype: torch.dtype, how: str, *, normalise: bool = False) -> Case:

@@ -41,13 +41,15 @@ Evidence = dict[str, Any]
 def unit_of(launch: Launch) -> int:
     """Units of work in one trip of the main loop of one of our kernels: scores of attention, else result elements.
 
-    Of a product they are result elements for each 64 of the depth.
+    Of a product they are result elements for each 64 of the depth; of the table of tiles its entries.
     """
     constexprs = launch.constexprs
     if launch.kernel.startswith("linear"):
         return constexprs["BLOCK_M"] * constexprs["BLOCK_N"] * constexprs["BLOCK_K"] // 64
     if launch.kernel.startswith("attention"):
         return constexprs["BLOCK_M"] * constexprs["BLOCK_N"]
+    if launch.kernel.startswith("tile_table"):
+        return constexprs["BLOCK"]
     block = constexprs["BLOCK"]
     return constexprs["ROWS"] * min(block, constexprs.get("HIDDEN", block))
 
