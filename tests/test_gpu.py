@@ -14,12 +14,14 @@ from fastbert import backend, reference
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder
 from fastbert.graphs import graphed
+from fastbert.kernels.launch import fp8_sums_fast, fp8_unserved
 from fastbert.kernels.target import of
 from fastbert.models import BertModel
 from fastbert.ops.attention import attention
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.embedding import embedding
 from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.quantize_rows import linear_quantized, quantize_rows
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
 
@@ -199,3 +201,20 @@ def test_a_model_on_the_second_device_while_the_first_is_current() -> None:
         assert torch.cuda.current_device() == 0
     for here, there in zip(*results, strict=True):
         torch.testing.assert_close(there, here)
+
+
+@pytest.mark.parametrize("depth", [384, 768, 1024])
+def test_products_in_fp8_that_sum_fast_are_as_right_as_others(depth: int, device: torch.device) -> None:
+    """With one term that is a thousand times the others in a tenth of the rows, as BERT's outliers are."""
+    if fp8_unserved(torch.bfloat16, of(device)):
+        pytest.skip(f"{of(device).arch} has no fp8")
+    x = torch.randn(1001, depth, device=device)
+    x[::10, 5] = 1000.0
+    rows, weight = quantize_rows(x), quantize_rows(torch.randn(400, depth, device=device) * 0.05)
+    bias = torch.randn(400, device=device).bfloat16()
+    scales = rows.scale[:, None], weight.scale[None, :]
+    got = linear_quantized(rows, weight, bias, torch.bfloat16)
+    plain = torch._scaled_mm(rows.values, weight.values.t(), *scales, bias=bias, out_dtype=torch.bfloat16)
+    wide = [each.values.double() * each.scale.double()[:, None] for each in (rows, weight)]
+    assert fp8_sums_fast(depth), "the case tests nothing"
+    assert_close(got, plain, wide[0] @ wide[1].t() + bias.double())

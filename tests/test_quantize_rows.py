@@ -1,13 +1,19 @@
 """quantize_rows, and fused into LayerNorm and GELU: the kernels against the simulation that the CPU runs."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
-from fastbert import backend, reference
+import fastbert
+from fastbert import backend, quantization, reference
 from fastbert.errors import ArgumentError
+from fastbert.kernels import launch
+from fastbert.ops import quantize_rows as ops
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.quantize_rows import (
+    QuantizedRows,
     bias_gelu_quantize,
     bias_gelu_quantize_forward,
     layer_norm_quantize,
@@ -16,6 +22,7 @@ from fastbert.ops.quantize_rows import (
     quantize_rows,
     quantize_rows_forward,
 )
+from fastbert.tasks import TextEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's: exp2 goes to infinity on purpose
 
@@ -135,6 +142,95 @@ def test_the_product_is_that_of_what_the_rows_stand_for(generator):
     torch.testing.assert_close(out.double(), wide[0] @ wide[1].t() + bias, rtol=1e-5, atol=1e-5)
     half, single = (linear_quantized(*by_rows, None, dtype) for dtype in (torch.bfloat16, torch.float32))
     assert torch.equal(half, single.bfloat16())
+
+
+def floor_log2(x):
+    return torch.where(x == 0, -200.0, torch.frexp(x)[1].double() - 1)
+
+
+def summed_fast(x, weight, terms):
+    """`x @ weight^T` as Hopper's tensor cores sum e4m3 (32 terms at once) and Ada's (16), float64 for all.
+
+    MMA-Sim's model (arXiv 2511.10909), bit for bit: terms and sum are cut to 13 bits below the largest exponent, added
+    exactly, and the sum is cut to 13 bits of its own.
+    """
+    out = torch.zeros(len(x), len(weight), dtype=torch.float64)
+    for a, b in zip(x.split(terms, 1), weight.split(terms, 1), strict=True):
+        exponents = floor_log2(a)[:, None] + floor_log2(b)
+        step = torch.exp2(torch.maximum(exponents.amax(-1), floor_log2(out)) - 13)
+        out = ((a[:, None] * b / step[..., None]).trunc().sum(-1) + (out / step).trunc()) * step
+        step = torch.exp2(floor_log2(out) - 13)
+        out = (out / step).trunc() * step
+    return out
+
+
+def wide(rows):
+    return rows.values.double() * rows.scale.double()[:, None]
+
+
+def products(minilm, monkeypatch):
+    """What each product of MiniLM in fp8 read, before it was quantized and after."""
+    found, exact = [], {}
+
+    def quantized(x):
+        rows = quantize_rows(x)
+        exact[id(rows.values)] = x.double(), rows
+        return rows
+
+    def product(x, weight, bias, dtype):
+        found.append((exact[id(x.values)][0], x, weight))
+        return linear_quantized(x, weight, bias, dtype)
+
+    for module in (ops, quantization):
+        monkeypatch.setattr(module, "quantize_rows", quantized)
+    monkeypatch.setattr(quantization, "linear_quantized", product)
+    encoder = TextEncoder.from_folder(minilm, dtype="fp32", device="cpu")
+    TextEncoder(fastbert.quantize(encoder.model, dtype="fp8"), encoder.tokenizer).encode(
+        ["a fine film, with actors who know what they do", "two dull hours and a plot that nobody needed"]
+    )
+    weights = [
+        weight.detach()
+        for layer in encoder.model.encoder.layer
+        for weight in (layer.attention.self.joined()[0], *(layer.parts()[i].weight for i in (3, 5, 6)))
+    ]
+    return found, weights
+
+
+@pytest.mark.parametrize("terms", [32, 16])
+def test_summing_fast_adds_little_to_what_e4m3_rounds(terms, minilm, monkeypatch):
+    """RMS: up to the depth where it is done less than a twentieth, beyond it up to a fifth; see docs/numerics.md."""
+    shares = {True: [], False: []}
+    for depth in (768, 1024):
+        x, weight = torch.randn(2, 40, depth, generator=torch.Generator().manual_seed(depth))
+        by_rows = quantize_rows(x), quantize_rows(weight)
+        shares[launch.fp8_sums_fast(depth)].append(share(x.double(), weight, *by_rows, terms))
+    found, weights = products(minilm, monkeypatch)
+    for (x, rows, by_channel), weight in zip(found, weights, strict=True):
+        columns = torch.arange(0, len(weight), 29)
+        by_channel = QuantizedRows(by_channel.values[columns], by_channel.scale[columns])
+        shares[launch.fp8_sums_fast(x.shape[1])].append(share(x, weight[columns], rows, by_channel, terms))
+    assert len(shares[True]) == 20 and len(shares[False]) == 6
+    rms, largest = zip(*shares[True], strict=True)
+    assert max(rms) < 0.05 and max(largest) < 0.2, shares
+    assert max(shares[False])[0] > 0.1, shares
+
+
+def share(x, weight, rows, by_channel, terms):
+    """RMS and largest error that fast sums add, in those of quantization."""
+    exact, rounded = x @ weight.double().t(), wide(rows) @ wide(by_channel).t()
+    fast = summed_fast(rows.values.double(), by_channel.values.double(), terms)
+    added, quantization = fast * rows.scale.double()[:, None] * by_channel.scale.double() - rounded, rounded - exact
+    rms = (added.square().mean() / quantization.square().mean()).sqrt()
+    return rms.item(), (added.abs().max() / quantization.abs().max()).item()
+
+
+@pytest.mark.parametrize(("depth", "fast"), [(384, True), (1024, True), (1040, False), (3072, False)])
+def test_only_shallow_products_sum_fast(depth, fast, monkeypatch):
+    asked = MagicMock()
+    monkeypatch.setattr(torch, "_scaled_mm", asked)
+    rows = QuantizedRows(MagicMock(is_cuda=True, shape=(5, depth)), MagicMock())
+    linear_quantized(rows, rows, None, torch.bfloat16)
+    assert asked.call_args.kwargs["use_fast_accum"] is fast
 
 
 @pytest.mark.parametrize("path", ["triton", "torch"])

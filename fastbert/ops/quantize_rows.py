@@ -72,10 +72,19 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor, *, approximate: Approximate = "n
 
 
 def linear_quantized(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`x @ weight^T + bias`, summed in float32: `[rows, in]`, `[out, in]`, `[out]` -> `[rows, out]` in `dtype`."""
+    """`x @ weight^T + bias`, `[rows, in]`, `[out, in]`, `[out]` -> `[rows, out]` in `dtype`.
+
+    Summed in float32, or on a GPU in what `launch.fp8_sums_fast` allows.
+    """
     if x.values.is_cuda:
         return torch._scaled_mm(
-            x.values, weight.values.t(), x.scale[:, None], weight.scale[None, :], bias=bias, out_dtype=dtype
+            x.values,
+            weight.values.t(),
+            x.scale[:, None],
+            weight.scale[None, :],
+            bias=bias,
+            out_dtype=dtype,
+            use_fast_accum=launch.fp8_sums_fast(x.values.shape[1]),
         )
     out = (x.values.float() @ weight.values.float().t()) * x.scale[:, None] * weight.scale
     return (out if bias is None else out + bias).to(dtype)
