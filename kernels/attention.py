@@ -295,6 +295,7 @@ def prepare_attention_forward(
     bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
     no_lse = None if store_lse else qkv.new_empty((heads, 0), dtype=torch.float32)
     options = 0 if window is None else window, launch.drop_threshold(dropout), launch.drop_scale(dropout)
+    here = target.of(qkv.device)
     choice = launch.attention_forward(
         head_dim,
         qkv.dtype,
@@ -303,7 +304,7 @@ def prepare_attention_forward(
         batch=len(cu_seqlens) - 1,
         extras=bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0,
         bias=bias is not None,
-        target=target.of(qkv.device),
+        target=here,
     )
     start = Prepared(
         attention_forward_kernel,
@@ -315,7 +316,7 @@ def prepare_attention_forward(
         HAS_DROPOUT=dropout > 0.0,
         STORE_LSE=store_lse,
         VECTOR=16 // qkv.element_size(),
-        PRECISION="ieee",
+        PRECISION=launch.float32_precision(qkv.dtype, target.float32_asked(), here),
         **launch.arguments(choice),
     )
 

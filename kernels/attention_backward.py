@@ -557,7 +557,7 @@ def attention_backward(
         "HAS_WINDOW": window is not None,
         "HAS_DROPOUT": dropout > 0.0,
         "VECTOR": 16 // qkv.element_size(),
-        "PRECISION": "ieee",
+        "PRECISION": launch.float32_precision(qkv.dtype, target.float32_asked(), here),
     }
     strides_bias = (0, 0, 0, 0) if bias is None else bias.stride()
     scalars = (scale, 0 if window is None else window, launch.drop_threshold(dropout), launch.drop_scale(dropout))

@@ -36,6 +36,10 @@ Choice = TypeVar("Choice")
 Form = Literal["fused pass", "epilogue", "cublaslt"]
 
 
+# How `tl.dot` multiplies float32: as such, as TF32, or as three products of TF32, which have most of its bits.
+Precision = Literal["ieee", "tf32", "tf32x3"]
+
+
 def number_kind(number: int) -> Hashable:
     """What a kernel's code depends on of a whole number: whether it is 0, 1, a multiple of 16, or beyond 32 bits."""
     return number if number < 2 else (number % 16 == 0, number >> 31)
@@ -623,6 +627,21 @@ def attention_backward_bias(head_dim: int, dtype: torch.dtype, target: Target) -
     """The choice for the gradient of the bias."""
     choice = _of_family(ATTENTION_BACKWARD_BIAS, target, _KINDS[dtype], attention_block_d(head_dim))
     return choice, target, f"head_dim={head_dim},dtype={_NAMES[dtype]}"
+
+
+def float32_precision(dtype: torch.dtype, asked: str, target: Target) -> Precision:
+    """How a kernel multiplies states of `dtype` where `target.float32_asked` says `asked`.
+
+    NVIDIA's tensor cores take float32 as TF32 only, so that must be asked for, as for torch's products. Three such
+    products hold the error rule by a model of the hardware, one does not; see docs/numerics.md. AMD's matrix units
+    multiply float32 as such (CDNA), or not at all (RDNA).
+    """
+    if dtype != torch.float32 or target.backend == "hip":
+        return "ieee"
+    return _FLOAT32.get(asked, "ieee")
+
+
+_FLOAT32: dict[str, Precision] = {"high": "tf32x3", "medium": "tf32"}
 
 
 def _padded(head_dim: int) -> bool:

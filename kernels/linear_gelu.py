@@ -109,7 +109,8 @@ def linear_gelu_forward(
     product = x.new_empty((rows if store_product else 0, width))
     if out.numel() == 0:
         return out, product
-    choice = launch.linear_gelu_forward(rows, width, depth, x.dtype, target.of(x.device))
+    here = target.of(x.device)
+    choice = launch.linear_gelu_forward(rows, width, depth, x.dtype, here)
     tiles = -(-rows // choice.BLOCK_M) * -(-width // choice.BLOCK_N)
     dispatch(
         linear_gelu_forward_kernel,
@@ -129,7 +130,7 @@ def linear_gelu_forward(
         TANH=approximate == "tanh",
         STORE_PRODUCT=store_product,
         MASK_DEPTH=depth % choice.BLOCK_K != 0,
-        PRECISION="ieee",
+        PRECISION=launch.float32_precision(x.dtype, target.float32_asked(), here),
         **launch.arguments(choice),
     )
     return out, product

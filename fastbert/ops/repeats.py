@@ -45,7 +45,8 @@ def prepared(
         return None
     kinds = [(x.dtype, x.device, _as_it_lies(x)) for x in tensors]
     shapes = [*(x.shape[1:] for x in states), *(x.shape for x in parameters)]
-    key = options, target.of(tensors[0].device), *kinds, *shapes
+    asked = tensors[0].dtype == torch.float32 and target.float32_asked()  # which the kernels' code depends on
+    key = options, target.of(tensors[0].device), asked, *kinds, *shapes
     run = _kept.get(key)
     if run is None and all(as_it_lies for _, _, as_it_lies in kinds) and (run := prepare()) is not None:
         if len(_kept) >= MOST:
