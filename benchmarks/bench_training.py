@@ -113,7 +113,7 @@ def peak_mib() -> float:
 
 
 def _one_batch(run: Any, steps: list[list[int]], number: int) -> None:
-    run._step([steps[number]])
+    run._step([steps[number]]).record()
 
 
 def _one_padded_batch(training: PaddedTraining, batches: list[Batch], number: int) -> None:

@@ -143,7 +143,7 @@ class PaddedTraining:
         self.done = 0
 
     def run(self, batch: Batch) -> Any:
-        device = batch.packing.cu_seqlens.device
+        device = next(self.model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
             return run_padded(self.model, batch, device)
 
@@ -163,13 +163,13 @@ class PaddedTraining:
 def run_padded(model: nn.Module, batch: Batch, device: torch.device) -> Any:
     """The output of a transformers model for a packed batch; the logits of tokens packed again."""
     packing = batch.packing
-    ids, mask = packing.unpack(batch.ids.to(device)), packing.unpack(torch.ones_like(batch.ids, device=device))
-    labels = None if batch.labels is None else batch.labels.to(device)
+    ids, mask, labels = packing.unpack(batch.ids), packing.unpack(torch.ones_like(batch.ids)), batch.labels
     if labels is not None and len(labels) == len(batch.ids):  # else there is one a row, and no row is a single token
         labels = packing.unpack(labels, fill=IGNORED)
-    out = model(input_ids=ids, attention_mask=mask, labels=labels)
-    if out.logits.dim() == 3:
-        out.logits = packing.pack(out.logits)
+    labels = None if labels is None else labels.to(device)
+    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels)
+    if out.logits.dim() == 3 and labels is None:
+        out.logits = packing.pack(out.logits.cpu())
     return out
 
 

@@ -23,6 +23,7 @@ from fastbert.ops.linear import Linear, linear
 from fastbert.ops.pooling import first_rows, first_tokens
 from fastbert.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.packing import Packing
+from fastbert.transfer import send
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -151,7 +152,8 @@ class BertForMaskedLM(HeadModel):
         """Without labels the logits of every token, `[batch, seqlen, vocab]` (packed: `[tokens, vocab]`).
 
         With `labels`, int64 as `input_ids`, -100 where a token is not to be predicted, the loss and no logits: the head
-        runs on the labelled tokens alone, and its logits are never whole.
+        runs on the labelled tokens alone, and its logits are never whole. A GPU is waited for once, for their number;
+        not where ids are packed and their labels are on the CPU.
         """
         refuse_what_asks(hf, "fastbert's model")
         inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
@@ -161,13 +163,9 @@ class BertForMaskedLM(HeadModel):
             return _as_asked(
                 HeadOutput(None, inputs.layout(self.predictions.logits(x, word)), hidden_states), return_dict
             )
-        check_labels(labels, inputs.shape, len(word), word.device)
-        labels = inputs.pack(labels)
-        rows = _labelled(labels)
+        rows, labels = _labelled(labels, inputs, word)
         x, hidden_states = self._states_at(inputs, rows, output_hidden_states)
-        return _as_asked(
-            HeadOutput(self.predictions.loss(x, word, labels.index_select(0, rows)), None, hidden_states), return_dict
-        )
+        return _as_asked(HeadOutput(self.predictions.loss(x, word, labels), None, hidden_states), return_dict)
 
 
 class BertForPreTraining(HeadModel):
@@ -202,6 +200,7 @@ class BertForPreTraining(HeadModel):
 
         Args:
             labels: int64 as `input_ids`, -100 where a token is not to be predicted; with them no `prediction_logits`.
+                See BertForMaskedLM.
             next_sentence_label: int64 `[batch]`; 0 where the second text follows the first, 1 where it does not.
         """
         refuse_what_asks(hf, "fastbert's model")
@@ -213,15 +212,13 @@ class BertForPreTraining(HeadModel):
             logits = inputs.layout(self.predictions.logits(x, word))
             first = first_tokens(x, inputs.packing)
         else:
-            check_labels(labels, inputs.shape, len(word), word.device)
-            labels = inputs.pack(labels)
-            rows = _labelled(labels)
+            rows, labels = _labelled(labels, inputs, word)
             batch = inputs.packing.batch
             x, hidden_states = self._states_at(
                 inputs, torch.cat([first_rows(inputs.packing), rows]), output_hidden_states
             )
             first = _zero_where_empty(x[:batch], inputs.packing)
-            losses.append(self.predictions.loss(x[batch:], word, labels.index_select(0, rows)))
+            losses.append(self.predictions.loss(x[batch:], word, labels))
         relation = self.next_sentence(self.bert.pool(first))
         if next_sentence_label is not None:
             losses.append(cross_entropy(relation, next_sentence_label.flatten(), "next_sentence_label"))
@@ -464,11 +461,23 @@ def _as_asked(out: Out, return_dict: bool | None) -> Out | tuple[Any, ...]:
     return out.to_tuple() if return_dict is False else out
 
 
-def _labelled(labels: Tensor) -> Tensor:
-    """The rows whose label counts. Waits for a GPU once, for their number, on which the shapes that follow depend."""
+def _labelled(labels: Tensor, inputs: Inputs, word: Tensor) -> tuple[Tensor, Tensor]:
+    """The packed rows whose label counts, and these labels, on the device of the word table.
+
+    Labels on a GPU are waited for once, for their number, on which the shapes that follow depend. Those of packed ids
+    may be on the CPU, which looks there and sends them.
+    """
+    device = word.device
+    if len(inputs.shape) == 1 and isinstance(labels, Tensor) and labels.device == torch.device("cpu"):
+        check_labels(labels, inputs.shape, len(word), labels.device)
+    else:
+        check_labels(labels, inputs.shape, len(word), device)
+    labels = inputs.pack(labels)
     if torch.compiler.is_compiling():  # a graph has one shape: all rows, and the loss leaves out those that don't count
-        return torch.arange(len(labels), device=labels.device)
-    return (labels != IGNORED).nonzero().flatten()
+        return torch.arange(len(labels), device=device), labels.to(device)
+    rows = (labels != IGNORED).nonzero().flatten()
+    rows, labels = send([rows, labels.index_select(0, rows)], device)
+    return rows, labels
 
 
 def _zero_where_empty(first: Tensor, packing: Packing) -> Tensor:

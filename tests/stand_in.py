@@ -107,6 +107,8 @@ class StandIn(TorchFunctionMode):
         copies = func in (Tensor.to, Tensor.copy_, Tensor.cpu) or (
             func is Tensor.__setitem__ and next(tensors(args[1]), None) is None
         )
+        if func is torch._has_compatible_shallow_copy_type and self.side(args[0]) != self.side(args[1]):
+            return False  # as of tensors on two devices: `Module.to` then makes a new parameter
         if not copies and {True, False} <= {self.side(x) for x in given if x.dim() > 0}:
             raise MixedError(f"{getattr(func, '__name__', func)}: tensors on the GPU and on the CPU")
         if func is Tensor.numpy and gpu:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -38,6 +39,7 @@ from fastbert.training.data import read_classified, read_tagged
 from fastbert.training.metrics import entity_scores
 from fastbert.training.objectives import Classify, Examples, MaskedLM, Pretrain, Tag
 from fastbert.training.parallel import Processes
+from fastbert.training.word_gradient import WordGradient
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -317,7 +319,8 @@ def test_accumulation_is_one_mean_over_all_labels(
     )
 
     groups = [[0, 1, 2, 3, 4], [5], [6, 7]]
-    record, tokens = run._step(groups)
+    step = run._step(groups)
+    record, tokens = step.record(), step.tokens
     actual = dict(grads)
     whole = objective.batch(examples, [row for rows in groups for row in rows], np.random.default_rng(0))
     assert tokens == whole.packing.tokens
@@ -352,7 +355,7 @@ def test_accumulated_pretraining_weighs_each_loss_by_its_own_labels(settings: Ma
     for i in range(2):
         total = sum(batch.losses(out)[i] * batch.counts[i] for batch, out in zip(batches, outs, strict=True))
         expected += total / sum(batch.counts[i] for batch in batches)
-    record, _ = run._step(groups)
+    record = run._step(groups).record()
     assert record["loss"] == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -420,6 +423,83 @@ def test_a_loss_that_is_not_finite_ends_the_run(settings: Make, tmp_path: Path) 
     with pytest.raises(ArgumentError, match=r"in step \d+; expected finite numbers\. Lower lr"):
         train(settings(lr=1e30, warmup=0.0))
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def broken_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Have the gradient of that step be NaN."""
+    clip, seen = WordGradient.clip, []
+
+    def clipped(self: WordGradient, parameters: Any, max_norm: float) -> Tensor:
+        parameters = list(parameters)
+        seen.append(0)
+        if len(seen) == step:
+            parameters[-1].grad.view(-1)[0] = torch.nan
+        return clip(self, parameters, max_norm)
+
+    patch.setattr(WordGradient, "clip", clipped)
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings()
+    objective = Classify(Path(given.model), 48, CPU)
+    examples = objective.read_training(Path(given.train))
+    run = loop._Run(given, objective, objective.model(), examples, None, Processes())
+    broken_at(2, monkeypatch)
+    run._step([[0, 1, 2]]).record()
+    before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()["state"]))
+    broken = run._step([[3, 4]])
+    after = run.model.state_dict(), run.optimizer.state_dict()["state"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    with pytest.raises(ArgumentError, match="gradient of norm nan in step 1"):  # the state counts in `go`
+        broken.record()
+    run._step([[3, 4]]).record()
+    assert not torch.equal(run.model.state_dict()["classifier.weight"], before[0]["classifier.weight"])
+
+
+@pytest.mark.parametrize("every", [1, 2, 500])
+def test_the_step_that_broke_is_named_and_nothing_of_it_is_written(
+    every: int, settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it is looked at when the next one is under way."""
+    broken_at(4, monkeypatch)
+    with pytest.raises(ArgumentError, match="gradient of norm nan in step 4;"):
+        train(settings(checkpoint_every=every))
+    assert [record["step"] for record in records(tmp_path / "out")] == [1, 2, 3]
+    found = [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")]
+    assert found == {1: ["checkpoint-3"], 2: ["checkpoint-2"], 500: []}[every]
+
+
+def test_a_step_is_looked_at_when_the_next_is_under_way(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a GPU has work while the host waits; but before a measurement, a checkpoint, the end of an epoch."""
+    seen: list[tuple[str, int]] = []
+    step, record, measure = loop._Run._step, loop._Step.record, loop._Run._measure
+
+    def stepping(self: Any, groups: Any) -> Any:
+        done = step(self, groups)
+        seen.append(("step", done.step))
+        return done
+
+    def reading(self: Any) -> Any:
+        seen.append(("read", self.step))
+        return record(self)
+
+    def measuring(self: Any, *rest: Any) -> Any:
+        seen.append(("measure", self.state.step))
+        return measure(self, *rest)
+
+    monkeypatch.setattr(loop._Run, "_step", stepping)
+    monkeypatch.setattr(loop._Step, "record", reading)
+    monkeypatch.setattr(loop._Run, "_measure", measuring)
+    steps = train(settings(epochs=1, eval_every=4))["step"]
+    assert steps > 5
+    assert seen[:12] == [
+        ("step", 1), ("step", 2), ("read", 1), ("step", 3), ("read", 2), ("step", 4), ("read", 3), ("read", 4),
+        ("measure", 4), ("step", 5), ("step", 6), ("read", 5),
+    ]  # fmt: skip
+    assert seen[-2:] == [("read", steps), ("measure", steps)]
+    assert [number for what, number in seen if what == "read"] == list(range(1, steps + 1))
 
 
 def test_long_texts_are_said(settings: Make) -> None:

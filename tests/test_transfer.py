@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,19 @@ import tiny_bert
 import torch
 from stand_in import GPU, StandIn
 
-from fastbert import backend, tasks
+from fastbert import backend, heads, tasks
 from fastbert.checkpoints.load import load, save
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification
+from fastbert.ops import cross_entropy
 from fastbert.packing import Packing
 from fastbert.sentence import Mode
 from fastbert.tasks import TextClassifier, TextEncoder, TextScorer, TextTagger, gpu_batch_tokens
 from fastbert.text import Tokens
+from fastbert.training import Settings, loop
+from fastbert.training.objectives import OBJECTIVES, Task
+from fastbert.training.parallel import Processes
+from fastbert.training.word_gradient import WordGradient
 from fastbert.transfer import send
 
 TEXTS = [f"the {word} was {'very ' * (i % 7)}{tiny_bert.GOOD[i % 3]}" for i, word in enumerate(tiny_bert.PLAIN)]
@@ -138,3 +145,41 @@ def test_a_batch_for_a_gpu_is_as_large_as_it_needs_and_as_the_memory_allows() ->
     fits = gpu_batch_tokens(large, 4, 4 * GIB)
     assert 4096 < fits < 32768 and fits * (4096 + 5 * 1024) * 4 <= 4 * GIB / 10
     assert gpu_batch_tokens(large, 4, 2**20) == 1024
+
+
+@pytest.mark.parametrize("task", ["tag", "pretrain"])
+def test_a_training_step_waits_once_when_it_is_looked_at(
+    task: Task, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batch goes by one copy; what counts of masked tokens, and the pairs' labels, by one more each."""
+    clip = WordGradient.clip
+
+    def clipped(self: WordGradient, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+        parameters = list(parameters)
+        for parameter in parameters:  # whose gradients C++ made
+            if parameter.grad is not None:
+                stand_in.place(parameter.grad, True)
+        return clip(self, parameters, max_norm)
+
+    monkeypatch.setattr(WordGradient, "clip", clipped)
+    for module in (heads, cross_entropy):  # which looks at labels' values on a CPU only
+        monkeypatch.setattr(module, "check_labels", lambda *_, **__: None)
+    file = tmp_path / ("train.conll" if task == "tag" else "train.txt")
+    (tiny_bert.names if task == "tag" else tiny_bert.stories)(file, 8, 0)
+    folder = tiny_bert.make(tmp_path / "model")
+    given = Settings(task, str(folder), str(file), str(tmp_path / "out"), batch_tokens=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        objective = OBJECTIVES[task](folder, 48, GPU)
+        examples = objective.read_training(file)
+        run = loop._Run(given, objective, objective.model(), examples, None, Processes())
+    run._step([[0]]).record()
+    stand_in.waits.clear()
+    stand_in.copies = 0
+    step = run._step([[1, 2]])
+    assert stand_in.copies == (3 if task == "pretrain" else 1)
+    # Of torch's own: clipping and both groups of the optimizer bring a scalar to the device that C++ knows of the
+    # parameters, which on a GPU is the one where it is.
+    assert stand_in.waits == Counter({"copy to the CPU": 3})
+    assert math.isfinite(step.record()["loss"])
+    assert stand_in.waits == Counter({"copy to the CPU": 3, "tolist": 1})

@@ -40,6 +40,7 @@ from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective,
 from fastbert.training.parallel import Parallel, Processes, joined, own_device, shares, spread
 from fastbert.training.sampler import Sampler
 from fastbert.training.word_gradient import WordGradient
+from fastbert.transfer import fetch
 
 Schedule = Literal["linear", "cosine"]
 
@@ -248,6 +249,35 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A step of the optimizer that is under way.
+
+    Attributes:
+        step, epoch: its numbers, from 1.
+        lr: its learning rate.
+        tokens: its tokens.
+        facts: its loss and the norm of its gradient; waits for them.
+    """
+
+    step: int
+    epoch: int
+    lr: float
+    tokens: int
+    facts: Callable[[], list[float]]
+
+    def record(self) -> dict[str, Any]:
+        """Its record in losses.jsonl.
+
+        Raises:
+            ArgumentError: the loss or the norm is not finite.
+        """
+        loss, norm = self.facts()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise _not_finite(f"{loss} with a gradient of norm {norm} in step {self.step}")
+        return {"step": self.step, "epoch": self.epoch, "loss": loss, "norm": norm, "lr": self.lr}
+
+
 class _Run:
     """One run: its model, optimizer and state."""
 
@@ -294,23 +324,33 @@ class _Run:
         with path.open("a", encoding="utf-8") as losses, _bar(progress, self.steps, state.step) as show:
             while state.epoch < settings.epochs and not self._out_of_patience():
                 steps = self.sampler.steps(state.epoch)
+                waiting: _Step | None = None
+                record: dict[str, Any] | None = None
                 while state.index < len(steps):
                     begun = time.monotonic()
-                    record, tokens = self._step(steps[state.index])
-                    state.seconds += time.monotonic() - begun
-                    state.tokens += tokens
+                    step = self._step(steps[state.index])
+                    state.tokens += step.tokens
                     state.index += 1
                     state.step += 1
-                    self._record(record, losses)
-                    show(record["loss"], tokens)
-                    if not progress and time.monotonic() - said > SAID_EVERY:
+                    within = state.index < len(steps)
+                    evaluates = settings.eval_every is not None and state.step % settings.eval_every == 0
+                    checkpoints = state.step % settings.checkpoint_every == 0
+                    # a GPU is waited for when it has the next step, but before the weights are looked at
+                    ended = [waiting, step] if evaluates or checkpoints or not within else [waiting]
+                    for one in ended:
+                        if one is not None:
+                            record = one.record()
+                            self._record(record, losses)
+                            show(record["loss"], one.tokens)
+                    waiting = None if step in ended else step
+                    state.seconds += time.monotonic() - begun
+                    if record is not None and not progress and time.monotonic() - said > SAID_EVERY:
                         left = (time.monotonic() - said) / (state.step - step_said) * (self.steps - state.step)
                         say(self._how_far(record, left))
                         said, step_said = time.monotonic(), state.step
-                    within = state.index < len(steps)
-                    if settings.eval_every and state.step % settings.eval_every == 0 and within:
-                        say(_said(self._measure(record["epoch"], losses)))
-                    if state.step % settings.checkpoint_every == 0 and within:
+                    if evaluates and within:
+                        say(_said(self._measure(state.epoch + 1, losses)))
+                    if checkpoints and within:
                         self._write_checkpoint()
                 self._end_epoch(losses)
                 say(_said(state.metrics))
@@ -364,8 +404,12 @@ class _Run:
         torch.set_rng_state(rng)
         torch.cuda.set_rng_state_all(cuda_rng)
 
-    def _step(self, groups: list[list[int]]) -> tuple[dict[str, Any], int]:
-        """One step of the optimizer: `(its record, its tokens)`; a loss is the mean over all batches' labels."""
+    def _step(self, groups: list[list[int]]) -> _Step:
+        """One step of the optimizer, which a GPU may still be at; a loss is the mean over all batches' labels.
+
+        A step whose loss or gradient is not finite leaves weights and optimizer as they were: the fused optimizers look
+        at `found_inf` on the device, as `torch.amp.GradScaler` has them do.
+        """
         state = self.state
         batches = [self.objective.batch(self.examples, rows, self._random(i)) for i, rows in enumerate(groups)]
         counts = np.sum([batch.counts for batch in batches], axis=0)
@@ -384,17 +428,16 @@ class _Run:
         norm = self.word.clip(self.model.parameters(), self.settings.clip)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
+        facts = torch.stack([processes.sum(torch.stack(losses).sum()), norm])
+        self.optimizer.found_inf = (~facts.isfinite().all()).float()  # type: ignore[attr-defined]
         lr = learning_rate(self.settings, state.step, self.steps)
-        total, norm_value = torch.stack([processes.sum(torch.stack(losses).sum()), norm]).tolist()  # one sync
-        if not (math.isfinite(total) and math.isfinite(norm_value)):
-            raise _not_finite(f"{total} with a gradient of norm {norm_value} in step {state.step + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.word.clear()
-        record = {"step": state.step + 1, "epoch": state.epoch + 1, "loss": total, "norm": norm_value, "lr": lr}
-        return record, sum(batch.packing.tokens for batch in batches)
+        tokens = sum(batch.packing.tokens for batch in batches)
+        return _Step(state.step + 1, state.epoch + 1, lr, tokens, fetch(facts))
 
     def _run(self, batch: Batch, model: nn.Module) -> Any:
         device = self.objective.device.type

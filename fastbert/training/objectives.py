@@ -32,6 +32,7 @@ from fastbert.packing import Packing
 from fastbert.text import SentenceTokens, Tokenizer, Tokens, batches
 from fastbert.training import metrics
 from fastbert.training.data import read_classified, read_documents, read_sentences, read_tagged
+from fastbert.transfer import send
 from fastbert.words import WordRule
 
 MAX_EXPONENT = 700.0  # exp of more is no float64
@@ -65,13 +66,14 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Packed examples, ready for a model with a head.
+    """Packed examples on the CPU, ready for a model with a head.
 
     Attributes:
         ids, types: int64 `[tokens]`; types are None when all are 0.
         packing: their layout.
         labels: int64 `[rows]` or `[tokens]`; None where only the logits are asked for.
         next_sentence: int64 `[rows]`, 1 where the second text is from elsewhere; None but for pretrain.
+        labels_stay: whether the model takes the labels from the CPU, because it looks how many of them count.
     """
 
     ids: Tensor
@@ -79,6 +81,7 @@ class Batch:
     packing: Packing
     labels: Tensor | None
     next_sentence: Tensor | None = None
+    labels_stay: bool = False
 
     @property
     def counts(self) -> list[int]:
@@ -101,21 +104,25 @@ class Batch:
         for x in (labels, next_sentence):
             if x is not None and not places:
                 x.fill_(IGNORED)
-        packing = Packing.from_lengths([end - begin for begin, end in spans], device=self.packing.cu_seqlens.device)
-        return Batch(self.ids[tokens], types, packing, labels, next_sentence)
+        packing = Packing.from_lengths([end - begin for begin, end in spans], device="cpu")
+        return Batch(self.ids[tokens], types, packing, labels, next_sentence, self.labels_stay)
 
     def run(self, model: nn.Module) -> Any:
-        """The model's output, with the loss of `labels`."""
-        device = next(model.parameters()).device
-        types, labels = (None if x is None else x.to(device) for x in (self.types, self.labels))
-        return model(self.ids.to(device), token_type_ids=types, packing=self.packing, labels=labels)
+        """The model's output, with the loss of `labels`; what it reads is sent to its device by one copy."""
+        device, packing = next(model.parameters()).device, self.packing
+        optional = {"token_type_ids": self.types, "labels": None if self.labels_stay else self.labels}
+        given = {name: x for name, x in optional.items() if x is not None}
+        ids, cu_seqlens, indices, *sent = send([self.ids, packing.cu_seqlens, packing.indices, *given.values()], device)
+        packing = Packing.made_right(cu_seqlens, packing.max_seqlen, indices, packing.padded_shape)
+        there: dict[str, Tensor | None] = dict(zip(given, sent, strict=True))
+        return model(ids, packing=packing, **({"labels": self.labels} | there))
 
     def losses(self, out: Any) -> list[Tensor]:
         """The losses of the model's output, as many as `counts`."""
         if self.next_sentence is None:
             return [out.loss]
         logits = out.seq_relationship_logits
-        return [out.loss, cross_entropy(logits, self.next_sentence.to(logits.device))]
+        return [out.loss, cross_entropy(logits, *send([self.next_sentence], logits.device))]
 
 
 class Objective(ABC):
@@ -197,7 +204,7 @@ class Objective(ABC):
         return model
 
     def _packing(self, examples: Examples, rows: list[int]) -> Packing:
-        return Packing.from_lengths(examples.tokens.lengths[rows].tolist(), device=self.device)
+        return Packing.from_lengths(examples.tokens.lengths[rows].tolist(), device="cpu")
 
 
 class Classify(Objective):
@@ -368,7 +375,7 @@ class MaskedLM(Objective):
         """Tokens masked by `random`."""
         ids, types = examples.tokens.packed(rows)
         ids, labels = self.mask(ids, random)
-        return Batch(ids, types, self._packing(examples, rows), labels)
+        return Batch(ids, types, self._packing(examples, rows), labels, labels_stay=True)
 
     def mask(self, ids: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """BERT's masking of int64 `[tokens]`: `(ids, labels)`; at least one is predicted, if any may be."""
@@ -439,10 +446,10 @@ class Pretrain(MaskedLM):
         pairs = [_pair(examples.sentences, row, random) for row in rows]
         ids, labels = self.mask(torch.from_numpy(np.concatenate([ids for ids, _, _ in pairs])), random)
         types = torch.cat([torch.arange(len(ids), device="cpu") >= second for ids, second, _ in pairs]).long()
-        packing = Packing.from_lengths([len(ids) for ids, _, _ in pairs], device=self.device)
+        packing = Packing.from_lengths([len(ids) for ids, _, _ in pairs], device="cpu")
         strangers = [int(stranger) for _, _, stranger in pairs]
         next_sentence = torch.tensor(strangers, dtype=torch.int64, device="cpu")
-        return Batch(ids, types, packing, labels, next_sentence)
+        return Batch(ids, types, packing, labels, next_sentence, labels_stay=True)
 
     def evaluate(self, run: Callable[[Batch], Any], examples: Examples, batch_tokens: int) -> dict[str, float]:
         """`mlm_loss` and its `perplexity`, `next_sentence_loss` and -`_accuracy`, and the sum of the losses, `loss`."""
