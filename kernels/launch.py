@@ -562,7 +562,7 @@ def attention_forward(
 
 
 def attention_regime(max_seqlen: int, *, rows: int, batch: int) -> tuple[bool, bool]:
-    """What `attention_forward` looks at of a batch's sizes: short sequences; sequences of whole tiles and one length."""
+    """What `attention_forward` looks at of a batch's sizes: short sequences; whole tiles and one length."""
     return max_seqlen <= 64, rows == batch * max_seqlen and max_seqlen % 64 == 0
 
 
