@@ -24,7 +24,7 @@ from fastbert.ops.attention import attention, prepare_attention
 from fastbert.ops.common import check_linear
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import linear_layer_norm, prepare_linear_layer_norm
-from fastbert.ops.linear import linear
+from fastbert.ops.linear import linear, with_slack
 from fastbert.ops.linear_gelu import linear_gelu, prepare_linear_gelu
 from fastbert.packing import Packing
 from fastbert.projections import Group, SelfAttention, is_hooked, is_plain
@@ -316,7 +316,7 @@ def call(module: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
     """`module(x)`; in the padded layout where hooks look on, as they would in transformers."""
     if packing is None or not is_hooked(module):
         return cast(Tensor, module(x))
-    return packing.pack(module(packing.unpack(x)))
+    return with_slack(packing.pack(module(packing.unpack(x))), len(x) - packing.tokens)
 
 
 def _probability(dropout: nn.Module | None) -> float:
