@@ -153,6 +153,18 @@ def test_an_encoder_runs_as_a_graph(device: torch.device) -> None:
         assert torch.equal(out, model(x, packing=packing)[0])
 
 
+def test_a_prepared_layer_is_right_under_changing_lengths(device: torch.device) -> None:
+    """The first batch prepares it; those that are of its kind and those that are not go the same long way."""
+    layer = encoder(device).layer[0]
+    for lengths in ([70, 1, 129, 33], [3, 200, 31], [64, 128], [5], [1], [300, 212], [70, 1, 129, 33], [2, 600]):
+        packing = Packing.from_lengths(lengths, device=device)
+        x = torch.randn(packing.tokens + 7, 256, dtype=torch.bfloat16, device=device)
+        rows = torch.arange(packing.tokens, device=device)
+        with torch.inference_mode():
+            got, wanted = layer(x, packing)[: packing.tokens], layer(x, packing, read=rows)
+        torch.testing.assert_close(got, wanted, rtol=2**-7, atol=2**-7)
+
+
 def test_a_graphed_model_is_right_under_changing_lengths(device: torch.device) -> None:
     config = EncoderConfig(hidden_size=256, num_heads=4, num_layers=2, intermediate_size=512)
     model = BertModel(config).to(device, torch.bfloat16).eval()
