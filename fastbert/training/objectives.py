@@ -122,7 +122,8 @@ class Batch:
         if self.next_sentence is None:
             return [out.loss]
         logits = out.seq_relationship_logits
-        return [out.loss, cross_entropy(logits, *send([self.next_sentence], logits.device))]
+        [next_sentence] = send([self.next_sentence], logits.device)
+        return [out.loss, cross_entropy(logits, next_sentence)]
 
 
 class Objective(ABC):
