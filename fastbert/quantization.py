@@ -21,15 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import reference
+from fastbert import backend, reference
 from fastbert.backend import int8_unserved
-from fastbert.config import EncoderConfig
+from fastbert.config import Activation, EncoderConfig
 from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
 from fastbert.layer import EncoderLayer
 from fastbert.native.int8 import Int8Matrix, Int8Rows
-from fastbert.ops.attention import attention
+from fastbert.ops import repeats
+from fastbert.ops.attention import attention, prepare_attention
 from fastbert.ops.common import native_machine, wants_gradient
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.layer_norm import in_float32
@@ -38,6 +39,9 @@ from fastbert.ops.quantize_rows import (
     bias_gelu_quantize,
     layer_norm_quantize,
     linear_quantized,
+    prepare_bias_gelu_quantize,
+    prepare_layer_norm_quantize,
+    prepare_quantize_rows,
     quantize_rows,
 )
 from fastbert.packing import Packing
@@ -149,6 +153,9 @@ class _QuantizedLayer(nn.Module, Generic[Quantized]):
         self.output_norm = parts.output_norm
 
 
+_APPROXIMATE: dict[Activation, reference.Approximate] = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
 class Fp8Layer(_QuantizedLayer[Fp8Linear]):
     """An `EncoderLayer` whose products are in fp8."""
 
@@ -160,6 +167,10 @@ class Fp8Layer(_QuantizedLayer[Fp8Linear]):
     ) -> tuple[Tensor, QuantizedRows]:
         """As `EncoderLayer.forward`, with the input and the result quantized beside them."""
         config = self.config
+        if bias is None and read is None:
+            prepared = self._run_prepared(x, quantized, packing)
+            if prepared is not None:
+                return prepared
         qkv = self.qkv(quantized, x.dtype, add_bias=True).view(-1, 3, config.num_heads, config.head_dim)
         context = attention(qkv, packing, bias=bias).flatten(1)
         if read is not None:
@@ -167,12 +178,58 @@ class Fp8Layer(_QuantizedLayer[Fp8Linear]):
         x, quantized = _project_add_norm(quantize_rows(context), self.attention_output, x, self.attention_norm)
         return _project_add_norm(self._activate(quantized, x.dtype), self.output, x, self.output_norm)
 
+    def _run_prepared(
+        self, x: Tensor, quantized: QuantizedRows, packing: Packing
+    ) -> tuple[Tensor, QuantizedRows] | None:
+        """`forward` without options where the kernels serve all of it; else None. See `EncoderLayer._run_prepared`."""
+        if backend.decide(x.device).path != "triton":
+            return None
+        config, rows = self.config, len(x)
+        widest = max(3 * config.hidden_size, config.intermediate_size)
+        kind = (
+            Fp8Layer, config.num_heads, config.activation, self.attention_norm.eps, self.output_norm.eps,
+            repeats.rows_kind(rows, widest * x.element_size()),
+            launch.attention_regime(packing.max_seqlen, rows=rows, batch=packing.batch),
+            rows < packing.tokens,  # which is an error, each time
+        )  # fmt: skip
+        states = x, *quantized, packing.cu_seqlens
+        weights = *self.parameters(), *self.buffers()
+        run = repeats.prepared(kind, states, weights, lambda: self._prepare(x, packing))
+        return None if run is None else cast(tuple[Tensor, QuantizedRows], run(self, x, quantized, packing))
+
+    def _prepare(self, x: Tensor, packing: Packing) -> repeats.Run | None:
+        """`forward` without options as a function of a layer and its arguments; None: a kernel can't serve a part."""
+        config, approximate = self.config, _APPROXIMATE.get(self.config.activation)
+        heads, head_dim, dtype = config.num_heads, config.head_dim, x.dtype
+        if approximate is None:
+            return None
+        attend = prepare_attention(x.new_empty((len(x), 3, heads, head_dim)), packing)
+        quantize_context = prepare_quantize_rows(x)
+        activate = prepare_bias_gelu_quantize(
+            x.new_empty((len(x), config.intermediate_size)), self.intermediate.bias, approximate=approximate
+        )
+        add_context = prepare_layer_norm_quantize(x, x, self.attention_output.bias, eps=self.attention_norm.eps)
+        add_output = prepare_layer_norm_quantize(x, x, self.output.bias, eps=self.output_norm.eps)
+        if attend is None or quantize_context is None or activate is None or add_context is None or add_output is None:
+            return None
+
+        def run(layer: Fp8Layer, x: Tensor, quantized: QuantizedRows, packing: Packing) -> tuple[Tensor, QuantizedRows]:
+            norm, output_norm = layer.attention_norm, layer.output_norm
+            qkv = layer.qkv(quantized, dtype, add_bias=True).view(-1, 3, heads, head_dim)
+            context = quantize_context(attend(qkv, packing).view(x.shape))
+            product = layer.attention_output(context, dtype, add_bias=False)
+            x, quantized = add_context(product, norm.weight, norm.bias, x, layer.attention_output.bias)
+            wide = activate(layer.intermediate(quantized, dtype, add_bias=False), layer.intermediate.bias)
+            product = layer.output(wide, dtype, add_bias=False)
+            return add_output(product, output_norm.weight, output_norm.bias, x, layer.output.bias)
+
+        return run
+
     def _activate(self, x: QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
         match self.config.activation:
             case "gelu" | "gelu_tanh" as activation:
                 product = self.intermediate(x, dtype, add_bias=False)
-                approximate: reference.Approximate = "none" if activation == "gelu" else "tanh"
-                return bias_gelu_quantize(product, self.intermediate.bias, approximate=approximate)
+                return bias_gelu_quantize(product, self.intermediate.bias, approximate=_APPROXIMATE[activation])
             case "relu":
                 return quantize_rows(F.relu(self.intermediate(x, dtype, add_bias=True)))
             case "silu":

@@ -132,25 +132,22 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor | None, *, approximate: str = "no
 
     Takes the arguments of `bias_gelu_forward`, and returns its result before it is rounded, as `quantize_rows` does.
     """
-    rows, width = x.shape
     x = target.aligned(x)
-    values = x.new_empty((rows, width), dtype=torch.float8_e4m3fn)
-    scale = x.new_empty(rows, dtype=torch.float32)
-    if rows == 0:
-        return values, scale
+    bias = None if bias is None else bias.contiguous()
+    return prepare_bias_gelu_quantize(x, bias, approximate=approximate)(x, bias)
+
+
+def prepare_bias_gelu_quantize(
+    x: Tensor, bias: Tensor | None, *, approximate: str = "none"
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """`bias_gelu_quantize` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
+
+    Their rows must be of one `launch.number_kind`.
+    """
+    width, x_stride_row, block = x.shape[1], x.stride(0), launch.row_block(x.shape[1])
     choice = launch.quantize_rows(width, x.dtype, target.of(x.device))
-    block = launch.row_block(width)
-    dispatch(
+    start = Prepared(
         bias_gelu_forward_kernel,
-        (-(-rows // choice.ROWS), 1, 1),
-        x,
-        None if bias is None else bias.contiguous(),
-        values,
-        scale,
-        x.stride(0),
-        values.stride(0),
-        rows,
-        width,
         BLOCK=block,
         HAS_BIAS=bias is not None,
         TANH=approximate == "tanh",
@@ -159,7 +156,16 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor | None, *, approximate: str = "no
         QUANTIZE=True,
         **launch.arguments(choice),
     )
-    return values, scale
+
+    def run(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = len(x)
+        values = x.new_empty((rows, width), dtype=torch.float8_e4m3fn)
+        scale = x.new_empty(rows, dtype=torch.float32)
+        if rows > 0:
+            start((-(-rows // choice.ROWS), 1, 1), x, bias, values, scale, x_stride_row, width, rows, width)
+        return values, scale
+
+    return run
 
 
 @triton.jit

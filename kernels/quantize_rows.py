@@ -6,13 +6,15 @@ and the embeddings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import launch, target
-from fastbert.kernels.dispatch import dispatch
+from fastbert.kernels.dispatch import Prepared
 from fastbert.kernels.pieces import quantize
 
 
@@ -49,24 +51,25 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Values, float8_e4m3fn `[rows, width]`, and scales, float32 `[rows]`: their product is about `x`.
     """
-    rows, width = x.shape
     x = target.aligned(x)
-    values = x.new_empty((rows, width), dtype=torch.float8_e4m3fn)
-    scale = x.new_empty(rows, dtype=torch.float32)
-    if rows == 0:
-        return values, scale
+    return prepare_quantize_rows(x)(x)
+
+
+def prepare_quantize_rows(x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """`quantize_rows` as a function of tensors that are as this one but for contents and rows, 16-byte aligned.
+
+    Their rows must be of one `launch.number_kind`.
+    """
+    width, x_stride_row = x.shape[1], x.stride(0)
     choice = launch.quantize_rows(width, x.dtype, target.of(x.device))
-    dispatch(
-        quantize_rows_kernel,
-        (-(-rows // choice.ROWS), 1, 1),
-        x,
-        values,
-        scale,
-        x.stride(0),
-        values.stride(0),
-        rows,
-        WIDTH=width,
-        BLOCK=launch.row_block(width),
-        **launch.arguments(choice),
-    )
-    return values, scale
+    start = Prepared(quantize_rows_kernel, WIDTH=width, BLOCK=launch.row_block(width), **launch.arguments(choice))
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = len(x)
+        values = x.new_empty((rows, width), dtype=torch.float8_e4m3fn)
+        scale = x.new_empty(rows, dtype=torch.float32)
+        if rows > 0:
+            start((-(-rows // choice.ROWS), 1, 1), x, values, scale, x_stride_row, width, rows)
+        return values, scale
+
+    return run

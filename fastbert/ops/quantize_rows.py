@@ -6,6 +6,7 @@ to test accuracy; it is slow. Nothing here has a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,46 @@ def linear_quantized(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | Non
         )
     out = (x.values.float() @ weight.values.float().t()) * x.scale[:, None] * weight.scale
     return (out if bias is None else out + bias).to(dtype)
+
+
+def prepare_quantize_rows(x: Tensor) -> Callable[[Tensor], QuantizedRows] | None:
+    """`quantize_rows` as a function of tensors of one kind, see `repeats`; None: the kernel can't serve it."""
+    from fastbert.kernels import quantize_rows as kernel
+
+    check_rows("x", x)
+    if not backend.uses_triton("quantize_rows", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+        return None
+    start = kernel.prepare_quantize_rows(x)
+    return lambda x: QuantizedRows(*start(x))
+
+
+def prepare_layer_norm_quantize(
+    x: Tensor, residual: Tensor, x_bias: Tensor, *, eps: float
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, QuantizedRows]] | None:
+    """`layer_norm_quantize` as a function of x, weight, bias, residual and x_bias; as `prepare_quantize_rows`."""
+    from fastbert.kernels import layer_norm as kernel
+
+    if not backend.uses_triton("layer_norm_quantize", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+        return None
+    start = kernel.prepare_layer_norm_forward(x, residual=residual, x_bias=x_bias, eps=eps, quantize=True)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, x_bias: Tensor) -> tuple[Tensor, QuantizedRows]:
+        quantized = QuantizedRows(*_empty(x))
+        return start(x, weight, bias, residual, x_bias, None, None, *quantized)[0], quantized
+
+    return run
+
+
+def prepare_bias_gelu_quantize(
+    x: Tensor, bias: Tensor, *, approximate: Approximate = "none"
+) -> Callable[[Tensor, Tensor], QuantizedRows] | None:
+    """`bias_gelu_quantize` as a function of x and bias; as `prepare_quantize_rows`."""
+    from fastbert.kernels import bias_gelu as kernel
+
+    if not backend.uses_triton("bias_gelu_quantize", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+        return None
+    start = kernel.prepare_bias_gelu_quantize(x, bias, approximate=approximate)
+    return lambda x, bias: QuantizedRows(*start(x, bias))
 
 
 @torch.library.custom_op("fastbert::quantize_rows_forward", mutates_args=())

@@ -1,0 +1,103 @@
+"""Layers in fp8 are prepared once, as others are, and give the very results of the long way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbert import backend
+from fastbert.config import EncoderConfig
+from fastbert.encoder import Encoder
+from fastbert.errors import ArgumentError
+from fastbert.kernels.target import interpreted
+from fastbert.ops import repeats
+from fastbert.packing import Packing
+from fastbert.quantization import Fp8Layer, quantize
+
+pytestmark = pytest.mark.skipif(not interpreted(), reason="the kernels need Triton's interpreter here")
+
+HIDDEN = 32
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Rows of each call that a layer was prepared for, on the Triton path and with nothing kept from before."""
+    rows: list[int] = []
+    prepare = Fp8Layer._prepare
+
+    def noted(layer: Fp8Layer, x: Tensor, packing: Packing) -> Any:
+        rows.append(len(x))
+        return prepare(layer, x, packing)
+
+    monkeypatch.setattr(Fp8Layer, "_prepare", noted)
+    monkeypatch.setattr(repeats, "_kept", {})
+    with backend.use_backend("triton"), torch.no_grad():
+        yield rows
+
+
+def encoder(**changes: Any) -> Encoder:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "num_heads": 2, "intermediate_size": 48, "num_layers": 2}
+    made = Encoder(EncoderConfig(**(sizes | changes))).eval()
+    for parameter in made.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return quantize(made, dtype="fp8")
+
+
+def the_long_way(encoder: Encoder, x: Tensor, packing: Packing) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fp8Layer, "_run_prepared", lambda *_: None)
+        return encoder.run(x, packing)
+
+
+def same(encoder: Encoder, x: Tensor, packing: Packing) -> None:
+    real = slice(packing.tokens)
+    for got, wanted in zip(encoder.run(x, packing), the_long_way(encoder, x, packing), strict=True):
+        assert torch.equal(got[real], wanted[real])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_batches_of_any_size_and_layers_of_one_kind_share_what_is_prepared(
+    activation: str, prepared: list[int], nan_empty: None
+) -> None:
+    made = encoder(activation=activation)
+    for lengths, slack in (([20, 3, 18], 0), ([3, 17], 1), ([1] * 9, 0), ([5], 8)):
+        same(made, torch.randn(sum(lengths) + slack, HIDDEN), Packing.from_lengths(lengths))
+    assert prepared == [41]
+    same(made, torch.randn(32, HIDDEN), Packing.from_lengths([20, 12]))
+    assert prepared == [41, 32], "a multiple of 16"
+
+
+def test_other_activations_go_the_long_way(prepared: list[int]) -> None:
+    made = encoder(activation="relu")
+    same(made, torch.randn(9, HIDDEN), Packing.from_lengths([4, 5]))
+    assert repeats._kept == {}
+
+
+def test_weights_may_change(prepared: list[int]) -> None:
+    made, x, packing = encoder(), torch.randn(9, HIDDEN), Packing.from_lengths([4, 5])
+    before = made.run(x, packing)[-1]
+    layer: Any = made.layer[1]
+    layer.output_norm.weight.mul_(2.0)
+    layer.intermediate.bias = torch.nn.Parameter(torch.randn(48))
+    layer.qkv.scale.copy_((layer.qkv.scale.view(torch.float32) * 2.0).view(torch.int32))
+    assert not torch.equal(made.run(x, packing)[-1], before)
+    same(made, x, packing)
+    assert len(prepared) == 1
+
+
+def test_a_wrong_call_is_refused_each_time() -> None:
+    made = encoder()
+    made.run(torch.randn(9, HIDDEN), Packing.from_lengths([4, 5]))
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="qkv"):
+            made.run(torch.randn(7, HIDDEN), Packing.from_lengths([4, 5]))
+
+
+def test_an_empty_batch() -> None:
+    for _ in range(2):
+        assert encoder().run(torch.randn(0, HIDDEN), Packing.from_lengths([]))[-1].shape == (0, HIDDEN)
