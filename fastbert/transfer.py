@@ -47,12 +47,11 @@ def fetch(x: Tensor) -> Callable[[], Any]:
 
     `x` must not change until then, on a CPU.
     """
-    if x.device.type != "cuda":
+    if x.device.type not in PINNED_FOR:
         return x.tolist
     here = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
     here.copy_(x, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(x.device))
+    copied = torch.cuda.current_stream(x.device).record_event()
 
     def numbers() -> Any:
         copied.synchronize()

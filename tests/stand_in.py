@@ -3,7 +3,8 @@
 Inside `StandIn` the device `cpu:0` plays the GPU. A tensor that was made there, or computed from one, is on it, and
 says so (`x.device`). What a GPU would refuse is an error: an op on tensors of both devices, and `.numpy()`. What makes
 the host wait for a GPU is counted: `.item()`, `.tolist()`, a truth value, a boolean index, a copy to the CPU or from
-memory that is not pinned.
+memory that is not pinned, an event. What is copied to pinned memory without waiting is NaN (or -1) there until an event
+that was recorded later is waited for.
 
 A tensor is known by its storage. Of one that C++ made (a gradient, say) nothing is known, and nothing is refused.
 """
@@ -40,6 +41,31 @@ class MixedError(RuntimeError):
     """Tensors of both devices where a GPU would refuse them."""
 
 
+class Event:
+    """What plays an event of CUDA: the copies to the CPU that were under way when it was recorded."""
+
+    def __init__(self, stand_in: StandIn) -> None:
+        self._stand_in, self._copies = stand_in, list(stand_in.under_way)
+
+    def synchronize(self) -> None:
+        """Wait for them."""
+        self._stand_in.waits["event"] += 1
+        with torch._C.DisableTorchFunction():
+            for there, values in self._copies:
+                there.copy_(values)
+
+
+class Stream:
+    """What plays a stream of CUDA."""
+
+    def __init__(self, stand_in: StandIn) -> None:
+        self._stand_in = stand_in
+
+    def record_event(self) -> Event:
+        """An event behind all that is queued."""
+        return Event(self._stand_in)
+
+
 class StandIn(TorchFunctionMode):
     """See above.
 
@@ -52,6 +78,7 @@ class StandIn(TorchFunctionMode):
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.copies = 0
+        self.under_way: list[tuple[Tensor, Tensor]] = []  # copies to the CPU: where to, and what will be there
         self._pinned: list[StorageWeakRef] = []
         self._on_gpu: dict[int, tuple[StorageWeakRef, bool]] = {}
 
@@ -63,12 +90,18 @@ class StandIn(TorchFunctionMode):
         self._launch = GridExecutor.__call__
         GridExecutor.__call__ = launched
         transfer.PINNED_FOR.add(GPU.type)
+        self._stream = torch.cuda.current_stream
+        torch.cuda.current_stream = lambda device=None: Stream(self)
+        self._group = torch._C._group_tensors_by_device_and_dtype
+        torch._C._group_tensors_by_device_and_dtype = self._grouped
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         transfer.PINNED_FOR.discard(GPU.type)
+        torch.cuda.current_stream = self._stream
+        torch._C._group_tensors_by_device_and_dtype = self._group
         GridExecutor.__call__ = self._launch
 
     def side(self, x: Tensor) -> bool | None:
@@ -96,6 +129,28 @@ class StandIn(TorchFunctionMode):
             self._on_gpu[storage._cdata] = (StorageWeakRef(storage), gpu)
         return x
 
+    def _grouped(self, lists: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
+        """What C++ makes of an optimizer's tensors, whose device it does not ask us for."""
+        found = self._group(lists, with_indices)
+        return {
+            (GPU if any(map(self.side, tensors(group))) else device, dtype): group
+            for (device, dtype), group in found.items()
+        }
+
+    def _copied(self, there: Tensor, x: Tensor, non_blocking: bool) -> None:
+        """Count a copy from one side to the other, which has been made."""
+        sides = self.side(there), self.side(x)
+        if sides not in ((True, False), (False, True)):
+            return
+        if not non_blocking or not self.is_pinned(x if sides[0] else there):
+            self.waits["copy of pageable memory" if sides[0] else "copy to the CPU"] += 1
+        elif sides[0]:
+            self.copies += 1
+        else:
+            with torch._C.DisableTorchFunction():
+                self.under_way.append((there, x.clone()))
+                there.fill_(torch.nan if there.is_floating_point() else -1)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -121,6 +176,8 @@ class StandIn(TorchFunctionMode):
         out = args[0].clone() if func is Tensor.pin_memory else func(*args, **kwargs)
         if pinned:
             self._pinned.append(StorageWeakRef(out.untyped_storage()))
+        if func is Tensor.copy_:
+            self._copied(*args[:2], bool(kwargs.get("non_blocking", False)))
         if func in (Tensor.copy_, Tensor.__setitem__):
             return out
         asked = device_of(func, args, kwargs)

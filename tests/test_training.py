@@ -454,27 +454,63 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     with pytest.raises(ArgumentError, match="gradient of norm nan in step 1"):  # the state counts in `go`
         broken.record()
-    run._step([[3, 4]]).record()
-    assert not torch.equal(run.model.state_dict()["classifier.weight"], before[0]["classifier.weight"])
+    run._step([[5]])  # nor does one that was under way when the broken one was looked at change anything
+    after = run.model.state_dict(), run.optimizer.state_dict()["state"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("every", [1, 2, 500])
+@pytest.mark.parametrize("every", [1, 2, 3, 500])
 def test_the_step_that_broke_is_named_and_nothing_of_it_is_written(
     every: int, settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though it is looked at when the next one is under way."""
+    """Though it is looked at when the next one is under way, which leaves the weights as they were before it too."""
+    weights: list[dict[str, Tensor]] = []
+    runs: list[Any] = []
+    step = loop._Run._step
+
+    def noted(self: Any, groups: Any) -> Any:
+        runs.append(self)
+        weights.append({name: parameter.detach().clone() for name, parameter in self.model.named_parameters()})
+        return step(self, groups)
+
+    monkeypatch.setattr(loop._Run, "_step", noted)
     broken_at(4, monkeypatch)
     with pytest.raises(ArgumentError, match="gradient of norm nan in step 4;"):
         train(settings(checkpoint_every=every))
+    assert len(weights) == (5 if 4 % every else 4)  # a checkpoint looks before there is a next one
+    torch.testing.assert_close(dict(runs[0].model.named_parameters()), weights[3], rtol=0, atol=0)
     assert [record["step"] for record in records(tmp_path / "out")] == [1, 2, 3]
+    last = 3 // every * every
     found = [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")]
-    assert found == {1: ["checkpoint-3"], 2: ["checkpoint-2"], 500: []}[every]
+    assert found == ([f"checkpoint-{last}"] if last else [])
+    if last:
+        saved = torch.load(tmp_path / "out" / found[0] / "state.pt", weights_only=True)["model"]
+        for name, expected in weights[last].items():
+            assert torch.equal(saved[name], expected), name
+
+
+def test_the_last_step_is_written_down_when_a_run_is_interrupted(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = loop._Run._step
+
+    def stopping(self: Any, groups: Any) -> Any:
+        if self.state.step == 3:
+            raise KeyboardInterrupt
+        return step(self, groups)
+
+    monkeypatch.setattr(loop._Run, "_step", stopping)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(), say=said.append)
+    assert said[-1].startswith("ended at step 3;")
+    assert [record["step"] for record in records(tmp_path / "out")] == [1, 2, 3]
 
 
 def test_a_step_is_looked_at_when_the_next_is_under_way(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a GPU has work while the host waits; but before a measurement, a checkpoint, the end of an epoch."""
     seen: list[tuple[str, int]] = []
-    step, record, measure = loop._Run._step, loop._Step.record, loop._Run._measure
+    step, record, evaluate = loop._Run._step, loop._Step.record, loop._Run._evaluate
 
     def stepping(self: Any, groups: Any) -> Any:
         done = step(self, groups)
@@ -485,13 +521,13 @@ def test_a_step_is_looked_at_when_the_next_is_under_way(settings: Make, monkeypa
         seen.append(("read", self.step))
         return record(self)
 
-    def measuring(self: Any, *rest: Any) -> Any:
+    def evaluating(self: Any) -> Any:
         seen.append(("measure", self.state.step))
-        return measure(self, *rest)
+        return evaluate(self)
 
     monkeypatch.setattr(loop._Run, "_step", stepping)
     monkeypatch.setattr(loop._Step, "record", reading)
-    monkeypatch.setattr(loop._Run, "_measure", measuring)
+    monkeypatch.setattr(loop._Run, "_evaluate", evaluating)
     steps = train(settings(epochs=1, eval_every=4))["step"]
     assert steps > 5
     assert seen[:12] == [

@@ -305,6 +305,10 @@ class _Run:
         self.sampler = Sampler(examples.tokens.lengths, settings.batch_tokens, settings.accumulate, settings.seed)
         self.steps = sum(len(self.sampler.steps(epoch)) for epoch in range(settings.epochs))
         self.state = State()
+        self.waiting: _Step | None = None  # the last step, until its loss is written down
+        self.report: Callable[[dict[str, Any], int], None] = lambda record, tokens: None  # takes each step's, in order
+        # 1.0 from the first step on whose loss or gradient is not finite, where the weights are
+        self.broken = torch.zeros((), device=next(model.parameters()).device)
 
     @property
     def writes(self) -> bool:
@@ -322,38 +326,41 @@ class _Run:
         path = self.out / LOSSES if self.writes else Path(os.devnull)
         said, step_said = time.monotonic(), state.step
         with path.open("a", encoding="utf-8") as losses, _bar(progress, self.steps, state.step) as show:
-            while state.epoch < settings.epochs and not self._out_of_patience():
-                steps = self.sampler.steps(state.epoch)
-                waiting: _Step | None = None
-                record: dict[str, Any] | None = None
-                while state.index < len(steps):
-                    begun = time.monotonic()
-                    step = self._step(steps[state.index])
-                    state.tokens += step.tokens
-                    state.index += 1
-                    state.step += 1
-                    within = state.index < len(steps)
-                    evaluates = settings.eval_every is not None and state.step % settings.eval_every == 0
-                    checkpoints = state.step % settings.checkpoint_every == 0
-                    # a GPU is waited for when it has the next step, but before the weights are looked at
-                    ended = [waiting, step] if evaluates or checkpoints or not within else [waiting]
-                    for one in ended:
-                        if one is not None:
-                            record = one.record()
-                            self._record(record, losses)
-                            show(record["loss"], one.tokens)
-                    waiting = None if step in ended else step
-                    state.seconds += time.monotonic() - begun
-                    if record is not None and not progress and time.monotonic() - said > SAID_EVERY:
-                        left = (time.monotonic() - said) / (state.step - step_said) * (self.steps - state.step)
-                        say(self._how_far(record, left))
-                        said, step_said = time.monotonic(), state.step
-                    if evaluates and within:
-                        say(_said(self._measure(state.epoch + 1, losses)))
-                    if checkpoints and within:
-                        self._write_checkpoint()
-                self._end_epoch(losses)
-                say(_said(state.metrics))
+
+            def report(record: dict[str, Any], tokens: int) -> None:
+                nonlocal said, step_said
+                self._record(record, losses)
+                show(record["loss"], tokens)
+                step, now = record["step"], time.monotonic()
+                if not progress and now - said > SAID_EVERY:
+                    left = (now - said) / (step - step_said) * (self.steps - step)
+                    say(self._how_far(record, left))
+                    said, step_said = now, step
+
+            self.report = report
+            try:
+                while state.epoch < settings.epochs and not self._out_of_patience():
+                    steps = self.sampler.steps(state.epoch)
+                    while state.index < len(steps):
+                        begun = time.monotonic()
+                        step = self._step(steps[state.index])
+                        state.seconds += time.monotonic() - begun
+                        state.tokens += step.tokens
+                        state.index += 1
+                        state.step += 1
+                        self._settle()  # the step before, now that a GPU has the next one
+                        self.waiting = step
+                        within = state.index < len(steps)
+                        if settings.eval_every and state.step % settings.eval_every == 0 and within:
+                            say(_said(self._measure(state.epoch + 1, losses)))
+                        if state.step % settings.checkpoint_every == 0 and within:
+                            self._write_checkpoint()
+                    self._end_epoch(losses)
+                    say(_said(state.metrics))
+            except (KeyboardInterrupt, SystemExit):
+                if self.processes.count == 1:  # of several, one that is gone may keep a step from ending
+                    self._settle()
+                raise
         if self.writes and self.objective.complaint:
             warnings.warn(
                 f"{self.objective.complaint}: it has learned nothing. Try more epochs, or another lr", stacklevel=3
@@ -407,8 +414,9 @@ class _Run:
     def _step(self, groups: list[list[int]]) -> _Step:
         """One step of the optimizer, which a GPU may still be at; a loss is the mean over all batches' labels.
 
-        A step whose loss or gradient is not finite leaves weights and optimizer as they were: the fused optimizers look
-        at `found_inf` on the device, as `torch.amp.GradScaler` has them do.
+        A step whose loss or gradient is not finite leaves weights and optimizer as they were, and so does each step
+        after it, which may be under way before the loss is read: the fused optimizers look at `found_inf` on the
+        device, as `torch.amp.GradScaler` has them do.
         """
         state = self.state
         batches = [self.objective.batch(self.examples, rows, self._random(i)) for i, rows in enumerate(groups)]
@@ -429,7 +437,8 @@ class _Run:
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         facts = torch.stack([processes.sum(torch.stack(losses).sum()), norm])
-        self.optimizer.found_inf = (~facts.isfinite().all()).float()  # type: ignore[attr-defined]
+        self.broken = torch.maximum(self.broken, (~facts.isfinite().all()).float())
+        self.optimizer.found_inf = self.broken  # type: ignore[attr-defined]
         lr = learning_rate(self.settings, state.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -438,6 +447,20 @@ class _Run:
         self.word.clear()
         tokens = sum(batch.packing.tokens for batch in batches)
         return _Step(state.step + 1, state.epoch + 1, lr, tokens, fetch(facts))
+
+    def _settle(self) -> None:
+        """Write down the step that is waiting for it, if one is; what looks at weights or losses comes after this.
+
+        Raises:
+            ArgumentError: its loss or the norm of its gradient is not finite.
+        """
+        if self.waiting is None:
+            return
+        step, self.waiting = self.waiting, None
+        begun = time.monotonic()
+        record = step.record()
+        self.state.seconds += time.monotonic() - begun
+        self.report(record, step.tokens)
 
     def _run(self, batch: Batch, model: nn.Module) -> Any:
         device = self.objective.device.type
@@ -449,6 +472,7 @@ class _Run:
         return np.random.default_rng((self.settings.seed, self.state.epoch, self.state.index, batch))
 
     def _end_epoch(self, losses: IO[str]) -> None:
+        self._settle()
         state = self.state
         state.epoch += 1
         state.index = 0
@@ -473,6 +497,7 @@ class _Run:
 
     def _check_weights(self) -> None:
         """Raise ArgumentError if a step has left a weight that is not finite: nothing of it is saved."""
+        self._settle()
         mine = [x.to_local() if isinstance(x, DTensor) else x for x in self.model.parameters()]
         broken = torch.stack([~x.isfinite().all() for x in mine]).sum()
         if self.processes.sum(broken).item():
@@ -498,7 +523,7 @@ class _Run:
     def _how_far(self, record: dict[str, Any], left: float) -> str:
         speed = self.state.tokens / self.state.seconds
         return (
-            f"step {self.state.step} of {self.steps}, epoch {record['epoch']}, loss {record['loss']:.4f}, "
+            f"step {record['step']} of {self.steps}, epoch {record['epoch']}, loss {record['loss']:.4f}, "
             f"{speed:,.0f} tokens/s, about {timedelta(seconds=round(left))} left"
         )
 
