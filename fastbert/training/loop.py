@@ -308,7 +308,7 @@ class _Run:
         self.waiting: _Step | None = None  # the last step, until its loss is written down
         self.report: Callable[[dict[str, Any], int], None] = lambda record, tokens: None  # takes each step's, in order
         # 1.0 from the first step on whose loss or gradient is not finite, where the weights are
-        self.broken = torch.zeros((), device=next(model.parameters()).device)
+        self.broken = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
 
     @property
     def writes(self) -> bool:
