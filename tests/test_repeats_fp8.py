@@ -12,7 +12,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder
-from fastbert.errors import ArgumentError
+from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels.target import interpreted
 from fastbert.ops import repeats
 from fastbert.packing import Packing
@@ -48,10 +48,10 @@ def encoder(**changes: Any) -> Encoder:
     return quantize(made, dtype="fp8")
 
 
-def the_long_way(encoder: Encoder, x: Tensor, packing: Packing) -> list[Tensor]:
+def the_long_way(encoder: Encoder, x: Tensor, packing: Packing, bias: Tensor | None = None) -> list[Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fp8Layer, "_run_prepared", lambda *_: None)
-        return encoder.run(x, packing)
+        return encoder.run(x, packing, bias)
 
 
 def same(encoder: Encoder, x: Tensor, packing: Packing) -> None:
@@ -72,8 +72,9 @@ def test_batches_of_any_size_and_layers_of_one_kind_share_what_is_prepared(
     assert prepared == [41, 32], "a multiple of 16"
 
 
-def test_other_activations_go_the_long_way(prepared: list[int]) -> None:
-    made = encoder(activation="relu")
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_other_activations_go_the_long_way(activation: str, prepared: list[int]) -> None:
+    made = encoder(activation=activation)
     same(made, torch.randn(9, HIDDEN), Packing.from_lengths([4, 5]))
     assert repeats._kept == {}
 
@@ -88,6 +89,66 @@ def test_weights_may_change(prepared: list[int]) -> None:
     assert not torch.equal(made.run(x, packing)[-1], before)
     same(made, x, packing)
     assert len(prepared) == 1
+
+
+def test_weights_may_move(prepared: list[int]) -> None:
+    made, x, packing = encoder(num_layers=1), torch.randn(9, HIDDEN), Packing.from_lengths([4, 5])
+    before = made.run(x, packing)[-1]
+    layer: Any = made.layer[0]
+    for linear in (layer.qkv, layer.attention_output, layer.intermediate, layer.output):
+        old, linear.values = linear.values, linear.values.clone()
+        linear.scale.data = linear.scale.clone()
+        old.zero_()  # what still reads it shows
+    assert torch.equal(made.run(x, packing)[-1], before)
+    assert prepared == [9]
+    made.bfloat16()
+    same(made, x.bfloat16(), packing)
+    assert prepared == [9, 9], "another dtype"
+
+
+def test_what_code_or_choices_depend_on_is_a_kind(prepared: list[int]) -> None:
+    x, packing = torch.randn(9, HIDDEN), Packing.from_lengths([4, 5])
+    for changes in ({}, {"eps": 1e-3}, {"num_heads": 4}, {"activation": "gelu_tanh"}, {"intermediate_size": 64}):
+        same(encoder(num_layers=1, **changes), x, packing)
+    assert prepared == [9] * 5
+    same(encoder(num_layers=1), torch.randn(70, HIDDEN), Packing.from_lengths([70]))
+    assert prepared == [9] * 5 + [70], "a sequence longer than 64 has other tiles"
+
+
+@pytest.mark.parametrize("way", ["read", "bias", "misaligned", "misaligned weight", "autocast", "gradient of a bias"])
+def test_the_long_way_is_gone_where_it_must_be(way: str, prepared: list[int]) -> None:
+    made, x, packing = encoder(num_layers=1), torch.randn(9, HIDDEN), Packing.from_lengths([4, 5])
+    expected = the_long_way(made, x, packing)[-1]
+    match way:
+        case "read":
+            got = made.run(x, packing, read=torch.arange(9))[-1]
+        case "bias":
+            bias = torch.randn(2, 2, 5, 5)
+            got, plain, expected = made.run(x, packing, bias)[-1], expected, the_long_way(made, x, packing, bias)[-1]
+            assert not torch.equal(got, plain)
+        case "misaligned":
+            got = made.run(torch.empty(9 * HIDDEN + 1)[1:].view(9, HIDDEN).copy_(x), packing)[-1]
+        case "misaligned weight":
+            norm: Any = made.layer[0].output_norm
+            norm.weight.data = torch.empty(HIDDEN + 1)[1:].copy_(norm.weight)
+            got = made.run(x, packing)[-1]
+        case "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                got, expected = made.run(x, packing)[-1], the_long_way(made, x, packing)[-1]
+        case "gradient of a bias":
+            with torch.enable_grad():
+                got = made.run(x, packing)[-1]
+    assert torch.equal(got, expected)
+    assert prepared == []
+
+
+def test_a_gradient_is_refused_each_time(prepared: list[int]) -> None:
+    made, x, packing = encoder(num_layers=1), torch.randn(9, HIDDEN), Packing.from_lengths([4, 5])
+    made.run(x, packing)
+    for _ in range(2):
+        with torch.enable_grad(), pytest.raises(BackendError, match="a gradient"):
+            made.run(x.clone().requires_grad_(), packing)
+    assert prepared == [9]
 
 
 def test_a_wrong_call_is_refused_each_time() -> None:
