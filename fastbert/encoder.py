@@ -160,7 +160,7 @@ class Encoder(nn.Module):
             last = i + 1 == len(layers)
             seed = None if seeds is None else seeds[i]
             if is_hooked(layer):  # by one who knows transformers' padded layout
-                x = with_slack(packing.pack(layer(packing.unpack(x), packing, bias, seed)), len(x) - packing.tokens)
+                x = packing.pack(layer(packing.unpack(x), packing, bias, seed), len(x))
                 x = x.index_select(0, read) if last and read is not None else x
             else:
                 x = layer(x, packing, bias, seed, read if last else None, last_unpacks and last)

@@ -468,10 +468,8 @@ def _labelled(labels: Tensor, inputs: Inputs, word: Tensor) -> tuple[Tensor, Ten
     may be on the CPU, which looks there and sends them.
     """
     device = word.device
-    if len(inputs.shape) == 1 and isinstance(labels, Tensor) and labels.device == torch.device("cpu"):
-        check_labels(labels, inputs.shape, len(word), labels.device)
-    else:
-        check_labels(labels, inputs.shape, len(word), device)
+    on_cpu = len(inputs.shape) == 1 and isinstance(labels, Tensor) and labels.device == torch.device("cpu")
+    check_labels(labels, inputs.shape, len(word), labels.device if on_cpu else device)
     labels = inputs.pack(labels)
     if torch.compiler.is_compiling():  # a graph has one shape: all rows, and the loss leaves out those that don't count
         return torch.arange(len(labels), device=device), labels.to(device)

@@ -24,7 +24,7 @@ from fastbert.ops.attention import attention, prepare_attention
 from fastbert.ops.common import check_linear
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import linear_layer_norm, prepare_linear_layer_norm
-from fastbert.ops.linear import linear, with_slack
+from fastbert.ops.linear import linear
 from fastbert.ops.linear_gelu import linear_gelu, prepare_linear_gelu
 from fastbert.packing import Packing
 from fastbert.projections import Group, SelfAttention, is_hooked, is_plain
@@ -195,15 +195,10 @@ class EncoderLayer(nn.Module):
         """`forward` without options where the kernels serve all of it; else None."""
         if backend.decide(x.device).path != "triton":
             return None
-        config, rows = self.config, len(x)
+        config = self.config
         norms = parts.attention_norm, parts.output_norm
-        widest = max(3 * config.hidden_size, config.intermediate_size)
-        kind = (
-            EncoderLayer, config.num_heads, config.activation, *(norm.eps for norm in norms),
-            repeats.rows_kind(rows, widest * x.element_size()), launch.row_bound(rows),
-            launch.attention_regime(packing.max_seqlen, rows=rows, batch=packing.batch),
-            rows < packing.tokens,  # which is an error, each time
-        )  # fmt: skip
+        options = config.num_heads, config.activation, *(norm.eps for norm in norms)
+        kind = EncoderLayer, *options, launch.row_bound(len(x)), *repeats.batch_kind(x, packing, config)
         parameters: list[Any] = [*self.attention.self.joined()]
         for part in parts[3:]:
             parameters += part._parameters["weight"], part._parameters["bias"]
@@ -316,7 +311,7 @@ def call(module: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
     """`module(x)`; in the padded layout where hooks look on, as they would in transformers."""
     if packing is None or not is_hooked(module):
         return cast(Tensor, module(x))
-    return with_slack(packing.pack(module(packing.unpack(x))), len(x) - packing.tokens)
+    return packing.pack(module(packing.unpack(x)), len(x))
 
 
 def _probability(dropout: nn.Module | None) -> float:

@@ -167,6 +167,14 @@ class Packing:
         lengths = [len(sequence) for sequence in sequences]
         return torch.cat(list(sequences)), cls.from_lengths(lengths, device=sequences[0].device)
 
+    def sent(self, device: torch.device, **tensors: Tensor | None) -> tuple[Packing, dict[str, Tensor | None]]:
+        """One on the CPU, and tensors there beside it, on `device`: all by one copy; see `transfer.send`."""
+        given = {name: x for name, x in tensors.items() if x is not None}
+        cu_seqlens, indices, *there = send([self.cu_seqlens, self.indices, *given.values()], device)
+        moved = cu_seqlens is not self.cu_seqlens
+        packing = Packing.made_right(cu_seqlens, self.max_seqlen, indices, self.padded_shape) if moved else self
+        return packing, tensors | dict(zip(given, there, strict=True))
+
     @property
     def batch(self) -> int:
         """Number of sequences."""
@@ -231,8 +239,8 @@ class Packing:
             found = self._made[name] = make()
         return found
 
-    def pack(self, padded: Tensor) -> Tensor:
-        """`[batch, seqlen, ...]` -> `[tokens, ...]`; differentiable.
+    def pack(self, padded: Tensor, rows: int | None = None) -> Tensor:
+        """`[batch, seqlen, ...]` -> `[tokens, ...]`; differentiable. `rows` more than the tokens: slack, of 0, follows.
 
         Raises:
             ArgumentError: the leading shape is not `padded_shape`.
@@ -242,7 +250,10 @@ class Packing:
             raise ArgumentError("padded", f"shape {tuple(padded.shape)}", f"leading dimensions {self.padded_shape}")
         if padded.device != self.indices.device:
             raise ArgumentError("packing", f"on {self.indices.device}", f"on {padded.device}, the device of padded")
-        return padded.flatten(0, 1).index_select(0, self.indices)
+        packed = padded.flatten(0, 1).index_select(0, self.indices)
+        if rows is None or rows == self.tokens:
+            return packed
+        return F.pad(packed, (0, 0) * (packed.dim() - 1) + (0, rows - self.tokens))
 
     def check_rows(self, name: str, packed: Tensor) -> None:
         """Raise ArgumentError unless `packed` has a row for each token, on this device."""

@@ -184,17 +184,16 @@ class Fp8Layer(_QuantizedLayer[Fp8Linear]):
         """`forward` without options where the kernels serve all of it; else None. See `EncoderLayer._run_prepared`."""
         if backend.decide(x.device).path != "triton":
             return None
-        config, rows = self.config, len(x)
-        widest = max(3 * config.hidden_size, config.intermediate_size)
-        kind = (
-            Fp8Layer, config.num_heads, config.activation, self.attention_norm.eps, self.output_norm.eps,
-            repeats.rows_kind(rows, widest * x.element_size()),
-            launch.attention_regime(packing.max_seqlen, rows=rows, batch=packing.batch),
-            rows < packing.tokens,  # which is an error, each time
-        )  # fmt: skip
+        config, modules = self.config, cast(dict[str, Any], self._modules)  # without nn.Module's slow ways
+        linears = [modules[name] for name in ("qkv", "attention_output", "intermediate", "output")]
+        norms = modules["attention_norm"], modules["output_norm"]
+        options = config.num_heads, config.activation, *(norm.eps for norm in norms)
+        weights: list[Any] = [linear._buffers[name] for linear in linears for name in ("values", "scale")]
+        weights += [part._parameters["bias"] for part in (*linears, *norms)]
+        weights += [norm._parameters["weight"] for norm in norms]
+        kind = Fp8Layer, *options, *repeats.batch_kind(x, packing, config)
         states = x, *quantized, packing.cu_seqlens
-        weights = *self.parameters(), *self.buffers()
-        run = repeats.prepared(kind, states, weights, lambda: self._prepare(x, packing))
+        run = repeats.prepared(kind, states, tuple(weights), lambda: self._prepare(x, packing))
         return None if run is None else cast(tuple[Tensor, QuantizedRows], run(self, x, quantized, packing))
 
     def _prepare(self, x: Tensor, packing: Packing) -> repeats.Run | None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,6 @@ from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_token
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.packing import Packing
-from fastbert.transfer import send
 from fastbert.words import DEFAULT
 
 Text = str | tuple[str, str]
@@ -83,13 +82,11 @@ class Tokens:
         return _gather(self.ids, slices), types
 
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None, Packing]:
-        """`packed` and the packing of these texts, on `device`; see `transfer.send`."""
+        """`packed` and the packing of these texts, on `device`; see `Packing.sent`."""
         ids, types = self.packed(rows)
         packing = Packing.from_lengths(self.lengths[rows].tolist(), device="cpu")
-        here = [ids, packing.cu_seqlens, packing.indices, *(() if types is None else (types,))]
-        ids, cu_seqlens, indices, *more = send(here, device)
-        packing = Packing.made_right(cu_seqlens, packing.max_seqlen, indices, packing.padded_shape)
-        return ids, more[0] if more else None, packing
+        packing, there = packing.sent(device, ids=ids, types=types)
+        return cast(Tensor, there["ids"]), there["types"], packing
 
 
 @dataclass(frozen=True, eq=False)

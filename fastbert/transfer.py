@@ -43,9 +43,9 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def fetch(x: Tensor) -> Callable[[], Any]:
-    """`x.tolist()`, asked for now and had later: the call of what this gives waits for the copy, and nothing before it.
+    """`x.tolist()`, asked for now and had later: only the call of what this gives waits for a GPU.
 
-    `x` must not change until then, on a CPU.
+    On a CPU `x` must not change until then.
     """
     if x.device.type not in PINNED_FOR:
         return x.tolist

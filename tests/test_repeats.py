@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from preparing import preparations
 from torch import Tensor
 
 from fastbert import backend
@@ -23,18 +24,8 @@ HIDDEN, HEADS, INTERMEDIATE = 32, 2, 48
 
 
 @pytest.fixture(autouse=True)
-def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Rows of each call that a layer was prepared for, on the Triton path and with nothing kept from before."""
-    rows: list[int] = []
-    prepare = EncoderLayer._prepare
-
-    def noted(layer: EncoderLayer, x: Tensor, packing: Packing) -> Any:
-        rows.append(len(x))
-        return prepare(layer, x, packing)
-
-    monkeypatch.setattr(EncoderLayer, "_prepare", noted)
-    monkeypatch.setattr(repeats, "_kept", {})
-    with backend.use_backend("triton"), torch.no_grad():
+def prepared() -> Iterator[list[int]]:
+    with preparations(EncoderLayer) as rows:
         yield rows
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from preparing import preparations
 from torch import Tensor
 
-from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, BackendError
@@ -24,18 +24,8 @@ HIDDEN = 32
 
 
 @pytest.fixture(autouse=True)
-def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Rows of each call that a layer was prepared for, on the Triton path and with nothing kept from before."""
-    rows: list[int] = []
-    prepare = Fp8Layer._prepare
-
-    def noted(layer: Fp8Layer, x: Tensor, packing: Packing) -> Any:
-        rows.append(len(x))
-        return prepare(layer, x, packing)
-
-    monkeypatch.setattr(Fp8Layer, "_prepare", noted)
-    monkeypatch.setattr(repeats, "_kept", {})
-    with backend.use_backend("triton"), torch.no_grad():
+def prepared() -> Iterator[list[int]]:
+    with preparations(Fp8Layer) as rows:
         yield rows
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.config import EncoderConfig
 from fastbert.kernels import launch, target
 from fastbert.native.memory import is_plain
 from fastbert.ops.common import observed, wants_gradient
+from fastbert.packing import Packing
 
 Run = Callable[..., Any]
 
@@ -53,6 +55,16 @@ def prepared(
             _kept.clear()
         _kept[key] = run
     return run
+
+
+def batch_kind(x: Tensor, packing: Packing, config: EncoderConfig) -> tuple[Hashable, ...]:
+    """What a prepared layer depends on of the sizes of a batch: `x` are its packed states, `[rows, hidden]`."""
+    rows, widest = len(x), max(3 * config.hidden_size, config.intermediate_size)
+    return (
+        rows_kind(rows, widest * x.element_size()),
+        launch.attention_regime(packing.max_seqlen, rows=rows, batch=packing.batch),
+        rows < packing.tokens,  # which is an error, each time
+    )
 
 
 def rows_kind(rows: int, row_bytes: int) -> Hashable:

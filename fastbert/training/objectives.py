@@ -109,13 +109,11 @@ class Batch:
 
     def run(self, model: nn.Module) -> Any:
         """The model's output, with the loss of `labels`; what it reads is sent to its device by one copy."""
-        device, packing = next(model.parameters()).device, self.packing
-        optional = {"token_type_ids": self.types, "labels": None if self.labels_stay else self.labels}
-        given = {name: x for name, x in optional.items() if x is not None}
-        ids, cu_seqlens, indices, *sent = send([self.ids, packing.cu_seqlens, packing.indices, *given.values()], device)
-        packing = Packing.made_right(cu_seqlens, packing.max_seqlen, indices, packing.padded_shape)
-        there: dict[str, Tensor | None] = dict(zip(given, sent, strict=True))
-        return model(ids, packing=packing, **({"labels": self.labels} | there))
+        given = {"input_ids": self.ids, "token_type_ids": self.types}
+        labels = {"labels": self.labels}
+        sent = given if self.labels_stay else given | labels
+        packing, there = self.packing.sent(next(model.parameters()).device, **sent)
+        return model(packing=packing, **(labels | there))
 
     def losses(self, out: Any) -> list[Tensor]:
         """The losses of the model's output, as many as `counts`."""
