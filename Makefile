@@ -18,21 +18,25 @@ INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
 MINUTES ?= 20
 
-.PHONY: demo test test-as-gpu check fuzz static bench gate gpu report clean
+.PHONY: demo test test-long test-as-gpu check fuzz static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
 	.venv/bin/python examples/demo.py
 
-# All tests but the exhaustive offline compile, a process a core and each on one thread. The script, and not
+# All tests but the long ones and the exhaustive offline compile, a process a core and each on one thread. The script, and not
 # `python -m pytest`, keeps this folder off sys.path.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(LANE) $(if $(CHECK),FASTBERT_CHECK=$(CHECK)) .venv/bin/pytest -n auto --dist worksteal $(if $(MARK),-m $(MARK))
+	OMP_NUM_THREADS=1 $(LANE) $(if $(CHECK),FASTBERT_CHECK=$(CHECK)) .venv/bin/pytest -n auto --dist worksteal $(if $(MARK),-m '$(MARK) and not long')
+
+# The long ones, on other cases of what the others or the gate show.
+test-long: $(INSTALLED)
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal -m long
 
 # Tests that run kernels, with memory of the CPU playing a GPU's: what is forgotten on the other side shows. What compiles
 # is left out, because torch.compile can't see through the stand-in. See tests/stand_in.py.
 test-as-gpu: $(INSTALLED)
-	OMP_NUM_THREADS=1 FASTBERT_STAND_IN=1 .venv/bin/pytest -n auto --dist worksteal -m kernels -k 'not compil'
+	OMP_NUM_THREADS=1 FASTBERT_STAND_IN=1 .venv/bin/pytest -n auto --dist worksteal -m 'kernels and not long' -k 'not compil'
 
 # Draw arguments and states of torch for the public API, others each time, for so many minutes; see tests/test_fuzz.py.
 fuzz: $(INSTALLED)

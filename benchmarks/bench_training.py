@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -33,6 +34,7 @@ from fastbert.backend import first_device
 from fastbert.checkpoints.load import save
 from fastbert.errors import CheckpointError
 from fastbert.training import Settings, loop
+from fastbert.training.allocator import freed_memory_kept
 from fastbert.training.objectives import OBJECTIVES, Batch
 from fastbert.training.parallel import Processes
 from fastbert.training.sampler import Sampler
@@ -76,7 +78,6 @@ def serve(framework: str, order: str, dtype: Any, turn: int, folder: Path) -> No
     batches = [objective.batch(examples, rows, np.random.default_rng(0)) for rows in steps]
     if framework == "fastbert":
         run = loop._Run(settings, objective, objective.model(), examples, None, Processes())
-        loop.keep_freed_memory()  # as `train` does
         model, forward = run.model, lambda batch: batch.run(run.model)
         step = partial(_one_batch, run, steps)
     else:
@@ -94,16 +95,17 @@ def serve(framework: str, order: str, dtype: Any, turn: int, folder: Path) -> No
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(json.dumps({"losses": losses, "parameters": parameters}), flush=True)
     number = 0
-    for _ in sys.stdin:
-        mine = [(number + i) % len(steps) for i in range(turn)]
-        number += turn
-        begun = time.perf_counter()
-        for i in mine:
-            step(i)
-        seconds = time.perf_counter() - begun
-        peak = peak_mib() - loaded
-        lengths = [batches[i].packing.lengths.tolist() for i in mine]
-        print(json.dumps({"seconds": seconds, "peak": peak, "lengths": lengths}), flush=True)
+    with freed_memory_kept() if framework == "fastbert" else nullcontext():  # as in `train`
+        for _ in sys.stdin:
+            mine = [(number + i) % len(steps) for i in range(turn)]
+            number += turn
+            begun = time.perf_counter()
+            for i in mine:
+                step(i)
+            seconds = time.perf_counter() - begun
+            peak = peak_mib() - loaded
+            lengths = [batches[i].packing.lengths.tolist() for i in mine]
+            print(json.dumps({"seconds": seconds, "peak": peak, "lengths": lengths}), flush=True)
 
 
 def peak_mib() -> float:

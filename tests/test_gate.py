@@ -68,6 +68,7 @@ pinned = pytest.mark.skipif(
 
 
 @pinned
+@pytest.mark.long
 def test_an_unchanged_tree_gives_the_baseline_each_time(tmp_path: Path) -> None:
     for name in ("first", "second"):
         result = run(ROOT, "static/evidence.py", "--json", str(tmp_path / name))

@@ -91,6 +91,7 @@ def test_changing_lengths_replay_one_graph(made: list[FakeGraph]) -> None:
     assert [graph.replays for graph in made] == [4]
 
 
+@pytest.mark.long
 def test_lengths_of_a_batch_before_are_forgotten(made: list[FakeGraph]) -> None:
     """Where the sequences before ended, a hundred rows before the end of these, no sequence may begin."""
     plain, model = bert(), fastbert.graphed(bert())

@@ -62,7 +62,7 @@ def theirs(encoder: Any, lengths: list[int]) -> float:
     return total / sum(lengths) / LAYERS
 
 
-@pytest.mark.parametrize("lengths", [[32] * 4, [64, 9, 21, 30]], ids=["full", "ragged"])
+@pytest.mark.parametrize("lengths", [[16] * 2, [32, 5, 10, 1]], ids=["full", "ragged"])
 @pytest.mark.kernels
 def test_less_is_kept_than_by_transformers(lengths: list[int]) -> None:
     encoder = hf_encoder()
@@ -83,6 +83,6 @@ def test_the_kernels_keep_what_docs_say() -> None:
     intermediate = 4 * INTERMEDIATE
     lse_and_statistics = 4 * (HEADS + 2 * 2)
     expected = 3 * row + row + 2 * row + 2 * row + 2 * intermediate + lse_and_statistics
-    kept = ours(encoder, [32] * 8, "triton")
+    kept = ours(encoder, [16] * 2, "triton")
     print(kept, expected)
     assert kept == pytest.approx(expected, rel=0.1)

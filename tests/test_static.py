@@ -153,6 +153,7 @@ def complaints(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in kernels if not line.endswith(" ok")] + crash
 
 
+@pytest.mark.long
 def test_the_main_shapes_compile_for_every_target_without_a_violation() -> None:
     result = run(STATIC / "offline.py")
     assert (result.returncode, complaints(result)) == (0, [])

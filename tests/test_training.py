@@ -614,7 +614,14 @@ def kill_after(lines: int, process: subprocess.Popen[bytes], losses: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore::fastbert.errors.UntrainedWarning", "ignore:.*less than two sentences")
-@pytest.mark.parametrize(("task", "kills"), [("classify", 2), ("mlm", 1), ("pretrain", 1)])
+@pytest.mark.parametrize(
+    ("task", "kills"),
+    [
+        pytest.param("classify", 2, marks=pytest.mark.long),
+        pytest.param("mlm", 1, marks=pytest.mark.long),
+        ("pretrain", 1),
+    ],
+)
 def test_killed_and_resumed_is_as_never_stopped(task: str, kills: int, settings: Make, tmp_path: Path) -> None:
     # Dropout is on, and the checkpoints are in the middle of epochs.
     given = settings(task, epochs=4, checkpoint_every=5, accumulate=2, batch_tokens=60, max_length=32)

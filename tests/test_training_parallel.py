@@ -74,7 +74,13 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("task", "parallel"), [("classify", "ddp"), ("tag", "fsdp"), ("mlm", "fsdp"), ("pretrain", "ddp")]
+    ("task", "parallel"),
+    [
+        ("classify", "ddp"),
+        pytest.param("tag", "fsdp", marks=pytest.mark.long),
+        ("mlm", "fsdp"),
+        pytest.param("pretrain", "ddp", marks=pytest.mark.long),
+    ],
 )
 def test_two_processes_are_as_one(task: str, parallel: Any, data: Path, tmp_path: Path) -> None:
     """A step is cut by tokens over both, a batch of one sequence among them, and accumulates two batches."""
@@ -137,7 +143,7 @@ def test_each_process_has_a_gpu_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes there")
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_killed_and_resumed_is_as_never_stopped(parallel: Any, data: Path, tmp_path: Path) -> None:
     given = settings(data, "mlm", tmp_path / "out", "dropped", parallel=parallel, epochs=4, checkpoint_every=5)
     whole = tmp_path / "whole"

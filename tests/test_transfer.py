@@ -155,7 +155,9 @@ def test_what_is_fetched_is_there_after_its_event(stand_in: StandIn) -> None:
     assert stand_in.waits == Counter({"event": 2})
 
 
-@pytest.mark.parametrize("task", ["classify", "tag", "mlm", "pretrain"])
+@pytest.mark.parametrize(
+    "task", [*(pytest.param(task, marks=pytest.mark.long) for task in ("classify", "mlm")), "tag", "pretrain"]
+)
 def test_a_training_step_waits_once_when_it_is_looked_at(
     task: Task, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ from fastbert.backend import usable_device
 from fastbert.checkpoints.files import TORCH_LOAD_ERRORS, making, read_json, remove, replacing
 from fastbert.checkpoints.load import save
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.training.allocator import keep_freed_memory
+from fastbert.training.allocator import freed_memory_kept
 from fastbert.training.lock import LOCK, locked
 from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective, Task
 from fastbert.training.parallel import Parallel, Processes, joined, own_device, shares, spread
@@ -161,7 +161,7 @@ def train(
     Under torchrun all its processes train the one model. A batch is shared out among them by tokens, so the losses are
     those of one process but for rounding and dropout. The first process writes, all of them measure.
 
-    The process keeps the memory that it frees from then on; see `keep_freed_memory`.
+    Meanwhile the process keeps the memory that it frees; see `freed_memory_kept`.
 
     Args:
         settings: what to do.
@@ -209,8 +209,7 @@ def _train(
     _check("max_length", settings.max_length, settings.max_length <= positions, f"at most the {positions} positions")
     processes.wait()  # nobody writes before everybody has looked
     out.mkdir(parents=True, exist_ok=True)
-    keep_freed_memory()
-    with locked(out) if processes.rank == 0 else nullcontext():
+    with freed_memory_kept(), locked(out) if processes.rank == 0 else nullcontext():
         if processes.rank == 0:
             _check_out(out, resume)  # another training may have been here since
         run = _Run(settings, objective, model, examples, valid, processes)
