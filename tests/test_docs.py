@@ -85,7 +85,13 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("block", [pytest.param(block, id=block.where) for block in BLOCKS])
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=block.where, marks=[pytest.mark.long] if "train mlm" in block.code else [])
+        for block in BLOCKS
+    ],
+)
 def test_blocks_run(block: Block, toys: Path, tmp_path: Path) -> None:
     if block.skips:
         pytest.skip(f"{block.where}: {block.skips}")

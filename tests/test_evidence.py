@@ -325,6 +325,7 @@ def in_a_process(script: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_rivals_that_are_not_installed_are_left_out() -> None:
     versions, names, rows = in_a_process("""
 def missing(package):

@@ -210,6 +210,7 @@ def test_whole_models_are_measured_first() -> None:
 COLLECTED_ELSEWHERE = ("correctness", "models")  # by the test of bare machines, by the step "benchmarks"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "step", [step for step in STEPS if step.name not in COLLECTED_ELSEWHERE], ids=lambda step: step.name
 )

@@ -56,7 +56,7 @@ with torch.inference_mode():
 
 
 @pytest.mark.parametrize("how", ["plain", pytest.param("held", marks=pytest.mark.long)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_user_case_shapes_memory_does_not_grow_with_each_number_of_rows(dtype: str, how: str) -> None:
     """oneDNN keeps half a megabyte of each product of other sizes: 2,000 batches once took 1.6 GB and more."""
     if dtype == "bfloat16" and not backend.onednn_multiplies_bfloat16():

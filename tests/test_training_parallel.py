@@ -143,7 +143,8 @@ def test_each_process_has_a_gpu_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes there")
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
+@pytest.mark.long
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_killed_and_resumed_is_as_never_stopped(parallel: Any, data: Path, tmp_path: Path) -> None:
     given = settings(data, "mlm", tmp_path / "out", "dropped", parallel=parallel, epochs=4, checkpoint_every=5)
     whole = tmp_path / "whole"

@@ -335,6 +335,7 @@ def by_op() -> list[str]:
     return list(first)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", by_op())
 def test_calls_are_right_and_use_the_choice_on_trial(op: str, device: torch.device, monkeypatch: Any) -> None:
     here = of(device)
