@@ -11,6 +11,7 @@ setup(
         "fastbert.checkpoints",
         "fastbert.native",
         "fastbert.ops",
+        "fastbert.run",
         "fastbert.training",
         "fastbert.kernels",
     ],

@@ -7,7 +7,6 @@ are random, and the same for all.
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,6 @@ from workloads import BYTETRANSFORMER, KERNL, MIXES, TENSORRT
 
 from fastbert import BertModel, graphed, load, quantize
 from fastbert.kernels.cost import Cost
-from fastbert.ops.linear import hold_weights
 from fastbert.packing import Packing
 
 
@@ -91,14 +89,14 @@ def in_torch(model: BertModel, ids: Tensor, packing: Packing) -> Tensor:
     config, tables = model.config, model.embeddings
     x = tables.norm(tables.word(ids) + tables.token_type.weight[0] + tables.position(packing.columns))
     for layer in (one.parts() for one in model.encoder.layer):
-        qkv = torch.cat([part(x) for part in (layer.query, layer.key, layer.value)], 1)
+        qkv = torch.cat([part(x) for part in layer["qkv"].linears()], 1)
         qkv = qkv.view(-1, 3, config.num_heads, config.head_dim)
         contexts = [
             F.scaled_dot_product_attention(*sequence.permute(1, 2, 0, 3)).transpose(0, 1).flatten(1)
             for sequence in qkv.split(packing.lengths.tolist())
         ]
-        x = layer.attention_norm(x + layer.attention_output(torch.cat(contexts)))
-        x = layer.output_norm(x + layer.output(F.gelu(layer.intermediate(x))))
+        x = layer["attention_norm"](x + layer["attention_output"](torch.cat(contexts)))
+        x = layer["output_norm"](x + layer["output"](F.gelu(layer["intermediate"](x))))
     return x
 
 
@@ -120,20 +118,6 @@ def costs(case: Case, of: Batch) -> list[Cost]:
     return model_costs(case.workload, case.torch_dtype, words=len(of.ids.unique()), backward=case.backward)
 
 
-def fastbert(case: Case, of: Batch) -> Contender:
-    """As it does much text: on a CPU weights are laid out once, as other runtimes do when they load a model."""
-    contender = fastbert_call(case, of)
-    return contender if case.backward or case.device.type != "cpu" else holding_weights(contender)
-
-
-def holding_weights(contender: Contender) -> Contender:
-    """The same, its weights laid out once."""
-    context, holding = contextvars.copy_context(), hold_weights()
-    context.run(holding.__enter__)
-    close = partial(context.run, holding.__exit__, None, None, None)
-    return replace(contender, run=partial(context.run, contender.run), close=close)
-
-
 def fastbert_int8(case: Case, of: Batch) -> Contender:
     if case.backward or case.dtype != "fp32" or case.device.type != "cpu":
         raise UnservedError("int8 is for inference on the CPU, made of float32")
@@ -144,14 +128,7 @@ def fastbert_int8(case: Case, of: Batch) -> Contender:
             return [model(of.ids, packing=fresh(of.packing)).last_hidden_state]
 
     contender = Contender(run, lambda results: {"out": results[0]}, case.workload.tokens)
-    return holding_weights(replace(contender, dtype="int8", least_cosine=runtimes.INT8_COSINE))
-
-
-def fastbert_single_call(case: Case, of: Batch) -> Contender:
-    """The model called once, and nothing laid out for it."""
-    if case.backward or case.device.type != "cpu":
-        raise UnservedError("no different from fastbert with gradient, or on a GPU")
-    return fastbert_call(case, of)
+    return replace(contender, dtype="int8", least_cosine=runtimes.INT8_COSINE)
 
 
 def fastbert_graphed(case: Case, of: Batch) -> Contender:
@@ -161,7 +138,7 @@ def fastbert_graphed(case: Case, of: Batch) -> Contender:
     return ours(case, of, graphed(load(of.folder, dtype=case.torch_dtype, device=case.device)))
 
 
-def fastbert_call(case: Case, of: Batch) -> Contender:
+def fastbert(case: Case, of: Batch) -> Contender:
     return ours(case, of, load(of.folder, dtype=case.torch_dtype, device=case.device))
 
 
@@ -215,7 +192,6 @@ def runtime(case: Case, of: Batch, run: runtimes.Run) -> Contender:
 PROVIDERS = {
     "fastbert": fastbert,
     "fastbert int8": fastbert_int8,
-    "fastbert single call": fastbert_single_call,
     "fastbert graphed": fastbert_graphed,
     "transformers": transformers,
     "transformers eager": transformers_eager,

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastbert.backend import paths_taken as paths_taken
     from fastbert.backend import use_backend as use_backend
     from fastbert.checkpoints.load import load as load
     from fastbert.checkpoints.load import save as save
@@ -74,6 +75,7 @@ _HOMES = {
     "encode": "tasks",
     "graphed": "graphs",
     "load": "checkpoints.load",
+    "paths_taken": "backend",
     "quantize": "quantization",
     "save": "checkpoints.load",
     "score": "tasks",

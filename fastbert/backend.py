@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
+from fastbert.native import machine as native_machine
 from fastbert.native.machine import Machine, host
 
 Path = Literal["triton", "native", "torch"]
-Forced = Literal["triton", "torch"]
+Forced = Path
 
 _forced: Forced | None = None
 _said: set[str] = set()
+_counts: list[Counter[str]] = []
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,18 @@ def use_backend(path: Forced) -> Iterator[None]:
     """Force one path inside a `with` block, for the whole process.
 
     `use_backend("torch")` runs plain torch on any device. `use_backend("triton")` raises BackendError where the
-    kernels can't serve a call, instead of saying so once and running torch.
+    kernels can't serve a call, instead of saying so once and running torch. `use_backend("native")` takes the kernels
+    of this CPU also where a BLAS is known to be faster.
+
+    Raises:
+        ArgumentError: there is no such path.
+        BackendError: this CPU has no kernels.
     """
     global _forced
-    if path not in ("triton", "torch"):
-        raise ArgumentError("path", repr(path), "'triton' or 'torch'")
+    if path not in get_args(Path):
+        raise ArgumentError("path", repr(path), "'triton', 'native' or 'torch'")
+    if path == "native" and isinstance(reason := host(), str):
+        raise BackendError("use_backend", reason, "a CPU for which kernels are compiled: x86-64 with AVX2, on Linux")
     before, _forced = _forced, path
     try:
         yield
@@ -89,12 +99,35 @@ def _decide(device: torch.device, forced: Forced | None, interpreted: bool, comp
         return Decision("triton", "the tensor is on a GPU") if unserved is None else Decision("torch", unserved)
     if device.type == "cpu" and interpreted:
         return Decision("triton", 'use_backend("triton") is in force, under Triton\'s interpreter')
-    if device.type == "cpu" and forced is None and not compiling:  # torch.compile can't see into our kernels
+    if device.type == "cpu" and forced in (None, "native") and not compiling:  # a compiler can't see into them
         machine = host()
         if isinstance(machine, Machine):
             return Decision("native", f"the tensor is on a CPU whose kernels are compiled here: {machine.described}")
         return Decision("torch", f"the tensor is on a CPU without kernels of its own: {machine}")
     return Decision("torch", f"the tensor is on {device.type}; the Triton kernels need a GPU")
+
+
+@contextmanager
+def paths_taken() -> Iterator[Counter[str]]:
+    """Count what computes encoders inside the block, in all threads.
+
+    Yields:
+        By executor how often it ran: "cpu", "onednn" and "folded" once for all layers, "prepared" and "eager" for each
+        layer. What is compiled, or replayed as a CUDA graph, is not counted.
+    """
+    counts = Counter[str]()
+    _counts.append(counts)
+    try:
+        yield counts
+    finally:
+        _counts[:] = [other for other in _counts if other is not counts]
+
+
+def take(path: str) -> None:
+    """Say that an executor is about to run; see `paths_taken`."""
+    if not torch.compiler.is_compiling():
+        for counts in _counts:
+            counts[path] += 1
 
 
 def bfloat16_unserved(device: torch.device) -> str | None:
@@ -120,6 +153,11 @@ def int8_unserved(device: torch.device) -> str | None:
     if isinstance(machine, Machine):
         return None if machine.int8 else f"{machine.cpu} has no instructions for int8 (AVX512-VNNI)"
     return machine
+
+
+def multiplies_well() -> bool:
+    """Whether products of floats by a kernel of this CPU are to be taken: they are faster than a BLAS, or asked for."""
+    return _forced == "native" or native_machine.multiplies_well()
 
 
 def onednn_multiplies_bfloat16() -> bool:

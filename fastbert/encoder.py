@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastbert import backend
 from fastbert.checkpoints import mapping
 from fastbert.config import EncoderConfig
+from fastbert.eight_bits import EightBitLinear
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.layer import EncoderLayer
 from fastbert.masks import read_mask
-from fastbert.ops.common import onednn_fuses, onednn_rows
+from fastbert.native.memory import is_plain
+from fastbert.ops.common import observed, onednn_fuses, onednn_rows, runs_bare
 from fastbert.ops.linear import with_slack
+from fastbert.ops.watch import hooks_of
 from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
 from fastbert.packing import Packing
-from fastbert.projections import SelfAttention, hooks_of, is_hooked, is_plain
+from fastbert.parts import SelfAttention, is_hooked
+from fastbert.run import cpu, onednn
+from fastbert.run.eager import Registers
+from fastbert.run.kept import Kept
+from fastbert.run.steps import Parts, Steps
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -32,6 +40,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.kept = Kept()
         self.layer = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         initialise(self, config.initializer_range)
 
@@ -70,8 +79,18 @@ class Encoder(nn.Module):
                 part.join()
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
-        """`state_dict()`, whose names are those of a transformers `BertEncoder`."""
+        """`state_dict()`, whose names are those of a transformers `BertEncoder`.
+
+        Raises:
+            ArgumentError: it is quantized.
+        """
+        if self.in_eight_bits() is not None:
+            raise ArgumentError("encoder", "a quantized one", "the encoder that it was made of")
         return self.state_dict()
+
+    def in_eight_bits(self) -> EightBitLinear | None:
+        """The first of its parts that multiplies in 8 bits; see `EncoderLayer.in_eight_bits`."""
+        return cast(EncoderLayer, self.layer[0]).in_eight_bits() if len(self.layer) else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """State dicts of fastbert 0.1.0, with names of its own, are read too."""
@@ -146,34 +165,76 @@ class Encoder(nn.Module):
         them is `[reads, hidden]`: only these rows of it, and no work for the others. With `unpack` the last of them is
         `[batch, seqlen, hidden]`. See `EncoderLayer.forward`.
         """
+        if not every and bias is None and (program := self._program(x)) is not None:
+            backend.take(program.name)
+            made = program.run({"x": x.contiguous()}, packing, read)
+            return [packing.unpack(made) if unpack else made]
         layers = cast(list[EncoderLayer], list(self.layer))
         seeds = torch.randint(2**63 - 1, (len(layers), 3), device=x.device) if self.drops() else None
         if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
         rows, states = len(x), [x]
+        first = self.in_eight_bits()
+        if first is not None:
+            first.check(x)
         weight = next(self.parameters(), None)  # None in a replica of DataParallel, which has tensors in their place
-        slack = onednn_rows(rows) - rows if weight is not None and onednn_fuses(x, weight) else 0
+        slack = onednn_rows(rows) - rows if weight is not None and first is None and onednn_fuses(x, weight) else 0
         if slack:  # once for all products, which would each do it
             x = with_slack(x, slack)
         last_unpacks = unpack and not slack and not is_hooked(layers[-1])
+        registers = Registers({"x": x}, {} if first is None else {"x": first.quantize(x)})
         for i, layer in enumerate(layers):
             last = i + 1 == len(layers)
             seed = None if seeds is None else seeds[i]
             if is_hooked(layer):  # by one who knows transformers' padded layout
                 x = packing.pack(layer(packing.unpack(x), packing, bias, seed), len(x))
+                registers = Registers({"x": x})
                 x = x.index_select(0, read) if last and read is not None else x
             else:
-                x = layer(x, packing, bias, seed, read if last else None, last_unpacks and last)
+                x = layer(x, packing, bias, seed, read if last else None, last_unpacks and last, registers)
             state = x[:rows] if slack and not (last and read is not None) else x
             states = [*states, state] if every else [state]
         if unpack and not last_unpacks:
             states[-1] = packing.unpack(states[-1])
         return states
 
+    def _program(self, x: Tensor) -> cpu.CpuProgram | onednn.OneDnnProgram | None:
+        """What was made of the layers for inputs as `x`, where that is faster than layer by layer."""
+        if torch.is_grad_enabled() or not runs_bare(x) or observed() or not is_plain(x) or not len(x):
+            return None
+        path, mkldnn = backend.decide(x.device).path, torch.backends.mkldnn.enabled
+        if path == "triton" or self.training or self.drops():
+            return None
+        purpose = x.dtype, x.shape[1], path, backend.multiplies_well(), mkldnn
+        return self.kept.get([self], purpose, lambda: self._made(x))
+
+    def _made(self, x: Tensor) -> cpu.CpuProgram | onednn.OneDnnProgram | None:
+        layers = self.layers()
+        if any(map(is_hooked, self.layer)):
+            return None
+        if cpu.unserved(layers, x) is None:
+            return cpu.lay_out(layers, x)
+        return onednn.OneDnnProgram(layers) if onednn.unserved(layers, x) is None else None
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Training mode, in which weights change: nothing that was made of them is kept."""
+        if mode:
+            self.kept.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Encoder:
+        """Nor of weights that are moved or cast."""
+        self.kept.drop()
+        return cast(Encoder, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    def layers(self) -> list[tuple[Steps, Parts]]:
+        """The steps of each layer, and its parts."""
+        return [(layer.steps, layer.parts()) for layer in cast(list[EncoderLayer], list(self.layer))]
+
     def is_plain(self) -> bool:
-        """Whether nothing but ops of ours computes it, without dropout; see `projections.is_plain`."""
+        """Whether nothing but ops of ours computes it, without dropout; see `parts.is_plain`."""
         return not self.drops() and not any(
-            is_hooked(layer) or not all(map(is_plain, cast(EncoderLayer, layer).parts())) for layer in self.layer
+            is_hooked(layer) or not cast(EncoderLayer, layer).is_plain() for layer in self.layer
         )
 
     def drops(self) -> bool:

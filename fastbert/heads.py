@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.encoder import initialise
 from fastbert.errors import ArgumentError
-from fastbert.layer import linear_activation
 from fastbert.models import BertModel, Inputs
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import Linear, linear
+from fastbert.ops.linear_activation import activated
 from fastbert.ops.pooling import first_rows, first_tokens
 from fastbert.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.packing import Packing
@@ -113,7 +113,7 @@ class PredictionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[rows, hidden]` -> `[rows, hidden]`: what the decoder multiplies."""
-        x = linear_activation(x, self.dense, self.config.activation)
+        x = activated(self.dense(x), self.config.activation)
         return layer_norm(x, self.norm.weight, self.norm.bias, eps=self.norm.eps)
 
     def logits(self, x: Tensor, word: Tensor) -> Tensor:

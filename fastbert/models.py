@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import folding, laid_out
+from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.embeddings import Embeddings
 from fastbert.encoder import Encoder, initialise
 from fastbert.errors import ArgumentError
 from fastbert.masks import read_mask
-from fastbert.ops.linear import Linear, held
+from fastbert.ops.linear import Linear
 from fastbert.ops.pooling import first_tokens
 from fastbert.outputs import ModelOutput, refuse_what_asks
 from fastbert.packing import Packing, check_dense
+from fastbert.run import folded
+from fastbert.run.kept import Kept
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -61,6 +63,7 @@ class BertModel(nn.Module):
     def __init__(self, config: EncoderConfig, *, pooler: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.kept = Kept()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.pooler = Linear(config.hidden_size, config.hidden_size) if pooler else None
@@ -187,14 +190,12 @@ class BertModel(nn.Module):
             last = self.graphs.run(self, inputs)
             return [last if read is None else last.index_select(0, read)]
         x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids, inputs.inputs_embeds)
-        if not every and inputs.bias is None and laid_out.serves(self.encoder, x):
-            made = held(self, "laid out", lambda: laid_out.lay_out(self.encoder, x))
+        if not every and inputs.bias is None and folded.serves(self.encoder, x):
+            norm = self.embeddings.norm  # whose rows come in
+            made = self.kept.get([norm, self.encoder], "folded", lambda: folded.fold(self.encoder, norm))
             if made is not None:
+                backend.take("folded")
                 return [made.run(x, inputs.packing, read)]
-        if not every and inputs.bias is None and folding.serves(self.encoder, x):
-            folded = held(self, "folded", lambda: folding.fold(self.encoder, self.embeddings.norm))
-            if folded is not None:
-                return [folded.run(x, inputs.packing, read)]
         return self.encoder.run(x, inputs.packing, inputs.bias, read, every=every)
 
     def pool(self, first: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -28,7 +28,6 @@ from fastbert.errors import ArgumentError, BackendError, CheckpointError
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel, body_of
 from fastbert.models import BertModel
 from fastbert.native.machine import last_cache
-from fastbert.ops.linear import Layouts, hold_weights
 from fastbert.packing import Packing
 from fastbert.quantization import in_int8, quantize
 from fastbert.sentence import ACTIVATIONS, Embedder, Mode
@@ -101,23 +100,8 @@ def encode(
     )
 
 
-class _Holder:
-    """What has a model, and keeps its weights laid out."""
-
-    model: nn.Module
-
-    @cached_property
-    def layouts(self) -> Layouts:
-        """The weights as they are laid out for the CPU, from the first call on."""
-        return Layouts(self.model)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """To another process, or to a copy, goes the model alone: it is laid out anew there."""
-        return {name: value for name, value in self.__dict__.items() if name != "layouts"}
-
-
 @dataclass(frozen=True, eq=False)
-class TextEncoder(_Holder):
+class TextEncoder:
     """A model and its tokenizer, loaded once to encode often.
 
     Attributes:
@@ -402,7 +386,7 @@ def classify(
 
 
 @dataclass(frozen=True, eq=False)
-class TextClassifier(_Holder):
+class TextClassifier:
     """A sequence classifier and its tokenizer, loaded once to be used often.
 
     Attributes:
@@ -491,7 +475,7 @@ def score(
 
 
 @dataclass(frozen=True, eq=False)
-class TextScorer(_Holder):
+class TextScorer:
     """A head of one output, such as a cross-encoder or a regression, and its tokenizer, loaded once to be used often.
 
     Attributes:
@@ -586,7 +570,7 @@ def tag(
 
 
 @dataclass(frozen=True, eq=False)
-class TextTagger(_Holder):
+class TextTagger:
     """A token classifier and its tokenizer, loaded once to be used often.
 
     Attributes:
@@ -720,12 +704,11 @@ def _results(
     order: list[int] = []
     results = torch.empty(shape, dtype=torch.float32, device=next(holder.model.parameters()).device)
     end = 0
-    with hold_weights(holder.layouts):
-        for rows, packing, out in _outputs(holder.model, tokens, batch_tokens, description, **asked):
-            found = result(out, packing)
-            results[end : end + len(found)] = found
-            end += len(found)
-            order += rows
+    for rows, packing, out in _outputs(holder.model, tokens, batch_tokens, description, **asked):
+        found = result(out, packing)
+        results[end : end + len(found)] = found
+        end += len(found)
+        order += rows
     return order, results.cpu().numpy()
 
 

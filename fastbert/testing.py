@@ -1,11 +1,18 @@
-"""The error rule and random packed batches: for our tests, our benchmarks, and yours."""
+"""The error rule, the exact meaning of steps, and random packed batches: for our tests, our benchmarks, and yours."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import cast
 
+import torch
+from torch import Tensor, nn
+
+from fastbert import reference
+from fastbert.ops.linear_activation import activated
 from fastbert.packing import Packing
+from fastbert.parts import weights
+from fastbert.run.steps import Attend, Steps
 
 
 def assert_close(
@@ -52,6 +59,46 @@ def assert_close(
 
 def _errors(x: Tensor, exact: Tensor, infinite: Tensor) -> Tensor:
     return (x.double() - exact).abs().masked_fill(infinite, 0)
+
+
+def exactly(
+    steps: Steps,
+    parts: Mapping[str, nn.Module],
+    registers: Mapping[str, Tensor],
+    packing: Packing,
+    bias: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """What the registers hold after the steps of a layer, in the dtype of the registers: the judge, given float64.
+
+    Args:
+        parts: nn.Linear and nn.LayerNorm, or a SelfAttention, which are read in that dtype.
+        bias: added to the attention scores.
+    """
+    held = dict(registers)
+    dtype = held["x"].dtype
+    for step in steps.of:
+        if isinstance(step, Attend):
+            slopes = (
+                None
+                if step.alibi is None
+                else torch.tensor(step.alibi, dtype=torch.float32, device=held[step.x].device)
+            )
+            qkv = step.split(held[step.x])
+            made = reference.attention(qkv, packing, bias=bias, alibi_slopes=slopes, window=step.window)[0].flatten(1)
+        else:
+            weight, x_bias = (None if x is None else x.to(dtype) for x in weights(parts[step.part]))
+            assert weight is not None
+            made = held[step.x] @ weight.t()
+            made = made if x_bias is None else made + x_bias
+            made = activated(made, step.activation, gated=step.gated)
+            made = made if step.add is None else held[step.add] + made
+            if step.sum is not None:
+                held[step.sum] = made
+            if step.norm is not None:
+                norm = cast(nn.LayerNorm, parts[step.norm])
+                made = reference.layer_norm(made, norm.weight.to(dtype), norm.bias.to(dtype), eps=norm.eps)
+        held[step.into] = made
+    return held
 
 
 def random_lengths(batch: int, longest: int, generator: torch.Generator) -> list[int]:

@@ -1,4 +1,4 @@
-"""Layers that are prepared once: for which calls they were."""
+"""Layers that are prepared once: for which calls they were, and the way that prepares none."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastbert import backend
-from fastbert.layer import EncoderLayer
-from fastbert.ops import repeats
-from fastbert.packing import Packing
-from fastbert.quantization import Fp8Layer
+from fastbert.run import prepared
 
 
 @contextmanager
-def preparations(kind: type[EncoderLayer] | type[Fp8Layer]) -> Iterator[list[int]]:
+def preparations() -> Iterator[list[int]]:
     """Rows of each call that a layer was prepared for, on the Triton path and with nothing kept from before."""
     rows: list[int] = []
-    prepare: Any = kind._prepare
+    prepare: Any = prepared._prepare
 
-    def noted(layer: Any, x: Tensor, packing: Packing) -> Any:
-        rows.append(len(x))
-        return prepare(layer, x, packing)
+    def noted(steps: Any, parts: Any, registers: Any, packing: Any) -> Any:
+        rows.append(len(registers.floats["x"]))
+        return prepare(steps, parts, registers, packing)
 
     with pytest.MonkeyPatch.context() as patch, backend.use_backend("triton"), torch.no_grad():
-        patch.setattr(kind, "_prepare", noted)
-        patch.setattr(repeats, "_kept", {})
+        patch.setattr(prepared, "_prepare", noted)
+        patch.setattr(prepared, "_kept", {})
         yield rows
+
+
+@contextmanager
+def unprepared() -> Iterator[None]:
+    """Inside, layers go the long way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "run", lambda *_: False)
+        yield

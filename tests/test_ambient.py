@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbert import laid_out
+from fastbert import backend
 from fastbert.errors import FastbertError
 from fastbert.native.machine import Machine, host
 from fastbert.ops.attention import attention
@@ -140,11 +140,11 @@ def test_user_case_12_what_is_set_elsewhere_does_not_reach_encode(
 ) -> None:
     """Kept runs and fresh ones; where our products of floats are the fastest, and elsewhere."""
     if everywhere and native():  # as on a CPU where they are
-        monkeypatch.setattr(laid_out, "multiplies_well", lambda: True)
+        monkeypatch.setattr(backend, "multiplies_well", lambda: True)
     encoder = encoders[dtype]
     want = [encoder.encode(texts, max_length=40) for texts in (SHORT, LONG)]
     if not warm:
-        encoder.layouts._state = None
+        encoder.model.encoder.kept.drop()
     with STATES[state]():
         got = [encoder.encode(texts, max_length=40) for texts in (SHORT, LONG)]
     again = [encoder.encode(texts, max_length=40) for texts in (SHORT, LONG)]

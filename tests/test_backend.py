@@ -7,8 +7,10 @@ import torch
 from fake_gpu import fake_gpu
 
 from fastbert import backend
+from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
+from fastbert.models import BertModel
 from fastbert.native.machine import Machine, host
 
 pytestmark = pytest.mark.cpu
@@ -64,7 +66,7 @@ def test_what_the_kernels_cannot_serve_is_said_once_or_refused(monkeypatch):
 
 
 def test_an_unknown_backend():
-    with pytest.raises(ArgumentError, match="'triton' or 'torch'"), backend.use_backend("cuda"):
+    with pytest.raises(ArgumentError, match="'triton', 'native' or 'torch'"), backend.use_backend("cuda"):
         pass
 
 
@@ -85,3 +87,31 @@ def test_case_20_launches_are_guarded_by_the_device_of_the_tensor(monkeypatch, c
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     target.guard(OnGpu())
     assert calls == [torch.device("cuda", 1)] * switches
+
+
+def test_the_kernels_of_the_cpu_are_asked_for_by_name(monkeypatch):
+    if not isinstance(host(), Machine):
+        with pytest.raises(BackendError, match="kernels are compiled"), backend.use_backend("native"):
+            pass
+        return
+    monkeypatch.setattr(backend.native_machine, "multiplies_well", lambda: False)
+    assert not backend.multiplies_well()
+    with backend.use_backend("native"):
+        assert backend.decide(torch.device("cpu")).path == "native" and backend.multiplies_well()
+
+
+def test_paths_taken_are_counted_inside_the_block():
+    model = BertModel(EncoderConfig(vocab_size=9, hidden_size=32, num_heads=2, intermediate_size=48, num_layers=3))
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    with backend.paths_taken() as outer:
+        model.train()(ids)
+        with torch.no_grad(), backend.paths_taken() as inner:
+            model.eval()(ids, output_hidden_states=True)
+            if isinstance(host(), Machine):
+                with backend.use_backend("native"):
+                    model(ids)
+    assert inner["eager"] == 3 and outer["eager"] == 6
+    assert inner["cpu"] == outer["cpu"] == (1 if isinstance(host(), Machine) else 0)
+    before = dict(outer)
+    model(ids)
+    assert outer == before

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune as pruning
 
 import fastbert
-from fastbert import projections
+from fastbert import parts
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, CheckpointError
@@ -476,14 +476,14 @@ def test_user_case_46_trainer_saves_what_it_trained(tmp_path):
 
 def test_a_module_is_plain_only_if_nothing_looks_on():
     linear = nn.Linear(4, 4)
-    assert projections.is_plain(linear) and projections.is_plain(nn.LayerNorm(4))
+    assert parts.is_plain(linear) and parts.is_plain(nn.LayerNorm(4))
     handle = linear.register_full_backward_hook(lambda *_: None)
-    assert not projections.is_plain(linear)
+    assert not parts.is_plain(linear)
     handle.remove()
-    assert projections.is_plain(linear)
+    assert parts.is_plain(linear)
     linear.weight = nn.Parameter(torch.zeros(4, 4).as_subclass(type("Quantized", (torch.Tensor,), {})))
-    assert not projections.is_plain(linear)
-    assert not projections.is_plain(nn.Linear(4, 4, bias=False))
+    assert not parts.is_plain(linear)
+    assert parts.is_plain(nn.Linear(4, 4, bias=False)) and not parts.is_plain(nn.LayerNorm(4, bias=False))
 
 
 @pytest.mark.parametrize("weights", ["side by side", "apart", "adapted"])

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from fastbert import folding, laid_out
+from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.heads import BertForSequenceClassification
 from fastbert.models import BertModel
-from fastbert.ops.linear import hold_weights
 from fastbert.packing import Packing
+from fastbert.run import folded
 from fastbert.testing import assert_close
 
 pytestmark = pytest.mark.cpu
@@ -30,7 +30,7 @@ def random_model(generator, **options):
 
 def norms(model):
     parts = [layer.parts() for layer in model.encoder.layer]
-    return [model.embeddings.norm, *(norm for of in parts for norm in (of.attention_norm, of.output_norm))]
+    return [model.embeddings.norm, *(norm for of in parts for norm in (of["attention_norm"], of["output_norm"]))]
 
 
 def batch(lengths, generator):
@@ -41,16 +41,16 @@ def batch(lengths, generator):
 @pytest.fixture
 def runs(monkeypatch):
     """Grows by one item with each run of a folded encoder, which here is meant for every CPU."""
-    monkeypatch.setattr(folding, "made_by_amd", lambda: False)
-    monkeypatch.setattr(laid_out, "multiplies_well", lambda: False)
+    monkeypatch.setattr(folded, "made_by_amd", lambda: False)
+    monkeypatch.setattr(backend, "multiplies_well", lambda: False)
     seen = []
-    run = folding.FoldedEncoder.run
+    run = folded.FoldedEncoder.run
 
     def counted(self, *args):
         seen.append(self)
         return run(self, *args)
 
-    monkeypatch.setattr(folding.FoldedEncoder, "run", counted)
+    monkeypatch.setattr(folded.FoldedEncoder, "run", counted)
     return seen
 
 
@@ -58,11 +58,10 @@ def check(model, ids, packing):
     """Hold the folded run to the error rule; returns its hidden state."""
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
-        plain = model(ids, packing=packing).last_hidden_state
-        with hold_weights():
-            folded = model(ids, packing=packing).last_hidden_state
-        assert_close(folded, plain, exact(ids, packing=packing).last_hidden_state, factor=3.0)
-    return folded
+        plain = model(ids, packing=packing, output_hidden_states=True).last_hidden_state  # layer by layer
+        got = model(ids, packing=packing).last_hidden_state
+        assert_close(got, plain, exact(ids, packing=packing).last_hidden_state, factor=3.0)
+    return got
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
@@ -81,7 +80,7 @@ def test_a_few_rows_run_plainly(generator, runs):
 def test_buffers_of_one_batch_do_not_reach_the_next(generator, runs):
     model = random_model(generator)
     batches = [batch(lengths, generator) for lengths in ([120, 40], [17], [100, 100, 2], [])]
-    with torch.inference_mode(), hold_weights():
+    with torch.inference_mode():
         together = [model(ids, packing=packing).last_hidden_state for ids, packing in batches]
     for (ids, packing), hidden in zip(batches, together, strict=True):
         assert torch.equal(check(model, ids, packing), hidden)
@@ -93,9 +92,8 @@ def test_only_rows_that_are_read(generator, runs):
     model.bert.load_state_dict(random_model(generator).state_dict(), strict=False)
     ids, packing = batch([4, 110, 1, 9], generator)
     with torch.no_grad():
-        plain = model(ids, packing=packing).logits
-        with hold_weights():
-            torch.testing.assert_close(model(ids, packing=packing).logits, plain, rtol=1e-4, atol=1e-5)
+        plain = model(ids, packing=packing, output_hidden_states=True).logits  # layer by layer
+        torch.testing.assert_close(model(ids, packing=packing).logits, plain, rtol=1e-4, atol=1e-5)
     assert len(runs) == 1
 
 
@@ -105,8 +103,8 @@ def test_weights_near_zero_are_not_folded_where_their_rows_are_probed(weight, wh
     """A zero has no reciprocal, and a large one leaves little of the 1. No product reads the rows of the last norm."""
     model = random_model(generator)
     norms(model)[where].weight.data[3] = weight
-    folded = folding.fold(model.encoder, model.embeddings.norm)
-    assert (folded is not None) == (where == 6)
+    made = folded.fold(model.encoder, model.embeddings.norm)
+    assert (made is not None) == (where == 6)
 
 
 @pytest.mark.parametrize("weight", [0.05, -1.2])
@@ -123,15 +121,14 @@ def test_a_model_that_is_not_folded_runs_as_it_is(generator, runs):
     norms(model)[2].weight.data.zero_()
     ids, packing = batch([33, 100], generator)
     with torch.no_grad():
-        plain = model(ids, packing=packing).last_hidden_state
-        with hold_weights():
-            torch.testing.assert_close(model(ids, packing=packing).last_hidden_state, plain)
+        plain = model(ids, packing=packing, output_hidden_states=True).last_hidden_state  # layer by layer
+        torch.testing.assert_close(model(ids, packing=packing).last_hidden_state, plain)
     assert not runs
 
 
 @pytest.mark.parametrize(
     "case",
-    ["outside", "gradient", "frozen embeddings", "training", "bfloat16", "hidden states", "bias", "autocast"],
+    ["gradient", "frozen embeddings", "training", "bfloat16", "hidden states", "bias", "autocast"],
 )
 def test_where_it_does_not_run(case, generator, runs):
     model = random_model(generator, hidden_dropout=0.0, attention_dropout=0.0)
@@ -151,15 +148,11 @@ def test_where_it_does_not_run(case, generator, runs):
         torch.set_grad_enabled(case in ("gradient", "frozen embeddings")),
         torch.autocast("cpu", enabled=case == "autocast"),
     ):
-        if case == "outside":
-            model(ids, **options)
-        else:
-            with hold_weights():
-                model(ids, **options)
+        model(ids, **options)
     assert not runs
 
 
-def test_changed_weights_are_seen_by_the_next_block(generator):
+def test_changed_weights_are_seen_by_the_next_call(generator):
     model = random_model(generator)
     ids, packing = batch([20, 4], generator)
     first = check(model, ids, packing)

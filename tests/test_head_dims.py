@@ -10,12 +10,13 @@ from test_encoder import hf_bert, inputs, with_our_encoder
 from tiny_bert import VOCABULARY
 
 import fastbert
-from fastbert import backend, laid_out, quantize
+from fastbert import backend, quantize
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.native.machine import Machine, host
 from fastbert.ops.attention import attention
 from fastbert.packing import Packing
+from fastbert.run import cpu
 from fastbert.testing import assert_close
 
 ODD = [1, 2, 3, 5, 13, 20, 26, 30, 36, 52, 100]
@@ -130,12 +131,12 @@ def test_user_case_05_texts(name, tmp_path, generator):
 def test_odd_heads_are_laid_out_as_others_are(int8, monkeypatch, generator):
     if not isinstance(host(), Machine) or (int8 and not host().int8):
         pytest.skip("needs a CPU with AVX2; for int8 AVX512-VNNI")
-    monkeypatch.setattr(laid_out, "multiplies_well", lambda: True)
+    monkeypatch.setattr(backend, "multiplies_well", lambda: True)
     sizes = {"hidden_size": 312, "num_layers": 1, "intermediate_size": 64}
     served = {}
     for heads in (12, 39, 1):
         encoder = fastbert.Encoder(EncoderConfig(**sizes, num_heads=heads)).eval()
         encoder = quantize(encoder, dtype="int8") if int8 else encoder
         with torch.no_grad():
-            served[heads] = laid_out.serves(encoder, torch.zeros(4, 312))
+            served[heads] = cpu.unserved(encoder.layers(), torch.zeros(4, 312)) is None
     assert served == {12: True, 39: True, 1: False}  # a head of 312 runs in torch

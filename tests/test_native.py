@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny_bert import random_model
 
-from fastbert import backend, laid_out, quantize, reference
+from fastbert import backend, quantize, reference
 from fastbert.errors import ArgumentError
 from fastbert.native import attention as native_attention
 from fastbert.native import embedding as native_embedding
@@ -23,8 +23,8 @@ from fastbert.native.row_wise import row_wise
 from fastbert.ops import linear as ops_linear
 from fastbert.ops.attention import WIDEST_HEAD, attention
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
-from fastbert.ops.linear import Layouts, hold_weights
 from fastbert.packing import Packing
+from fastbert.run import cpu
 from fastbert.testing import assert_close
 
 pytestmark = pytest.mark.cpu
@@ -251,10 +251,10 @@ def test_weight_gradient(rows, inputs, outputs, machine, generator):
 @pytest.fixture
 def recorded(monkeypatch):
     """Grows by one item with each linear layer that is recorded by kernels, which here are meant for every CPU."""
-    monkeypatch.setattr(ops_linear, "multiplies_well", lambda: True)
     seen, kernel = [], ops_linear._by_kernel
     monkeypatch.setattr(ops_linear, "_by_kernel", lambda *args: seen.append(1) or kernel(*args))
-    return seen
+    with backend.use_backend("native"):
+        yield seen
 
 
 @pytest.mark.parametrize("wanted", ["all", "x", "weight", "no bias"])
@@ -413,11 +413,11 @@ def test_an_int8_weight_is_laid_out_and_back(generator):
 @pytest.fixture
 def runs(monkeypatch):
     """Grows by one item with each run of an encoder that is laid out, which here is meant for every CPU."""
-    monkeypatch.setattr(laid_out, "multiplies_well", lambda: True)
     seen = []
-    run = laid_out.LaidOut.run
-    monkeypatch.setattr(laid_out.LaidOut, "run", lambda self, *args: seen.append(self) or run(self, *args))
-    return seen
+    run = cpu.CpuProgram.run
+    monkeypatch.setattr(cpu.CpuProgram, "run", lambda self, *args: seen.append(self) or run(self, *args))
+    with backend.use_backend("native"):
+        yield seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -431,16 +431,13 @@ def test_laid_out_encoder(lengths, activation, dtype, generator, runs, nan_empty
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(ids, packing=packing).last_hidden_state
         plain = forced(lambda: model(ids, packing=packing).last_hidden_state)
-        with hold_weights():
-            for _ in range(2):
-                assert_close(model(ids, packing=packing).last_hidden_state, plain, exact, factor=3.0)
-            read = torch.tensor([packing.tokens - 1, 0])
-            inputs = model.read(ids, None, None, None, None, packing)
-            torch.testing.assert_close(model.run(inputs, read, every=False)[-1], plain[read], atol=0.1, rtol=0.1)
-            torch.testing.assert_close(
-                model.run(inputs, read, every=False)[-1], model.run(inputs, every=False)[-1][read]
-            )
-            assert model.run(inputs, read[:0], every=False)[-1].shape == (0, 48)
+        for _ in range(2):
+            assert_close(model(ids, packing=packing).last_hidden_state, plain, exact, factor=3.0)
+        read = torch.tensor([packing.tokens - 1, 0])
+        inputs = model.read(ids, None, None, None, None, packing)
+        torch.testing.assert_close(model.run(inputs, read, every=False)[-1], plain[read], atol=0.1, rtol=0.1)
+        torch.testing.assert_close(model.run(inputs, read, every=False)[-1], model.run(inputs, every=False)[-1][read])
+        assert model.run(inputs, read[:0], every=False)[-1].shape == (0, 48)
     assert len(runs) == 6
 
 
@@ -456,14 +453,13 @@ def test_laid_out_int8_encoder(lengths, dtype, generator, runs, nan_empty):
     ids = torch.randint(50, (packing.tokens,), generator=generator)
     inputs, read = model.read(ids, None, None, None, None, packing), torch.tensor([packing.tokens - 1, 0])
     with torch.no_grad():
-        expected = model(ids, packing=packing).last_hidden_state
+        expected = model(ids, packing=packing, output_hidden_states=True).last_hidden_state  # layer by layer
         assert not runs
-        with hold_weights():
-            for _ in range(2):
-                made = model(ids, packing=packing).last_hidden_state
-                torch.testing.assert_close(made, expected, atol=2e-2, rtol=2e-2)
-            some = model.run(inputs, read, every=False)[-1]
-            assert model.run(inputs, read[:0], every=False)[-1].shape == (0, 48)
+        for _ in range(2):
+            made = model(ids, packing=packing).last_hidden_state
+            torch.testing.assert_close(made, expected, atol=2e-2, rtol=2e-2)
+        some = model.run(inputs, read, every=False)[-1]
+        assert model.run(inputs, read[:0], every=False)[-1].shape == (0, 48)
         torch.testing.assert_close(some, expected[read], atol=2e-2, rtol=2e-2)
     assert len(runs) == 4
 
@@ -473,24 +469,24 @@ def test_what_is_laid_out_in_inference_mode_serves_outside_of_it(generator, runs
     packing = Packing.from_lengths([5, 9])
     x = torch.randn(20, 48, generator=generator)
     with torch.inference_mode():
-        made = laid_out.lay_out(encoder, x)
-        inside = [made.run(x, packing)[:14].clone(), made.run(x[:14], packing)]
+        made = cpu.lay_out(encoder.layers(), x)
+        inside = [made.run({"x": x}, packing)[:14].clone(), made.run({"x": x[:14]}, packing)]
     with torch.no_grad():
-        assert torch.equal(made.run(x, packing)[:14], inside[0])
-        assert torch.equal(made.run(x[:14], packing), inside[1])
+        assert torch.equal(made.run({"x": x}, packing)[:14], inside[0])
+        assert torch.equal(made.run({"x": x[:14]}, packing), inside[1])
 
 
 def test_runs_of_many_sizes(generator, runs, monkeypatch):
     """Those of sizes not used for long are made anew; the memory of a larger one takes the place of a smaller one's."""
-    monkeypatch.setattr(laid_out, "KEPT_RUNS", 2)
+    monkeypatch.setattr(cpu, "KEPT_RUNS", 2)
     encoder = random_model(generator).encoder
     x = torch.randn(40, 48, generator=generator)
     with torch.no_grad():
-        made = laid_out.lay_out(encoder, x)
+        made = cpu.lay_out(encoder.layers(), x)
         for length in (3, 40, 3, 17, 8, 40, 3):
             packing = Packing.from_lengths([length])
             expected = encoder.run(x[:length], packing)[-1]
-            torch.testing.assert_close(made.run(x[:length], packing), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(made.run({"x": x[:length]}, packing), expected, atol=1e-4, rtol=1e-4)
         assert len(made.runs._of_sizes) == 2
 
 
@@ -499,8 +495,8 @@ def test_a_run_that_is_kept_reads_and_writes_anew(generator, runs):
     encoder, packing = random_model(generator).encoder, Packing.from_lengths([5, 9])
     inputs = torch.randn(2, 14, 48, generator=generator)
     with torch.no_grad():
-        made = laid_out.lay_out(encoder, inputs[0])
-        results = [made.run(x, packing) for x in inputs]
+        made = cpu.lay_out(encoder.layers(), inputs[0])
+        results = [made.run({"x": x}, packing) for x in inputs]
         for x, result in zip(inputs, results, strict=True):
             torch.testing.assert_close(result, encoder.run(x, packing)[-1], atol=1e-4, rtol=1e-4)
 
@@ -515,14 +511,14 @@ def test_slack_of_a_laid_out_run_is_not_read(generator, runs):
     packing = Packing.from_lengths([5, 9])
     x = torch.randn(20, 48, generator=generator)
     with torch.no_grad():
-        made = laid_out.lay_out(encoder, x)
-        whole = made.run(x.clone(), packing)
+        made = cpu.lay_out(encoder.layers(), x)
+        whole = made.run({"x": x.clone()}, packing)
         x[14:] = 7.0
-        assert torch.equal(made.run(x, packing)[:14], whole[:14])
+        assert torch.equal(made.run({"x": x}, packing)[:14], whole[:14])
     assert whole.isfinite().all()
 
 
-@pytest.mark.parametrize("case", ["outside", "gradient", "training", "hidden states", "bias", "autocast", "torch"])
+@pytest.mark.parametrize("case", ["gradient", "training", "hidden states", "bias", "autocast", "torch"])
 def test_where_the_laid_out_encoder_does_not_run(case, generator, runs):
     model = random_model(generator, hidden_dropout=0.0, attention_dropout=0.0).train(case == "training")
     ids = torch.randint(50, (2, 6), generator=generator)
@@ -530,13 +526,10 @@ def test_where_the_laid_out_encoder_does_not_run(case, generator, runs):
     if case == "bias":
         options["attention_mask"] = torch.randn(2, 1, 6, 6, generator=generator)
     with torch.set_grad_enabled(case == "gradient"), torch.autocast("cpu", enabled=case == "autocast"):
-        if case == "outside":
-            model(ids, **options)
-        elif case == "torch":
+        if case == "torch":
             forced(lambda: model(ids))
         else:
-            with hold_weights():
-                model(ids, **options)
+            model(ids, **options)
     assert not runs
 
 
@@ -544,11 +537,10 @@ def test_where_the_laid_out_encoder_does_not_run(case, generator, runs):
 def test_layouts_are_kept_until_a_weight_changes(change, generator, runs):
     served(HOST, torch.bfloat16 if change == "dtype" else torch.float32)
     model = random_model(generator)
-    layouts = Layouts(model)
     ids, packing = torch.randint(50, (9,), generator=generator), Packing.from_lengths([4, 5])
 
     def run():
-        with torch.no_grad(), hold_weights(layouts):
+        with torch.no_grad():
             return model(ids, packing=packing).last_hidden_state
 
     run()

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
-from fastbert import backend, projections
-from fastbert.projections import SelfAttention
+from fastbert import backend, parts
+from fastbert.parts import SelfAttention
 
 CONFIG = fastbert.EncoderConfig(num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
 MOVES = {
@@ -43,7 +43,7 @@ def attentions(model) -> list[SelfAttention]:
 
 def check(model, monkeypatch, *, copies=0) -> None:
     """The joined tensors are right, with gradients and without, and made by so many copies for each attention."""
-    monkeypatch.setattr(projections, "observed", lambda: False)  # Copies must not change what it counts
+    monkeypatch.setattr(parts, "observed", lambda: False)  # Copies must not change what it counts
     for part in attentions(model):
         linears = part.query, part.key, part.value
         for grad in (False, True):

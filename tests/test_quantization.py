@@ -11,7 +11,7 @@ from real_weights import fetched
 from tiny_bert import random_model
 
 import fastbert
-from fastbert import backend, quantization
+from fastbert import backend, eight_bits
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.heads import BertForSequenceClassification
 from fastbert.kernels.target import KNOWN, pretend
@@ -76,7 +76,7 @@ def test_gelu_has_the_form_of_the_config(activation, approximate, generator, mon
         asked.append(approximate)
         return bias_gelu_quantize(x, bias, approximate=approximate)
 
-    monkeypatch.setattr(quantization, "bias_gelu_quantize", noted)
+    monkeypatch.setattr(eight_bits, "bias_gelu_quantize", noted)
     run(fastbert.quantize(random_model(generator, activation=activation), dtype="fp8"), *batch(generator))
     assert asked == [approximate] * 2
 
@@ -85,7 +85,7 @@ def test_a_weight_is_kept_without_bias(generator):
     """Rounding errors of e4m3, up to 1 in 16, cancel over a matrix; a scale that is off by 1 in 100 does not."""
     linear = torch.nn.Linear(256, 128)
     torch.nn.init.normal_(linear.weight, generator=generator)
-    made = quantization.Fp8Linear(linear.weight, linear.bias)
+    made = eight_bits.Fp8Linear(linear.weight, linear.bias)
     kept = made.values.view(torch.float8_e4m3fn).float() * made.scale.view(torch.float32)[:, None]
     assert (kept - linear.weight).abs().max() <= linear.weight.abs().max() / 16
     assert abs((kept * linear.weight).sum() / linear.weight.square().sum() - 1) < 0.001
@@ -122,7 +122,7 @@ def test_rows_that_a_head_reads_and_hidden_states(generator):
         read = quantized.bert.encoder.run(every.hidden_states[0], packing, read=torch.tensor([0, 22]))
     assert len(every.hidden_states) == 3
     torch.testing.assert_close(read[-1], every.last_hidden_state[[0, 22]])
-    assert type(quantized.bert.encoder) is not type(model.bert.encoder)
+    assert quantized.bert.encoder.in_eight_bits() is not None and model.bert.encoder.in_eight_bits() is None
 
 
 def test_an_encoder_by_itself(generator):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import backend, quantization, reference
+from fastbert import backend, eight_bits, reference
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
 from fastbert.ops import quantize_rows as ops
@@ -168,6 +168,11 @@ def wide(rows):
     return rows.values.double() * rows.scale.double()[:, None]
 
 
+def matrices(layer):
+    parts = layer.parts()
+    return [parts["qkv"].joined()[0], *(parts[name].weight for name in ("attention_output", "intermediate", "output"))]
+
+
 def products(minilm, monkeypatch):
     """What each product of MiniLM in fp8 read, before it was quantized and after."""
     found, exact = [], {}
@@ -181,9 +186,9 @@ def products(minilm, monkeypatch):
         found.append((exact[id(x.values)][0], x, weight))
         return linear_quantized(x, weight, bias, dtype)
 
-    for module in (ops, quantization):
+    for module in (ops, eight_bits):
         monkeypatch.setattr(module, "quantize_rows", quantized)
-    monkeypatch.setattr(quantization, "linear_quantized", product)
+    monkeypatch.setattr(eight_bits, "linear_quantized", product)
     encoder = TextEncoder.from_folder(minilm, dtype="fp32", device="cpu")
     TextEncoder(fastbert.quantize(encoder.model, dtype="fp8"), encoder.tokenizer).encode(
         ["a fine film, with actors who know what they do", "two dull hours and a plot that nobody needed"]
@@ -191,7 +196,10 @@ def products(minilm, monkeypatch):
     weights = [
         weight.detach()
         for layer in encoder.model.encoder.layer
-        for weight in (layer.attention.self.joined()[0], *(layer.parts()[i].weight for i in (3, 5, 6)))
+        for weight in (
+            layer.attention.self.joined()[0],
+            *(layer.parts()[i].weight for i in ("attention_output", "intermediate", "output")),
+        )
     ]
     return found, weights
 

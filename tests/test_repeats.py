@@ -15,8 +15,8 @@ from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.kernels.target import interpreted
 from fastbert.layer import EncoderLayer
-from fastbert.ops import repeats
 from fastbert.packing import Packing
+from fastbert.run import prepared as executor
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="the kernels need Triton's interpreter here")
 
@@ -25,7 +25,7 @@ HIDDEN, HEADS, INTERMEDIATE = 32, 2, 48
 
 @pytest.fixture(autouse=True)
 def prepared() -> Iterator[list[int]]:
-    with preparations(EncoderLayer) as rows:
+    with preparations() as rows:
         yield rows
 
 
@@ -78,8 +78,8 @@ def test_what_code_or_choices_depend_on_is_a_kind(lengths: list[int], prepared: 
 
 
 def test_rows_of_more_than_2_gib_are_each_a_kind() -> None:
-    assert repeats.rows_kind(1001, 4096) == repeats.rows_kind(2003, 4096) != repeats.rows_kind(2000, 4096)
-    assert repeats.rows_kind(2**19 + 1, 4096) != repeats.rows_kind(2**19 + 3, 4096)
+    assert executor.rows_kind(1001, 4096) == executor.rows_kind(2003, 4096) != executor.rows_kind(2000, 4096)
+    assert executor.rows_kind(2**19 + 1, 4096) != executor.rows_kind(2**19 + 3, 4096)
 
 
 def test_as_many_rows_with_other_tokens_are_of_the_same_kind(prepared: list[int], nan_empty: None) -> None:
@@ -145,7 +145,7 @@ def test_the_long_way_is_gone_where_it_must_be(way: str, prepared: list[int]) ->
             asked: list[Any] = []
 
             def ask(row: Tensor) -> Tensor:
-                asked.append(repeats.prepared(("kind",), (row,), (), lambda: prepared.append(0)))
+                asked.append(executor.of_kind(("kind",), (row,), (), lambda: prepared.append(0)))
                 return row
 
             got = expected = torch.func.vmap(ask)(x)
@@ -171,11 +171,11 @@ def test_an_empty_batch(prepared: list[int]) -> None:
 
 
 def test_no_more_kinds_are_kept_than_said(monkeypatch: pytest.MonkeyPatch, prepared: list[int]) -> None:
-    monkeypatch.setattr(repeats, "MOST", 2)
+    monkeypatch.setattr(executor, "MOST", 2)
     made = layer()
     for tokens in (3, 16, 1, 3):
         made(torch.randn(tokens, HIDDEN), Packing.from_lengths([tokens]))
-        assert len(repeats._kept) <= 2
+        assert len(executor._kept) <= 2
     assert prepared == [3, 16, 1, 3]
 
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from preparing import preparations
+from preparing import preparations, unprepared
 from torch import Tensor
 
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels.target import interpreted
-from fastbert.ops import repeats
 from fastbert.packing import Packing
-from fastbert.quantization import Fp8Layer, quantize
+from fastbert.quantization import quantize
+from fastbert.run import prepared as executor
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="the kernels need Triton's interpreter here")
 
@@ -25,7 +25,7 @@ HIDDEN = 32
 
 @pytest.fixture(autouse=True)
 def prepared() -> Iterator[list[int]]:
-    with preparations(Fp8Layer) as rows:
+    with preparations() as rows:
         yield rows
 
 
@@ -39,8 +39,7 @@ def encoder(**changes: Any) -> Encoder:
 
 
 def the_long_way(encoder: Encoder, x: Tensor, packing: Packing, bias: Tensor | None = None) -> list[Tensor]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Fp8Layer, "_run_prepared", lambda *_: None)
+    with unprepared():
         return encoder.run(x, packing, bias)
 
 
@@ -66,16 +65,16 @@ def test_batches_of_any_size_and_layers_of_one_kind_share_what_is_prepared(
 def test_other_activations_go_the_long_way(activation: str, prepared: list[int]) -> None:
     made = encoder(activation=activation)
     same(made, torch.randn(9, HIDDEN), Packing.from_lengths([4, 5]))
-    assert repeats._kept == {}
+    assert executor._kept == {}
 
 
 def test_weights_may_change(prepared: list[int]) -> None:
     made, x, packing = encoder(), torch.randn(9, HIDDEN), Packing.from_lengths([4, 5])
     before = made.run(x, packing)[-1]
-    layer: Any = made.layer[1]
-    layer.output_norm.weight.mul_(2.0)
-    layer.intermediate.bias = torch.nn.Parameter(torch.randn(48))
-    layer.qkv.scale.copy_((layer.qkv.scale.view(torch.float32) * 2.0).view(torch.int32))
+    parts: Any = made.layer[1].parts()
+    parts["output_norm"].weight.mul_(2.0)
+    parts["intermediate"].bias = torch.nn.Parameter(torch.randn(48))
+    parts["qkv"].scale.copy_((parts["qkv"].scale.view(torch.float32) * 2.0).view(torch.int32))
     assert not torch.equal(made.run(x, packing)[-1], before)
     same(made, x, packing)
     assert len(prepared) == 1
@@ -84,8 +83,8 @@ def test_weights_may_change(prepared: list[int]) -> None:
 def test_weights_may_move(prepared: list[int]) -> None:
     made, x, packing = encoder(num_layers=1), torch.randn(9, HIDDEN), Packing.from_lengths([4, 5])
     before = made.run(x, packing)[-1]
-    layer: Any = made.layer[0]
-    for linear in (layer.qkv, layer.attention_output, layer.intermediate, layer.output):
+    parts: Any = made.layer[0].parts()
+    for linear in (parts[name] for name in ("qkv", "attention_output", "intermediate", "output")):
         old, linear.values = linear.values, linear.values.clone()
         linear.scale.data = linear.scale.clone()
         old.zero_()  # what still reads it shows
@@ -119,7 +118,7 @@ def test_the_long_way_is_gone_where_it_must_be(way: str, prepared: list[int]) ->
         case "misaligned":
             got = made.run(torch.empty(9 * HIDDEN + 1)[1:].view(9, HIDDEN).copy_(x), packing)[-1]
         case "misaligned weight":
-            norm: Any = made.layer[0].output_norm
+            norm: Any = made.layer[0].parts()["output_norm"]
             norm.weight.data = torch.empty(HIDDEN + 1)[1:].copy_(norm.weight)
             got = made.run(x, packing)[-1]
         case "autocast":

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import tiny_bert
 import torch
 from stand_in import GPU, StandIn
 
-from fastbert import backend, heads, tasks
+from fastbert import backend, heads
 from fastbert.checkpoints.load import load, save
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification
@@ -37,8 +37,7 @@ GIB = 2**30
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """Its device plays a GPU in this test, and the kernels run there; weights are laid out on a CPU only."""
-    monkeypatch.setattr(tasks, "hold_weights", lambda layouts: nullcontext())
+    """Its device plays a GPU in this test, and the kernels run there."""
     with backend.use_backend("triton"), StandIn() as mode:
         yield mode
 

@@ -11,10 +11,11 @@ from test_dropin_arguments import pair
 from torch import nn
 
 import fastbert
-from fastbert import folding, laid_out
+from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.models import BertModel
 from fastbert.ops.watch import Watch, weights_changed
+from fastbert.run import folded
 
 TEXTS = ["a b c d e f", "g", "h i j a b c d"] * 8
 
@@ -93,6 +94,8 @@ CHANGES = {
     "a layer dropped": lambda made: made.encoder.layer.__delitem__(1),
     "cast": lambda made: made.double(),
     "loaded": lambda made: made.load_state_dict({k: v * 1.1 for k, v in made.state_dict().items()}),
+    "a hook": lambda made: made.encoder.layer[1].output.dense.register_forward_hook(lambda *_: None),
+    "a forward in its place": lambda made: setattr(made.encoder.layer[0].output.dense, "forward", lambda x: x),
     "said": lambda made: weights_changed(),
 }
 
@@ -147,8 +150,8 @@ def test_what_no_sample_feels_can_be_said():
 def encoder(request, tmp_path, monkeypatch):
     """43: weights laid out for this CPU's kernels; 43b: folded, as on an Intel CPU."""
     if request.param == "user_case_43b":
-        monkeypatch.setattr(folding, "made_by_amd", lambda: False)
-        monkeypatch.setattr(laid_out, "multiplies_well", lambda: False)
+        monkeypatch.setattr(folded, "made_by_amd", lambda: False)
+        monkeypatch.setattr(backend, "multiplies_well", lambda: False)
     pair(tmp_path)
     return fastbert.TextEncoder.from_folder(tmp_path)
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import fastbert
-from fastbert import projections, tasks
+from fastbert import parts, tasks
 from fastbert.kernels import (
     attention,
     attention_backward,
@@ -88,7 +88,7 @@ def counted() -> Iterator[Counter[str]]:
                 if name.endswith(("_forward", "_backward")):
                     patches.enter_context(patch.object(module, name, seen(launcher)))
         # Else the product would copy the parameters of queries, keys and values together, as under any dispatch mode.
-        patches.enter_context(patch.object(projections, "observed", lambda: False))
+        patches.enter_context(patch.object(parts, "observed", lambda: False))
         with torch_calls:
             yield counts
 

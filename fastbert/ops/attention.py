@@ -71,7 +71,7 @@ def attention(
 
 
 def prepare_attention(qkv: Tensor, packing: Packing) -> Callable[[Tensor, Packing], Tensor] | None:
-    """Inference without options as a function of tensors of one kind, see `repeats`; None: the kernel can't serve it.
+    """Inference without options as a function of tensors of one kind, see `run.prepared`; None: it can't be served.
 
     Raises:
         ArgumentError, BackendError: as `attention`.

@@ -6,8 +6,6 @@ here has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,13 +14,7 @@ from fastbert.config import Activation
 from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.native.memory import room
 from fastbert.ops.common import check_rows, native_machine
-
-_ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+from fastbert.ops.linear_activation import activated
 
 
 def quantize_rows_int8(x: Tensor) -> Int8Rows:
@@ -77,8 +69,7 @@ def linear_int8(
         Program(launches).run()
         return made, quantized
     total = (x.floats() @ weight.plain()[:depth].float()) * weight.scale + bias
-    if activation is not None:
-        total = _ACTIVATE[activation](total)
+    total = activated(total, activation)
     if residual is not None:
         total = total + residual
     if norm is not None:

@@ -160,7 +160,7 @@ def prepare_linear_layer_norm(
     *,
     eps: float,
 ) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor] | None:
-    """Inference of `linear_layer_norm` as a function of tensors of one kind, see `repeats`; None: it can't be served.
+    """Inference of `linear_layer_norm` as a function of tensors of one kind, see `run.prepared`; None: not served.
 
     Raises:
         ArgumentError, BackendError: as `layer_norm`.

@@ -1,49 +1,25 @@
-"""linear: a matrix product, and weights laid out once for it while a long piece of work holds them still."""
+"""linear: a matrix product, by BLAS, oneDNN or a kernel of this CPU."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
+from fastbert import backend
 from fastbert.native.layout import laid_out
-from fastbert.native.machine import Machine, multiplies_well
+from fastbert.native.machine import Machine
 from fastbert.native.memory import room
 from fastbert.ops.common import check_linear, native_machine, observed, onednn_fuses, onednn_rows, wants_gradient
-from fastbert.ops.watch import Watch
 from fastbert.reference import Approximate
 
 T = TypeVar("T")
 
 # Rows from which on a product is worth its weight's being laid out: MiniLM's, on Zen 5.
 LEAST_ROWS = 64
-
-# What was made of a weight or a module, by the source and then by what it is for.
-Made = MutableMapping[Any, dict[str, Any]]
-
-# Inside `hold_weights` of this thread.
-_held: ContextVar[Made | None] = ContextVar("held", default=None)
-
-
-class Layouts:
-    """What `hold_weights` made of a model's weights, kept until one of them changes; see `ops.watch`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._watch = Watch(model)
-        self._made: Made = WeakIdKeyDictionary()
-
-    def current(self) -> Made:
-        """All that was made of the weights as they are."""
-        if self._watch.changed():
-            self._made = WeakIdKeyDictionary()
-        return self._made
 
 
 class Buffers(threading.local):
@@ -52,45 +28,13 @@ class Buffers(threading.local):
     def __init__(self) -> None:
         self._of_name: dict[str, Tensor] = {}
 
-    def room(self, name: str, x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """`[rows of x, width]`, in the dtype of x unless told; what had this name before is overwritten."""
-        rows, buffer = x.shape[0], self._of_name.get(name)
+    def room(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """`[rows, width]`; what had this name before is overwritten."""
+        buffer = self._of_name.get(name)
         if buffer is None or buffer.shape[0] < rows:
             with torch.inference_mode(False):  # what is made inside could not be written to outside
-                buffer = self._of_name[name] = room((rows, width), x.dtype if dtype is None else dtype)
+                buffer = self._of_name[name] = room((rows, width), dtype)
         return buffer[:rows]
-
-
-@contextmanager
-def hold_weights(layouts: Layouts | None = None) -> Iterator[None]:
-    """Inside the block each weight is laid out for its CPU product when it is first used, and not again.
-
-    No weight may be changed inside; it costs their memory once more. With `layouts` what is made is kept for the next
-    block, without them it is worth it for many batches.
-    """
-    token = _held.set(WeakIdKeyDictionary() if layouts is None else layouts.current())
-    try:
-        yield
-    finally:
-        _held.reset(token)
-
-
-def held(source: Tensor | nn.Module, purpose: str, make: Callable[[], T]) -> T | None:
-    """What `make()` makes of `source`: once inside `hold_weights`; None outside, where it would not pay."""
-    made = _held.get()
-    if made is None:
-        return None
-    if source not in made:
-        made[source] = {}
-    if purpose not in made[source]:
-        made[source][purpose] = make()
-    return cast(T, made[source][purpose])
-
-
-def packed(weight: Tensor) -> Tensor:
-    """`weight` for oneDNN's products: the copy laid out for them inside `hold_weights`, else as it is."""
-    laid_out = held(weight, "oneDNN", lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
-    return weight if laid_out is None else laid_out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,17 +57,20 @@ def by_onednn(
     gelu: Approximate | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer and GELU or a residual sum, `[rows, out]`, on tensors for which `onednn_fuses`."""
+    """A linear layer and GELU or a residual sum, `[rows, out]`, on tensors for which `onednn_fuses`.
+
+    The weight may be laid out for oneDNN, as `mkldnn._reorder_linear_weight` does.
+    """
     rows = len(x)
     bias = None if bias is None else bias.contiguous()  # oneDNN's form reads it as if it were
     slack = onednn_rows(rows) - rows
     if slack:
         x, residual = with_slack(x, slack), None if residual is None else with_slack(residual, slack)
     if residual is not None:
-        made = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed(weight), bias, "add")
+        made = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     else:
         after: tuple[str, list[Any], str] = ("none", [], "") if gelu is None else ("gelu", [], gelu)
-        made = torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, *after)
+        made = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *after)
     return made[:rows] if slack else made
 
 
@@ -147,7 +94,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     machine = native_machine(x, weight, bias)
     recorded = wants_gradient(x, weight, bias) and not torch.is_autocast_enabled("cpu")
     exact = x.dtype == weight.dtype == torch.float32
-    if machine is not None and recorded and exact and len(x) >= LEAST_ROWS and multiplies_well():
+    if machine is not None and recorded and exact and len(x) >= LEAST_ROWS and backend.multiplies_well():
         return _Linear.apply(machine, x, weight, bias)  # type: ignore[no-untyped-call]
     return F.linear(x, weight, bias)
 

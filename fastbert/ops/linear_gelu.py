@@ -51,7 +51,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
 def prepare_linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: Approximate = "none"
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """Inference as a function of tensors of one kind, see `repeats`; None: the kernels can't serve it.
+    """Inference as a function of tensors of one kind, see `run.prepared`; None: the kernels can't serve it.
 
     Raises:
         ArgumentError, BackendError: as `linear_gelu`.

@@ -92,7 +92,7 @@ def linear_quantized(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | Non
 
 
 def prepare_quantize_rows(x: Tensor) -> Callable[[Tensor], QuantizedRows] | None:
-    """`quantize_rows` as a function of tensors of one kind, see `repeats`; None: the kernel can't serve it."""
+    """`quantize_rows` as a function of tensors of one kind, see `run.prepared`; None: the kernel can't serve it."""
     from fastbert.kernels import quantize_rows as kernel
 
     check_rows("x", x)

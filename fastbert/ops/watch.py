@@ -1,13 +1,14 @@
 """Whether a model's parameters are still what they were, asked before each piece of work, in microseconds.
 
-Seen are other modules, other parameters, other memory, and what torch counts as a write. `.data` and some optimizers
-write without a trace, so numbers are compared too: biases and norms whole, of a matrix 16 lines on its diagonal, as
-spread over rows and columns. A write that no number of these feels is not seen: `weights_changed` says it.
+Seen are other modules, hooks, other parameters, other memory, and what torch counts as a write. `.data` and some
+optimizers write without a trace, so numbers are compared too: biases and norms whole, of a matrix 16 lines on its
+diagonal, as spread over rows and columns. A write that no number of these feels is not seen: `weights_changed` says it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -25,6 +26,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _said = 0
 
 
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What is called beside the forward pass of a module or its gradient."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def weights_changed() -> None:
     """Say that weights of some model were written in a way that nobody can see: a few numbers of a matrix by `.data`.
 
@@ -40,6 +46,7 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._tables: list[dict[str, Any]] = []  # of each module, its parameters and its modules
+        self._dicts: list[dict[Any, Any]] = []  # of each module its attributes and its hooks, which are counted
         self._members: list[Any] = []  # of all of them; kept, so that no other object gets the id of one
         self._ids: list[int] = []
         self._parameters: list[Tensor] = []
@@ -50,7 +57,7 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything has changed since the last time; True the first time."""
-        same = bool(self._tables) and self._ids == [id(member) for table in self._tables for member in table.values()]
+        same = bool(self._tables) and self._ids == list(map(id, chain.from_iterable(map(dict.values, self._tables))))
         if not same:
             self._read_tree()
         marks = self._current_marks()
@@ -65,7 +72,10 @@ class Watch:
 
     def _read_tree(self) -> None:
         modules = list(self._model.modules())
-        self._tables = [table for module in modules for table in (module._parameters, module._modules)]
+        tables = [table for module in modules for table in (module._parameters, module._modules)]
+        self._tables = list(filter(len, tables))  # the others are counted
+        hooks = [table for module in modules for table in hooks_of(module)]
+        self._dicts = [*(table for table in tables if not table), *(module.__dict__ for module in modules), *hooks]
         self._members = [member for table in self._tables for member in table.values()]
         self._ids = list(map(id, self._members))
         found = {id(p): p for p in self._model.parameters()}
@@ -73,8 +83,9 @@ class Watch:
         self._counted = [p for p in self._parameters if not p.is_inference()]
 
     def _current_marks(self) -> list[Any]:
-        """Where each parameter lies and how often it was written, as torch counts; and what the user said."""
-        return [_said, *map(Tensor.data_ptr, self._parameters), *map(attrgetter("_version"), self._counted)]
+        """Where each parameter lies and how often it was written, as torch counts; hooks; and what the user said."""
+        places, writes = map(Tensor.data_ptr, self._parameters), map(attrgetter("_version"), self._counted)
+        return [_said, *map(len, self._dicts), *places, *writes]
 
     def _look_at_memory(self) -> None:
         samples: dict[Any, list[npt.NDArray[Any]]] = defaultdict(list)

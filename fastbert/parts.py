@@ -1,11 +1,13 @@
-"""Queries, keys and values as one product, though their parameters are apart, as in Hugging Face's state dicts.
+"""The modules that hold a layer's weights, its parts: which of them an op may read, and how the others are called.
 
-Their memory is one: `SelfAttention.join` moves the three weights, and the three biases, to lie one after another. So
+Queries, keys and values are one product, though their parameters are apart, as in Hugging Face's state dicts. Their
+memory is one: `SelfAttention.join` moves the three weights, and the three biases, to lie one after another. So
 the product of all three reads the parameters themselves, no copy, and nothing can go stale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -15,7 +17,8 @@ from torch.utils.dlpack import from_dlpack
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.ops.common import observed
-from fastbert.ops.linear import held
+from fastbert.ops.watch import hooks_of
+from fastbert.packing import Packing
 
 
 class Group(nn.Module):
@@ -46,6 +49,11 @@ class SelfAttention(Group):
         self._forget()
         self.join()
 
+    def linears(self) -> list[nn.Module]:
+        """The three, without nn.Module's slow way to an attribute."""
+        modules: dict[str, Any] = self._modules
+        return [modules["query"], modules["key"], modules["value"]]
+
     def _forget(self) -> None:
         self._joined: tuple[Tensor, Tensor] | None = None
         self._places: tuple[Any, ...] = ()
@@ -56,11 +64,11 @@ class SelfAttention(Group):
         The Parameter objects stay. Each keeps a storage of its own, which DLPack makes of a part of the memory, because
         some that save state dicts (accelerate) take tensors of one storage for copies of each other and drop them.
         """
-        linears = [self._modules[name] for name in ("query", "key", "value")]
+        linears = self.linears()
         if not all(map(is_plain, linears)):
             self._forget()
             return
-        weights, biases = ([one._parameters[name] for one in linears] for name in ("weight", "bias"))  # type: ignore[union-attr]
+        weights, biases = ([one._parameters[name] for one in linears] for name in ("weight", "bias"))
         if self._joined is not None and _places(cast(list[Tensor], weights + biases)) == self._places:
             return  # a second move would be for nothing, and a CUDA graph may hold the addresses
         self._forget()
@@ -84,12 +92,7 @@ class SelfAttention(Group):
         return _Join.apply(weight, *weights), _Join.apply(bias, *biases)  # type: ignore[no-untyped-call]
 
     def _copied(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if observed() or torch.is_grad_enabled():
-            return torch.cat(weights), torch.cat(biases)
-        return held(self, "joined", lambda: (torch.cat(weights), torch.cat(biases))) or (
-            torch.cat(weights),
-            torch.cat(biases),
-        )
+        return torch.cat(weights), torch.cat(biases)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SelfAttention:
         """What moves or casts a module moves its parameters one by one."""
@@ -122,31 +125,48 @@ class _Join(torch.autograd.Function):
 def is_plain(module: nn.Module | None) -> bool:
     """Whether an op may read the parameters of `module` instead of calling it.
 
-    It may for an nn.Linear or nn.LayerNorm on which nothing looks. Adapters (LoRA), quantized linears, parametrized and
-    pruned modules, and those with hooks are called.
+    It may for an nn.Linear or nn.LayerNorm on which nothing looks, and for a SelfAttention of such. Adapters (LoRA),
+    quantized linears, parametrized and pruned modules, and those with hooks are called.
     """
     kind = type(module)
+    if kind is SelfAttention:
+        linears = cast(SelfAttention, module).linears()
+        return all(is_plain(linear) and linear._parameters["bias"] is not None for linear in linears)
     if kind is not nn.Linear and kind is not nn.LayerNorm:
         return False
     assert module is not None
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if any(hooks_of(module)):
         return False
     parameters = module._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
     return (
         "forward" not in module.__dict__
         and (type(weight) is nn.Parameter or type(weight) is Tensor)
-        and (type(bias) is nn.Parameter or type(bias) is Tensor)
+        and (type(bias) is nn.Parameter or type(bias) is Tensor or (bias is None and kind is nn.Linear))
     )
 
 
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """What is called beside the forward pass of a module or its gradient."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+def weights(part: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a plain part, those of a SelfAttention as one."""
+    if type(part) is SelfAttention:
+        return part.joined()
+    parameters: dict[str, Any] = part._parameters
+    return parameters["weight"], parameters["bias"]
+
+
+def call(part: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
+    """What `part` makes of `x`; in the padded layout where hooks look on, as they would in transformers."""
+    if type(part) is SelfAttention:
+        return torch.cat([call(linear, x, packing) for linear in part.linears()], 1)
+    if packing is None or not is_hooked(part):
+        return cast(Tensor, part(x))
+    return packing.pack(part(packing.unpack(x)), len(x))
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether functions of a user are called beside the forward pass of `module` or its gradient."""
+    if type(module) is SelfAttention:
+        return any(map(is_hooked, module.linears()))
     return any(
         not (getattr(hook, "__module__", None) or "").startswith("torch.distributed")
         for hooks in hooks_of(module)
@@ -158,7 +178,7 @@ def _places(parts: list[Tensor]) -> tuple[Any, ...]:
     return tuple([(part.data_ptr(), part.stride(), part.numel()) for part in parts])
 
 
-def _movable(parts: list[Tensor | None]) -> bool:
+def _movable(parts: Sequence[Tensor | None]) -> bool:
     """Whether these are three ordinary parameters of one kind, whose memory nobody else looks after."""
     first = parts[0]
     if first is None or first.device.type not in ("cpu", "cuda") or len({id(part) for part in parts}) < len(parts):

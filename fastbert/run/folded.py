@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbert import backend
 from fastbert.config import Activation, EncoderConfig
 from fastbert.encoder import Encoder
 from fastbert.layer import EncoderLayer
@@ -45,9 +46,11 @@ FEWEST_ROWS = 16
 def serves(encoder: Encoder, x: Tensor) -> bool:
     """Whether folding is meant for a run of `encoder` on `x`: float32, a CPU, no gradient, no dropout, many rows."""
     bare = x.dtype == torch.float32 and not torch.is_grad_enabled() and runs_bare(x) and len(x) >= FEWEST_ROWS
-    if not bare or made_by_amd():  # there BLAS is not the fastest that can be had
+    if (
+        not bare or made_by_amd() or backend.decide(x.device).path == "triton"
+    ):  # there BLAS is not the fastest that can be had
         return False
-    return not encoder.training and len(encoder.layer) > 0 and type(encoder) is Encoder and encoder.is_plain()
+    return not encoder.training and len(encoder.layer) > 0 and encoder.in_eight_bits() is None and encoder.is_plain()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,17 +86,14 @@ class FoldedEncoder:
         heads, head_dim = config.num_heads, config.head_dim
         x.add_(self.shift)
         for layer in self.layers:
-            qkv = torch.mm(x, layer.qkv, out=self.buffers.room("qkv", x, layer.qkv.shape[1])).view(
-                -1, 3, heads, head_dim
-            )
-            context = self.buffers.room("context", x, layer.attention_output.shape[1])
-            attend(qkv, packing, head_dim**-0.5, context.view(-1, heads, head_dim))
+            qkv = torch.mm(x, layer.qkv, out=self.buffers.room("qkv", len(x), layer.qkv.shape[1], x.dtype))
+            context = self.buffers.room("context", len(x), layer.attention_output.shape[1], x.dtype)
+            attend(qkv.view(-1, 3, heads, head_dim), packing, head_dim**-0.5, context.view(-1, heads, head_dim))
             if read is not None and layer is self.layers[-1]:
                 context, x = context.index_select(0, read), x.index_select(0, read)
             x = layer.attention_norm(x.addmm_(context, layer.attention_output))
-            wide = torch.mm(
-                x, layer.intermediate, out=self.buffers.room("intermediate", x, layer.intermediate.shape[1])
-            )
+            wide = self.buffers.room("intermediate", len(x), layer.intermediate.shape[1], x.dtype)
+            torch.mm(x, layer.intermediate, out=wide)
             x = layer.output_norm(x.addmm_(_ACTIVATE[config.activation](wide), layer.output))
         return x
 
@@ -104,12 +104,12 @@ def fold(encoder: Encoder, norm: nn.LayerNorm) -> FoldedEncoder | None:
     That is where weights of a LayerNorm are so near 0 that the 1 which the probe reads comes from numbers that cancel:
     their magnitudes must not add up to more than 4, which is two bits. They are at 1.0 to 1.3 in MiniLM and in a BERT.
     """
-    layers = [cast(Any, cast(EncoderLayer, layer).parts()) for layer in encoder.layer]
+    layers = [cast(dict[str, Any], cast(EncoderLayer, layer).parts()) for layer in encoder.layer]
     joined = [cast(EncoderLayer, layer).attention.self.joined() for layer in encoder.layer]
     norms = [norm]  # the last of them makes the rows that come out, which are not shifted
     for layer in layers:
-        norms += [layer.attention_norm, layer.output_norm]
-    products = [product for layer in layers for product in (layer.attention_output, layer.output)]
+        norms += [layer["attention_norm"], layer["output_norm"]]
+    products = [product for layer in layers for product in (layer["attention_output"], layer["output"])]
     shifts = [_shift(made, product) for made, product in zip(norms, products, strict=False)]
     for made, shift in zip(norms, shifts, strict=False):
         if not (_probe(made).abs() * (made.bias.abs() + shift.abs())).sum() <= 4.0:
@@ -118,13 +118,13 @@ def fold(encoder: Encoder, norm: nn.LayerNorm) -> FoldedEncoder | None:
     folded = [
         _FoldedLayer(
             qkv=_absorb(*joined[i], norms[2 * i], shifts[2 * i]),
-            attention_output=_transposed(layer.attention_output.weight),
-            attention_norm=_shifted(layer.attention_norm, shifts[2 * i + 1]),
+            attention_output=_transposed(layer["attention_output"].weight),
+            attention_norm=_shifted(layer["attention_norm"], shifts[2 * i + 1]),
             intermediate=_absorb(
-                layer.intermediate.weight, layer.intermediate.bias, layer.attention_norm, shifts[2 * i + 1]
+                layer["intermediate"].weight, layer["intermediate"].bias, layer["attention_norm"], shifts[2 * i + 1]
             ),
-            output=_transposed(layer.output.weight),
-            output_norm=_shifted(layer.output_norm, shifts[2 * i + 2]),
+            output=_transposed(layer["output"].weight),
+            output_norm=_shifted(layer["output_norm"], shifts[2 * i + 2]),
         )
         for i, layer in enumerate(layers)
     ]

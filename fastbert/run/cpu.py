@@ -1,0 +1,368 @@
+"""Steps as one program of a CPU's kernels, for inference: weights are laid out for them once, and nothing is asked in
+between.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import backend
+from fastbert.eight_bits import Int8Linear, attention_dtype
+from fastbert.native.int8 import Int8Matrix, Int8Rows
+from fastbert.native.layout import laid_out_together
+from fastbert.native.machine import Machine
+from fastbert.native.memory import room
+from fastbert.ops.attention import WIDEST_HEAD
+from fastbert.ops.common import native_machine, runs_bare
+from fastbert.ops.layer_norm import in_float32
+from fastbert.ops.linear import Buffers
+from fastbert.packing import Packing
+from fastbert.parts import SelfAttention, is_plain, weights
+from fastbert.run.eager import formats
+from fastbert.run.steps import Attend, Layers, Parts, Product, Steps, readers
+
+if TYPE_CHECKING:
+    from fastbert.native.code import Launch, Program
+
+# Tokens up to which a run is worth being kept: there Python would take a twentieth of its time or more.
+SHORT = 256
+# So many sizes are; each holds its input and its result.
+KEPT_RUNS = 32
+
+
+def unserved(layers: Layers, x: Tensor) -> str | None:
+    """Why the kernels don't serve these layers for inputs as `x`; None where they do."""
+    if torch.is_grad_enabled() or not runs_bare(x):  # first, for torch.compile, which can't read what follows
+        return "a gradient, autocast, a compiler or another device"
+    machine = native_machine(x)
+    if machine is None:
+        return f"no kernels for {x.dtype} here"
+    if len(x) == 0 or not layers:
+        return "nothing to do"
+    for steps, parts in layers:
+        reason = _layer_unserved(machine, steps, parts, x)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> str | None:
+    widths = dict.fromkeys(steps.carried, x.shape[1])
+    for step in steps.of:
+        if isinstance(step, Attend):
+            if step.window is not None or step.alibi is not None:
+                return "a window or ALiBi"
+            if widths[step.x] > 3 * step.heads * WIDEST_HEAD:
+                return f"heads wider than {WIDEST_HEAD}"
+            widths[step.into] = widths[step.x] // 3
+            continue
+        if step.gated:
+            return "a gated product"
+        part = parts[step.part]
+        if step.norm is not None and not is_plain(parts[step.norm]):
+            return f"{step.norm} that is not an nn.LayerNorm on which nothing looks"
+        if isinstance(part, Int8Linear):
+            if not machine.int8:
+                return f"no products of int8 on {machine.cpu}"
+            if part.depth % 4:
+                return f"{step.part} of depth {part.depth}, which is no multiple of 4"
+            widths[step.into] = len(part.scale)
+        elif not is_plain(part):
+            return f"{step.part} that is not an nn.Linear on which nothing looks"
+        elif not backend.multiplies_well():
+            return "products that another path makes faster"
+        else:
+            width, depth, dtype = _shape(part)
+            if (depth, dtype) != (widths[step.x], x.dtype):
+                return f"{step.part} of depth {depth} in {dtype}, which is not that of its rows"
+            if depth * x.itemsize % 4:
+                return f"{step.part} of depth {depth}, which fills no words of 4 bytes"
+            widths[step.into] = width
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A `Program` and the memory it is tied to.
+
+    Attributes:
+        registers, cu_seqlens: what it reads, to be filled before it runs.
+        out: what it writes.
+    """
+
+    registers: dict[str, Tensor]
+    cu_seqlens: Tensor
+    out: Tensor
+    program: Program
+
+
+class _Runs(threading.local):
+    """The runs of little text that were used last, by their sizes; each thread has its own."""
+
+    def __init__(self) -> None:
+        self._of_sizes: dict[tuple[int, ...], _Run] = {}
+
+    def get(self, sizes: tuple[int, ...], make: Callable[[], _Run]) -> _Run:
+        run = self._of_sizes.pop(sizes, None) or make()
+        self._of_sizes[sizes] = run  # as the last one
+        if len(self._of_sizes) > KEPT_RUNS:
+            del self._of_sizes[next(iter(self._of_sizes))]
+        return run
+
+
+def _shape(part: nn.Module) -> tuple[int, int, torch.dtype]:
+    """Outputs, inputs and dtype of a plain part, without joining it."""
+    linears = part.linears() if type(part) is SelfAttention else [part]
+    held = [cast(Tensor, linear.weight) for linear in linears]
+    return sum(map(len, held)), held[0].shape[1], held[0].dtype
+
+
+class _Weights(NamedTuple):
+    """What the kernels take of a product: its matrix, in floats `layout.laid_out`, and bias; its norm."""
+
+    matrix: Tensor | Int8Matrix
+    bias: Tensor
+    norm: tuple[Tensor, Tensor, float] | None
+
+
+class _Rows(NamedTuple):
+    """What a register holds: floats, int8, or both."""
+
+    floats: Tensor | None
+    int8: Int8Rows | None
+
+
+class CpuProgram:
+    """Layers whose weights lie as the kernels take them. It does not see them change."""
+
+    name = "cpu"
+
+    def __init__(self, machine: Machine, layers: Layers) -> None:
+        self.machine, self.layers = machine, layers
+        self.buffers, self.runs = Buffers(), _Runs()
+        self.weights = _laid_out(machine, layers)
+
+    def run(self, registers: Mapping[str, Tensor], packing: Packing, read: Tensor | None = None) -> Tensor:
+        """What "x" holds after all layers, of these registers before the first; those rows of it that are `read`."""
+        from fastbert.native.code import Program
+
+        x = registers["x"]
+        packing.check_rows("x", x)
+        if read is None and len(x) == packing.tokens <= SHORT:
+            return self._run_again(registers, packing)
+        run = _Recorded(self, registers, packing.cu_seqlens, packing.max_seqlen, packing.tokens)
+        if read is not None:
+            run.record(until_last_attend=True)
+            Program(run.launches).run()
+            run.take(read)
+        out = room((len(x) if read is None else len(read), x.shape[1]), x.dtype)
+        run.record(out=out)
+        Program(run.launches).run()
+        return out
+
+    def _run_again(self, registers: Mapping[str, Tensor], packing: Packing) -> Tensor:
+        """`run` of little text: what was prepared for the same sizes is a single call."""
+        sizes = packing.tokens, packing.batch, packing.max_seqlen, torch.get_num_threads()
+        run = self.runs.get(sizes, lambda: self._prepared(registers, packing))
+        for name, own in run.registers.items():
+            own.copy_(registers[name])
+        run.cu_seqlens.copy_(packing.cu_seqlens)
+        run.program.run()
+        return run.out.clone()
+
+    def _prepared(self, registers: Mapping[str, Tensor], packing: Packing) -> _Run:
+        from fastbert.native.code import Program
+
+        x = registers["x"]
+        with torch.inference_mode(False):  # what is made inside could not be written to outside
+            own = {name: room(rows.shape, rows.dtype) for name, rows in registers.items()}
+            out, cu_seqlens = room(x.shape, x.dtype), room(packing.cu_seqlens.shape, torch.int32)
+        run = _Recorded(self, own, cu_seqlens, packing.max_seqlen, len(x))
+        run.record(out=out)
+        return _Run(own, cu_seqlens, out, Program(run.launches))
+
+
+class _Recorded:
+    """The launches of a run, recorded step by step, and what its registers hold."""
+
+    def __init__(
+        self,
+        program: CpuProgram,
+        registers: Mapping[str, Tensor],
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        tokens: int,
+    ) -> None:
+        self.program, self.machine = program, program.machine
+        self.cu_seqlens, self.max_seqlen, self.tokens = cu_seqlens, max_seqlen, tokens
+        self.x, self.rows = registers["x"], len(registers["x"])
+        self.registers = {name: _Rows(rows, None) for name, rows in registers.items()}
+        self.launches: list[Launch] = []
+        self.todo = [(layer, i) for layer, (steps, _) in enumerate(program.layers) for i in range(len(steps.of))]
+
+    def record(self, *, until_last_attend: bool = False, out: Tensor | None = None) -> None:
+        """The steps that are left; those up to the last attention, or all, the last of which writes `out`."""
+        layers = self.program.layers
+        last = len(layers) - 1, layers[-1][0].last_attend
+        while self.todo:
+            layer, i = self.todo.pop(0)
+            steps, parts = layers[layer]
+            step = steps.of[i]
+            if isinstance(step, Attend):
+                self._attend(step)
+            else:
+                self._product(steps, i, parts, self.program.weights[layer][step.part], None if self.todo else out)
+            if until_last_attend and (layer, i) == last:
+                return
+
+    def take(self, read: Tensor) -> None:
+        """Go on with these rows, from what the launches so far have left."""
+        steps, _ = self.program.layers[-1]
+        for name in steps.late:
+            floats = self.registers[name].floats
+            assert floats is not None
+            self.registers[name] = _Rows(floats.index_select(0, read), None)
+        self.rows, self.launches = len(read), []
+
+    def _attend(self, step: Attend) -> None:
+        from fastbert.native.attention import attention_forward
+
+        qkv = self.registers[step.x].floats
+        assert qkv is not None
+        heads = step.split(qkv)
+        context = self._room(step.into, qkv.shape[1] // 3, qkv.dtype)
+        context[self.tokens :] = 0
+        scale = heads.shape[-1] ** -0.5
+        contexts = context.view(self.rows, *heads.shape[2:])
+        self.launches.append(attention_forward(self.machine, heads, self.cu_seqlens, self.max_seqlen, scale, contexts))
+        self.registers[step.into] = _Rows(context, None)
+
+    def _product(self, steps: Steps, i: int, parts: Parts, given: _Weights, out: Tensor | None) -> None:
+        step = cast(Product, steps.of[i])
+        residual = None if step.add is None else self.registers[step.add].floats
+        if isinstance(given.matrix, Int8Matrix):
+            made = self._int8_product(steps, i, parts, given, given.matrix, residual, out)
+        else:
+            made = self._float_product(step, given, given.matrix, residual, out)
+        self.registers[step.into] = made
+
+    def _float_product(
+        self, step: Product, given: _Weights, matrix: Tensor, residual: Tensor | None, out: Tensor | None
+    ) -> _Rows:
+        from fastbert.native.linear import linear
+        from fastbert.native.row_wise import row_wise
+
+        x, machine = self.registers[step.x].floats, self.machine
+        assert x is not None
+        name, width = step.into if step.sum is None else step.sum, len(given.bias)
+        total = self._room(name, width, self.x.dtype, beside=residual) if out is None or step.sum is not None else out
+        self.launches.append(
+            linear(machine, x, matrix, given.bias, total, activation=step.activation, residual=residual)
+        )
+        if step.sum is not None:
+            self.registers[step.sum] = _Rows(total, None)
+        if given.norm is None:
+            return _Rows(total, None)
+        made = total
+        if step.sum is not None:
+            made = self._room(step.into, width, self.x.dtype) if out is None else out
+        self.launches.append(row_wise(machine, total, norm=given.norm, out=made))
+        return _Rows(made, None)
+
+    def _int8_product(
+        self,
+        steps: Steps,
+        i: int,
+        parts: Parts,
+        given: _Weights,
+        matrix: Int8Matrix,
+        residual: Tensor | None,
+        out: Tensor | None,
+    ) -> _Rows:
+        from fastbert.native.linear_int8 import linear_int8
+        from fastbert.native.row_wise import row_wise
+
+        step, machine = cast(Product, steps.of[i]), self.machine
+        x, x_int8 = self.registers[step.x]
+        if x_int8 is None:
+            assert x is not None
+            x_int8 = self._int8_room(step.x, x.shape[1])
+            self.launches.append(row_wise(machine, x, out_int8=x_int8))
+            self.registers[step.x] = _Rows(x, x_int8)
+        wants_floats, wants_int8 = formats(steps, i, parts)
+        attends = any(isinstance(reader, Attend) for reader in readers(steps.of, i))
+        dtype = attention_dtype(parts[step.part], self.x) if attends else self.x.dtype
+        width, keeps = len(given.bias), step.sum is not None
+        floats, int8 = out, self._int8_room(step.into, width) if wants_int8 and out is None else None
+        if floats is None and wants_floats:
+            floats = self._room(step.into, width, dtype, beside=residual)
+        total = self._room(step.sum, width, dtype, beside=residual) if step.sum is not None else floats
+        self.launches += linear_int8(
+            machine, x_int8, matrix, given.bias,
+            activation=step.activation, residual=residual, norm=None if keeps else given.norm,
+            out=total, out_int8=None if keeps else int8,
+        )  # fmt: skip
+        if step.sum is not None:
+            assert total is not None
+            self.registers[step.sum] = _Rows(total, None)
+            self.launches.append(row_wise(machine, total, norm=given.norm, out=floats, out_int8=int8))
+        return _Rows(floats, int8)
+
+    def _room(self, name: str, width: int, dtype: torch.dtype, beside: Tensor | None = None) -> Tensor:
+        """Memory for a register, other than `beside`, which it may have held so far."""
+        buffers = self.program.buffers
+        made = buffers.room(name, self.rows, width, dtype)
+        if beside is not None and made.data_ptr() == beside.data_ptr():
+            made = buffers.room(f"{name}, again", self.rows, width, dtype)
+        return made
+
+    def _int8_room(self, name: str, width: int) -> Int8Rows:
+        values, scale, zero = (
+            self._room(f"{name} in int8: {part}", columns, dtype)
+            for part, columns, dtype in (
+                ("values", width, torch.uint8),
+                ("scale", 1, torch.float32),
+                ("zero", 1, torch.float32),
+            )
+        )
+        return Int8Rows(values, scale.view(-1), zero.view(-1))
+
+
+def _laid_out(machine: Machine, layers: Layers) -> list[dict[str, _Weights]]:
+    """Of each layer what the kernels take of its parts; matrices in floats follow one another in memory."""
+    products = [
+        (parts[step.part], None if step.norm is None else parts[step.norm])
+        for steps, parts in layers
+        for step in steps.of
+        if isinstance(step, Product)
+    ]
+    floats = [weights(part) for part, _ in products if not isinstance(part, Int8Linear)]
+    matrices = iter(laid_out_together([weight for weight, _ in floats], machine.columns) if floats else [])
+    made: list[dict[str, _Weights]] = []
+    for steps, parts in layers:
+        of_layer: dict[str, _Weights] = {}
+        for step in steps.of:
+            if isinstance(step, Product):
+                part, norm = parts[step.part], None if step.norm is None else cast(nn.LayerNorm, parts[step.norm])
+                scaled = None if norm is None else in_float32(norm)
+                if isinstance(part, Int8Linear):
+                    of_layer[step.part] = _Weights(part.matrix, part.bias_in_float32, scaled)
+                else:
+                    weight, bias = weights(part)
+                    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().contiguous()
+                    of_layer[step.part] = _Weights(next(matrices), bias, scaled)
+        made.append(of_layer)
+    return made
+
+
+def lay_out(layers: Layers, x: Tensor) -> CpuProgram | None:
+    """`layers` for inputs as `x`, which are not `unserved`; None where a parameter is no plain tensor."""
+    parameters = [parameter for _, parts in layers for part in parts.values() for parameter in part.parameters()]
+    machine = native_machine(x, *parameters)
+    return None if machine is None else CpuProgram(machine, layers)

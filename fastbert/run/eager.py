@@ -1,0 +1,186 @@
+"""Steps computed by ops, one after another: with gradients, dropout, hooks, adapters, and in any number format.
+
+It serves every plan, and it is the meaning of the others; torch.compile sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor, nn
+
+from fastbert.eight_bits import EightBitLinear, Rows, attention_dtype
+from fastbert.ops.attention import attention
+from fastbert.ops.dropout import drop
+from fastbert.ops.layer_norm import layer_norm, linear_layer_norm
+from fastbert.ops.linear_activation import activated, linear_activation
+from fastbert.packing import Packing
+from fastbert.parts import call, is_hooked, is_plain, weights
+from fastbert.run.steps import Attend, Parts, Product, Steps, drops, readers, writes
+
+
+@dataclass
+class Registers:
+    """What the registers hold: packed rows as floats, in the format of a product in 8 bits that reads them, or both."""
+
+    floats: dict[str, Tensor]
+    quantized: dict[str, Rows] = field(default_factory=dict)
+
+    def write(self, name: str, floats: Tensor | None, quantized: Rows | None = None) -> None:
+        """Let a register hold this, and nothing of before."""
+        self.floats.pop(name, None)
+        self.quantized.pop(name, None)
+        if floats is not None:
+            self.floats[name] = floats
+        if quantized is not None:
+            self.quantized[name] = quantized
+
+    def take(self, names: Sequence[str], rows: Tensor) -> None:
+        """Let these registers hold these rows of what they hold."""
+        for name in names:
+            self.write(name, self.floats[name].index_select(0, rows))
+
+    def keep(self, steps: Steps) -> None:
+        """Let go of what the next layer, of the same steps, does not read."""
+        self.floats = {name: self.floats[name] for name in steps.carried}
+        self.quantized = {name: rows for name, rows in self.quantized.items() if name in steps.carried}
+
+
+# The probability that something is dropped, and a seed, int64 `[1]`, where it is not 0.
+Dropout = tuple[float, Tensor | None]
+NO_DROPOUT: Dropout = 0.0, None
+
+
+def run(
+    steps: Steps,
+    parts: Parts,
+    registers: Registers,
+    packing: Packing,
+    *,
+    bias: Tensor | None = None,
+    dropouts: Sequence[Dropout] = (),
+    read: Tensor | None = None,
+    unpack: bool = False,
+) -> Tensor:
+    """Take the steps of a layer; gives what "x" then holds.
+
+    Args:
+        parts: by their names in the steps.
+        registers: "x", and what else the layer before left; written.
+        bias: added to the attention scores; see `ops.attention`.
+        dropouts: of the steps that drop, in their order; none by default.
+        read: int64 `[reads]`, the rows of the output that are wanted. All rows are attended to, but only these go
+            through what comes after attention, unless hooks look on.
+        unpack: give "x" in the padded layout; not together with `read`.
+    """
+    layer, left = _Layer(steps, parts, registers, packing), iter(dropouts)
+    early = read is not None and not any(map(is_hooked, parts.values()))
+    for i, step in enumerate(steps.of):
+        dropout = next(left, NO_DROPOUT) if drops(step) else NO_DROPOUT
+        if isinstance(step, Attend):
+            layer.attend(step, bias, dropout)
+        else:
+            layer.product(i, step, dropout, packing if unpack and i + 1 == len(steps.of) else None)
+        if read is not None and early and i == steps.last_attend:
+            registers.take(steps.late, read)
+    if read is not None and not early:
+        registers.take(["x"], read)
+    registers.keep(steps)
+    return registers.floats["x"]
+
+
+class _Layer:
+    """A layer that is being run."""
+
+    def __init__(self, steps: Steps, parts: Parts, registers: Registers, packing: Packing) -> None:
+        self.steps, self.parts, self.registers, self.packing = steps, parts, registers, packing
+        self.x = registers.floats["x"]  # whose dtype all have
+
+    def attend(self, step: Attend, bias: Tensor | None, dropout: Dropout) -> None:
+        qkv, (probability, seed) = self.registers.floats[step.x], dropout
+        slopes = step.slopes(qkv.device)
+        made = attention(
+            step.split(qkv), self.packing,
+            bias=bias, alibi_slopes=slopes, window=step.window, dropout=probability, seed=seed,
+        )  # fmt: skip
+        self.registers.write(step.into, made.flatten(1))
+
+    def product(self, i: int, step: Product, dropout: Dropout, layout: Packing | None) -> None:
+        """Step `i`; with a layout the result is unpacked."""
+        part, norm = self.parts[step.part], None if step.norm is None else self.parts[step.norm]
+        if isinstance(part, EightBitLinear):
+            self._in_eight_bits(i, step, part, cast("nn.LayerNorm | None", norm))
+        elif step.add is None or step.sum is not None or step.activation or not (is_plain(part) and is_plain(norm)):
+            self._one_by_one(step, part, norm, dropout)
+        else:
+            floats, (weight, x_bias), plain = self.registers.floats, weights(part), cast(nn.LayerNorm, norm)
+            probability, seed = dropout
+            made = linear_layer_norm(
+                floats[step.x], weight, x_bias, floats[step.add], plain.weight, plain.bias,
+                dropout=probability, seed=seed, eps=plain.eps, unpack=layout,
+            )  # fmt: skip
+            self.registers.write(step.into, made)
+            return
+        if layout is not None:
+            self.registers.write(step.into, layout.unpack(self.registers.floats[step.into]))
+
+    def _one_by_one(self, step: Product, part: nn.Module, norm: nn.Module | None, dropout: Dropout) -> None:
+        floats, (probability, seed) = self.registers.floats, dropout
+        total = self._linear(step, part, floats[step.x])
+        if step.add is not None:
+            total = floats[step.add] + (total if seed is None or probability == 0.0 else drop(total, seed, probability))
+        made = total if norm is None else self._normalised(norm, total)
+        if step.sum is not None:
+            self.registers.write(step.sum, total)
+        self.registers.write(step.into, made)
+
+    def _linear(self, step: Product, part: nn.Module, x: Tensor) -> Tensor:
+        if is_plain(part):
+            return linear_activation(x, *weights(part), step.activation, gated=step.gated)
+        return activated(call(part, x, self.packing), step.activation, gated=step.gated)
+
+    def _normalised(self, norm: nn.Module, total: Tensor) -> Tensor:
+        if not is_plain(norm):
+            return call(norm, total, self.packing)
+        plain = cast(nn.LayerNorm, norm)
+        return layer_norm(total, plain.weight, plain.bias, eps=plain.eps)
+
+    def _in_eight_bits(self, i: int, step: Product, part: EightBitLinear, norm: nn.LayerNorm | None) -> None:
+        floats = self.registers.floats
+        rows = self.registers.quantized.get(step.x)
+        rows = part.quantize(floats[step.x]) if rows is None else rows
+        attends = any(isinstance(reader, Attend) for reader in readers(self.steps.of, i))
+        dtype = attention_dtype(part, self.x) if attends else self.x.dtype
+        residual = None if step.add is None else floats[step.add]
+        if not step.gated and step.sum is None:
+            out, quantized = formats(self.steps, i, self.parts)
+            made, of_made = part(
+                rows, dtype, activation=step.activation, residual=residual, norm=norm, out=out, quantized=quantized
+            )
+            self.registers.write(step.into, made, of_made)
+            return
+        total, _ = part(rows, dtype, activation=None if step.gated else step.activation)
+        total = activated(total, step.activation, gated=True) if step.gated else total
+        total = total if residual is None else residual + total
+        if step.sum is not None:
+            self.registers.write(step.sum, total)
+        self.registers.write(step.into, total if norm is None else self._normalised(norm, total))
+
+
+def formats(steps: Steps, i: int, parts: Parts) -> tuple[bool, bool]:
+    """Whether what step `i` leaves in `into` is read as floats, and whether as a product in 8 bits takes it.
+
+    What a layer ends with is given as floats too.
+    """
+    into, floats, quantized = steps.of[i].into, False, False
+    for reader in readers(steps.of, i):
+        if isinstance(reader, Product):
+            in_8_bits = reader.x == into and isinstance(parts[reader.part], EightBitLinear)
+            quantized |= in_8_bits
+            floats |= reader.add == into or not in_8_bits
+        else:
+            floats = True
+    last = all(into not in writes(step) for step in steps.of[i + 1 :]) and into == "x"
+    return floats or last, quantized

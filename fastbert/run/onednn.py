@@ -1,0 +1,94 @@
+"""Steps by oneDNN's fused linear layers on a CPU, for inference: weights are laid out for them once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import backend
+from fastbert.ops.attention import attention
+from fastbert.ops.common import onednn_fuses, onednn_rows
+from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.linear import by_onednn, with_slack
+from fastbert.ops.linear_activation import APPROXIMATE, activated
+from fastbert.packing import Packing
+from fastbert.parts import is_plain, weights
+from fastbert.run.steps import Attend, Layers, Product
+
+
+def unserved(layers: Layers, x: Tensor) -> str | None:
+    """Why oneDNN does not serve these layers for inputs as `x`; None where it does."""
+    if torch.is_grad_enabled() or not onednn_fuses(x):  # first, for torch.compile, which can't read what follows
+        return "a gradient, autocast, a compiler, another device, or products that another path makes faster"
+    if backend.decide(x.device).path == "triton":
+        return "the Triton path is forced"
+    for steps, parts in layers:
+        for step in steps.of:
+            if isinstance(step, Product):
+                if not is_plain(parts[step.part]) or (step.norm is not None and not is_plain(parts[step.norm])):
+                    return f"{step.part} or {step.norm} on which something looks, or of another kind"
+                if step.gated or (step.activation is not None and step.add is not None):
+                    return "a gated product, or an activation before a sum"
+                if cast(Tensor, next(parts[step.part].parameters())).dtype != x.dtype:
+                    return f"{step.part} of another dtype than {x.dtype}"
+    return None
+
+
+class _Linear(NamedTuple):
+    """A linear layer, its weight laid out."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class OneDnnProgram:
+    """Layers whose weights lie as oneDNN takes them. It does not see them change."""
+
+    name = "onednn"
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self.linears = [
+            {step.part: _laid_out(parts[step.part]) for step in steps.of if isinstance(step, Product)}
+            for steps, parts in layers
+        ]
+
+    def run(self, registers: Mapping[str, Tensor], packing: Packing, read: Tensor | None = None) -> Tensor:
+        """See `cpu.CpuProgram.run`."""
+        rows = len(registers["x"])
+        slack = onednn_rows(rows) - rows  # once for all products, which would each do it
+        held = {name: with_slack(x, slack) if slack else x for name, x in registers.items()}
+        for layer, (steps, parts) in enumerate(self.layers):
+            for i, step in enumerate(steps.of):
+                if isinstance(step, Attend):
+                    held[step.into] = _attend(step, held[step.x], packing)
+                else:
+                    self._product(step, self.linears[layer][step.part], parts, held)
+                if read is not None and layer + 1 == len(self.layers) and i == steps.last_attend:
+                    held |= {name: held[name].index_select(0, read) for name in steps.late}
+        return held["x"] if read is not None or not slack else held["x"][:rows]
+
+    def _product(self, step: Product, linear: _Linear, parts: Mapping[str, nn.Module], held: dict[str, Tensor]) -> None:
+        residual = None if step.add is None else held[step.add]
+        gelu = None if step.activation is None else APPROXIMATE.get(step.activation)
+        total = by_onednn(held[step.x], *linear, gelu=gelu, residual=residual)
+        total = total if gelu is not None else activated(total, step.activation)
+        if step.sum is not None:
+            held[step.sum] = total
+        if step.norm is not None:
+            norm = cast(nn.LayerNorm, parts[step.norm])
+            total = layer_norm(total, norm.weight, norm.bias, eps=norm.eps)
+        held[step.into] = total
+
+
+def _attend(step: Attend, qkv: Tensor, packing: Packing) -> Tensor:
+    return attention(step.split(qkv), packing, alibi_slopes=step.slopes(qkv.device), window=step.window).flatten(1)
+
+
+def _laid_out(part: nn.Module) -> _Linear:
+    weight, bias = weights(part)
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return _Linear(laid_out, None if bias is None else bias.detach().contiguous())

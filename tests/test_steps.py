@@ -1,0 +1,262 @@
+"""Each executor on each plan of a layer: forward and backward against the steps in float64, or a reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastbert import backend
+from fastbert.config import EncoderConfig
+from fastbert.eight_bits import Fp8Linear, Int8Linear
+from fastbert.kernels.target import interpreted
+from fastbert.native.machine import Machine, host
+from fastbert.ops import common
+from fastbert.packing import Packing
+from fastbert.parts import weights
+from fastbert.run import cpu, eager, onednn, prepared
+from fastbert.run.eager import Registers
+from fastbert.run.steps import Attend, Product, Steps, layer_steps, readers
+from fastbert.testing import assert_close, exactly
+
+pytestmark = pytest.mark.cpu
+
+HIDDEN, HEADS, WIDE = 48, 3, 80
+CONFIG = EncoderConfig(hidden_size=HIDDEN, num_heads=HEADS, intermediate_size=WIDE)
+BERT = layer_steps(CONFIG)
+
+
+def changed(i: int, **changes: Any) -> Steps:
+    """BERT's steps with another step `i`."""
+    return Steps((*BERT.of[:i], replace(BERT.of[i], **changes), *BERT.of[i + 1 :]))
+
+
+def pre_norm(activation: Any = "gelu", *, gated: bool = False) -> Steps:
+    """A layer that normalises first: its residual is the sum before a LayerNorm. The last one is the next layer's."""
+    return Steps(
+        (
+            Product("x", "qkv", into="qkv"),
+            Attend("qkv", into="context", heads=HEADS),
+            Product("context", "attention_output", into="x", add="sum", norm="attention_norm", sum="sum"),
+            Product("x", "intermediate", into="wide", activation=activation, gated=gated),
+            Product("wide", "output", into="x", add="sum", norm="output_norm", sum="sum"),
+        )
+    )
+
+
+PLANS = {
+    "post-norm": BERT,
+    "tanh": changed(3, activation="gelu_tanh"),
+    "relu": changed(3, activation="relu"),
+    "pre-norm": pre_norm(),
+    "gated": changed(3, gated=True),
+    "gated silu, pre-norm": pre_norm("silu", gated=True),
+    "without biases": BERT,
+    "window": changed(1, window=3),
+    "ALiBi": changed(1, alibi=(0.5, 0.25, 0.125)),
+    "bias": BERT,
+    "shared layers": BERT,
+}
+# Of an executor the plans that it does not serve; it says why.
+UNSERVED = {
+    "eager": set[str](),
+    "prepared": {"pre-norm", "gated", "gated silu, pre-norm", "window", "ALiBi"},
+    "cpu": {"gated", "gated silu, pre-norm", "window", "ALiBi"},
+    "onednn": {"gated", "gated silu, pre-norm"},
+}
+LENGTHS = [7, 1, 0, 30, 12]
+
+
+def parts_of(plan: str, generator: torch.Generator) -> dict[str, nn.Module]:
+    bias, gates = plan != "without biases", 2 if "gated" in plan else 1
+    parts: dict[str, nn.Module] = {
+        "qkv": nn.Linear(HIDDEN, 3 * HIDDEN, bias=bias),
+        "attention_output": nn.Linear(HIDDEN, HIDDEN, bias=bias),
+        "attention_norm": nn.LayerNorm(HIDDEN, eps=1e-5),
+        "intermediate": nn.Linear(HIDDEN, gates * WIDE, bias=bias),
+        "output": nn.Linear(WIDE, HIDDEN, bias=bias),
+        "output_norm": nn.LayerNorm(HIDDEN, eps=1e-12),
+    }
+    for part in parts.values():
+        for parameter in part.parameters():
+            scale = 0.5 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return parts
+
+
+@contextmanager
+def way(path: str) -> Iterator[None]:
+    """The path of ops; interpreted kernels where it is Triton's."""
+    with backend.use_backend(path) if path != "native" else nullcontext():
+        yield
+
+
+class Case:
+    """A plan's layers, random numbers of its registers, and what the judge says of them."""
+
+    def __init__(self, plan: str, generator: torch.Generator) -> None:
+        self.steps, self.packing = PLANS[plan], Packing.from_lengths(LENGTHS)
+        first = parts_of(plan, generator)
+        self.layers = [first, first if plan == "shared layers" else parts_of(plan, generator)]
+        rows = self.packing.tokens
+        self.bias = torch.randn(len(LENGTHS), HEADS, 30, 30, generator=generator) if plan == "bias" else None
+        self.registers = {
+            name: torch.randn(rows, HIDDEN, generator=generator).requires_grad_() for name in self.steps.carried
+        }
+        self.dout = torch.randn(rows, HIDDEN, generator=generator)
+
+    def judged(self, dtype: torch.dtype) -> list[Tensor]:
+        """The output and the gradients, computed by the reference in `dtype`."""
+        held = {name: x.to(dtype) for name, x in self.registers.items()}
+        bias = None if self.bias is None else self.bias.to(dtype)
+        for parts in self.layers:
+            held = exactly(self.steps, parts, held, self.packing, bias)
+        return self.results(held["x"])
+
+    def results(self, out: Tensor) -> list[Tensor]:
+        """The output, and without no_grad the gradient of each register and parameter."""
+        if not out.requires_grad:
+            return [out]
+        given = [
+            *self.registers.values(),
+            *(p for parts in self.layers for part in parts.values() for p in part.parameters()),
+        ]
+        unique = list({id(x): x for x in given}.values())
+        return [out, *torch.autograd.grad(out, unique, self.dout.to(out.dtype))]
+
+    def run(self, take: Any) -> Tensor:
+        registers = Registers(dict(self.registers))
+        for parts in self.layers:
+            take(parts, registers)
+        return registers.floats["x"]
+
+
+@pytest.mark.parametrize("path", ["torch", "native", "triton"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_eager(plan: str, path: str, generator: torch.Generator) -> None:
+    if path == "triton" and not interpreted():
+        pytest.skip("the kernels need Triton's interpreter here")
+    case = Case(plan, generator)
+    with way(path):
+        got = case.results(
+            case.run(lambda parts, registers: eager.run(case.steps, parts, registers, case.packing, bias=case.bias))
+        )
+    exact = [x.double() for x in case.judged(torch.float64)]
+    for ours, plain, wanted in zip(got, case.judged(torch.float32), exact, strict=True):
+        assert_close(ours, plain, wanted, factor=3.0, what=plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_rows_that_are_read(plan: str, generator: torch.Generator) -> None:
+    case, read = Case(plan, generator), torch.tensor([0, 7, 49])
+    whole = case.run(lambda parts, registers: eager.run(case.steps, parts, registers, case.packing, bias=case.bias))
+    first, last = case.layers
+    registers = Registers(dict(case.registers))
+    eager.run(case.steps, first, registers, case.packing, bias=case.bias)
+    some = eager.run(case.steps, last, registers, case.packing, bias=case.bias, read=read)
+    torch.testing.assert_close(some, whole[read])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_prepared(plan: str, generator: torch.Generator) -> None:
+    if not interpreted():
+        pytest.skip("the kernels need Triton's interpreter here")
+    case = Case(plan, generator)
+    with backend.use_backend("triton"), torch.no_grad():
+        if plan in UNSERVED["prepared"]:
+            assert prepared.unserved(case.steps, case.layers[0])
+            assert not prepared.run(case.steps, case.layers[0], Registers(dict(case.registers)), case.packing)
+            return
+        if case.bias is not None:
+            pytest.skip("a layer with a bias is not asked to be prepared")
+        taken: list[bool] = []
+        out = case.run(lambda parts, registers: taken.append(prepared.run(case.steps, parts, registers, case.packing)))
+    assert taken == [True, True]
+    assert_close(out, case.judged(torch.float32)[0], case.judged(torch.float64)[0], factor=3.0)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("read", [None, [0, 7, 49]], ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_cpu(
+    plan: str, read: list[int] | None, int8: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = host()
+    if not isinstance(machine, Machine) or (int8 and not machine.int8):
+        pytest.skip("no such kernels here: a CPU with AVX2 runs this, for int8 with AVX512-VNNI; without FASTBERT_CPU")
+    monkeypatch.setattr(backend, "multiplies_well", lambda: True)
+    case = Case(plan, generator)
+    layers = [(case.steps, in_8_bits(parts, Int8Linear) if int8 else parts) for parts in case.layers]
+    x = case.registers["x"].detach()
+    with torch.no_grad():
+        if plan in UNSERVED["cpu"]:
+            assert cpu.unserved(layers, x)
+            return
+        if case.bias is not None:
+            pytest.skip("layers with a bias are not asked to be run so")
+        assert cpu.unserved(layers, x) is None
+        made = cpu.lay_out(layers, x)
+        assert made is not None
+        rows = torch.arange(len(x)) if read is None else torch.tensor(read)
+        for _ in range(2):
+            got = made.run(case.registers, case.packing, None if read is None else rows)
+            exact, plain = (case.judged(dtype)[0][rows] for dtype in (torch.float64, torch.float32))
+            if int8:
+                assert torch.nn.functional.cosine_similarity(got.double(), exact).min() > 0.99
+            else:
+                assert_close(got, plain, exact, factor=3.0)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("read", [None, [0, 7, 49]], ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_onednn(plan: str, read: list[int] | None, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        common, "made_by_amd", lambda: True
+    )  # where it is taken for float32, which it multiplies anywhere
+    case = Case(plan, generator)
+    layers = [(case.steps, parts) for parts in case.layers]
+    with torch.no_grad():
+        if plan in UNSERVED["onednn"]:
+            assert onednn.unserved(layers, case.registers["x"])
+            return
+        if case.bias is not None:
+            pytest.skip("layers with a bias are not asked to be run so")
+        assert onednn.unserved(layers, case.registers["x"]) is None
+        made, rows = onednn.OneDnnProgram(layers), torch.arange(50) if read is None else torch.tensor(read)
+        for _ in range(2):
+            got = made.run(case.registers, case.packing, None if read is None else rows)
+            exact, plain = (case.judged(dtype)[0][rows] for dtype in (torch.float64, torch.float32))
+            assert_close(got, plain, exact, factor=3.0)
+
+
+@pytest.mark.parametrize("kind", [Fp8Linear, Int8Linear])
+@pytest.mark.parametrize("plan", PLANS)
+def test_eager_in_8_bits(plan: str, kind: Any, generator: torch.Generator) -> None:
+    case = Case(plan, generator)
+    wanted = case.judged(torch.float64)[0]
+    case.layers = [in_8_bits(parts, kind) for parts in case.layers]
+    with torch.no_grad():
+        got = case.run(lambda parts, registers: eager.run(case.steps, parts, registers, case.packing, bias=case.bias))
+    assert torch.nn.functional.cosine_similarity(got.double(), wanted).min() > 0.98
+
+
+def in_8_bits(parts: dict[str, nn.Module], kind: Any) -> dict[str, nn.Module]:
+    return {name: part if isinstance(part, nn.LayerNorm) else kind(*weights(part)) for name, part in parts.items()}
+
+
+def test_who_reads_what() -> None:
+    assert readers(BERT.of, 2) == (BERT.of[3], BERT.of[4])
+    assert readers(BERT.of, 4) == (BERT.of[0], BERT.of[2])
+    assert BERT.carried == ("x",) and pre_norm().carried == ("x", "sum")
+    assert BERT.late == ("context", "x") and pre_norm().late == ("context", "sum")
+
+
+def test_layers_alike_share_their_steps() -> None:
+    assert layer_steps(CONFIG) is layer_steps(replace(CONFIG))
+    assert layer_steps(CONFIG) != Steps(BERT.of), "another object"
