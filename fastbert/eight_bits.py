@@ -7,7 +7,7 @@ result in floats, and the result in the format for the next product.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,20 @@ from fastbert.ops.quantize_rows import (
 Rows: TypeAlias = QuantizedRows | Int8Rows
 
 
+class After(NamedTuple):
+    """What is made of a product: `norm(residual + activation(product))`, those that there are, and in which forms.
+
+    Attributes:
+        out, quantized: whether it is wanted in floats, and as the next product takes it.
+    """
+
+    activation: Activation | None = None
+    residual: Tensor | None = None
+    norm: nn.LayerNorm | None = None
+    out: bool = True
+    quantized: bool = False
+
+
 class EightBitLinear(nn.Module, ABC):
     """The weight of an `nn.Linear` in 8 bits, with a scale for each output, and its bias as it was."""
 
@@ -56,23 +70,12 @@ class EightBitLinear(nn.Module, ABC):
         """Floating `[rows, in]` in the format that this layer takes."""
 
     @abstractmethod
-    def forward(
-        self,
-        x: Any,
-        dtype: torch.dtype,
-        *,
-        activation: Activation | None = None,
-        residual: Tensor | None = None,
-        norm: nn.LayerNorm | None = None,
-        out: bool = True,
-        quantized: bool = False,
-    ) -> tuple[Tensor | None, Any]:
-        """`norm(residual + activation(x @ W^T + b))`, those that there are: `[rows, in]` -> `[rows, out]`.
+    def forward(self, x: Any, dtype: torch.dtype, after: After) -> tuple[Tensor | None, Any]:
+        """`x @ W^T + b` and what is `after` it, `[rows, in]` -> `[rows, out]`.
 
         Args:
             x: made by `quantize`, or by such a layer.
             dtype: of the floats.
-            out, quantized: what is wanted: the result in floats, and as the next product takes it.
         """
 
     def train(self, mode: bool = True) -> EightBitLinear:
@@ -111,18 +114,9 @@ class Fp8Linear(EightBitLinear):
         weight = QuantizedRows(self.values.view(torch.float8_e4m3fn), self.scale.view(torch.float32))
         return linear_quantized(x, weight, self.bias if add_bias else None, dtype)
 
-    def forward(
-        self,
-        x: QuantizedRows,
-        dtype: torch.dtype,
-        *,
-        activation: Activation | None = None,
-        residual: Tensor | None = None,
-        norm: nn.LayerNorm | None = None,
-        out: bool = True,
-        quantized: bool = False,
-    ) -> tuple[Tensor | None, QuantizedRows | None]:
+    def forward(self, x: QuantizedRows, dtype: torch.dtype, after: After) -> tuple[Tensor | None, QuantizedRows | None]:
         """See EightBitLinear. LayerNorm after a residual sum, and GELU, quantize in passing."""
+        activation, residual, norm, out, quantized = after
         plain = activation is None and self.bias is not None
         if plain and quantized and norm is not None and residual is not None:
             product = self.product(x, dtype, add_bias=False)
@@ -179,18 +173,9 @@ class Int8Linear(EightBitLinear):
         """See EightBitLinear."""
         return quantize_rows_int8(x)
 
-    def forward(
-        self,
-        x: Int8Rows,
-        dtype: torch.dtype,
-        *,
-        activation: Activation | None = None,
-        residual: Tensor | None = None,
-        norm: nn.LayerNorm | None = None,
-        out: bool = True,
-        quantized: bool = False,
-    ) -> tuple[Tensor | None, Int8Rows | None]:
+    def forward(self, x: Int8Rows, dtype: torch.dtype, after: After) -> tuple[Tensor | None, Int8Rows | None]:
         """See EightBitLinear; all of it in one kernel."""
+        activation, residual, norm, out, quantized = after
         return linear_int8(
             x,
             self.matrix,

@@ -85,7 +85,7 @@ def of(device: torch.device) -> Target:
     """The target that tensors on `device` run on."""
     if _pretended is not None:
         return _pretended
-    if device.type == "cpu":
+    if device.type != "cuda":  # where no kernel of Triton's runs but by its interpreter
         return KNOWN["interpreter"]
     return _of_gpu(device.index if device.index is not None else torch.cuda.current_device())
 

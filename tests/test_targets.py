@@ -83,3 +83,9 @@ def test_what_was_measured_on_a_gpu_is_its_own(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(launch.TUNED, ("sm_103", "bias_gelu_forward", "width=768,dtype=float16"), measured)
     assert launch.bias_gelu_forward(768, torch.float16, mine) == measured
     assert launch.bias_gelu_forward(768, torch.float16, target.KNOWN["sm_100"]) == plain
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu", "meta"])
+def test_devices_that_triton_serves_not_are_asked_nothing(device: str) -> None:
+    """Ops ask for the target before they take torch's path, as they do on a Mac's GPU."""
+    assert target.of(torch.device(device)) is target.KNOWN["interpreter"]

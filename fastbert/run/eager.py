@@ -11,7 +11,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fastbert.eight_bits import EightBitLinear, Rows, attention_dtype
+from fastbert.eight_bits import After, EightBitLinear, Rows, attention_dtype
 from fastbert.ops.attention import attention
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import layer_norm, linear_layer_norm
@@ -156,12 +156,9 @@ class _Layer:
         residual = None if step.add is None else floats[step.add]
         if not step.gated and step.sum is None:
             out, quantized = formats(self.steps, i, self.parts)
-            made, of_made = part(
-                rows, dtype, activation=step.activation, residual=residual, norm=norm, out=out, quantized=quantized
-            )
-            self.registers.write(step.into, made, of_made)
+            self.registers.write(step.into, *part(rows, dtype, After(step.activation, residual, norm, out, quantized)))
             return
-        total, _ = part(rows, dtype, activation=None if step.gated else step.activation)
+        total, _ = part(rows, dtype, After(None if step.gated else step.activation))
         total = activated(total, step.activation, gated=True) if step.gated else total
         total = total if residual is None else residual + total
         if step.sum is not None:
