@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -260,3 +262,4 @@ def test_who_reads_what() -> None:
 def test_layers_alike_share_their_steps() -> None:
     assert layer_steps(CONFIG) is layer_steps(replace(CONFIG))
     assert layer_steps(CONFIG) != Steps(BERT.of), "another object"
+    assert copy.deepcopy(BERT) is pickle.loads(pickle.dumps(BERT)) is BERT

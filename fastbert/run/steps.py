@@ -9,7 +9,7 @@ one that normalises first it is the sum as it was before that; both are the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeAlias
@@ -93,6 +93,16 @@ class Steps:
         object.__setattr__(self, "last_attend", attends[-1])
         object.__setattr__(self, "late", live(self.of, attends[-1]))
 
+    def __reduce__(self) -> tuple[Callable[..., Steps], tuple[tuple[Step, ...]]]:
+        """Copies of a layer, and those in another process, share one object too."""
+        return shared, (self.of,)
+
+
+@cache
+def shared(of: tuple[Step, ...]) -> Steps:
+    """The one object of these steps."""
+    return Steps(of)
+
 
 # The modules of a layer that hold weights, by their names in its steps.
 Parts: TypeAlias = Mapping[str, nn.Module]
@@ -103,7 +113,7 @@ Layers: TypeAlias = Sequence[tuple[Steps, Parts]]
 @cache
 def layer_steps(config: EncoderConfig) -> Steps:
     """A layer of BERT: attention, then the feed-forward, each with a residual sum and a LayerNorm after it."""
-    return Steps(
+    return shared(
         (
             Product("x", "qkv", into="qkv"),
             Attend("qkv", into="context", heads=config.num_heads),

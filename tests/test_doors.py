@@ -1,0 +1,179 @@
+"""Every door to an encoder takes the fast path of a CPU, and leaves it where somebody looks on or changes something."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastbert
+from fastbert import BertModel, Encoder, EncoderConfig, paths_taken
+from fastbert.backend import use_backend
+from fastbert.native.machine import Machine, host
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not isinstance(host(), Machine), reason="no kernels for this CPU: one with AVX2 runs this"),
+]
+
+IDS = torch.tensor([[3, 7, 9, 4, 8], [5, 6, 2, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Any:
+    with use_backend("native"):
+        yield
+
+
+@pytest.fixture
+def model() -> BertModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_heads": 3, "intermediate_size": 72, "num_layers": 2}
+    return BertModel(EncoderConfig(vocab_size=50, **sizes)).eval()
+
+
+def run(model: Any, **options: Any) -> tuple[Tensor, dict[str, int]]:
+    """The hidden states, and what computed the layers."""
+    with torch.no_grad(), paths_taken() as taken:
+        out = model(IDS, attention_mask=MASK, **options).last_hidden_state
+    return out, dict(taken)
+
+
+def check(model: Any, taken: dict[str, int]) -> None:
+    """By these executors it computes what it does layer by layer."""
+    wanted, _ = run(model, output_hidden_states=True)
+    got, found = run(model)
+    assert found == taken
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+FAST, SLOW = {"cpu": 1}, {"eager": 2}
+
+
+@pytest.mark.filterwarnings("ignore::fastbert.errors.UntrainedWarning")
+def test_each_door(model: BertModel, tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers", reason="one of the doors")
+    fastbert.save(model, tmp_path)
+    check(model, FAST)
+    check(fastbert.load(tmp_path), FAST)
+    check(fastbert.load(tmp_path, fastbert.BertForTokenClassification).bert, FAST)
+    theirs = transformers.BertModel.from_pretrained(tmp_path).eval()
+    theirs.encoder = Encoder.from_hf(theirs.encoder)
+    got, taken = run(theirs)
+    assert taken == FAST
+    torch.testing.assert_close(got[MASK.bool()], run(model)[0][MASK.bool()], atol=1e-4, rtol=1e-4)
+
+
+class Adapted(nn.Module):
+    """A linear layer and a product of low rank beside it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(48, 2), nn.Linear(2, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_who_looks_on_is_called(model: BertModel) -> None:
+    check(model, FAST)
+    for part in (model.encoder.layer[1].output.dense, model.encoder.layer[0]):
+        seen: list[int] = []
+        handle = part.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        check(model, SLOW)
+        assert seen == [1, 1]
+        handle.remove()
+        check(model, FAST)
+
+
+def test_adapters_come_and_go(model: BertModel) -> None:
+    check(model, FAST)
+    attention = model.encoder.layer[0].attention.self
+    base, attention.query = attention.query, Adapted(attention.query)
+    check(model, SLOW)
+    attention.query = base
+    check(model, FAST)
+
+
+CHANGES: dict[str, Callable[[BertModel], object]] = {
+    "in place": lambda made: [p.mul_(1.1) for p in made.parameters()],
+    "data": lambda made: [p.data.mul_(1.1) for p in made.parameters()],
+    "loaded": lambda made: made.load_state_dict({name: x * 0.9 for name, x in made.state_dict().items()}),
+    "trained": lambda made: made.train().eval(),
+    "said": lambda made: fastbert.weights_changed(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_change(model: BertModel, change: str) -> None:
+    check(model, FAST)
+    with torch.no_grad():
+        CHANGES[change](model)
+    check(model, FAST)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["copy", "pickle"])
+def test_copies_have_weights_of_their_own(model: BertModel, how: Callable[[BertModel], BertModel]) -> None:
+    before, _ = run(model)
+    other = how(model)
+    with torch.no_grad():
+        for parameter in other.encoder.parameters():
+            parameter.zero_()
+    check(other, FAST)
+    assert torch.equal(run(model)[0], before)
+
+
+def test_parameters_in_the_place_of_its_own(model: BertModel) -> None:
+    before, _ = run(model)
+    halved = {name: x * 0.5 for name, x in model.named_parameters()}
+    with torch.no_grad():
+        got = torch.func.functional_call(model, halved, (IDS, MASK)).last_hidden_state
+    other = copy.deepcopy(model)
+    other.load_state_dict(halved, strict=False)
+    torch.testing.assert_close(got, run(other)[0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(run(model)[0], before)
+
+
+def test_what_comes_out_may_be_written_to(model: BertModel) -> None:
+    with torch.inference_mode():
+        inside = model(IDS, MASK).last_hidden_state
+    out, _ = run(model)
+    assert torch.equal(out, inside)
+    out.add_(1.0)
+    assert torch.equal(run(model)[0], inside)
+
+
+def test_a_gradient_or_a_dropout_goes_layer_by_layer(model: BertModel) -> None:
+    check(model, FAST)
+    with paths_taken() as taken:
+        assert model(IDS, MASK).last_hidden_state.requires_grad
+    assert taken == SLOW
+    model.encoder.layer[0].output.dropout.train()
+    assert run(model)[1] == SLOW
+
+
+def test_threads_share_what_was_laid_out(model: BertModel) -> None:
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for length in range(1, 20):
+                ids = torch.randint(1, 50, (2, length), generator=generator)
+                wanted = model(ids, output_hidden_states=True).last_hidden_state
+                if not torch.allclose(model(ids).last_hidden_state, wanted, atol=1e-4):
+                    wrong.append(length)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
