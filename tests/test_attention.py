@@ -566,6 +566,7 @@ def test_case_01_fully_masked_row_has_zero_gradient_by_either_path(path, generat
     assert (dqkv[3, 0] == 0).all() and (dbias[:, :, 3] == 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.kernels
 def test_case_16_ten_backward_runs_are_bit_equal(generator):
     packing = Packing.from_lengths([70, 5, 66])

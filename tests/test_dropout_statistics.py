@@ -198,6 +198,7 @@ def test_the_generator_passes() -> None:
     assert refused(battery(shipped, 64)) == []
 
 
+@pytest.mark.long
 @pytest.mark.heavy
 def test_the_generator_passes_at_length() -> None:
     assert refused(battery(shipped, 192)) == []

@@ -297,6 +297,7 @@ def test_gradients_of_no_tokens_case_15(has_types, device, generator):
         assert torch.equal(gradient, torch.zeros_like(table))
 
 
+@pytest.mark.long
 def test_ten_backward_runs_are_bit_equal_case_16(device, generator, monkeypatch):
     limit_programs(monkeypatch, "embedding_backward", 3)
     some_tables = tables(48, torch.float16, generator, device)

@@ -210,6 +210,7 @@ def test_traffic_counts_active_lanes_and_each_address_once() -> None:
     }
 
 
+@pytest.mark.long
 @needs_interpreter
 def test_layer_norm_and_gelu_move_the_least_bytes_and_their_sums() -> None:
     for case in traffic.calls():

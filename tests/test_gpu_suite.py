@@ -166,6 +166,7 @@ def share(folder: Path, *options: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("selected", "status", "passed"), [("test_it", 1, 2), ("test_it and not 1", 0, 2)])
 def test_shares_are_all_the_tests(selected: str, status: int, passed: int, tmp_path: Path) -> None:
     """In one more process than there are tests for, each once."""
@@ -411,6 +412,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_tests_of_kernels_need_no_package_that_a_bare_machine_may_lack() -> None:
     """Where a test file can't be imported pytest runs no test at all."""
     done = subprocess.run(

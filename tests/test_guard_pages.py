@@ -253,7 +253,7 @@ def ended(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", ["host", pytest.param("AVX2", marks=pytest.mark.long)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_touches_nothing_outside_of_its_memory(kernel: str, machine: str) -> None:
     if kernel == "linear_int8" and not MACHINES[machine].int8:

@@ -148,7 +148,7 @@ def test_gradients(how, normalise, lengths, dtype, path, device, generator, nan_
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("hidden", [1, 7, 769, 2048])
+@pytest.mark.parametrize("hidden", [1, 7, 769, pytest.param(2048, marks=pytest.mark.long)])
 def test_gradients_of_widths(hidden, how, path, device, generator, nan_empty):
     packing = Packing.from_lengths([3, 0, 18], device=device)
     x = states(packing, hidden, torch.bfloat16, generator, device, slack=0)
@@ -190,6 +190,7 @@ def test_a_zero_vector_stays_zero_and_its_gradient_is_that_of_torch(path, device
     torch.testing.assert_close(dx, wanted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", HOWS)
 def test_ten_runs_are_bit_equal(how, device, generator):
     packing = Packing.from_lengths([70, 5], device=device)

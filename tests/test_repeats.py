@@ -64,7 +64,9 @@ def test_another_layout_is_of_the_same_kind(lengths: list[int], prepared: list[i
 
 
 @pytest.mark.parametrize(
-    "lengths", [[20, 12], [1], pytest.param([600], marks=pytest.mark.long), [64, 64], [128]], ids=str
+    "lengths",
+    [[20, 12], [1], pytest.param([600], marks=pytest.mark.long), [64, 64], pytest.param([128], marks=pytest.mark.long)],
+    ids=str,
 )
 def test_what_code_or_choices_depend_on_is_a_kind(lengths: list[int], prepared: list[int]) -> None:
     """A multiple of 16 rows; one row; more than 512; whole tiles; and a longest sequence of more than 64."""

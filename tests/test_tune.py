@@ -354,6 +354,7 @@ def test_calls_are_right_and_use_the_choice_on_trial(op: str, device: torch.devi
             assert_close(ours, rough, wanted, what=op)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels do not run in Triton's interpreter")
 @pytest.mark.parametrize("op", by_op())
 def test_calls_wait_for_no_gpu(op: str) -> None:
@@ -415,6 +416,7 @@ print(json.dumps([inspect_choice(KNOWN["sm_90"], *choice, Path(sys.argv[1])) for
 """
 
 
+@pytest.mark.long
 def test_the_compiler_tells_which_candidates_spill(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([*PYTHON, "-c", COMPILE, str(tmp_path)], capture_output=True, text=True, env=clean, cwd=ROOT)
