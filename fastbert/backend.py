@@ -125,7 +125,7 @@ def paths_taken() -> Iterator[Counter[str]]:
 
 def take(path: str) -> None:
     """Say that an executor is about to run; see `paths_taken`."""
-    if not torch.compiler.is_compiling():
+    if _counts and not torch.compiler.is_compiling():
         for counts in _counts:
             counts[path] += 1
 

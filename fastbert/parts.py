@@ -130,12 +130,15 @@ def is_plain(module: nn.Module | None) -> bool:
     """
     kind = type(module)
     if kind is SelfAttention:
-        linears = cast(SelfAttention, module).linears()
-        return all(is_plain(linear) and linear._parameters["bias"] is not None for linear in linears)
+        for linear in cast(SelfAttention, module).linears():
+            if not is_plain(linear) or linear._parameters["bias"] is None:
+                return False
+        return True
     if kind is not nn.Linear and kind is not nn.LayerNorm:
         return False
     assert module is not None
-    if any(hooks_of(module)):
+    # not `hooks_of`, because this is asked of each part of each layer
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     parameters = module._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")

@@ -20,6 +20,7 @@ INT32 = (torch.int32,)
 INT64 = (torch.int64,)
 INT8 = (torch.int8,)
 UINT8 = (torch.uint8,)
+STRIDED = torch.strided
 
 
 class Place(NamedTuple):
@@ -44,7 +45,8 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def is_plain(x: Tensor) -> bool:
     """Whether the numbers of `x` are what lies in its memory: no subclass, no sparse or other layout, no lazy sign."""
-    return type(x) in (Tensor, Parameter) and x.layout is torch.strided and not x.is_nested and not x.is_neg()
+    kind = type(x)
+    return (kind is Parameter or kind is Tensor) and x.layout is STRIDED and not x.is_nested and not x.is_neg()
 
 
 def located(name: str, x: Tensor, dtypes: Sequence[torch.dtype], elements: int) -> Place:

@@ -60,4 +60,6 @@ def prepare_linear_activation(
     """
     if activation is not None and activation in APPROXIMATE:
         return prepare_linear_gelu(x, weight, bias, approximate=APPROXIMATE[activation])
+    if activation is None:
+        return F.linear
     return lambda x, weight, bias: activated(F.linear(x, weight, bias), activation)

@@ -45,7 +45,8 @@ class Registers:
     def keep(self, steps: Steps) -> None:
         """Let go of what the next layer, of the same steps, does not read."""
         self.floats = {name: self.floats[name] for name in steps.carried}
-        self.quantized = {name: rows for name, rows in self.quantized.items() if name in steps.carried}
+        if self.quantized:
+            self.quantized = {name: rows for name, rows in self.quantized.items() if name in steps.carried}
 
 
 # The probability that something is dropped, and a seed, int64 `[1]`, where it is not 0.

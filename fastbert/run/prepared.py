@@ -7,6 +7,7 @@ on widths and dtypes alone. Of the number of rows only its kind counts, so that 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -45,18 +46,32 @@ def run(steps: Steps, parts: Parts, registers: Registers, packing: Packing) -> b
     x = registers.floats["x"]
     if backend.decide(x.device).path != "triton":
         return False
-    if unserved(steps, parts) is not None:
+    if _steps_unserved(steps) is not None:
         return False
-    operands = [_weights(step, parts) for step in steps.of]
-    quantized = cast(dict[str, QuantizedRows], registers.quantized)
-    states = [x, *(part for rows in quantized.values() for part in rows), packing.cu_seqlens]
-    weights = [tensor for tensors, _ in operands for tensor in tensors if tensor is not None]
-    kind = steps, *registers.floats, *registers.quantized, *(options for _, options in operands)
-    sizes = _sizes(x, packing, max(map(len, weights)))
-    prepared = of_kind((kind, sizes), states, weights, lambda: _prepare(steps, parts, registers, packing))
+    operands: list[list[Any]] = []
+    said: list[Hashable] = []
+    weights: list[Tensor] = []
+    widest = 0
+    for step in steps.of:
+        if type(step) is Attend:
+            operands.append(_NONE)
+            continue
+        given = _weights(step, parts)
+        if type(given) is str:
+            return False
+        tensors, of_step = cast(tuple[list[Any], Hashable], given)
+        operands.append(tensors)
+        said.append(of_step)
+        weights += tensors if tensors[1] is not None else [tensors[0], *tensors[2:]]
+        widest = max(widest, tensors[0].shape[0])
+    states = [x, packing.cu_seqlens]
+    for rows in cast(dict[str, QuantizedRows], registers.quantized).values():
+        states += rows
+    kind = steps, *registers.floats, *registers.quantized, *said, *_sizes(x, packing, widest)
+    prepared = of_kind(kind, states, weights, lambda: _prepare(steps, parts, registers, packing))
     if prepared is None:
         return False
-    for take, (tensors, _) in zip(prepared, operands, strict=True):
+    for take, tensors in zip(prepared, operands, strict=True):
         take(registers, packing, tensors)
     registers.keep(steps)
     return True
@@ -82,8 +97,8 @@ def of_kind(
     tensors = *states, *weights
     if wants_gradient(*tensors) or observed() or torch._C._is_any_autocast_enabled():
         return None
-    kinds = [(x.dtype, x.device, _as_it_lies(x)) for x in tensors]
-    shapes = [*(x.shape[1:] for x in states), *(x.shape for x in weights)]
+    kinds = [(x.dtype, x.get_device(), _as_it_lies(x)) for x in tensors]
+    shapes = [*[x.shape[1:] for x in states], *[x.shape for x in weights]]
     asked = tensors[0].dtype == torch.float32 and target.float32_asked()  # which the kernels' code depends on
     key = options, target.of(tensors[0].device), asked, *kinds, *shapes
     prepared = _kept.get(key)
@@ -96,41 +111,53 @@ def of_kind(
 
 def unserved(steps: Steps, parts: Parts) -> str | None:
     """Why layers of these steps are never prepared; None where they may be, for rows that kernels serve."""
+    reason = _steps_unserved(steps)
+    refused = (given for step in steps.of if isinstance(given := _weights(step, parts), str))
+    return next(refused, None) if reason is None else reason
+
+
+@cache
+def _steps_unserved(steps: Steps) -> str | None:
     for step in steps.of:
         if isinstance(step, Attend):
             if step.window is not None or step.alibi is not None:
                 return "a window or ALiBi"
-            continue
-        part, norm = parts[step.part], None if step.norm is None else parts[step.norm]
-        if step.gated:
+        elif step.gated:
             return "a gated product"
-        if step.sum is not None or (step.add is None) != (norm is None) or (norm is not None and step.activation):
+        elif step.sum is not None or (step.add is None) != (step.norm is None) or (step.norm and step.activation):
             return "a sum that is kept or has no LayerNorm, or a LayerNorm or an activation before a sum"
-        if type(part) is Fp8Linear:
-            if part._parameters["bias"] is None:
-                return f"{step.part} in fp8 without a bias"
-        elif not is_plain(part):
-            return f"{step.part} that is neither an nn.Linear on which nothing looks nor in fp8"
-        if norm is not None and not is_plain(norm):
-            return f"{step.norm} that is not an nn.LayerNorm on which nothing looks"
     return None
 
 
-def _weights(step: Step, parts: Parts) -> tuple[list[Any], Hashable]:
-    """The tensors of a step's part, a bias that is not there being None, then of its norm; and what else they say."""
+_NONE: list[Any] = []  # the weights of a step that has none
+
+
+def _weights(step: Step, parts: Parts) -> tuple[list[Any], Hashable] | str:
+    """The tensors of a step's part, a bias that is not there being None, then of its norm; and what else they say.
+
+    Or in words which of the two kernels can't read.
+    """
     if isinstance(step, Attend):
-        return [], None
-    part, norm = parts[step.part], None if step.norm is None else parts[step.norm]
-    if type(part) is Fp8Linear:
+        return _NONE, None
+    part = parts[step.part]
+    kind = type(part)
+    if kind is Fp8Linear:
         buffers = part._buffers
         tensors: list[Any] = [buffers["values"], buffers["scale"], part._parameters["bias"]]
+        if tensors[-1] is None:
+            return f"{step.part} in fp8 without a bias"
+    elif is_plain(part):
+        tensors = [*weights(part)]
     else:
-        tensors = list(weights(part))
-    said = type(part), tensors[-1] is None
-    if norm is None:
-        return tensors, said
+        return f"{step.part} that is neither an nn.Linear on which nothing looks nor in fp8"
+    if step.norm is None:
+        return tensors, (kind, tensors[-1] is None)
+    norm = parts[step.norm]
+    if not is_plain(norm):
+        return f"{step.norm} that is not an nn.LayerNorm on which nothing looks"
     parameters = norm._parameters
-    return [*tensors, parameters["weight"], parameters["bias"]], (*said, cast(nn.LayerNorm, norm).eps)
+    said = kind, tensors[-1] is None, cast(nn.LayerNorm, norm).eps
+    return [*tensors, parameters["weight"], parameters["bias"]], said
 
 
 def _sizes(x: Tensor, packing: Packing, widest: int) -> tuple[Hashable, ...]:
@@ -171,15 +198,16 @@ def _prepare(steps: Steps, parts: Parts, registers: Registers, packing: Packing)
 
 
 def _attend(step: Attend, qkv: Tensor, packing: Packing, quantized: bool) -> Prepared | None:
-    split, name, into = step.split, step.x, step.into
-    attend = prepare_attention(split(qkv), packing)
+    name, into, heads = step.x, step.into, step.split(qkv).shape[1:]
+    attend = prepare_attention(step.split(qkv), packing)
     if attend is None:
         return None
     context = qkv.new_empty((len(qkv), qkv.shape[1] // 3))
     if not quantized:
 
         def take(registers: Registers, packing: Packing, _: Any) -> None:
-            registers.floats[into] = attend(split(registers.floats[name]), packing).flatten(1)
+            floats = registers.floats
+            floats[into] = attend(floats[name].view(-1, *heads), packing).flatten(1)
 
         return take
     quantize = prepare_quantize_rows(context)
@@ -187,7 +215,8 @@ def _attend(step: Attend, qkv: Tensor, packing: Packing, quantized: bool) -> Pre
         return None
 
     def take_quantized(registers: Registers, packing: Packing, _: Any) -> None:
-        registers.quantized[into] = quantize(attend(split(registers.floats[name]), packing).flatten(1))
+        out = attend(registers.floats[name].view(-1, *heads), packing)
+        registers.quantized[into] = quantize(out.flatten(1))
 
     return take_quantized
 
@@ -201,7 +230,8 @@ def _product(step: Product, part: nn.Module, parts: Parts, like: Tensor, x: Tens
             return None
 
         def take(registers: Registers, packing: Packing, tensors: Any) -> None:
-            registers.floats[into] = run(registers.floats[name], *tensors)
+            floats = registers.floats
+            floats[into] = run(floats[name], *tensors)
 
         return take
     norm, add = cast(nn.LayerNorm, parts[step.norm]), step.add
@@ -275,4 +305,4 @@ def rows_kind(rows: int, row_bytes: int) -> Hashable:
 
 def _as_it_lies(x: Tensor) -> bool:
     """Whether kernels take a tensor as it is: an ordinary one, contiguous, in 16-byte pieces."""
-    return is_plain_tensor(x) and x.is_contiguous() and x.data_ptr() % 16 == 0
+    return x.data_ptr() % 16 == 0 and is_plain_tensor(x) and x.is_contiguous()
