@@ -24,8 +24,8 @@ MINUTES ?= 20
 demo: $(INSTALLED)
 	.venv/bin/python examples/demo.py
 
-# All tests but the long ones and the exhaustive offline compile, a process a core and each on one thread. The script, and not
-# `python -m pytest`, keeps this folder off sys.path.
+# All tests but the long ones and the exhaustive offline compile, a process a core and each on one thread. The script,
+# and not `python -m pytest`, keeps this folder off sys.path.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(LANE) $(if $(CHECK),FASTBERT_CHECK=$(CHECK)) .venv/bin/pytest -n auto --dist worksteal $(if $(MARK),-m '$(MARK) and not long')
 

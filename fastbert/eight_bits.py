@@ -86,6 +86,12 @@ class EightBitLinear(nn.Module, ABC):
         return self
 
 
+def fp8_product(x: QuantizedRows, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`linear_quantized` by the `values` and `scale` of an Fp8Linear, which keeps them as integers."""
+    weight = QuantizedRows(values.view(torch.float8_e4m3fn), scale.view(torch.float32))
+    return linear_quantized(x, weight, bias, dtype)
+
+
 class Fp8Linear(EightBitLinear):
     """The weight in e4m3: for NVIDIA GPUs; on a CPU it computes the same numbers slowly."""
 
@@ -111,8 +117,7 @@ class Fp8Linear(EightBitLinear):
 
     def product(self, x: QuantizedRows, dtype: torch.dtype, *, add_bias: bool) -> Tensor:
         """`[rows, in]` -> `[rows, out]` in `dtype`."""
-        weight = QuantizedRows(self.values.view(torch.float8_e4m3fn), self.scale.view(torch.float32))
-        return linear_quantized(x, weight, self.bias if add_bias else None, dtype)
+        return fp8_product(x, self.values, self.scale, self.bias if add_bias else None, dtype)
 
     def forward(self, x: QuantizedRows, dtype: torch.dtype, after: After) -> tuple[Tensor | None, QuantizedRows | None]:
         """See EightBitLinear. LayerNorm after a residual sum, and GELU, quantize in passing."""

@@ -78,12 +78,8 @@ def exactly(
     dtype = held["x"].dtype
     for step in steps.of:
         if isinstance(step, Attend):
-            slopes = (
-                None
-                if step.alibi is None
-                else torch.tensor(step.alibi, dtype=torch.float32, device=held[step.x].device)
-            )
             qkv = step.split(held[step.x])
+            slopes = step.slopes(qkv.device)
             made = reference.attention(qkv, packing, bias=bias, alibi_slopes=slopes, window=step.window)[0].flatten(1)
         else:
             weight, x_bias = (None if x is None else x.to(dtype) for x in weights(parts[step.part]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.eight_bits import Int8Linear, attention_dtype
+from fastbert.eight_bits import Int8Linear
 from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.native.layout import laid_out_together
 from fastbert.native.machine import Machine
@@ -24,8 +24,8 @@ from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
 from fastbert.parts import SelfAttention, is_plain, weights
-from fastbert.run.eager import formats
-from fastbert.run.steps import Attend, Layers, Parts, Product, Steps, readers
+from fastbert.run.eager import formats, made_dtype
+from fastbert.run.steps import Attend, Layers, Parts, Product, Steps
 
 if TYPE_CHECKING:
     from fastbert.native.code import Launch, Program
@@ -296,8 +296,7 @@ class _Recorded:
             self.launches.append(row_wise(machine, x, out_int8=x_int8))
             self.registers[step.x] = _Rows(x, x_int8)
         wants_floats, wants_int8 = formats(steps, i, parts)
-        attends = any(isinstance(reader, Attend) for reader in readers(steps.of, i))
-        dtype = attention_dtype(parts[step.part], self.x) if attends else self.x.dtype
+        dtype = made_dtype(steps, i, parts[step.part], self.x)
         width, keeps = len(given.bias), step.sum is not None
         floats, int8 = out, self._int8_room(step.into, width) if wants_int8 and out is None else None
         if floats is None and wants_floats:
@@ -336,28 +335,24 @@ class _Recorded:
 
 def _laid_out(machine: Machine, layers: Layers) -> list[dict[str, _Weights]]:
     """Of each layer what the kernels take of its parts; matrices in floats follow one another in memory."""
-    products = [
-        (parts[step.part], None if step.norm is None else parts[step.norm])
-        for steps, parts in layers
-        for step in steps.of
-        if isinstance(step, Product)
-    ]
-    floats = [weights(part) for part, _ in products if not isinstance(part, Int8Linear)]
-    matrices = iter(laid_out_together([weight for weight, _ in floats], machine.columns) if floats else [])
     made: list[dict[str, _Weights]] = []
     for steps, parts in layers:
-        of_layer: dict[str, _Weights] = {}
+        made.append({})
         for step in steps.of:
             if isinstance(step, Product):
-                part, norm = parts[step.part], None if step.norm is None else cast(nn.LayerNorm, parts[step.norm])
-                scaled = None if norm is None else in_float32(norm)
+                part = parts[step.part]
+                norm = None if step.norm is None else in_float32(cast(nn.LayerNorm, parts[step.norm]))
                 if isinstance(part, Int8Linear):
-                    of_layer[step.part] = _Weights(part.matrix, part.bias_in_float32, scaled)
+                    made[-1][step.part] = _Weights(part.matrix, part.bias_in_float32, norm)
                 else:
                     weight, bias = weights(part)
                     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().contiguous()
-                    of_layer[step.part] = _Weights(next(matrices), bias, scaled)
-        made.append(of_layer)
+                    made[-1][step.part] = _Weights(weight, bias, norm)
+    floats = [(of, name) for of in made for name, given in of.items() if isinstance(given.matrix, Tensor)]
+    if floats:
+        together = laid_out_together([cast(Tensor, of[name].matrix) for of, name in floats], machine.columns)
+        for (of, name), matrix in zip(floats, together, strict=True):
+            of[name] = of[name]._replace(matrix=matrix)
     return made
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from fastbert.eight_bits import After, EightBitLinear, Rows, attention_dtype
@@ -152,8 +153,7 @@ class _Layer:
         floats = self.registers.floats
         rows = self.registers.quantized.get(step.x)
         rows = part.quantize(floats[step.x]) if rows is None else rows
-        attends = any(isinstance(reader, Attend) for reader in readers(self.steps.of, i))
-        dtype = attention_dtype(part, self.x) if attends else self.x.dtype
+        dtype = made_dtype(self.steps, i, part, self.x)
         residual = None if step.add is None else floats[step.add]
         if not step.gated and step.sum is None:
             out, quantized = formats(self.steps, i, self.parts)
@@ -165,6 +165,12 @@ class _Layer:
         if step.sum is not None:
             self.registers.write(step.sum, total)
         self.registers.write(step.into, total if norm is None else self._normalised(norm, total))
+
+
+def made_dtype(steps: Steps, i: int, part: nn.Module, x: Tensor) -> torch.dtype:
+    """Of the floats that step `i`, a product of `part`, makes in a layer whose input is `x`."""
+    attends = any(isinstance(reader, Attend) for reader in readers(steps.of, i))
+    return attention_dtype(part, x) if attends else x.dtype
 
 
 def formats(steps: Steps, i: int, parts: Parts) -> tuple[bool, bool]:

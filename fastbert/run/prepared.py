@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.eight_bits import Fp8Linear, Rows
+from fastbert.eight_bits import Fp8Linear, fp8_product
 from fastbert.kernels import launch, target
 from fastbert.native.memory import is_plain as is_plain_tensor
 from fastbert.ops.attention import prepare_attention
@@ -23,7 +23,6 @@ from fastbert.ops.layer_norm import prepare_linear_layer_norm
 from fastbert.ops.linear_activation import APPROXIMATE, prepare_linear_activation
 from fastbert.ops.quantize_rows import (
     QuantizedRows,
-    linear_quantized,
     prepare_bias_gelu_quantize,
     prepare_layer_norm_quantize,
     prepare_quantize_rows,
@@ -264,7 +263,7 @@ def _fp8_product(
 
         def take_norm(registers: Registers, packing: Packing, tensors: Any) -> None:
             values, scale, bias, norm_weight, norm_bias = tensors
-            made = _multiplied(registers.quantized[name], values, scale, None, dtype)
+            made = fp8_product(cast(QuantizedRows, registers.quantized[name]), values, scale, None, dtype)
             floats = registers.floats
             floats[into], registers.quantized[into] = add_norm(made, norm_weight, norm_bias, floats[add], bias)
 
@@ -273,7 +272,9 @@ def _fp8_product(
 
         def take(registers: Registers, packing: Packing, tensors: Any) -> None:
             values, scale, bias = tensors
-            registers.floats[into] = _multiplied(registers.quantized[name], values, scale, bias, dtype)
+            registers.floats[into] = fp8_product(
+                cast(QuantizedRows, registers.quantized[name]), values, scale, bias, dtype
+            )
 
         return take
     if step.activation not in APPROXIMATE or out or not quantized:
@@ -284,15 +285,10 @@ def _fp8_product(
 
     def take_gelu(registers: Registers, packing: Packing, tensors: Any) -> None:
         values, scale, bias = tensors
-        made = _multiplied(registers.quantized[name], values, scale, None, dtype)
+        made = fp8_product(cast(QuantizedRows, registers.quantized[name]), values, scale, None, dtype)
         registers.quantized[into] = activate(made, bias)
 
     return take_gelu
-
-
-def _multiplied(x: Rows, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    weight = QuantizedRows(values.view(torch.float8_e4m3fn), scale.view(torch.float32))
-    return linear_quantized(cast(QuantizedRows, x), weight, bias, dtype)
 
 
 def rows_kind(rows: int, row_bytes: int) -> Hashable:
