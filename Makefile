@@ -4,7 +4,7 @@
 #   CPU      what `make test` leaves of this CPU: avx512 (no bfloat16, no int8), avx2, or none (none of our kernels)
 #   MINUTES  how long `make fuzz` draws
 #   MARK     the marker of the tests that `make test` runs, cpu for those that CPU= may change
-#   CHECK    1 has `make test` watch the memory of our CPU kernels; see docs/native.md
+#   CHECK    1 has `make test` watch the memory of our CPU kernels; see docs/cpu.md
 PYTHON ?= python3
 TRITON ?= triton==3.7.1
 TORCH := torch==2.13.0

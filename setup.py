@@ -9,9 +9,12 @@ setup(
     packages=[
         "fastbert",
         "fastbert.checkpoints",
-        "fastbert.native",
+        "fastbert.cpu",
+        "fastbert.model",
         "fastbert.ops",
         "fastbert.run",
+        "fastbert.tasks",
+        "fastbert.text",
         "fastbert.training",
         "fastbert.kernels",
     ],

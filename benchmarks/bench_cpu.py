@@ -24,10 +24,10 @@ from measure import interleaved, pin_threads
 from workloads import workload
 
 from fastbert.backend import first_device
-from fastbert.native.int8 import Int8Matrix, Int8Rows
-from fastbert.native.layout import laid_out
-from fastbert.native.machine import Machine, host
-from fastbert.tasks import TextEncoder
+from fastbert.cpu.int8 import Int8Matrix, Int8Rows
+from fastbert.cpu.layout import laid_out
+from fastbert.cpu.machine import Machine, host
+from fastbert.tasks.texts import TextEncoder
 
 pytestmark = [
     pytest.mark.full,
@@ -137,10 +137,10 @@ def test_share_of_the_rate_of_products(dtype: str) -> None:
 
 def products(machine: Machine, dtype: str, rows: int, shapes: list[tuple[int, int]]) -> Callable[[], Any]:
     """Linear layers of these shapes by the same kernels, with a bias and nothing else."""
-    from fastbert.native.code import Launch, Program
-    from fastbert.native.linear import linear
-    from fastbert.native.linear_int8 import linear_int8
-    from fastbert.native.row_wise import row_wise
+    from fastbert.cpu.code import Launch, Program
+    from fastbert.cpu.linear import linear
+    from fastbert.cpu.linear_int8 import linear_int8
+    from fastbert.cpu.row_wise import row_wise
 
     launches: list[Launch] = []
     for depth, width in shapes:

@@ -31,8 +31,8 @@ from fastbert.errors import CheckpointError
 from fastbert.kernels.cost import Cost
 from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
-from fastbert.tasks import TextEncoder
-from fastbert.text import Tokenizer, Tokens
+from fastbert.tasks.texts import TextEncoder
+from fastbert.text.tokenizer import Tokenizer, Tokens
 
 MAX_LENGTH = 256
 BATCH = 32

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from fastbert.backend import first_device
+from fastbert.cpu.machine import Machine, host
 from fastbert.kernels import target
-from fastbert.native.machine import Machine, host
 
 ROOT = Path(__file__).resolve().parent.parent
 RIVALS = (

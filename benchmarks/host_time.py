@@ -31,7 +31,7 @@ from triton.runtime.driver import driver
 import fastbert
 from fastbert import backend
 from fastbert.kernels.target import KNOWN, Target, pretend
-from fastbert.layer import EncoderLayer
+from fastbert.model.layer import EncoderLayer
 from fastbert.packing import Packing
 
 sys.path.append(str(Path(__file__).parent / "static"))

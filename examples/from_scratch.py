@@ -21,7 +21,7 @@ from fastbert.assets import fetch
 from fastbert.backend import onednn_multiplies_bfloat16
 from fastbert.checkpoints.special_tokens import BERT_NAMES
 from fastbert.config import EncoderConfig
-from fastbert.text import Tokenizer
+from fastbert.text.tokenizer import Tokenizer
 from fastbert.training import Settings, scratch, train
 
 VOCABULARY = 4000

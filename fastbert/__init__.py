@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     from fastbert.checkpoints.load import save as save
     from fastbert.config import EncoderConfig as EncoderConfig
     from fastbert.config import HeadConfig as HeadConfig
-    from fastbert.encoder import Encoder as Encoder
     from fastbert.errors import ArgumentError as ArgumentError
     from fastbert.errors import BackendError as BackendError
     from fastbert.errors import CheckpointError as CheckpointError
     from fastbert.errors import FastbertError as FastbertError
-    from fastbert.graphs import graphed as graphed
-    from fastbert.heads import BertForMaskedLM as BertForMaskedLM
-    from fastbert.heads import BertForMultipleChoice as BertForMultipleChoice
-    from fastbert.heads import BertForNextSentencePrediction as BertForNextSentencePrediction
-    from fastbert.heads import BertForPreTraining as BertForPreTraining
-    from fastbert.heads import BertForQuestionAnswering as BertForQuestionAnswering
-    from fastbert.heads import BertForSequenceClassification as BertForSequenceClassification
-    from fastbert.heads import BertForTokenClassification as BertForTokenClassification
-    from fastbert.models import BertModel as BertModel
+    from fastbert.model.bert import BertModel as BertModel
+    from fastbert.model.encoder import Encoder as Encoder
+    from fastbert.model.graphs import graphed as graphed
+    from fastbert.model.heads import BertForMaskedLM as BertForMaskedLM
+    from fastbert.model.heads import BertForMultipleChoice as BertForMultipleChoice
+    from fastbert.model.heads import BertForNextSentencePrediction as BertForNextSentencePrediction
+    from fastbert.model.heads import BertForPreTraining as BertForPreTraining
+    from fastbert.model.heads import BertForQuestionAnswering as BertForQuestionAnswering
+    from fastbert.model.heads import BertForSequenceClassification as BertForSequenceClassification
+    from fastbert.model.heads import BertForTokenClassification as BertForTokenClassification
+    from fastbert.model.quantization import quantize as quantize
     from fastbert.ops.watch import weights_changed as weights_changed
     from fastbert.packing import Packing as Packing
-    from fastbert.quantization import quantize as quantize
-    from fastbert.tasks import TextClassifier as TextClassifier
-    from fastbert.tasks import TextEncoder as TextEncoder
-    from fastbert.tasks import TextScorer as TextScorer
-    from fastbert.tasks import TextTagger as TextTagger
-    from fastbert.tasks import classify as classify
-    from fastbert.tasks import encode as encode
-    from fastbert.tasks import score as score
-    from fastbert.tasks import tag as tag
+    from fastbert.tasks.texts import TextClassifier as TextClassifier
+    from fastbert.tasks.texts import TextEncoder as TextEncoder
+    from fastbert.tasks.texts import TextScorer as TextScorer
+    from fastbert.tasks.texts import TextTagger as TextTagger
+    from fastbert.tasks.texts import classify as classify
+    from fastbert.tasks.texts import encode as encode
+    from fastbert.tasks.texts import score as score
+    from fastbert.tasks.texts import tag as tag
 
     __version__: str
 
@@ -53,33 +53,33 @@ if TYPE_CHECKING:
 _HOMES = {
     "ArgumentError": "errors",
     "BackendError": "errors",
-    "BertForMaskedLM": "heads",
-    "BertForMultipleChoice": "heads",
-    "BertForNextSentencePrediction": "heads",
-    "BertForPreTraining": "heads",
-    "BertForQuestionAnswering": "heads",
-    "BertForSequenceClassification": "heads",
-    "BertForTokenClassification": "heads",
-    "BertModel": "models",
+    "BertForMaskedLM": "model.heads",
+    "BertForMultipleChoice": "model.heads",
+    "BertForNextSentencePrediction": "model.heads",
+    "BertForPreTraining": "model.heads",
+    "BertForQuestionAnswering": "model.heads",
+    "BertForSequenceClassification": "model.heads",
+    "BertForTokenClassification": "model.heads",
+    "BertModel": "model.bert",
     "CheckpointError": "errors",
-    "Encoder": "encoder",
+    "Encoder": "model.encoder",
     "EncoderConfig": "config",
     "FastbertError": "errors",
     "HeadConfig": "config",
     "Packing": "packing",
-    "TextClassifier": "tasks",
-    "TextEncoder": "tasks",
-    "TextScorer": "tasks",
-    "TextTagger": "tasks",
-    "classify": "tasks",
-    "encode": "tasks",
-    "graphed": "graphs",
+    "TextClassifier": "tasks.texts",
+    "TextEncoder": "tasks.texts",
+    "TextScorer": "tasks.texts",
+    "TextTagger": "tasks.texts",
+    "classify": "tasks.texts",
+    "encode": "tasks.texts",
+    "graphed": "model.graphs",
     "load": "checkpoints.load",
     "paths_taken": "backend",
-    "quantize": "quantization",
+    "quantize": "model.quantization",
     "save": "checkpoints.load",
-    "score": "tasks",
-    "tag": "tasks",
+    "score": "tasks.texts",
+    "tag": "tasks.texts",
     "use_backend": "backend",
     "weights_changed": "ops.watch",
 }

@@ -1,6 +1,6 @@
 """Which path runs, and why.
 
-A tensor on a GPU takes the Triton kernels; one on the CPU takes torch, and the CPU's own kernels (`fastbert.native`)
+A tensor on a GPU takes the Triton kernels; one on the CPU takes torch, and the CPU's own kernels (`fastbert.cpu`)
 where they serve. Under Triton's interpreter (TRITON_INTERPRET=1, for tests) the Triton kernels also run on CPU tensors
 when asked for by `use_backend("triton")`.
 """
@@ -19,10 +19,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastbert.cpu import machine as native_machine
+from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
-from fastbert.native import machine as native_machine
-from fastbert.native.machine import Machine, host
 
 Path = Literal["triton", "native", "torch"]
 Forced = Path

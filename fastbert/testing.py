@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastbert import reference
 from fastbert.ops.linear_activation import activated
 from fastbert.packing import Packing
-from fastbert.parts import weights
+from fastbert.run.parts import weights
 from fastbert.run.steps import Attend, Steps
 
 

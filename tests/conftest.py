@@ -24,7 +24,7 @@ interpreter.install()
 # A machine with a GPU that is lent may lack these, and no test that runs kernels needs them.
 NEEDS = {
     "hypothesis": ("test_fuzz.py", "test_packing_by_hand.py", "test_tokenizer_parity.py"),
-    "llvmlite": ("test_guard_pages.py", "test_guards.py", "test_native.py"),
+    "llvmlite": ("test_guard_pages.py", "test_guards.py", "test_cpu.py"),
     "matplotlib": ("test_kernel_pages.py", "test_report.py"),
     "typer": ("test_cli.py",),
 }

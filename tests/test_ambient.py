@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend
+from fastbert.cpu.machine import Machine, host
 from fastbert.errors import FastbertError
-from fastbert.native.machine import Machine, host
 from fastbert.ops.attention import attention
 from fastbert.ops.embedding import embedding
 from fastbert.ops.layer_norm import layer_norm
@@ -28,7 +28,7 @@ from fastbert.ops.linear import linear
 from fastbert.ops.linear_gelu import linear_gelu
 from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
-from fastbert.tasks import TextEncoder
+from fastbert.tasks.texts import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT / "fastbert").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
@@ -204,8 +204,8 @@ print(float((out[3:43].double() - exact.transpose(0, 1)).abs().max()))
 
 @pytest.mark.skipif(not native(), reason="needs kernels of this CPU")
 def test_more_threads_than_when_a_launch_was_made() -> None:
-    from fastbert.native.attention import attention_forward
-    from fastbert.native.code import Program
+    from fastbert.cpu.attention import attention_forward
+    from fastbert.cpu.code import Program
 
     machine, packing = host(), Packing.from_lengths([40] * 30)
     qkv = torch.randn(packing.tokens, 3, 4, 16)

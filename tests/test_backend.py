@@ -8,10 +8,10 @@ from fake_gpu import fake_gpu
 
 from fastbert import backend
 from fastbert.config import EncoderConfig
+from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
-from fastbert.models import BertModel
-from fastbert.native.machine import Machine, host
+from fastbert.model.bert import BertModel
 
 pytestmark = pytest.mark.cpu
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastbert
-from fastbert import heads, tasks
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
-from fastbert.models import BertModel
+from fastbert.model import heads
+from fastbert.model.bert import BertModel
+from fastbert.tasks import texts as tasks
 
 IDS = torch.tensor([[2, 10, 11, 12, 3]])
 WORDS = len(tiny_bert.VOCABULARY)

@@ -16,14 +16,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastbert import heads
 from fastbert.checkpoints import files
 from fastbert.checkpoints.architectures import recognise
 from fastbert.checkpoints.load import load, save
-from fastbert.checkpoints.mapping import Rule, bert_rules, encoder_rules, to_ours, to_theirs
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.models import BertModel
+from fastbert.model import heads
+from fastbert.model.bert import BertModel
+from fastbert.model.mapping import Rule, bert_rules, encoder_rules, to_ours, to_theirs
 from fastbert.testing import assert_close
 
 TINY: dict[str, Any] = {

@@ -20,9 +20,9 @@ from processes import PYTHON, heed_signals
 import fastbert
 from fastbert import backend, cli, paths_taken, piping
 from fastbert.config import HeadConfig
+from fastbert.cpu.machine import Machine
 from fastbert.errors import UntrainedWarning
-from fastbert.native.machine import Machine
-from fastbert.tasks import TextEncoder
+from fastbert.tasks.texts import TextEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "COLUMNS": "200"}

@@ -18,15 +18,15 @@ from test_static import run
 
 from fastbert import backend, reference
 from fastbert.config import EncoderConfig
-from fastbert.encoder import Encoder
+from fastbert.cpu.int8 import Int8Matrix
+from fastbert.cpu.machine import Machine, host
 from fastbert.kernels import target
-from fastbert.native.int8 import Int8Matrix
-from fastbert.native.machine import Machine, host
+from fastbert.model.encoder import Encoder
+from fastbert.model.folded import fold
 from fastbert.ops.embedding import embedding
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.packing import Packing
-from fastbert.run.folded import fold
 from fastbert.testing import assert_close
 
 VALUES = [1.0, -3.0, 0.1, -3.3, 7.0, 123.456, 1e4, 1e-8, 6e4]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastbert
 from fastbert import BertModel, Encoder, EncoderConfig, paths_taken
 from fastbert.backend import use_backend
-from fastbert.native.machine import Machine, host
+from fastbert.cpu.machine import Machine, host
 
 pytestmark = [
     pytest.mark.cpu,

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn.utils import prune as pruning
 
 import fastbert
-from fastbert import parts
 from fastbert.config import EncoderConfig
-from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.models import BertModel
+from fastbert.model.bert import BertModel
+from fastbert.model.encoder import Encoder
 from fastbert.packing import Packing
+from fastbert.run import parts
 from fastbert.testing import assert_close
 
 transformers = pytest.importorskip("transformers", reason="its models and its Trainer are meant")

@@ -12,8 +12,8 @@ import torch
 from processes import PYTHON
 
 import fastbert
+from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.native.machine import Machine, host
 from fastbert.testing import assert_close
 
 transformers = pytest.importorskip("transformers", reason="compares with its models")
@@ -241,8 +241,8 @@ wanted = encoder.encode(texts, max_length=16)
 if sys.argv[2] == "tokenises":
     work = lambda: encoder.tokenizer.encode(texts * 20, 16)
 else:
-    from fastbert.native import code
-    from fastbert.native.machine import host
+    from fastbert.cpu import code
+    from fastbert.cpu.machine import host
     kept = []  # a kernel is never given back
     work = lambda: kept.append(code.compiled(host(), "nothing", ["x"], lambda code: None))
 done = threading.Event()

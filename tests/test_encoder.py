@@ -9,10 +9,10 @@ import torch
 
 from fastbert import backend
 from fastbert.config import EncoderConfig
-from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError
+from fastbert.model.encoder import Encoder
+from fastbert.model.quantization import quantize
 from fastbert.packing import Packing
-from fastbert.quantization import quantize
 from fastbert.testing import assert_close
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers' BertModel")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastbert import backend, reference
 from fastbert.config import EncoderConfig
-from fastbert.encoder import Encoder
-from fastbert.graphs import graphed
 from fastbert.kernels.launch import fp8_sums_fast, fp8_unserved
 from fastbert.kernels.target import of
-from fastbert.models import BertModel
+from fastbert.model.bert import BertModel
+from fastbert.model.encoder import Encoder
+from fastbert.model.graphs import graphed
 from fastbert.ops.attention import attention
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.embedding import embedding

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import fastbert
-from fastbert import graphs
 from fastbert.backend import use_backend
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.models import BertModel
+from fastbert.model import graphs
+from fastbert.model.bert import BertModel
 from fastbert.packing import Packing
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/test_gpu.py runs real graphs")

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from fastbert.cpu import guards, memory
+from fastbert.cpu.code import I64, Kernel, compiled
+from fastbert.cpu.machine import Machine, host
+from fastbert.cpu.memory import FLOAT32, PerWorker, located
+from fastbert.cpu.row_wise import PARAMETERS, row_wise
 from fastbert.errors import BackendError
-from fastbert.native import guards, memory
-from fastbert.native.code import I64, Kernel, compiled
-from fastbert.native.machine import Machine, host
-from fastbert.native.memory import FLOAT32, PerWorker, located
-from fastbert.native.row_wise import PARAMETERS, row_wise
 
 pytestmark = pytest.mark.cpu
 
@@ -108,5 +108,5 @@ def test_what_nothing_was_written_to_shows(shape: tuple[int, ...], dtype: torch.
 def test_the_environment_turns_it_on(value: str | None, on: bool) -> None:
     environment = {name: text for name, text in os.environ.items() if name != "FASTBERT_CHECK"}
     environment |= {} if value is None else {"FASTBERT_CHECK": value}
-    asked = [sys.executable, "-c", "from fastbert.native import guards; print(guards.ON)"]
+    asked = [sys.executable, "-c", "from fastbert.cpu import guards; print(guards.ON)"]
     assert subprocess.check_output(asked, env=environment, text=True).strip() == str(on)

@@ -12,8 +12,8 @@ from tiny_bert import VOCABULARY
 import fastbert
 from fastbert import backend, quantize
 from fastbert.config import EncoderConfig
+from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError
-from fastbert.native.machine import Machine, host
 from fastbert.ops.attention import attention
 from fastbert.packing import Packing
 from fastbert.run import cpu

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import heads
 from fastbert.checkpoints.architectures import Dialect
 from fastbert.checkpoints.load import load
-from fastbert.checkpoints.mapping import to_theirs
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError
+from fastbert.model import heads
+from fastbert.model.mapping import to_theirs
 from fastbert.ops import cross_entropy
 from fastbert.packing import Packing
 from fastbert.run import eager

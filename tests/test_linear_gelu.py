@@ -11,11 +11,11 @@ from gradients import check_gradients, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend, reference
+from fastbert.cpu.machine import made_by_amd
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch
 from fastbert.kernels.linear_gelu import linear_gelu_forward as launch_kernel
 from fastbert.kernels.target import KNOWN, interpreted
-from fastbert.native.machine import made_by_amd
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.layer_norm import linear_layer_norm
 from fastbert.ops.linear_gelu import linear_gelu, linear_gelu_forward

@@ -12,9 +12,9 @@ import torch
 from processes import PYTHON
 
 from fastbert import backend, quantize
+from fastbert.cpu import machine as native_machine
+from fastbert.cpu.machine import LANES, Machine
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.native import machine as native_machine
-from fastbert.native.machine import LANES, Machine
 
 pytestmark = pytest.mark.cpu
 
@@ -25,7 +25,7 @@ FOUND = """
 import sys
 import torch
 from fastbert import backend
-from fastbert.native.machine import Machine, host
+from fastbert.cpu.machine import Machine, host
 
 print("torch", torch.backends.cpu.get_cpu_capability())
 print("oneDNN bfloat16", backend.onednn_multiplies_bfloat16())
@@ -39,9 +39,9 @@ if isinstance(machine, Machine):
         made.append(target.emit_assembly(module))
         return make(module, target)
     llvm.create_mcjit_compiler = kept
-    from fastbert.native.layout import laid_out
-    from fastbert.native.linear import linear
-    from fastbert.native.row_wise import row_wise
+    from fastbert.cpu.layout import laid_out
+    from fastbert.cpu.linear import linear
+    from fastbert.cpu.row_wise import row_wise
     x, out = torch.ones(20, 64), torch.empty(20, 64)
     row_wise(machine, x, activation="gelu", norm=(torch.ones(64), torch.ones(64), 1e-5), out=out).run()
     linear(machine, x, laid_out(x, machine.columns), torch.ones(20), torch.empty(20, 20), activation="silu").run()
@@ -60,7 +60,7 @@ def lane_of(cpu: str) -> dict[str, str]:
     lane = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
     bare = {name: value for name, value in os.environ.items() if name not in lane}
     done = subprocess.run(
-        [*PYTHON, "-c", "from fastbert.native.machine import host; host()"],
+        [*PYTHON, "-c", "from fastbert.cpu.machine import host; host()"],
         env=bare | {"FASTBERT_CPU": cpu},
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ import pytest
 from processes import PYTHON
 
 from fastbert import backend
-from fastbert.native.machine import host
+from fastbert.cpu.machine import host
 
 pytestmark = [
     pytest.mark.cpu,

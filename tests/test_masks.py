@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert.errors import ArgumentError
-from fastbert.masks import read_mask
+from fastbert.model.masks import read_mask
 from fastbert.packing import Packing
 
 KEPT = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)

@@ -5,10 +5,10 @@ import torch
 from test_encoder import HOLES, LEFT, RIGHT, hf_bert, inputs
 
 from fastbert import backend
-from fastbert.checkpoints import mapping
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
-from fastbert.models import BertModel
+from fastbert.model import mapping
+from fastbert.model.bert import BertModel
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
 

@@ -12,7 +12,7 @@ import fastbert
 from fastbert.checkpoints.load import save
 from fastbert.config import HeadConfig
 from fastbert.errors import BackendError, CheckpointError
-from fastbert.heads import BertForSequenceClassification, BertForTokenClassification
+from fastbert.model.heads import BertForSequenceClassification, BertForTokenClassification
 
 TASKS = {
     "encode": (None, fastbert.TextEncoder, lambda made, texts: made.encode(texts)),

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fastbert.config import EncoderConfig
-from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError
-from fastbert.models import BertModel
+from fastbert.model.bert import BertModel
+from fastbert.model.encoder import Encoder
 from fastbert.ops.attention import attention
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.pooling import pool

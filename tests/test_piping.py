@@ -21,7 +21,7 @@ from processes import PYTHON, heed_signals
 from fastbert import piping
 from fastbert.checkpoints.load import load, save
 from fastbert.errors import ArgumentError, UntrainedWarning
-from fastbert.heads import BertForSequenceClassification, BertForTokenClassification
+from fastbert.model.heads import BertForSequenceClassification, BertForTokenClassification
 from fastbert.piping import READER_GONE, Lines, check_ending, check_output, results
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from fastbert import backend, reference
 from fastbert.config import EncoderConfig
 from fastbert.kernels import launch, target
 from fastbert.kernels.linear_gelu import linear_gelu_forward
-from fastbert.layer import EncoderLayer
+from fastbert.model.layer import EncoderLayer
 from fastbert.ops.attention import attention
 from fastbert.packing import Packing
 from fastbert.testing import assert_close

@@ -11,14 +11,15 @@ from real_weights import fetched
 from tiny_bert import random_model
 
 import fastbert
-from fastbert import backend, eight_bits
+from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.heads import BertForSequenceClassification
 from fastbert.kernels.target import KNOWN, pretend
+from fastbert.model.heads import BertForSequenceClassification
+from fastbert.model.quantization import in_int8
 from fastbert.ops.quantize_rows import bias_gelu_quantize
 from fastbert.packing import Packing
-from fastbert.quantization import in_int8
-from fastbert.tasks import TextEncoder
+from fastbert.run import eight_bits
+from fastbert.tasks.texts import TextEncoder
 
 pytestmark = pytest.mark.cpu
 

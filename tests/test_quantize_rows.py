@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import backend, eight_bits, reference
+from fastbert import backend, reference
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
 from fastbert.ops import quantize_rows as ops
@@ -22,7 +22,8 @@ from fastbert.ops.quantize_rows import (
     quantize_rows,
     quantize_rows_forward,
 )
-from fastbert.tasks import TextEncoder
+from fastbert.run import eight_bits
+from fastbert.tasks.texts import TextEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's: exp2 goes to infinity on purpose
 

@@ -14,7 +14,7 @@ from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.kernels.target import interpreted
-from fastbert.layer import EncoderLayer
+from fastbert.model.layer import EncoderLayer
 from fastbert.packing import Packing
 from fastbert.run import prepared as executor
 

@@ -11,11 +11,11 @@ from preparing import preparations, unprepared
 from torch import Tensor
 
 from fastbert.config import EncoderConfig
-from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels.target import interpreted
+from fastbert.model.encoder import Encoder
+from fastbert.model.quantization import quantize
 from fastbert.packing import Packing
-from fastbert.quantization import quantize
 from fastbert.run import prepared as executor
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="the kernels need Triton's interpreter here")

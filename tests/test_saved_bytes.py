@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbert import backend
-from fastbert.encoder import Encoder
+from fastbert.model.encoder import Encoder
 from fastbert.packing import Packing
 
 transformers = pytest.importorskip("transformers", reason="the rival")

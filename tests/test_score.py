@@ -17,7 +17,7 @@ from torch import Tensor
 import fastbert
 from fastbert.config import HeadConfig, ProblemType
 from fastbert.errors import ArgumentError, BackendError, CheckpointError
-from fastbert.heads import BertForSequenceClassification
+from fastbert.model.heads import BertForSequenceClassification
 
 PAIRS = [("the film", "was fine"), ("a", "dull plot , with a very lovely scene"), ("", "music")]
 

@@ -11,8 +11,8 @@ import transformers
 from fastbert.checkpoints.load import load
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
-from fastbert.heads import BertForPreTraining
-from fastbert.text import Tokenizer
+from fastbert.model.heads import BertForPreTraining
+from fastbert.text.tokenizer import Tokenizer
 from fastbert.training import initialise_embedding, read_word_vectors, scratch
 
 WORDS = tiny_bert.VOCABULARY

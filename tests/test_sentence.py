@@ -19,9 +19,9 @@ from torch import Tensor
 
 import fastbert
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.model.sentence import ACTIVATIONS, Dense, Embedder, Mode
 from fastbert.packing import Packing
-from fastbert.sentence import ACTIVATIONS, Dense, Embedder, Mode
-from fastbert.tasks import TextEncoder
+from fastbert.tasks.texts import TextEncoder
 from fastbert.testing import assert_close
 
 OLD = "sentence_transformers.models."

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.config import EncoderConfig
-from fastbert.eight_bits import Fp8Linear, Int8Linear
+from fastbert.cpu.machine import Machine, host
 from fastbert.kernels.target import interpreted
-from fastbert.native.machine import Machine, host
 from fastbert.ops import common
 from fastbert.packing import Packing
-from fastbert.parts import weights
 from fastbert.run import cpu, eager, onednn, prepared
 from fastbert.run.eager import Registers
+from fastbert.run.eight_bits import Fp8Linear, Int8Linear
+from fastbert.run.parts import weights
 from fastbert.run.steps import Attend, Product, Steps, layer_steps, readers
 from fastbert.testing import assert_close, exactly
 

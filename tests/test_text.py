@@ -14,9 +14,9 @@ import transformers
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
-from fastbert import text as text_module
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.text import Tokenizer, Tokens, batches
+from fastbert.text.tokenizer import Tokenizer, Tokens, batches
+from fastbert.text import tokenizer as text_module
 
 WORDS = [
     "[PAD]",

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from fastbert.errors import CheckpointError
-from fastbert.text import Tokenizer
+from fastbert.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 reads these folders otherwise: needs 5"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert.encoder import Encoder
+from fastbert.model.encoder import Encoder
 
 transformers = pytest.importorskip("transformers", reason="its Trainer is meant")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs it")

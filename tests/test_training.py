@@ -26,13 +26,13 @@ from torch import Tensor
 
 from fastbert.checkpoints.load import load
 from fastbert.errors import ArgumentError
-from fastbert.heads import (
+from fastbert.model.heads import (
     BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
     BertForTokenClassification,
 )
-from fastbert.tasks import TextClassifier, TextTagger
+from fastbert.tasks.texts import TextClassifier, TextTagger
 from fastbert.testing import assert_close
 from fastbert.training import Settings, loop, objectives, train
 from fastbert.training.data import read_classified, read_tagged

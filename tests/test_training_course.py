@@ -13,7 +13,7 @@ import torch
 
 from fastbert.checkpoints.load import load
 from fastbert.errors import ArgumentError
-from fastbert.heads import BertForSequenceClassification
+from fastbert.model.heads import BertForSequenceClassification
 from fastbert.training import Settings, loop, train
 from fastbert.training.objectives import Classify
 

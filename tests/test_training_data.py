@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastbert.errors import ArgumentError
-from fastbert.text import Tokenizer, _windows, word_spans
+from fastbert.text.tokenizer import Tokenizer, _windows, word_spans
 from fastbert.training.data import read_classified, read_documents, read_sentences, read_tagged
 from fastbert.training.sampler import Sampler
 

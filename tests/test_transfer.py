@@ -16,15 +16,16 @@ import tiny_bert
 import torch
 from stand_in import GPU, StandIn
 
-from fastbert import backend, heads
+from fastbert import backend
 from fastbert.checkpoints.load import load, save
 from fastbert.config import EncoderConfig, HeadConfig
-from fastbert.heads import BertForSequenceClassification, BertForTokenClassification
+from fastbert.model import heads
+from fastbert.model.heads import BertForSequenceClassification, BertForTokenClassification
+from fastbert.model.sentence import Mode
 from fastbert.ops import cross_entropy
 from fastbert.packing import Packing
-from fastbert.sentence import Mode
-from fastbert.tasks import TextClassifier, TextEncoder, TextScorer, TextTagger, gpu_batch_tokens
-from fastbert.text import Tokens
+from fastbert.tasks.texts import TextClassifier, TextEncoder, TextScorer, TextTagger, gpu_batch_tokens
+from fastbert.text.tokenizer import Tokens
 from fastbert.training import Settings, loop
 from fastbert.training.objectives import OBJECTIVES, Task
 from fastbert.training.parallel import Processes

@@ -13,9 +13,9 @@ from torch import nn
 import fastbert
 from fastbert import backend
 from fastbert.config import EncoderConfig
-from fastbert.models import BertModel
+from fastbert.model import folded
+from fastbert.model.bert import BertModel
 from fastbert.ops.watch import Watch, weights_changed
-from fastbert.run import folded
 
 TEXTS = ["a b c d e f", "g", "h i j a b c d"] * 8
 

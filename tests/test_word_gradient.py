@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig
-from fastbert.embeddings import Embeddings
+from fastbert.model.embeddings import Embeddings
 from fastbert.training.word_gradient import WordGradient
 
 CONFIG = EncoderConfig(

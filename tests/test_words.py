@@ -15,9 +15,9 @@ import transformers
 from processes import PYTHON
 
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.tasks import TextTagger, tag
+from fastbert.tasks.texts import TextTagger, tag
+from fastbert.text.words import WordRule, parted_by_spaces
 from fastbert.training import Settings, train
-from fastbert.words import WordRule, parted_by_spaces
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,9 +17,9 @@ from torch import nn
 import fastbert
 from fastbert.checkpoints.load import load, save
 from fastbert.config import HeadConfig
-from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError, BackendError, CheckpointError
-from fastbert.heads import BertForSequenceClassification, BertForTokenClassification
+from fastbert.model.encoder import Encoder
+from fastbert.model.heads import BertForSequenceClassification, BertForTokenClassification
 from fastbert.training import Settings, train
 
 
@@ -121,7 +121,7 @@ def test_a_device_that_torch_has_not(device: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", None, nn.Linear, HeadConfig])
 def test_a_kind_that_is_no_class_of_ours(kind: Any, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"kind: got .*; expected BertModel, or a class of fastbert.heads"):
+    with pytest.raises(ArgumentError, match=r"kind: got .*; expected BertModel or one of fastbert.BertFor"):
         load(tiny_bert.make(tmp_path), kind)
 
 

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import fastbert
-from fastbert import parts, tasks
 from fastbert.kernels import (
     attention,
     attention_backward,
@@ -32,7 +31,9 @@ from fastbert.kernels import (
     target,
 )
 from fastbert.packing import Packing
-from fastbert.text import Tokens
+from fastbert.run import parts
+from fastbert.tasks import texts as tasks
+from fastbert.text.tokenizer import Tokens
 
 # "short" fits the one-pass backward of attention, which needs at most 128 keys; "long" does not.
 BATCHES = {"short": (5, 70, 33), "long": (7, 150, 40)}

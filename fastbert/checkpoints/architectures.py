@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastbert.checkpoints.fields import Fields
 from fastbert.checkpoints.files import CONFIG
-from fastbert.checkpoints.mapping import KEYS_SHOWN, Rule, bert_rules, head_rules
 from fastbert.config import EncoderConfig
 from fastbert.errors import CheckpointError, shown
+from fastbert.model.mapping import KEYS_SHOWN, Rule, bert_rules, head_rules
 
 
 @dataclass(frozen=True)

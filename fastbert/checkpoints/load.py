@@ -16,13 +16,13 @@ from torch import Tensor
 from fastbert.backend import usable_device
 from fastbert.checkpoints import files
 from fastbert.checkpoints.architectures import FAMILIES, Dialect, architectures, recognise, split
-from fastbert.checkpoints.mapping import KEYS_SHOWN, head_rules, to_ours, to_theirs
 from fastbert.checkpoints.sentence import read_sentence_files
 from fastbert.config import HF_NAMES, EncoderConfig, HeadConfig
-from fastbert.encoder import initialise
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning, shown
-from fastbert.heads import HeadModel, body_of
-from fastbert.models import BertModel
+from fastbert.model.bert import BertModel
+from fastbert.model.encoder import initialise
+from fastbert.model.heads import HeadModel, body_of
+from fastbert.model.mapping import KEYS_SHOWN, head_rules, to_ours, to_theirs
 
 WithHead = TypeVar("WithHead", bound=HeadModel)
 Kind = TypeVar("Kind", bound=BertModel | HeadModel)
@@ -82,7 +82,7 @@ def load(
     Args:
         folder: holds config.json and the weights: model.safetensors or pytorch_model.bin, whole or in shards. Code in a
             pickle is refused, never run.
-        kind: BertModel, or a class of `fastbert.heads`.
+        kind: BertModel, or a class of `fastbert.model.heads`.
         head: labels and the like, for a model with a head; what config.json says by default.
         dtype: floating dtype of the parameters; what the checkpoint has by default. Where it has several, that is the
             one config.json names, else the widest, and a warning says so.
@@ -120,11 +120,11 @@ def read_model(
         expected = "a floating torch.dtype of 16, 32 or 64 bits, or None for the checkpoint's own"
         raise ArgumentError("dtype", repr(dtype), expected, "Write torch.float32, say.")
     if not (isinstance(kind, type) and issubclass(kind, (BertModel, HeadModel))):
-        raise ArgumentError("kind", shown(kind), "BertModel, or a class of fastbert.heads: the class, not its name")
+        raise ArgumentError("kind", shown(kind), "BertModel or one of fastbert.BertFor...: the class, not its name")
     if device is not None:
         device = usable_device(device)
     if head is not None and not issubclass(kind, HeadModel):
-        raise ArgumentError("head", head, "None for a BertModel", "Name a class of fastbert.heads as kind.")
+        raise ArgumentError("head", head, "None for a BertModel", "Name one of fastbert.BertFor... as kind.")
     folder = files.checkpoint_folder(folder)
     raw_config = files.read_config(folder)
     state = files.read_tensors(folder)

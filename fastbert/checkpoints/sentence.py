@@ -16,7 +16,7 @@ from torch import Tensor
 from fastbert.checkpoints import files
 from fastbert.checkpoints.fields import Fields
 from fastbert.errors import CheckpointError, shown
-from fastbert.sentence import ACTIVATIONS, Dense, Embedder, Mode
+from fastbert.model.sentence import ACTIVATIONS, Dense, Embedder, Mode
 
 MODULES = "modules.json"
 # The transformer's settings; the first of these that is there, whatever the transformer.

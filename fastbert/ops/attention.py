@@ -304,7 +304,7 @@ def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor) -> None:
     out[packing.tokens :] = 0
     machine = native_machine(qkv)
     if machine is not None and qkv.shape[-1] <= WIDEST_HEAD:
-        from fastbert.native import attention as kernel
+        from fastbert.cpu import attention as kernel
 
         qkv, longest = qkv.contiguous(), packing.max_seqlen
         kernel.attention_forward(machine, qkv, packing.cu_seqlens, longest, scale, out).run()

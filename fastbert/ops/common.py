@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from fastbert import backend
+from fastbert.cpu.machine import Machine, host, made_by_amd
+from fastbert.cpu.memory import is_plain
 from fastbert.errors import ArgumentError
-from fastbert.native.machine import Machine, host, made_by_amd
-from fastbert.native.memory import is_plain
 from fastbert.packing import check_dense
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import backend
+from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError
 from fastbert.kernels import launch
-from fastbert.native.memory import room
 from fastbert.ops.common import check_dropout, check_parameter, check_rows, launched, native_machine, wants_gradient
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import check_eps, normalise
@@ -137,7 +137,7 @@ def _embedding_torch(
         _check_inside("token_type_ids", token_type_ids, token_type)
     machine = native_machine(word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids)
     if machine is not None and dropout == 0.0 and not wants_gradient(word, position, token_type, weight, bias):
-        from fastbert.native import embedding as kernel
+        from fastbert.cpu import embedding as kernel
 
         out = room((len(input_ids), word.shape[1]), word.dtype)
         kernel.embedding(

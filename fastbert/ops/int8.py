@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.int8 import Int8Matrix, Int8Rows
-from fastbert.native.memory import room
+from fastbert.cpu.int8 import Int8Matrix, Int8Rows
+from fastbert.cpu.memory import room
 from fastbert.ops.common import check_rows, native_machine
 from fastbert.ops.linear_activation import activated
 
@@ -27,7 +27,7 @@ def quantize_rows_int8(x: Tensor) -> Int8Rows:
     machine = native_machine(x)
     if machine is None:
         return _quantized(x.float())
-    from fastbert.native import row_wise as kernel
+    from fastbert.cpu import row_wise as kernel
 
     made = Int8Rows.empty(*x.shape)
     kernel.row_wise(machine, x.contiguous(), out_int8=made).run()
@@ -57,8 +57,8 @@ def linear_int8(
     rows, depth = x.values.shape
     machine = native_machine(x.scale, x.values, x.zero, bias, residual, *(norm or ())[:2])
     if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
-        from fastbert.native import linear_int8 as kernel
-        from fastbert.native.code import Program
+        from fastbert.cpu import linear_int8 as kernel
+        from fastbert.cpu.code import Program
 
         shape = rows, len(weight.scale)
         made = room(shape, dtype) if out else None

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.native.layout import laid_out
-from fastbert.native.machine import Machine
-from fastbert.native.memory import room
+from fastbert.cpu.layout import laid_out
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import room
 from fastbert.ops.common import check_linear, native_machine, observed, onednn_fuses, onednn_rows, wants_gradient
 from fastbert.reference import Approximate
 
@@ -120,7 +120,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from fastbert.native import linear as kernel
+    from fastbert.cpu import linear as kernel
 
     bias = x.new_zeros(len(weight)) if bias is None else _as_kernels_read(bias)
     out = room((len(x), len(weight)), x.dtype)
@@ -129,7 +129,7 @@ def _by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def _weight_gradient(machine: Machine, x: Tensor, dout: Tensor) -> Tensor:
-    from fastbert.native import weight_gradient as kernel
+    from fastbert.cpu import weight_gradient as kernel
 
     dweight = room((dout.shape[1], x.shape[1]), x.dtype).zero_()
     kernel.weight_gradient(machine, _as_kernels_read(x), _as_kernels_read(dout), dweight).run()

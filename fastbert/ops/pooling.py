@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import backend
+from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch
-from fastbert.native.memory import room
 from fastbert.ops.common import check_rows, launched, native_machine, wants_gradient
 from fastbert.packing import Packing
 from fastbert.reference import Pooling
@@ -44,7 +44,7 @@ def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) 
         return launched(pool_forward, x)(x, packing.cu_seqlens, how, normalise, wants_gradient(x))[0]
     machine = native_machine(x)
     if machine is not None and not wants_gradient(x):
-        from fastbert.native import pooling as kernel
+        from fastbert.cpu import pooling as kernel
 
         out = room((packing.batch, x.shape[1]), torch.float32)
         kernel.pool_forward(machine, x.contiguous(), packing.cu_seqlens, out, how=how, normalise=normalise).run()

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.eight_bits import Int8Linear
-from fastbert.native.int8 import Int8Matrix, Int8Rows
-from fastbert.native.layout import laid_out_together
-from fastbert.native.machine import Machine
-from fastbert.native.memory import room
+from fastbert.cpu.int8 import Int8Matrix, Int8Rows
+from fastbert.cpu.layout import laid_out_together
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import room
 from fastbert.ops.attention import WIDEST_HEAD
 from fastbert.ops.common import native_machine, runs_bare
 from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
-from fastbert.parts import SelfAttention, is_plain, weights
 from fastbert.run.eager import formats, made_dtype
+from fastbert.run.eight_bits import Int8Linear
+from fastbert.run.parts import SelfAttention, is_plain, weights
 from fastbert.run.steps import Attend, Layers, Parts, Product, Steps
 
 if TYPE_CHECKING:
-    from fastbert.native.code import Launch, Program
+    from fastbert.cpu.code import Launch, Program
 
 # Tokens up to which a run is worth being kept: there Python would take a twentieth of its time or more.
 SHORT = 256
@@ -150,7 +150,7 @@ class CpuProgram:
 
     def run(self, registers: Mapping[str, Tensor], packing: Packing, read: Tensor | None = None) -> Tensor:
         """What "x" holds after all layers, of these registers before the first; those rows of it that are `read`."""
-        from fastbert.native.code import Program
+        from fastbert.cpu.code import Program
 
         x = registers["x"]
         packing.check_rows("x", x)
@@ -177,7 +177,7 @@ class CpuProgram:
         return run.out.clone()
 
     def _prepared(self, registers: Mapping[str, Tensor], packing: Packing) -> _Run:
-        from fastbert.native.code import Program
+        from fastbert.cpu.code import Program
 
         x = registers["x"]
         with torch.inference_mode(False):  # what is made inside could not be written to outside
@@ -231,7 +231,7 @@ class _Recorded:
         self.rows, self.launches = len(read), []
 
     def _attend(self, step: Attend) -> None:
-        from fastbert.native.attention import attention_forward
+        from fastbert.cpu.attention import attention_forward
 
         qkv = self.registers[step.x].floats
         assert qkv is not None
@@ -255,8 +255,8 @@ class _Recorded:
     def _float_product(
         self, step: Product, given: _Weights, matrix: Tensor, residual: Tensor | None, out: Tensor | None
     ) -> _Rows:
-        from fastbert.native.linear import linear
-        from fastbert.native.row_wise import row_wise
+        from fastbert.cpu.linear import linear
+        from fastbert.cpu.row_wise import row_wise
 
         x, machine = self.registers[step.x].floats, self.machine
         assert x is not None
@@ -285,8 +285,8 @@ class _Recorded:
         residual: Tensor | None,
         out: Tensor | None,
     ) -> _Rows:
-        from fastbert.native.linear_int8 import linear_int8
-        from fastbert.native.row_wise import row_wise
+        from fastbert.cpu.linear_int8 import linear_int8
+        from fastbert.cpu.row_wise import row_wise
 
         step, machine = cast(Product, steps.of[i]), self.machine
         x, x_int8 = self.registers[step.x]

@@ -12,13 +12,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastbert.eight_bits import After, EightBitLinear, Rows, attention_dtype
 from fastbert.ops.attention import attention
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import layer_norm, linear_layer_norm
 from fastbert.ops.linear_activation import activated, linear_activation
 from fastbert.packing import Packing
-from fastbert.parts import call, is_hooked, is_plain, weights
+from fastbert.run.eight_bits import After, EightBitLinear, Rows, attention_dtype
+from fastbert.run.parts import call, is_hooked, is_plain, weights
 from fastbert.run.steps import Attend, Parts, Product, Steps, drops, readers, writes
 
 

@@ -15,7 +15,7 @@ from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import by_onednn, with_slack
 from fastbert.ops.linear_activation import APPROXIMATE, activated
 from fastbert.packing import Packing
-from fastbert.parts import is_plain, weights
+from fastbert.run.parts import is_plain, weights
 from fastbert.run.steps import Attend, Layers, Product
 
 

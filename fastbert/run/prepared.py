@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.eight_bits import Fp8Linear, fp8_product
+from fastbert.cpu.memory import is_plain as is_plain_tensor
 from fastbert.kernels import launch, target
-from fastbert.native.memory import is_plain as is_plain_tensor
 from fastbert.ops.attention import prepare_attention
 from fastbert.ops.common import check_linear, observed, wants_gradient
 from fastbert.ops.layer_norm import prepare_linear_layer_norm
@@ -28,8 +27,9 @@ from fastbert.ops.quantize_rows import (
     prepare_quantize_rows,
 )
 from fastbert.packing import Packing
-from fastbert.parts import is_plain, weights
 from fastbert.run.eager import Registers, formats
+from fastbert.run.eight_bits import Fp8Linear, fp8_product
+from fastbert.run.parts import is_plain, weights
 from fastbert.run.steps import Attend, Parts, Product, Step, Steps
 
 # A step that is prepared: it reads and writes registers, given its weights.

@@ -18,9 +18,9 @@ from fastbert.checkpoints.load import save
 from fastbert.checkpoints.special_tokens import BERT_NAMES
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
-from fastbert.heads import BertForPreTraining, HeadModel, body_of
-from fastbert.models import BertModel
-from fastbert.text import Tokenizer
+from fastbert.model.bert import BertModel
+from fastbert.model.heads import BertForPreTraining, HeadModel, body_of
+from fastbert.text.tokenizer import Tokenizer
 
 
 def scratch(

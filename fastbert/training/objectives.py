@@ -20,7 +20,7 @@ from fastbert.checkpoints.files import TOKENIZER_CONFIG, WORDS, json_bytes, read
 from fastbert.checkpoints.load import Origin, load, read_model, trained_head
 from fastbert.config import EncoderConfig, HeadConfig, ProblemType
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.heads import (
+from fastbert.model.heads import (
     BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
@@ -29,11 +29,11 @@ from fastbert.heads import (
 )
 from fastbert.ops.cross_entropy import IGNORED, cross_entropy
 from fastbert.packing import Packing
-from fastbert.text import SentenceTokens, Tokenizer, Tokens, batches
+from fastbert.text.tokenizer import SentenceTokens, Tokenizer, Tokens, batches
+from fastbert.text.words import WordRule
 from fastbert.training import metrics
 from fastbert.training.data import read_classified, read_documents, read_sentences, read_tagged
 from fastbert.transfer import send
-from fastbert.words import WordRule
 
 MAX_EXPONENT = 700.0  # exp of more is no float64
 INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")

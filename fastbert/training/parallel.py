@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastbert.backend import first_device
-from fastbert.heads import HeadModel
+from fastbert.model.heads import HeadModel
 
 Parallel = Literal["ddp", "fsdp"]
 

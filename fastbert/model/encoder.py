@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.checkpoints import mapping
 from fastbert.config import EncoderConfig
-from fastbert.eight_bits import EightBitLinear
+from fastbert.cpu.memory import is_plain
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.layer import EncoderLayer
-from fastbert.masks import read_mask
-from fastbert.native.memory import is_plain
+from fastbert.model import mapping
+from fastbert.model.layer import EncoderLayer
+from fastbert.model.masks import read_mask
+from fastbert.model.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
 from fastbert.ops.common import observed, onednn_fuses, onednn_rows, runs_bare
 from fastbert.ops.linear import with_slack
 from fastbert.ops.watch import hooks_of
-from fastbert.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
 from fastbert.packing import Packing
-from fastbert.parts import SelfAttention, is_hooked
 from fastbert.run import cpu, onednn, prepared
 from fastbert.run.eager import Registers
+from fastbert.run.eight_bits import EightBitLinear
 from fastbert.run.kept import Kept
+from fastbert.run.parts import SelfAttention, is_hooked
 from fastbert.run.steps import Parts, Steps
 
 if TYPE_CHECKING:

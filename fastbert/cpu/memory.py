@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fastbert.cpu import guards
 from fastbert.errors import ArgumentError
-from fastbert.native import guards
 
 FLOAT32 = (torch.float32,)
 INT32 = (torch.int32,)

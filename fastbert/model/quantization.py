@@ -21,11 +21,11 @@ from torch import nn
 
 from fastbert.backend import int8_unserved
 from fastbert.config import EncoderConfig
-from fastbert.eight_bits import EightBitLinear, Fp8Linear, Int8Linear
-from fastbert.encoder import Encoder
 from fastbert.errors import ArgumentError
-from fastbert.layer import EncoderLayer
-from fastbert.parts import weights
+from fastbert.model.encoder import Encoder
+from fastbert.model.layer import EncoderLayer
+from fastbert.run.eight_bits import EightBitLinear, Fp8Linear, Int8Linear
+from fastbert.run.parts import weights
 
 QuantizedDType = Literal["fp8", "int8"]
 Model = TypeVar("Model", bound=nn.Module)

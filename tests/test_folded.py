@@ -7,10 +7,10 @@ import torch
 
 from fastbert import backend
 from fastbert.config import EncoderConfig
-from fastbert.heads import BertForSequenceClassification
-from fastbert.models import BertModel
+from fastbert.model import folded
+from fastbert.model.bert import BertModel
+from fastbert.model.heads import BertForSequenceClassification
 from fastbert.packing import Packing
-from fastbert.run import folded
 from fastbert.testing import assert_close
 
 pytestmark = pytest.mark.cpu

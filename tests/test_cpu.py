@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from tiny_bert import random_model
 
 from fastbert import backend, quantize, reference
+from fastbert.cpu import attention as native_attention
+from fastbert.cpu import embedding as native_embedding
+from fastbert.cpu import layout as native_layout
+from fastbert.cpu import linear as native_linear
+from fastbert.cpu import linear_int8 as native_linear_int8
+from fastbert.cpu import pooling as native_pooling
+from fastbert.cpu import weight_gradient as native_weight_gradient
+from fastbert.cpu.int8 import Int8Matrix, Int8Rows
+from fastbert.cpu.machine import Machine, host
+from fastbert.cpu.row_wise import row_wise
 from fastbert.errors import ArgumentError
-from fastbert.native import attention as native_attention
-from fastbert.native import embedding as native_embedding
-from fastbert.native import layout as native_layout
-from fastbert.native import linear as native_linear
-from fastbert.native import linear_int8 as native_linear_int8
-from fastbert.native import pooling as native_pooling
-from fastbert.native import weight_gradient as native_weight_gradient
-from fastbert.native.int8 import Int8Matrix, Int8Rows
-from fastbert.native.machine import Machine, host
-from fastbert.native.row_wise import row_wise
 from fastbert.ops import linear as ops_linear
 from fastbert.ops.attention import WIDEST_HEAD, attention
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8

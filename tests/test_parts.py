@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
-from fastbert import backend, parts
-from fastbert.parts import SelfAttention
+from fastbert import backend
+from fastbert.run import parts
+from fastbert.run.parts import SelfAttention
 
 CONFIG = fastbert.EncoderConfig(num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
 MOVES = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.native.memory import room
+from fastbert.cpu.memory import room
 
 
 def laid_out(weight: Tensor, columns: int) -> Tensor:

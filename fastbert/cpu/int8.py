@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastbert.native.layout import laid_out
-from fastbert.native.memory import FLOAT32, INT8, UINT8, Place, located, room
+from fastbert.cpu.layout import laid_out
+from fastbert.cpu.memory import FLOAT32, INT8, UINT8, Place, located, room
 
 # Outputs of a product that are made together: two vectors of AVX-512's. The same on every machine, because a quantized
 # model's `state_dict` holds weights that are laid out so.

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.native.code import I64, Code, Kernel, Launch, Value, compiled
-from fastbert.native.machine import Machine
-from fastbert.native.memory import INT64, PerWorker, located, located_or_none
-from fastbert.native.row_wise import ROWS, Finish, Reader, load_states, over_rows
+from fastbert.cpu.code import I64, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import INT64, PerWorker, located, located_or_none
+from fastbert.cpu.row_wise import ROWS, Finish, Reader, load_states, over_rows
 
 PARAMETERS = (
     "input_ids", "position_ids", "token_type_ids", "rows", "word", "position", "token_type", "norm_weight", "norm_bias",

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.config import EncoderConfig
-from fastbert.embeddings import Embeddings
-from fastbert.encoder import Encoder, initialise
 from fastbert.errors import ArgumentError
-from fastbert.masks import read_mask
+from fastbert.model import folded
+from fastbert.model.embeddings import Embeddings
+from fastbert.model.encoder import Encoder, initialise
+from fastbert.model.masks import read_mask
+from fastbert.model.outputs import ModelOutput, refuse_what_asks
 from fastbert.ops.linear import Linear
 from fastbert.ops.pooling import first_tokens
-from fastbert.outputs import ModelOutput, refuse_what_asks
 from fastbert.packing import Packing, check_dense
-from fastbert.run import folded
 from fastbert.run.kept import Kept
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from llvmlite import ir
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
-from fastbert.native.int8 import COLUMNS, Int8Matrix, Int8Rows
-from fastbert.native.linear import column_counts, in_columns
-from fastbert.native.machine import Machine
-from fastbert.native.memory import FLOAT32, PerWorker, located, located_or_none, room
-from fastbert.native.row_wise import Finish, activated, finish, load_states, row_wise
+from fastbert.cpu.code import F32, I32, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.int8 import COLUMNS, Int8Matrix, Int8Rows
+from fastbert.cpu.linear import column_counts, in_columns
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import FLOAT32, PerWorker, located, located_or_none, room
+from fastbert.cpu.row_wise import Finish, activated, finish, load_states, row_wise
 
 # Most rows at a time; with two vectors of outputs they are 24 sums of 32 registers.
 MOST_ROWS = 12

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig
-from fastbert.encoder import initialise
+from fastbert.model.encoder import initialise
 from fastbert.ops.dropout import drop
 from fastbert.ops.embedding import embedding
 from fastbert.ops.layer_norm import layer_norm

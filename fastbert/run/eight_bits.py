@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastbert import reference
 from fastbert.config import Activation
+from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
-from fastbert.native.int8 import Int8Matrix, Int8Rows
 from fastbert.ops.common import native_machine, wants_gradient
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.layer_norm import in_float32, layer_norm

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastbert.native.code import F32, Code, Kernel, Launch, Value, compiled
-from fastbert.native.machine import Machine
-from fastbert.native.memory import FLOAT32, PerWorker, located
+from fastbert.cpu.code import F32, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import FLOAT32, PerWorker, located
 
 # Inputs of a task, a multiple of `Machine.columns`, and how often it has `Machine.rows` outputs: enough that copying is
 # little beside the products, few enough to share out and to stay in a second cache.

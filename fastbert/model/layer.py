@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.config import EncoderConfig
-from fastbert.eight_bits import EightBitLinear
 from fastbert.errors import ArgumentError
-from fastbert.masks import read_mask
+from fastbert.model.masks import read_mask
 from fastbert.packing import Packing
-from fastbert.parts import Group, SelfAttention, is_plain
 from fastbert.run import eager, prepared
 from fastbert.run.eager import Registers
+from fastbert.run.eight_bits import EightBitLinear
+from fastbert.run.parts import Group, SelfAttention, is_plain
 from fastbert.run.steps import layer_steps
 
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.config import Activation, EncoderConfig
-from fastbert.encoder import Encoder
-from fastbert.layer import EncoderLayer
-from fastbert.native.machine import made_by_amd
+from fastbert.cpu.machine import made_by_amd
+from fastbert.model.encoder import Encoder
+from fastbert.model.layer import EncoderLayer
 from fastbert.ops.attention import attend
 from fastbert.ops.common import runs_bare
 from fastbert.ops.linear import Buffers

@@ -20,9 +20,9 @@ from llvmlite import ir
 from torch import Tensor
 
 from fastbert import forks
-from fastbert.native import guards
-from fastbert.native.machine import Machine, openmp
-from fastbert.native.memory import PerWorker, Place, room
+from fastbert.cpu import guards
+from fastbert.cpu.machine import Machine, openmp
+from fastbert.cpu.memory import PerWorker, Place, room
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = ir.PointerType()

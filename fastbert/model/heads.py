@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig, HeadConfig
-from fastbert.encoder import initialise
 from fastbert.errors import ArgumentError
-from fastbert.models import BertModel, Inputs
+from fastbert.model.bert import BertModel, Inputs
+from fastbert.model.encoder import initialise
+from fastbert.model.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import Linear, linear
 from fastbert.ops.linear_activation import activated
 from fastbert.ops.pooling import first_rows, first_tokens
-from fastbert.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.packing import Packing
 from fastbert.transfer import send
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.code import F32, I16, Argument, Code, Kernel, Launch, Value, compiled, float_bits
-from fastbert.native.int8 import NO_ROWS, Int8Rows
-from fastbert.native.machine import Machine
-from fastbert.native.memory import FLOAT32, PerWorker, located, located_or_none
+from fastbert.cpu.code import F32, I16, Argument, Code, Kernel, Launch, Value, compiled, float_bits
+from fastbert.cpu.int8 import NO_ROWS, Int8Rows
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import FLOAT32, PerWorker, located, located_or_none
 
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16

@@ -26,7 +26,7 @@ from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_token
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.packing import Packing
-from fastbert.words import DEFAULT
+from fastbert.text.words import DEFAULT
 
 Text = str | tuple[str, str]
 

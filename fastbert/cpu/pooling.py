@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
-from fastbert.native.machine import Machine
-from fastbert.native.memory import FLOAT32, INT32, located
-from fastbert.native.row_wise import load_states, over_columns
+from fastbert.cpu.code import F32, I32, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import FLOAT32, INT32, located
+from fastbert.cpu.row_wise import load_states, over_columns
 from fastbert.reference import Pooling
 
 # Rows whose sum is made before it joins the others, so that rounding grows with the root of a long sequence at most.

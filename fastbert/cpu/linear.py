@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.native.code import F32, I32, Code, Kernel, Launch, Value, compiled
-from fastbert.native.machine import Machine
-from fastbert.native.memory import located, located_or_none
-from fastbert.native.row_wise import activated, load_states
+from fastbert.cpu.code import F32, I32, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import located, located_or_none
+from fastbert.cpu.row_wise import activated, load_states
 
 # Words whose products are summed before that sum joins the others, so that rounding grows no faster than in a BLAS.
 CHUNK = 384

@@ -15,9 +15,9 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from fastbert.native.code import F32, I16, I32, Code, Kernel, Launch, Value, compiled, float_bits
-from fastbert.native.machine import Machine
-from fastbert.native.memory import INT32, PerWorker, located
+from fastbert.cpu.code import F32, I16, I32, Code, Kernel, Launch, Value, compiled, float_bits
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import INT32, PerWorker, located
 
 PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
 

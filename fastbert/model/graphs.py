@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.models import BertModel, Inputs
+from fastbert.model.bert import BertModel, Inputs
 from fastbert.packing import Packing
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -24,16 +24,16 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import WithHead, dtype_name, load, read_model
 from fastbert.checkpoints.sentence import Recipe, read_recipe, read_score_activation
 from fastbert.config import EncoderConfig
+from fastbert.cpu.machine import last_cache
 from fastbert.errors import ArgumentError, BackendError, CheckpointError
-from fastbert.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel, body_of
-from fastbert.models import BertModel
-from fastbert.native.machine import last_cache
+from fastbert.model.bert import BertModel
+from fastbert.model.heads import BertForSequenceClassification, BertForTokenClassification, HeadModel, body_of
+from fastbert.model.quantization import in_int8, quantize
+from fastbert.model.sentence import ACTIVATIONS, Embedder, Mode
 from fastbert.packing import Packing
-from fastbert.quantization import in_int8, quantize
-from fastbert.sentence import ACTIVATIONS, Embedder, Mode
-from fastbert.text import Text, Tokenizer, Tokens, batches, check_texts, check_whole
+from fastbert.text.tokenizer import Text, Tokenizer, Tokens, batches, check_texts, check_whole
+from fastbert.text.words import DEFAULT, WordRule, parted_by_spaces
 from fastbert.training.metrics import TAGS, chunks, marked, odd_tag, plain_mark
-from fastbert.words import DEFAULT, WordRule, parted_by_spaces
 
 Model = TypeVar("Model", bound=nn.Module)
 

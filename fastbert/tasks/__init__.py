@@ -1,0 +1,1 @@
+"""What a user wants done in one call: texts in, answers out in the order that they came in."""

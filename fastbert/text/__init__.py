@@ -1,0 +1,1 @@
+"""Text to token ids, and texts to batches of them."""
