@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import fastbert
 from fastbert import BertModel, Encoder, EncoderConfig, paths_taken
 from fastbert.backend import use_backend
 from fastbert.cpu.machine import Machine, host
+from fastbert.errors import ArgumentError
+from fastbert.run.frozen import FrozenLinear
 
 pytestmark = [
     pytest.mark.cpu,
@@ -177,3 +180,91 @@ def test_threads_share_what_was_laid_out(model: BertModel) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_frozen_model_computes_the_same_to_the_bit(model: BertModel, tmp_path: Any) -> None:
+    model = BertModel(dataclasses.replace(model.config, hidden_size=96)).eval()
+    fastbert.save(model, tmp_path / "saved")
+    frozen = fastbert.load(tmp_path / "saved", frozen=True)
+    assert frozen.encoder.is_frozen() and not any(p.requires_grad for p in frozen.parameters())
+    got, taken = run(frozen)
+    assert taken == FAST
+    assert torch.equal(got, run(model)[0])
+    check(frozen, FAST)
+    wanted, given = model.state_dict(), frozen.state_dict()
+    assert list(given) == list(wanted)
+    assert all(torch.equal(given[name], wanted[name]) for name in wanted)
+    fastbert.save(frozen, tmp_path / "again")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
+
+
+@pytest.fixture
+def frozen(model: BertModel) -> BertModel:
+    made = BertModel(dataclasses.replace(model.config, hidden_size=96)).eval()
+    assert made.encoder.freeze()
+    return made
+
+
+def test_a_frozen_model_holds_no_other_copy_of_its_weights(frozen: BertModel) -> None:
+    run(frozen)
+    held = {part.matrix.untyped_storage().data_ptr() for part in frozen.modules() if isinstance(part, FrozenLinear)}
+    with torch.no_grad():
+        program = frozen.encoder._program(torch.zeros(1, 96))
+    assert program is not None
+    assert {given.matrix.untyped_storage().data_ptr() for of in program.weights for given in of.values()} == held
+    assert len(held) == 1
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickled", "half"])
+def test_copies_of_a_frozen_model_are_ordinary(frozen: BertModel, copied: str) -> None:
+    wanted, _ = run(frozen)
+    if copied == "half":
+        frozen.half().float()
+        made, tolerance = frozen, 2e-2
+    else:
+        made = copy.deepcopy(frozen) if copied == "deepcopy" else pickle.loads(pickle.dumps(frozen))
+        tolerance = 0.0
+    assert not made.encoder.is_frozen()
+    torch.testing.assert_close(run(made)[0], wanted, atol=tolerance, rtol=0.0)
+    check(made, FAST)
+    made.train()
+
+
+def test_weights_are_loaded_into_a_frozen_model(frozen: BertModel) -> None:
+    other = BertModel(frozen.config).eval()
+    run(frozen)
+    frozen.load_state_dict(other.state_dict())
+    assert frozen.encoder.is_frozen()
+    assert torch.equal(run(frozen)[0], run(other)[0])
+    wrong = {**other.state_dict(), "encoder.layer.0.intermediate.dense.weight": torch.zeros(3, 3)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for encoder\.layer\.0\.intermediate"):
+        frozen.load_state_dict(wrong)
+    del wrong["encoder.layer.0.intermediate.dense.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        frozen.load_state_dict(wrong)
+
+
+def test_a_hook_on_a_frozen_part_is_called(frozen: BertModel) -> None:
+    seen: list[int] = []
+    frozen.encoder.layer[0].output.dense.register_forward_hook(lambda *_: seen.append(1))
+    check(frozen, SLOW)
+    assert seen == [1, 1]
+
+
+def test_what_a_frozen_model_refuses(frozen: BertModel) -> None:
+    with pytest.raises(ArgumentError, match="the whole encoder"):
+        frozen.encoder.layer[0].half()
+    with pytest.raises(ArgumentError, match="a frozen model"):
+        fastbert.quantize(frozen, dtype="int8")
+    check(frozen, FAST)
+    with pytest.raises(ArgumentError, match="frozen=True"):
+        frozen.train()
+
+
+def test_where_freezing_gains_nothing_it_does_nothing(model: BertModel) -> None:
+    with use_backend("torch"):
+        assert not model.encoder.freeze()
+    odd = BertModel(dataclasses.replace(model.config, hidden_size=36)).eval()  # no whole number of vectors
+    assert not odd.encoder.freeze()
+    check(odd, FAST)

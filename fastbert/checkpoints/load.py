@@ -54,7 +54,11 @@ class Origin:
 
 @overload
 def load(
-    folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    frozen: bool = False,
 ) -> BertModel: ...
 
 
@@ -66,6 +70,7 @@ def load(
     head: HeadConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    frozen: bool = False,
 ) -> WithHead: ...
 
 
@@ -76,6 +81,7 @@ def load(
     head: HeadConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    frozen: bool = False,
 ) -> BertModel | HeadModel:
     """The model in a Hugging Face checkpoint folder, in eval mode.
 
@@ -87,6 +93,8 @@ def load(
         dtype: floating dtype of the parameters; what the checkpoint has by default. Where it has several, that is the
             one config.json names, else the widest, and a warning says so.
         device: where the parameters live; the CPU by default.
+        frozen: it will never train. No parameter requires a gradient, and where kernels of this CPU compute the encoder
+            its weights lie only as these read them, so that they take their memory once; `Encoder.freeze` says more.
 
     A BertModel keeps the tensors of heads on `model.origin`, and `save` writes them back. A model with a head takes
     its head from the checkpoint. Parts that are not there begin untrained, and a warning names them; so does a
@@ -104,6 +112,9 @@ def load(
     if untrained:
         message = f"{folder} has no trained {', '.join(untrained)} for {kind.__name__}: train the model before use"
         warnings.warn(message, UntrainedWarning, stacklevel=2)
+    if frozen:
+        model.requires_grad_(False)
+        body_of(model).encoder.freeze()
     return model
 
 

@@ -21,15 +21,24 @@ def laid_out(weight: Tensor, columns: int) -> Tensor:
     return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, columns)).transpose(1, 2).contiguous()
 
 
+def size(weight: Tensor, columns: int) -> int:
+    """Elements of what `laid_out` makes of a weight."""
+    inputs = 4 // weight.itemsize
+    return (len(weight) + -len(weight) % columns) * (weight.shape[1] + -weight.shape[1] % inputs)
+
+
 def laid_out_together(weights: Sequence[Tensor], columns: int) -> list[Tensor]:
     """Each `laid_out`, of one dtype, one after another in memory: what is fetched past one's end is the next one."""
-    inputs = 4 // weights[0].itemsize
-    sizes = [
-        (len(weight) + -len(weight) % columns) * (weight.shape[1] + -weight.shape[1] % inputs) for weight in weights
-    ]
+    sizes = [size(weight, columns) for weight in weights]
     parts = room([sum(sizes)], weights[0].dtype).split(sizes)
     made = []
     for weight, part in zip(weights, parts, strict=True):
         one = laid_out(weight, columns)
         made.append(part.view_as(one).copy_(one))
     return made
+
+
+def plain(matrix: Tensor, outputs: int, inputs: int) -> Tensor:
+    """What `laid_out` was made of, `[outputs, inputs]`; to the bit."""
+    blocks, words, columns, parts = matrix.shape
+    return matrix.transpose(1, 2).reshape(blocks * columns, words * parts)[:outputs, :inputs].contiguous()

@@ -16,13 +16,14 @@ from fastbert.model import mapping
 from fastbert.model.layer import EncoderLayer
 from fastbert.model.masks import read_mask
 from fastbert.model.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
-from fastbert.ops.common import observed, onednn_fuses, onednn_rows, runs_bare
+from fastbert.ops.common import native_machine, observed, onednn_fuses, onednn_rows, runs_bare
 from fastbert.ops.linear import with_slack
 from fastbert.ops.watch import hooks_of
 from fastbert.packing import Packing
 from fastbert.run import cpu, onednn, prepared
 from fastbert.run.eager import Registers
 from fastbert.run.eight_bits import EightBitLinear
+from fastbert.run.frozen import FrozenLinear, changes, freeze, thaw
 from fastbert.run.kept import Kept
 from fastbert.run.parts import SelfAttention, is_hooked
 from fastbert.run.steps import Parts, Steps
@@ -237,9 +238,35 @@ class Encoder(nn.Module):
             self.kept.drop()
         return super().train(mode)
 
+    def freeze(self) -> bool:
+        """Never train: where kernels of this CPU compute it, let its weights lie only as they read them.
+
+        Then its weights take their memory once, and not twice once it ran. `state_dict` gives them as they were, a move
+        or a cast of the encoder brings the modules back, and so does `copy.deepcopy`.
+
+        Returns:
+            Whether they lie so. Elsewhere nothing is done.
+        """
+        like = next(self.parameters(), torch.empty(0))
+        x, layers = like.new_zeros(1, self.config.hidden_size), self.layers()
+        with torch.no_grad():
+            machine = native_machine(x) if self.in_eight_bits() is None and cpu.unserved(layers, x) is None else None
+        if machine is None or self.training or self.config.hidden_size % machine.columns or self.is_frozen():
+            return self.is_frozen()
+        self.kept.drop()
+        freeze(self.layer, machine.columns)
+        self.join()
+        return True
+
+    def is_frozen(self) -> bool:
+        """Whether `freeze` moved its weights."""
+        return any(isinstance(part, FrozenLinear) for part in self.modules())
+
     def _apply(self, fn: Any, recurse: bool = True) -> Encoder:
         """Nor of weights that are moved or cast."""
         self.kept.drop()
+        if self.is_frozen() and changes(fn, next(self.parameters())):
+            thaw(self.layer)
         return cast(Encoder, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def layers(self) -> list[tuple[Steps, Parts]]:

@@ -70,6 +70,8 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
             _check_config(encoder.config)
         for parameter in encoder.parameters():
             KINDS[dtype].check_device(parameter)
+        if encoder.is_frozen():
+            raise ArgumentError(name or "model", "a frozen model", "one that was loaded without frozen=True")
         if not encoder.is_plain():
             got = "modules other than nn.Linear and nn.LayerNorm, or with hooks, or dropout that is on"
             raise ArgumentError(name or "model", got, "plain ones", "Merge adapters, and remove hooks, first.")

@@ -24,7 +24,8 @@ from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
 from fastbert.run.eager import formats, made_dtype
 from fastbert.run.eight_bits import Int8Linear
-from fastbert.run.parts import SelfAttention, is_plain, weights
+from fastbert.run.frozen import FrozenLinear
+from fastbert.run.parts import SelfAttention, is_frozen, is_plain, matrix, weights
 from fastbert.run.steps import Attend, Layers, Parts, Product, Steps
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
             if part.depth % 4:
                 return f"{step.part} of depth {part.depth}, which is no multiple of 4"
             widths[step.into] = len(part.scale)
-        elif not is_plain(part):
+        elif not is_plain(part) and not is_frozen(part):
             return f"{step.part} that is not an nn.Linear on which nothing looks"
         elif not backend.multiplies_well():
             return "products that another path makes faster"
@@ -117,10 +118,11 @@ class _Runs(threading.local):
 
 
 def _shape(part: nn.Module) -> tuple[int, int, torch.dtype]:
-    """Outputs, inputs and dtype of a plain part, without joining it."""
+    """Outputs, inputs and dtype of a plain or frozen part, without joining it."""
     linears = part.linears() if type(part) is SelfAttention else [part]
-    held = [cast(Tensor, linear.weight) for linear in linears]
-    return sum(map(len, held)), held[0].shape[1], held[0].dtype
+    shapes = [one.shape if type(one) is FrozenLinear else cast(Tensor, one.weight).shape for one in linears]
+    held = linears[0].matrix if type(linears[0]) is FrozenLinear else cast(Tensor, linears[0].weight)
+    return sum(shape[0] for shape in shapes), shapes[0][1], held.dtype
 
 
 class _Weights(NamedTuple):
@@ -336,6 +338,7 @@ class _Recorded:
 def _laid_out(machine: Machine, layers: Layers) -> list[dict[str, _Weights]]:
     """Of each layer what the kernels take of its parts; matrices in floats follow one another in memory."""
     made: list[dict[str, _Weights]] = []
+    todo: list[tuple[dict[str, _Weights], str]] = []
     for steps, parts in layers:
         made.append({})
         for step in steps.of:
@@ -345,14 +348,15 @@ def _laid_out(machine: Machine, layers: Layers) -> list[dict[str, _Weights]]:
                 if isinstance(part, Int8Linear):
                     made[-1][step.part] = _Weights(part.matrix, part.bias_in_float32, norm)
                 else:
-                    weight, bias = weights(part)
-                    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().contiguous()
-                    made[-1][step.part] = _Weights(weight, bias, norm)
-    floats = [(of, name) for of in made for name, given in of.items() if isinstance(given.matrix, Tensor)]
-    if floats:
-        together = laid_out_together([cast(Tensor, of[name].matrix) for of, name in floats], machine.columns)
-        for (of, name), matrix in zip(floats, together, strict=True):
-            of[name] = of[name]._replace(matrix=matrix)
+                    held, bias = matrix(part) if is_frozen(part) else weights(part)
+                    bias = held.new_zeros(_shape(part)[0]) if bias is None else bias.detach().contiguous()
+                    made[-1][step.part] = _Weights(held, bias, norm)
+                    if not is_frozen(part):
+                        todo.append((made[-1], step.part))
+    if todo:
+        together = laid_out_together([cast(Tensor, of[name].matrix) for of, name in todo], machine.columns)
+        for (of, name), one in zip(todo, together, strict=True):
+            of[name] = of[name]._replace(matrix=one)
     return made
 
 

@@ -19,6 +19,7 @@ from fastbert.errors import ArgumentError
 from fastbert.ops.common import observed
 from fastbert.ops.watch import hooks_of
 from fastbert.packing import Packing
+from fastbert.run.frozen import FrozenLinear
 
 
 class Group(nn.Module):
@@ -147,6 +148,23 @@ def is_plain(module: nn.Module | None) -> bool:
         and (type(weight) is nn.Parameter or type(weight) is Tensor)
         and (type(bias) is nn.Parameter or type(bias) is Tensor or (bias is None and kind is nn.Linear))
     )
+
+
+def is_frozen(part: nn.Module) -> bool:
+    """Whether `part` is a FrozenLinear on which nothing looks, or a SelfAttention of such."""
+    if type(part) is SelfAttention:
+        return all(map(is_frozen, part.linears()))
+    return type(part) is FrozenLinear and not any(hooks_of(part)) and "forward" not in part.__dict__
+
+
+def matrix(part: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The matrix of a frozen part, as `cpu.layout` has it, and its bias, those of a SelfAttention as one."""
+    if type(part) is not SelfAttention:
+        return cast(FrozenLinear, part).matrix, cast(FrozenLinear, part).bias
+    linears = cast(list[FrozenLinear], part.linears())
+    first = linears[0].matrix  # the others follow it
+    shape = sum(len(linear.matrix) for linear in linears), *first.shape[1:]
+    return first.as_strided(shape, first.stride()), torch.cat([linear.bias for linear in linears])
 
 
 def weights(part: nn.Module) -> tuple[Tensor, Tensor | None]:
