@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,9 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._tables: list[dict[str, Any]] = []  # of each module, its parameters and its modules
-        self._dicts: list[dict[Any, Any]] = []  # of each module its attributes and its hooks, which are counted
-        self._members: list[Any] = []  # of all of them; kept, so that no other object gets the id of one
-        self._ids: list[int] = []
+        self._members: list[Any] = []  # of all of them
+        self._empty: list[dict[Any, Any]] = []  # tables and hooks of modules that have none
+        self._counted_dicts: list[dict[Any, Any]] = []  # attributes of each module, and the hooks that there are
         self._parameters: list[Tensor] = []
         self._counted: list[Tensor] = []  # those whose writes torch counts
         self._samples: list[list[npt.NDArray[Any]]] = []  # of one width each: views of the parameters' memory
@@ -57,7 +57,7 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything has changed since the last time; True the first time."""
-        same = bool(self._tables) and self._ids == list(map(id, chain.from_iterable(map(dict.values, self._tables))))
+        same = self._same_tree()
         if not same:
             self._read_tree()
         marks = self._current_marks()
@@ -70,14 +70,19 @@ class Watch:
         self._marks, self._numbers = marks, numbers
         return not same
 
+    def _same_tree(self) -> bool:
+        members = chain.from_iterable(map(dict.values, self._tables))
+        counted = sum(map(len, self._tables)) == len(self._members) > 0
+        return counted and all(map(is_, members, self._members)) and not any(self._empty)
+
     def _read_tree(self) -> None:
         modules = list(self._model.modules())
         tables = [table for module in modules for table in (module._parameters, module._modules)]
-        self._tables = list(filter(len, tables))  # the others are counted
         hooks = [table for module in modules for table in hooks_of(module)]
-        self._dicts = [*(table for table in tables if not table), *(module.__dict__ for module in modules), *hooks]
+        self._tables = list(filter(None, tables))
         self._members = [member for table in self._tables for member in table.values()]
-        self._ids = list(map(id, self._members))
+        self._empty = [table for table in tables + hooks if not table]
+        self._counted_dicts = [*(module.__dict__ for module in modules), *filter(None, hooks)]
         found = {id(p): p for p in self._model.parameters()}
         self._parameters = [p for p in found.values() if type(p) is nn.Parameter and p.device.type == "cpu"]
         self._counted = [p for p in self._parameters if not p.is_inference()]
@@ -85,7 +90,7 @@ class Watch:
     def _current_marks(self) -> list[Any]:
         """Where each parameter lies and how often it was written, as torch counts; hooks; and what the user said."""
         places, writes = map(Tensor.data_ptr, self._parameters), map(attrgetter("_version"), self._counted)
-        return [_said, *map(len, self._dicts), *places, *writes]
+        return [_said, *map(len, self._counted_dicts), *places, *writes]
 
     def _look_at_memory(self) -> None:
         samples: dict[Any, list[npt.NDArray[Any]]] = defaultdict(list)
