@@ -90,6 +90,28 @@ def attention(
     return out_rows, lse_rows
 
 
+def rotary_angles(packing: Packing, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """`[2, tokens, head_dim / 2]`: the cosine and the sine of `column * base ** (-2 i / head_dim)` (Su et al. 2021).
+
+    Angles are made in float64, because those of far columns have no digits left in float32's product.
+    """
+    i = torch.arange(head_dim // 2, dtype=torch.float64, device=packing.indices.device)
+    angles = packing.columns[:, None] * base ** (-2.0 * i / head_dim)
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
+
+def rotary(qkv: Tensor, angles: Tensor) -> Tensor:
+    """Queries and keys `[tokens, heads, head_dim]` of `[rows, 3, heads, head_dim]` turned by `rotary_angles`.
+
+    Columns `i` and `i + head_dim / 2` turn together, in the dtype of the angles.
+    """
+    tokens = angles.shape[1]
+    cos, sin = angles[:, :, None, None]  # [tokens, 1, 1, head_dim / 2]
+    one, other = qkv[:tokens, :2].to(angles.dtype).chunk(2, -1)
+    turned = torch.cat([one * cos - other * sin, other * cos + one * sin], -1).to(qkv.dtype)
+    return torch.cat([torch.cat([turned, qkv[:tokens, 2:]], 1), qkv[tokens:]])
+
+
 def layer_norm(
     x: Tensor,
     weight: Tensor,

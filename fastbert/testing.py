@@ -79,6 +79,8 @@ def exactly(
     for step in steps.of:
         if isinstance(step, Attend):
             qkv = step.split(held[step.x])
+            if step.rotary is not None:
+                qkv = reference.rotary(qkv, reference.rotary_angles(packing, qkv.shape[3], step.rotary, dtype))
             slopes = step.slopes(qkv.device)
             made = reference.attention(qkv, packing, bias=bias, alibi_slopes=slopes, window=step.window)[0].flatten(1)
         else:

@@ -36,12 +36,12 @@ def changed(i: int, **changes: Any) -> Steps:
     return Steps((*BERT.of[:i], replace(BERT.of[i], **changes), *BERT.of[i + 1 :]))
 
 
-def pre_norm(activation: Any = "gelu", *, gated: bool = False) -> Steps:
+def pre_norm(activation: Any = "gelu", *, gated: bool = False, rotary: float | None = None) -> Steps:
     """A layer that normalises first: its residual is the sum before a LayerNorm. The last one is the next layer's."""
     return Steps(
         (
             Product("x", "qkv", into="qkv"),
-            Attend("qkv", into="context", heads=HEADS),
+            Attend("qkv", into="context", heads=HEADS, rotary=rotary),
             Product("context", "attention_output", into="x", add="sum", norm="attention_norm", sum="sum"),
             Product("x", "intermediate", into="wide", activation=activation, gated=gated),
             Product("wide", "output", into="x", add="sum", norm="output_norm", sum="sum"),
@@ -59,15 +59,18 @@ PLANS = {
     "without biases": BERT,
     "window": changed(1, window=3),
     "ALiBi": changed(1, alibi=(0.5, 0.25, 0.125)),
+    "rotary": changed(1, rotary=10_000.0),
+    "rotary, gated, pre-norm": pre_norm("gelu", gated=True, rotary=500.0),
     "bias": BERT,
     "shared layers": BERT,
 }
+GATED, PLACED = {plan for plan in PLANS if "gated" in plan}, {"window", "ALiBi", "rotary"}
 # Of an executor the plans that it does not serve; it says why.
 UNSERVED = {
     "eager": set[str](),
-    "prepared": {"pre-norm", "gated", "gated silu, pre-norm", "window", "ALiBi"},
-    "cpu": {"gated", "gated silu, pre-norm", "window", "ALiBi"},
-    "onednn": {"gated", "gated silu, pre-norm"},
+    "prepared": {"pre-norm", *GATED, *PLACED},
+    "cpu": {*GATED, *PLACED},
+    "onednn": GATED,
 }
 LENGTHS = [7, 1, 0, 17]
 

@@ -57,8 +57,8 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
     widths = dict.fromkeys(steps.carried, x.shape[1])
     for step in steps.of:
         if isinstance(step, Attend):
-            if step.window is not None or step.alibi is not None:
-                return "a window or ALiBi"
+            if not step.plain:
+                return "a window, ALiBi or rotary positions"
             if widths[step.x] > 3 * step.heads * WIDEST_HEAD:
                 return f"heads wider than {WIDEST_HEAD}"
             widths[step.into] = widths[step.x] // 3

@@ -16,6 +16,7 @@ from fastbert.ops.attention import attention
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import layer_norm, linear_layer_norm
 from fastbert.ops.linear_activation import activated, linear_activation
+from fastbert.ops.rotary import rotary
 from fastbert.packing import Packing
 from fastbert.run.eight_bits import After, EightBitLinear, Rows, attention_dtype
 from fastbert.run.parts import call, is_hooked, is_plain, weights
@@ -101,13 +102,7 @@ class _Layer:
         self.x = registers.floats["x"]  # whose dtype all have
 
     def attend(self, step: Attend, bias: Tensor | None, dropout: Dropout) -> None:
-        qkv, (probability, seed) = self.registers.floats[step.x], dropout
-        slopes = step.slopes(qkv.device)
-        made = attention(
-            step.split(qkv), self.packing,
-            bias=bias, alibi_slopes=slopes, window=step.window, dropout=probability, seed=seed,
-        )  # fmt: skip
-        self.registers.write(step.into, made.flatten(1))
+        self.registers.write(step.into, attend(step, self.registers.floats[step.x], self.packing, bias, dropout))
 
     def product(self, i: int, step: Product, dropout: Dropout, layout: Packing | None) -> None:
         """Step `i`; with a layout the result is unpacked."""
@@ -165,6 +160,18 @@ class _Layer:
         if step.sum is not None:
             self.registers.write(step.sum, total)
         self.registers.write(step.into, total if norm is None else self._normalised(norm, total))
+
+
+def attend(
+    step: Attend, qkv: Tensor, packing: Packing, bias: Tensor | None = None, dropout: Dropout = NO_DROPOUT
+) -> Tensor:
+    """`[rows, 3 * heads * head_dim]` -> `[rows, heads * head_dim]`."""
+    heads, (probability, seed) = step.split(qkv), dropout
+    turned = heads if step.rotary is None else rotary(heads, packing, step.rotary)
+    return attention(
+        turned, packing, bias=bias, alibi_slopes=step.slopes(qkv.device), window=step.window,
+        dropout=probability, seed=seed,
+    ).flatten(1)  # fmt: skip
 
 
 def made_dtype(steps: Steps, i: int, part: nn.Module, x: Tensor) -> torch.dtype:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.ops.attention import attention
 from fastbert.ops.common import onednn_fuses, onednn_rows
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import by_onednn, with_slack
 from fastbert.ops.linear_activation import APPROXIMATE, activated
 from fastbert.packing import Packing
+from fastbert.run.eager import attend
 from fastbert.run.parts import is_plain, weights
 from fastbert.run.steps import Attend, Layers, Product
 
@@ -64,7 +64,7 @@ class OneDnnProgram:
         for layer, (steps, parts) in enumerate(self.layers):
             for i, step in enumerate(steps.of):
                 if isinstance(step, Attend):
-                    held[step.into] = _attend(step, held[step.x], packing)
+                    held[step.into] = attend(step, held[step.x], packing)
                 else:
                     self._product(step, self.linears[layer][step.part], parts, held)
                 if read is not None and layer + 1 == len(self.layers) and i == steps.last_attend:
@@ -82,10 +82,6 @@ class OneDnnProgram:
             norm = cast(nn.LayerNorm, parts[step.norm])
             total = layer_norm(total, norm.weight, norm.bias, eps=norm.eps)
         held[step.into] = total
-
-
-def _attend(step: Attend, qkv: Tensor, packing: Packing) -> Tensor:
-    return attention(step.split(qkv), packing, alibi_slopes=step.slopes(qkv.device), window=step.window).flatten(1)
 
 
 def _laid_out(part: nn.Module) -> _Linear:

@@ -119,8 +119,8 @@ def unserved(steps: Steps, parts: Parts) -> str | None:
 def _steps_unserved(steps: Steps) -> str | None:
     for step in steps.of:
         if isinstance(step, Attend):
-            if step.window is not None or step.alibi is not None:
-                return "a window or ALiBi"
+            if not step.plain:
+                return "a window, ALiBi or rotary positions"
         elif step.gated:
             return "a gated product"
         elif step.sum is not None or (step.add is None) != (step.norm is None) or (step.norm and step.activation):

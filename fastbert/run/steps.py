@@ -52,6 +52,7 @@ class Attend:
         heads: how many.
         window: only keys at most this many places away are seen.
         alibi: of each head the slope that times `|row - column|` is taken off its scores.
+        rotary: the base of rotary positions, which queries and keys are turned by first.
     """
 
     x: str
@@ -59,6 +60,12 @@ class Attend:
     heads: int
     window: int | None = None
     alibi: tuple[float, ...] | None = None
+    rotary: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every key is seen, by its content alone."""
+        return self.window is None and self.alibi is None and self.rotary is None
 
     def split(self, qkv: Tensor) -> Tensor:
         """`[rows, 3 * heads * head_dim]` as `[rows, 3, heads, head_dim]`."""

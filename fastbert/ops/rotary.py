@@ -1,0 +1,44 @@
+"""rotary: rotary positions of queries and keys (Su et al. 2021, "RoFormer"), in plain torch so far, on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert import reference
+from fastbert.errors import ArgumentError
+from fastbert.ops.common import cast_states
+from fastbert.packing import Packing, check_dense
+
+
+def rotary(qkv: Tensor, packing: Packing, base: float) -> Tensor:
+    """Queries and keys turned by the angles of their places, so that a score depends on how far apart two tokens are.
+
+    Columns `i` and `i + head_dim / 2` of a head turn together, by `place * base ** (-2 i / head_dim)`.
+
+    Args:
+        qkv: floating `[rows, 3, heads, head_dim]`, an even `head_dim`; rows >= `packing.tokens`.
+        packing: whose `columns` are the places.
+        base: above 1; 10,000 in the paper.
+
+    Returns:
+        `[rows, 3, heads, head_dim]` in the dtype of `qkv`, computed in float32 (float64 for float64) and rounded once.
+        Values, and rows beyond the tokens (slack), are as they were.
+
+    Raises:
+        ArgumentError: a shape, dtype or value is wrong.
+    """
+    check_dense("qkv", qkv)
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or qkv.shape[3] % 2 or not qkv.is_floating_point():
+        got = f"{qkv.dtype} of shape {tuple(qkv.shape)}"
+        raise ArgumentError("qkv", got, "a floating [rows, 3, heads, head_dim] tensor, head_dim even")
+    packing.check_rows("qkv", qkv)
+    if not base > 1.0:
+        raise ArgumentError("base", base, "a number above 1")
+    (qkv,) = cast_states(qkv)
+    head_dim = qkv.shape[3]
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    angles = packing.kept(
+        ("rotary", head_dim, base, wide), lambda: reference.rotary_angles(packing, head_dim, base, wide)
+    )
+    return reference.rotary(qkv, angles)
