@@ -15,8 +15,10 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.text.tokenizer import Tokenizer, Tokens, batches
 from fastbert.text import tokenizer as text_module
+from fastbert.text.batches import batches
+from fastbert.text.tokenizer import Tokenizer
+from fastbert.text.tokens import Tokens
 
 WORDS = [
     "[PAD]",
