@@ -27,7 +27,7 @@ from fastbert.backend import first_device
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.cpu.layout import laid_out
 from fastbert.cpu.machine import Machine, host
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 
 pytestmark = [
     pytest.mark.full,

@@ -31,8 +31,9 @@ from fastbert.errors import CheckpointError
 from fastbert.kernels.cost import Cost
 from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
-from fastbert.tasks.texts import TextEncoder
-from fastbert.text.tokenizer import Tokenizer, Tokens
+from fastbert.tasks.encode import TextEncoder
+from fastbert.text.tokenizer import Tokenizer
+from fastbert.text.tokens import Tokens
 
 MAX_LENGTH = 256
 BATCH = 32

@@ -26,8 +26,8 @@ from fastbert.assets import fetch
 from fastbert.backend import first_device
 from fastbert.ops.cross_entropy import IGNORED
 from fastbert.training import Settings, train
-from fastbert.training.loop import adamw, learning_rate
 from fastbert.training.objectives import OBJECTIVES, Batch
+from fastbert.training.optimizer import adamw, learning_rate
 from fastbert.training.records import read_records
 from fastbert.training.sampler import Sampler
 

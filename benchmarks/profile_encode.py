@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastbert import BertModel, save
 from fastbert.backend import first_device
 from fastbert.config import EncoderConfig
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = (3, 50)  # of a text

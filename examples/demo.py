@@ -25,7 +25,7 @@ from rich.table import Table
 import fastbert
 from fastbert.assets import fetch
 from fastbert.backend import bfloat16_unserved, first_device, int8_unserved
-from fastbert.tasks.texts import DTYPES
+from fastbert.tasks.loading import DTYPES
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 QUERIES = ("Tips for baking bread at home", "problems with a computer", "discoveries in astronomy")

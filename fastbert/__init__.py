@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from fastbert.model.quantization import quantize as quantize
     from fastbert.ops.watch import weights_changed as weights_changed
     from fastbert.packing import Packing as Packing
-    from fastbert.tasks.texts import TextClassifier as TextClassifier
-    from fastbert.tasks.texts import TextEncoder as TextEncoder
-    from fastbert.tasks.texts import TextScorer as TextScorer
-    from fastbert.tasks.texts import TextTagger as TextTagger
-    from fastbert.tasks.texts import classify as classify
-    from fastbert.tasks.texts import encode as encode
-    from fastbert.tasks.texts import score as score
-    from fastbert.tasks.texts import tag as tag
+    from fastbert.tasks.classify import TextClassifier as TextClassifier
+    from fastbert.tasks.classify import classify as classify
+    from fastbert.tasks.encode import TextEncoder as TextEncoder
+    from fastbert.tasks.encode import encode as encode
+    from fastbert.tasks.score import TextScorer as TextScorer
+    from fastbert.tasks.score import score as score
+    from fastbert.tasks.tag import TextTagger as TextTagger
+    from fastbert.tasks.tag import tag as tag
 
     __version__: str
 
@@ -67,19 +67,19 @@ _HOMES = {
     "FastbertError": "errors",
     "HeadConfig": "config",
     "Packing": "packing",
-    "TextClassifier": "tasks.texts",
-    "TextEncoder": "tasks.texts",
-    "TextScorer": "tasks.texts",
-    "TextTagger": "tasks.texts",
-    "classify": "tasks.texts",
-    "encode": "tasks.texts",
+    "TextClassifier": "tasks.classify",
+    "TextEncoder": "tasks.encode",
+    "TextScorer": "tasks.score",
+    "TextTagger": "tasks.tag",
+    "classify": "tasks.classify",
+    "encode": "tasks.encode",
     "graphed": "model.graphs",
     "load": "checkpoints.load",
     "paths_taken": "backend",
     "quantize": "model.quantization",
     "save": "checkpoints.load",
-    "score": "tasks.texts",
-    "tag": "tasks.texts",
+    "score": "tasks.score",
+    "tag": "tasks.tag",
     "use_backend": "backend",
     "weights_changed": "ops.watch",
 }

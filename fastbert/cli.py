@@ -151,7 +151,7 @@ def encode(
     if output is None and file_format == "npy":
         raise ArgumentError("--output", "nothing", "a file to write .npy to", "Add --output FILE, or --format jsonl.")
 
-    from fastbert.tasks.texts import TextEncoder
+    from fastbert.tasks.encode import TextEncoder
 
     end_on_signals()
     lines = Lines(input)
@@ -266,7 +266,7 @@ def classify(
     batch_tokens: _BatchTokens = None,
 ) -> None:
     """Label texts, one a line; JSON lines with text, label and the probability of every label."""
-    from fastbert.tasks.texts import TextClassifier
+    from fastbert.tasks.classify import TextClassifier
 
     def records(classifier: TextClassifier, texts: list[str]) -> _Records:
         found = classifier.classify(
@@ -289,7 +289,7 @@ def score(
     batch_tokens: _BatchTokens = None,
 ) -> None:
     """Score texts or pairs of them, one a line; JSON lines with text and score."""
-    from fastbert.tasks.texts import TextScorer
+    from fastbert.tasks.score import TextScorer
 
     def records(scorer: TextScorer, texts: list[str]) -> _Records:
         given = _pairs(texts) if pairs else texts
@@ -321,7 +321,7 @@ def tag(
     An entity has a type, start and end in characters, its text, and the mean probability of its tags as score. Of lists
     of words, start and end count words.
     """
-    from fastbert.tasks.texts import TextTagger
+    from fastbert.tasks.tag import TextTagger
 
     def records(tagger: TextTagger, texts: list[str]) -> _Records:
         given = _word_lists(texts) if words == "json" else texts
@@ -354,7 +354,7 @@ def info(
 
     from fastbert import backend
     from fastbert.cpu.machine import lane
-    from fastbert.tasks.texts import default_dtype
+    from fastbert.tasks.loading import default_dtype
 
     print("versions")
     _row("python", platform.python_version())
@@ -391,7 +391,7 @@ def info(
                 _row("", f"--dtype {name} {instead} here, because {unserved}")
 
     if model is not None:
-        from fastbert.tasks.texts import TextEncoder
+        from fastbert.tasks.encode import TextEncoder
 
         encoder = TextEncoder.from_folder(model, dtype=dtype).model.encoder
         print(f"model {model}: the first of these that is not refused computes it, without a gradient")

@@ -28,7 +28,7 @@ from fastbert.ops.linear import linear
 from fastbert.ops.linear_gelu import linear_gelu
 from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT / "fastbert").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]

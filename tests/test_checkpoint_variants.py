@@ -21,7 +21,7 @@ from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
 from fastbert.model import heads
 from fastbert.model.bert import BertModel
-from fastbert.tasks import texts as tasks
+from fastbert.tasks import loading
 
 IDS = torch.tensor([[2, 10, 11, 12, 3]])
 WORDS = len(tiny_bert.VOCABULARY)
@@ -237,7 +237,7 @@ def test_user_case_30_architectures_of_another_class(classes: Any, classifier: P
     change(classifier, architectures=classes)
     assert fastbert.classify(["the film"], classifier, max_length=16) == expected
     with pytest.raises(CheckpointError, match="it lacks predictions"):  # what config.json names is not there
-        tasks._with_trained_head(heads.BertForMaskedLM, classifier, "fp32", "cpu")
+        loading.with_trained_head(heads.BertForMaskedLM, classifier, "fp32", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_user_case_17_loading_in_threads_leaves_the_filters(
     classifier: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two loads, the second of which begins within the first and ends after it: the order in which a filter leaks."""
-    read, begun, inside, done = tasks.read_model, threading.Event(), threading.Event(), threading.Event()
+    read, begun, inside, done = loading.read_model, threading.Event(), threading.Event(), threading.Event()
 
     def slow(*arguments: Any, **named: Any) -> Any:
         first = threading.current_thread().name == "first"
@@ -380,7 +380,7 @@ def test_user_case_17_loading_in_threads_leaves_the_filters(
         (inside if first else done).wait(20)
         return read(*arguments, **named)
 
-    monkeypatch.setattr(tasks, "read_model", slow)
+    monkeypatch.setattr(loading, "read_model", slow)
     before = list(warnings.filters)
 
     def run() -> None:

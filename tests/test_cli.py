@@ -22,7 +22,7 @@ from fastbert import backend, cli, paths_taken, piping
 from fastbert.config import HeadConfig
 from fastbert.cpu.machine import Machine
 from fastbert.errors import UntrainedWarning
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "COLUMNS": "200"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_bert
 
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 
 STATUS = Path("/proc/self/statm")
 PAGES = 5_000  # of 4 KiB: 20 MB, where a process with torch has 600

@@ -181,7 +181,7 @@ def test_type_checkers_and_python_find_the_same_public_names() -> None:
 def test_public_names_are_there() -> None:
     for name in fastbert.__all__:
         assert name == "__version__" or getattr(fastbert, name).__doc__, name
-    assert fastbert.encode.__module__ == "fastbert.tasks.texts"
+    assert fastbert.encode.__module__ == "fastbert.tasks.encode"
     with pytest.raises(AttributeError, match="no attribute 'encoed'"):
         fastbert.encoed  # noqa: B018
 

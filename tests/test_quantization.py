@@ -19,7 +19,7 @@ from fastbert.model.quantization import in_int8
 from fastbert.ops.quantize_rows import bias_gelu_quantize
 from fastbert.packing import Packing
 from fastbert.run import eight_bits
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 
 pytestmark = pytest.mark.cpu
 

@@ -23,7 +23,7 @@ from fastbert.ops.quantize_rows import (
     quantize_rows_forward,
 )
 from fastbert.run import eight_bits
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's: exp2 goes to infinity on purpose
 

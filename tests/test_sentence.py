@@ -21,7 +21,7 @@ import fastbert
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.model.sentence import ACTIVATIONS, Dense, Embedder, Mode
 from fastbert.packing import Packing
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 from fastbert.testing import assert_close
 
 OLD = "sentence_transformers.models."

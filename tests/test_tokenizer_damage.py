@@ -15,8 +15,9 @@ import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 
 from fastbert.errors import CheckpointError
-from fastbert.tasks.texts import TextEncoder
-from fastbert.text.tokenizer import Tokenizer, Tokens
+from fastbert.tasks.encode import TextEncoder
+from fastbert.text.tokenizer import Tokenizer
+from fastbert.text.tokens import Tokens
 from fastbert.training import Settings, train
 
 FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "added_tokens.json"]

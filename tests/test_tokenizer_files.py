@@ -15,7 +15,8 @@ import transformers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from fastbert.errors import CheckpointError
-from fastbert.text.tokenizer import Tokenizer, Tokens
+from fastbert.text.tokenizer import Tokenizer
+from fastbert.text.tokens import Tokens
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXT = "the The cat Cat met ada Ada ##s a ##a ##b , . [ ] < > new york"

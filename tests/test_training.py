@@ -32,9 +32,10 @@ from fastbert.model.heads import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
-from fastbert.tasks.texts import TextClassifier, TextTagger
+from fastbert.tasks.classify import TextClassifier
+from fastbert.tasks.tag import TextTagger
 from fastbert.testing import assert_close
-from fastbert.training import Settings, loop, objectives, train
+from fastbert.training import Settings, loop, objectives, optimizer, resume, train
 from fastbert.training.data import read_classified, read_tagged
 from fastbert.training.metrics import entity_scores
 from fastbert.training.objectives import Classify, Examples, MaskedLM, Pretrain, Tag
@@ -257,22 +258,22 @@ def test_the_fingerprint_sees_where_sentences_end(settings: Make, tmp_path: Path
     for name, text in (("a", "the film\na plot\n"), ("b", "the film a\nplot\n")):
         (tmp_path / name).write_text(text + "\nmusic\nstory\n")
         examples = Pretrain(Path(settings().model), 20, CPU).read_training(tmp_path / name)
-        prints.add(loop._fingerprint(examples))
+        prints.add(resume.fingerprint(examples))
     assert len(prints) == 2
 
 
 def test_learning_rate() -> None:
     given = Settings("mlm", "", "", "", lr=1.0, warmup=0.2)
-    rates = [loop.learning_rate(given, step, 10) for step in range(10)]
+    rates = [optimizer.learning_rate(given, step, 10) for step in range(10)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     cosine = replace(given, schedule="cosine", warmup=0.0)
-    rates = [loop.learning_rate(cosine, step, 4) for step in range(4)]
+    rates = [optimizer.learning_rate(cosine, step, 4) for step in range(4)]
     assert rates == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
 
 
 def test_decay_spares_biases_and_norms(folder: Path) -> None:
     model = load(folder, BertForMaskedLM)
-    decayed, spared = loop.decay_groups(model, 0.1)
+    decayed, spared = optimizer.decay_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(spared["params"]) == len(names)

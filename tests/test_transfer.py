@@ -24,8 +24,12 @@ from fastbert.model.heads import BertForSequenceClassification, BertForTokenClas
 from fastbert.model.sentence import Mode
 from fastbert.ops import cross_entropy
 from fastbert.packing import Packing
-from fastbert.tasks.texts import TextClassifier, TextEncoder, TextScorer, TextTagger, gpu_batch_tokens
-from fastbert.text.tokenizer import Tokens
+from fastbert.tasks.batch_tokens import gpu_batch_tokens
+from fastbert.tasks.classify import TextClassifier
+from fastbert.tasks.encode import TextEncoder
+from fastbert.tasks.score import TextScorer
+from fastbert.tasks.tag import TextTagger
+from fastbert.text.tokens import Tokens
 from fastbert.training import Settings, loop
 from fastbert.training.objectives import OBJECTIVES, Task
 from fastbert.training.parallel import Processes

@@ -15,7 +15,7 @@ import transformers
 from processes import PYTHON
 
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.tasks.texts import TextTagger, tag
+from fastbert.tasks.tag import TextTagger, tag
 from fastbert.text.words import WordRule, parted_by_spaces
 from fastbert.training import Settings, train
 

@@ -32,8 +32,8 @@ from fastbert.kernels import (
 )
 from fastbert.packing import Packing
 from fastbert.run import parts
-from fastbert.tasks import texts as tasks
-from fastbert.text.tokenizer import Tokens
+from fastbert.tasks import results
+from fastbert.text.tokens import Tokens
 
 # "short" fits the one-pass backward of attention, which needs at most 128 keys; "long" does not.
 BATCHES = {"short": (5, 70, 33), "long": (7, 150, 40)}
@@ -137,7 +137,7 @@ def call_of_encode(batches: int) -> Counter[str]:
         patches.enter_context(fastbert.use_backend("triton"))
         patches.enter_context(patch.object(Packing, "sent", seen))
         # Nothing is computed, so what comes out may be NaN.
-        patches.enter_context(patch.object(tasks, "_of_texts", lambda order, found, model: found))
+        patches.enter_context(patch.object(results, "_of_texts", lambda order, found, model: found))
         with counted() as counts:
             encoder.encode(["a text"], batch_tokens=length)
     return counts + copies

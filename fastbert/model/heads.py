@@ -100,6 +100,33 @@ class HeadModel(nn.Module):
         return states[-1], tuple(map(inputs.layout, states)) if output_hidden_states else None
 
 
+class LabelledModel(HeadModel):
+    """What the models with one kind of labels share; their classes say what the labels and the logits are."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | BlockMask | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        packing: Packing | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **hf: Any,
+    ) -> HeadOutput | tuple[Any, ...]:
+        """See the class."""
+        refuse_what_asks(hf, "fastbert's model")
+        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
+        return _as_asked(self._answer(inputs, labels, output_hidden_states), return_dict)
+
+    def _answer(self, inputs: Inputs, labels: Tensor | None, output_hidden_states: bool | None) -> HeadOutput:
+        """Loss, logits and hidden states of a batch."""
+        raise NotImplementedError
+
+
 class PredictionHead(nn.Module):
     """Masked-token prediction up to the decoder, whose weight is the word table, and the decoder's bias."""
 
@@ -125,8 +152,15 @@ class PredictionHead(nn.Module):
         return linear_cross_entropy(self(x), word, self.bias, labels)
 
 
-class BertForMaskedLM(HeadModel):
-    """Masked-token prediction. The decoder's weight is the word table."""
+class BertForMaskedLM(LabelledModel):
+    """Masked-token prediction. The decoder's weight is the word table.
+
+    Without labels the logits of every token, `[batch, seqlen, vocab]` (packed: `[tokens, vocab]`).
+
+    With `labels`, int64 as `input_ids`, -100 where a token is not to be predicted, the loss and no logits: the head
+    runs on the labelled tokens alone, and its logits are never whole. A GPU is waited for once, for their number; not
+    where ids are packed and their labels are on the CPU.
+    """
 
     parts = ("predictions",)
     pooler = False
@@ -135,37 +169,14 @@ class BertForMaskedLM(HeadModel):
         super().__init__(config, head)
         self.predictions = PredictionHead(config)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | BlockMask | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-        packing: Packing | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **hf: Any,
-    ) -> HeadOutput | tuple[Any, ...]:
-        """Without labels the logits of every token, `[batch, seqlen, vocab]` (packed: `[tokens, vocab]`).
-
-        With `labels`, int64 as `input_ids`, -100 where a token is not to be predicted, the loss and no logits: the head
-        runs on the labelled tokens alone, and its logits are never whole. A GPU is waited for once, for their number;
-        not where ids are packed and their labels are on the CPU.
-        """
-        refuse_what_asks(hf, "fastbert's model")
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
+    def _answer(self, inputs: Inputs, labels: Tensor | None, output_hidden_states: bool | None) -> HeadOutput:
         word = self.bert.embeddings.word.weight
         if labels is None:
             x, hidden_states = self._all_states(inputs, output_hidden_states)
-            return _as_asked(
-                HeadOutput(None, inputs.layout(self.predictions.logits(x, word)), hidden_states), return_dict
-            )
+            return HeadOutput(None, inputs.layout(self.predictions.logits(x, word)), hidden_states)
         rows, labels = _labelled(labels, inputs, word)
         x, hidden_states = self._states_at(inputs, rows, output_hidden_states)
-        return _as_asked(HeadOutput(self.predictions.loss(x, word, labels), None, hidden_states), return_dict)
+        return HeadOutput(self.predictions.loss(x, word, labels), None, hidden_states)
 
 
 class BertForPreTraining(HeadModel):
@@ -228,8 +239,11 @@ class BertForPreTraining(HeadModel):
         )
 
 
-class BertForNextSentencePrediction(HeadModel):
-    """Whether the second text of a pair follows the first."""
+class BertForNextSentencePrediction(LabelledModel):
+    """Whether the second text of a pair follows the first.
+
+    Logits `[batch, 2]`; `labels` int64 `[batch]`: 0 where the second text follows the first, 1 where not.
+    """
 
     parts = ("next_sentence",)
     pooler = True
@@ -238,31 +252,19 @@ class BertForNextSentencePrediction(HeadModel):
         super().__init__(config, head)
         self.next_sentence = self._linear(2)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | BlockMask | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-        packing: Packing | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **hf: Any,
-    ) -> HeadOutput | tuple[Any, ...]:
-        """Logits `[batch, 2]`; `labels` int64 `[batch]`: 0 where the second text follows the first, 1 where not."""
-        refuse_what_asks(hf, "fastbert's model")
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
+    def _answer(self, inputs: Inputs, labels: Tensor | None, output_hidden_states: bool | None) -> HeadOutput:
         pooled, hidden_states = self._pooled(inputs, output_hidden_states)
         logits = self.next_sentence(pooled)
         loss = None if labels is None else cross_entropy(logits, labels.flatten())
-        return _as_asked(HeadOutput(loss, logits, hidden_states), return_dict)
+        return HeadOutput(loss, logits, hidden_states)
 
 
-class BertForSequenceClassification(HeadModel):
-    """One label, several labels or numbers for each sequence; see `HeadConfig.problem_type`."""
+class BertForSequenceClassification(LabelledModel):
+    """One label, several labels or numbers for each sequence; see `HeadConfig.problem_type`.
+
+    Logits `[batch, classes]`; `labels` integers `[batch]` for a single label; `[batch, classes]` of 0 and 1 for
+    several; numbers `[batch, classes]` (or `[batch]`, for one class) for regression.
+    """
 
     parts = ("classifier",)
     pooler = True
@@ -271,33 +273,10 @@ class BertForSequenceClassification(HeadModel):
         super().__init__(config, head)
         self.classifier = self._linear(len(head.labels))
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | BlockMask | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-        packing: Packing | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **hf: Any,
-    ) -> HeadOutput | tuple[Any, ...]:
-        """Logits `[batch, classes]`.
-
-        Args:
-            labels: integers `[batch]` for a single label; `[batch, classes]` of 0 and 1 for several; numbers
-                `[batch, classes]` (or `[batch]`, for one class) for regression.
-        """
-        refuse_what_asks(hf, "fastbert's model")
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
+    def _answer(self, inputs: Inputs, labels: Tensor | None, output_hidden_states: bool | None) -> HeadOutput:
         pooled, hidden_states = self._pooled(inputs, output_hidden_states)
         logits = self.classifier(self._drop(pooled))
-        return _as_asked(
-            HeadOutput(None if labels is None else self._loss(logits, labels), logits, hidden_states), return_dict
-        )
+        return HeadOutput(None if labels is None else self._loss(logits, labels), logits, hidden_states)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         problem = self.head_config.problem_type
@@ -318,8 +297,12 @@ class BertForSequenceClassification(HeadModel):
         return total / max(logits.numel(), 1)
 
 
-class BertForTokenClassification(HeadModel):
-    """A label for each token: named entities, parts of speech."""
+class BertForTokenClassification(LabelledModel):
+    """A label for each token: named entities, parts of speech.
+
+    Logits `[batch, seqlen, classes]`, 0 at padding (packed: `[tokens, classes]`); `labels` int64 as `input_ids`, -100
+    where a token has none.
+    """
 
     parts = ("classifier",)
     pooler = False
@@ -328,34 +311,14 @@ class BertForTokenClassification(HeadModel):
         super().__init__(config, head)
         self.classifier = self._linear(len(head.labels))
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | BlockMask | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-        packing: Packing | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **hf: Any,
-    ) -> HeadOutput | tuple[Any, ...]:
-        """Logits `[batch, seqlen, classes]`, 0 at padding (packed: `[tokens, classes]`).
-
-        Args:
-            labels: int64 as `input_ids`, -100 where a token has none.
-        """
-        refuse_what_asks(hf, "fastbert's model")
-        inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
+    def _answer(self, inputs: Inputs, labels: Tensor | None, output_hidden_states: bool | None) -> HeadOutput:
         x, hidden_states = self._all_states(inputs, output_hidden_states)
         logits = self.classifier(self._drop(x))
         loss = None
         if labels is not None:
             check_labels(labels, inputs.shape, logits.shape[1], logits.device)
             loss = cross_entropy(logits, inputs.pack(labels))
-        return _as_asked(HeadOutput(loss, inputs.layout(logits), hidden_states), return_dict)
+        return HeadOutput(loss, inputs.layout(logits), hidden_states)
 
 
 class BertForQuestionAnswering(HeadModel):

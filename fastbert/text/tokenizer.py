@@ -1,34 +1,28 @@
-"""Text to token ids, and texts to batches: tokenise, cut at a length, group by a budget of tokens."""
+"""Text to token ids."""
 
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-import torch
 from tokenizers import normalizers, pre_tokenizers, processors
-from torch import Tensor
 
 from fastbert import forks
 from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.special_tokens import BERT_NAMES, library_errors
 from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_tokenizer
-from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.packing import Packing
-from fastbert.text.words import DEFAULT
-
-Text = str | tuple[str, str]
+from fastbert.text.checks import SURROGATE, Text, check_texts, checked_texts
+from fastbert.text.cutting import neighbours, parts, windows
+from fastbert.text.tokens import SentenceTokens, Tokens, WordTokens
 
 # Texts are handed to `tokenizers` this many characters at a time, because it takes some 100 bytes a character, and
 # as much for an empty text as for this many characters.
@@ -36,87 +30,6 @@ CHUNK_CHARACTERS = 1_000_000
 ENCODING_CHARACTERS = 10
 # A text longer than this many characters per token asked for is first tried by its beginning alone.
 HEAD_CHARACTERS_PER_TOKEN = 32
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """The tokens of many texts, one text after the other.
-
-    Attributes:
-        ids: int32 `[tokens]`.
-        types: uint8 `[tokens]`, 0 for the first text of a pair and 1 for the second; None when all are 0.
-        offsets: int64 `[texts + 1]`; text `i` is `ids[offsets[i]:offsets[i + 1]]`.
-    """
-
-    ids: npt.NDArray[np.int32]
-    types: npt.NDArray[np.uint8] | None
-    offsets: npt.NDArray[np.int64]
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """int64 `[texts]`: tokens of each text, special ones included."""
-        return np.diff(self.offsets)
-
-    def full(self, max_length: int) -> int:
-        """How many texts have `max_length` tokens, and so may have lost their end."""
-        return int((self.lengths == max_length).sum())
-
-    def check_fit(self, config: EncoderConfig) -> None:
-        """Raise CheckpointError where a token has no row in a model's tables: of words, or of types."""
-        for kind, values, rows in (("id", self.ids, config.vocab_size), ("type", self.types, config.type_vocab_size)):
-            if values is not None and len(values) and (highest := int(values.max())) >= rows:
-                got, expected = f"a token of {kind} {highest}", f"{kind}s below {rows}, the rows of the model's table"
-                mend = "The tokenizer is another model's, or has tokens that the model's tables were not resized for."
-                raise CheckpointError("tokenizer", got, expected, mend)
-
-    def take(self, values: npt.NDArray[np.int64], rows: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Of values `[tokens]`, those of the tokens of these texts, in this order."""
-        return np.concatenate([values[self.offsets[row] : self.offsets[row + 1]] for row in rows])
-
-    def packed(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """`(ids, types)` of these texts in this order: int64 `[tokens]` on the CPU, types None when all are 0."""
-        slices = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
-        types = None if self.types is None else _gather(self.types, slices)
-        return _gather(self.ids, slices), types
-
-    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None, Packing]:
-        """`packed` and the packing of these texts, on `device`; see `Packing.sent`."""
-        ids, types = self.packed(rows)
-        packing = Packing.from_lengths(self.lengths[rows].tolist(), device="cpu")
-        packing, there = packing.sent(device, ids=ids, types=types)
-        return cast(Tensor, there["ids"]), there["types"], packing
-
-
-@dataclass(frozen=True, eq=False)
-class WordTokens:
-    """The tokens of sentences that came as words; a sentence too long for one row is several, which overlap.
-
-    Attributes:
-        tokens: one row for each window of a sentence.
-        words: int64 `[tokens]`: for the first piece of a word, the word's index among the words of all sentences; -1
-            elsewhere. A word in two windows is read where it has more company, so each index occurs exactly once.
-    """
-
-    tokens: Tokens
-    words: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class SentenceTokens:
-    """The tokens of documents that came as sentences.
-
-    Attributes:
-        tokens: rows `[CLS] sentences [SEP] [SEP]` of two sentences or more of one document; the first separator is room
-            for one between any two of them.
-        starts: int64 `[sentences]`, ascending: the place of each sentence's first token in `tokens.ids`.
-        documents: int64 `[sentences]`, ascending: the document of each.
-    """
-
-    tokens: Tokens
-    starts: npt.NDArray[np.int64]
-    documents: npt.NDArray[np.int64]
 
 
 class Tokenizer:
@@ -194,7 +107,7 @@ class Tokenizer:
         special = self._tokenizer.num_special_tokens_to_add(pairs)
         if max_length <= special:
             raise ArgumentError("max_length", max_length, f"more than the {special} special tokens of each text")
-        texts = _checked(texts, pairs)
+        texts = checked_texts(texts, pairs)
         typed = self._typed(pairs)
         ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
         types: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)]
@@ -224,13 +137,13 @@ class Tokenizer:
             ArgumentError: `max_length` leaves no room for a token.
         """
         before, after, room = self._frame(max_length)
-        cleaned = [[_SURROGATE.sub("\ufffd", word) for word in words] for words in sentences]
+        cleaned = [[SURROGATE.sub("\ufffd", word) for word in words] for words in sentences]
         ids: list[int] = []
         reads: list[int] = []
         offsets, first_word = [0], 0
         for words, pieces in zip(cleaned, self._pieces(cleaned), strict=True):
             pieces = [piece[:room] or [self.unknown_id] for piece in pieces]
-            for start, end, read_start, read_end in _windows([len(piece) for piece in pieces], room):
+            for start, end, read_start, read_end in windows([len(piece) for piece in pieces], room):
                 ids += before
                 reads += [-1] * len(before)
                 for i in range(start, end):
@@ -257,8 +170,8 @@ class Tokenizer:
         before, after, room = self._frame(max_length)
         ids: list[int] = []
         offsets = [0]
-        for document in self._bare(_checked(list(documents), pairs=False)):
-            for part in _parts(document, room):
+        for document in self._bare(checked_texts(list(documents), pairs=False)):
+            for part in parts(document, room):
                 ids += [*before, *part, *after]
                 offsets.append(len(ids))
         return Tokens(np.array(ids, np.int32), None, np.array(offsets, np.int64))
@@ -283,12 +196,12 @@ class Tokenizer:
         if room < 2:
             raise ArgumentError("max_length", max_length, "room for two tokens beside the special ones of a pair")
         documents = list(documents)
-        bare = self._bare(_checked(list(chain.from_iterable(documents)), pairs=False))
+        bare = self._bare(checked_texts(list(chain.from_iterable(documents)), pairs=False))
         ids: list[int] = []
         offsets, starts, owners = [0], [], []
         for number, document in enumerate(documents):
-            sentences = [part for sentence in islice(bare, len(document)) for part in _parts(sentence, room // 2)]
-            for row in _neighbours(sentences, room):
+            sentences = [part for sentence in islice(bare, len(document)) for part in parts(sentence, room // 2)]
+            for row in neighbours(sentences, room):
                 ids += before
                 for sentence in row:
                     starts.append(len(ids))
@@ -422,127 +335,6 @@ class Tokenizer:
         return encodings
 
 
-def check_texts(texts: object) -> None:
-    """Raise ArgumentError for one text that is not in a list, for what can't be gone through, and for tables.
-
-    To go through a dict or a data frame gives the names of its columns, which would be embedded in place of the texts.
-    """
-    if isinstance(texts, str | bytes):
-        got = "a single string" if isinstance(texts, str) else "bytes"
-        raise ArgumentError("texts", got, "a list of strings", "Wrap it in a list.")
-    got = f"a {type(texts).__name__}"
-    if isinstance(texts, Mapping) or not any(hasattr(texts, name) for name in ("__iter__", "__getitem__")):
-        raise ArgumentError("texts", got, "a list of strings")
-    if (axes := getattr(texts, "ndim", 1)) != 1:
-        raise ArgumentError("texts", f"{got} of {axes} dimensions", "a list of strings", "Pass one column of it.")
-
-
-def check_whole(name: str, number: object) -> None:
-    """Raise ArgumentError for what is no whole number, of Python or of numpy."""
-    if not isinstance(number, int | np.integer) or isinstance(number, bool):
-        raise ArgumentError(name, repr(number), "a whole number")
-
-
-def batches(lengths: Sequence[int] | npt.NDArray[np.int64], batch_tokens: int) -> list[list[int]]:
-    """Rows of texts grouped so that a batch has at most `batch_tokens` tokens; a longer text is a batch of its own.
-
-    Rows are sorted by length, longest first and stable, so that lengths in a batch are alike.
-
-    Raises:
-        ArgumentError: `batch_tokens` is not positive.
-    """
-    check_whole("batch_tokens", batch_tokens)
-    if batch_tokens < 1:
-        raise ArgumentError("batch_tokens", batch_tokens, "a positive number of tokens")
-    lengths = np.asarray(lengths, dtype=np.int64)
-    return cut(np.argsort(-lengths, kind="stable").tolist(), lengths, batch_tokens)
-
-
-def cut(rows: list[int], lengths: npt.NDArray[np.int64], batch_tokens: int) -> list[list[int]]:
-    """`rows` in their order, cut where a batch would exceed `batch_tokens`; a longer text is a batch of its own."""
-    groups: list[list[int]] = []
-    room = 0
-    for row in rows:
-        length = int(lengths[row])
-        if not groups or length > room:
-            groups.append([])
-            room = batch_tokens
-        groups[-1].append(row)
-        room -= length
-    return groups
-
-
-word_spans = DEFAULT.spans  # where no folder remembers another rule
-
-
-def _windows(sizes: list[int], room: int) -> Iterator[tuple[int, int, int, int]]:
-    """Windows over words of these sizes, each at most `room`: `(start, end, read_start, read_end)` in words.
-
-    The parts that are read follow one another without gap or overlap. No words are one empty window.
-    """
-    start = end = read_start = 0
-    while True:
-        used = sum(sizes[start:end])
-        while end < len(sizes) and used + sizes[end] <= room:
-            used += sizes[end]
-            end += 1
-        if end == len(sizes):
-            yield start, end, read_start, end
-            return
-        shared = min(room // 4, room - sizes[end])  # the next word has to fit behind what is shared
-        following = end
-        while following > start and shared >= sizes[following - 1]:
-            following -= 1
-            shared -= sizes[following]
-        read_end = (following + end + 1) // 2
-        yield start, end, read_start, read_end
-        start, read_start = following, read_end
-
-
-def _parts(ids: list[int], size: int) -> Iterator[list[int]]:
-    """`ids` in parts of `size`, the last of which may be shorter."""
-    for start in range(0, len(ids), size):
-        yield ids[start : start + size]
-
-
-def _neighbours(sentences: list[list[int]], room: int) -> list[list[list[int]]]:
-    """Groups of two neighbours or more, at most `room` tokens each, of sentences of at most half of it."""
-    groups: list[list[list[int]]] = []
-    used = room
-    for sentence in sentences:
-        if used + len(sentence) > room:
-            groups.append([])
-            used = 0
-        groups[-1].append(sentence)
-        used += len(sentence)
-    if len(groups) > 1 and len(groups[-1]) == 1 and len(groups[-2]) > 2:
-        groups[-1].insert(0, groups[-2].pop())
-    return [group for group in groups if len(group) > 1]
-
-
-def _checked(texts: list[Any], pairs: bool) -> list[Any]:
-    first = "a string, or a pair of strings" if pairs else "a string"
-    others = "a pair of strings, as texts[0]" if pairs else "a string, as texts[0]"
-    replaced = 0
-    checked: list[Any] = []
-    for i, text in enumerate(texts):
-        strings = text if pairs else (text,)
-        expected = others if i else first
-        if not isinstance(strings, (tuple, list)) or len(strings) != 1 + pairs:
-            raise ArgumentError(f"texts[{i}]", f"a {type(text).__name__}", expected)
-        for string in strings:
-            if not isinstance(string, str):
-                raise ArgumentError(f"texts[{i}]", f"a {type(string).__name__}", expected)
-        if not all(string.isascii() for string in strings):
-            mended = [_SURROGATE.subn("\ufffd", string) for string in strings]
-            replaced += sum(count for _, count in mended)
-            strings = tuple(string for string, _ in mended)
-        checked.append(tuple(strings) if pairs else strings[0])
-    if replaced:
-        warnings.warn(f"{replaced} lone surrogates in the texts were replaced by U+FFFD", stacklevel=3)
-    return checked
-
-
 def _heads_tell(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether the tokens of a text that is cut at a space are the first tokens of the whole text.
 
@@ -572,7 +364,3 @@ def _chunks(texts: list[Any]) -> Iterator[list[Any]]:
             start, characters = i + 1, 0
     if start < len(texts):
         yield texts[start:]
-
-
-def _gather(values: npt.NDArray[Any], slices: list[slice]) -> Tensor:
-    return torch.from_numpy(np.concatenate([values[part] for part in slices], dtype=np.int64))

@@ -1,23 +1,20 @@
-"""The training loop: steps over packed batches, checkpoints that continue bit for bit, the folder that comes out."""
+"""The training loop: steps over packed batches, measurements, and the folder that comes out."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
-import json
 import math
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,117 +28,22 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from fastbert.backend import usable_device
-from fastbert.checkpoints.files import TORCH_LOAD_ERRORS, making, read_json, remove, replacing
+from fastbert.checkpoints.files import read_json, remove
 from fastbert.checkpoints.load import save
-from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.errors import ArgumentError
 from fastbert.training.allocator import freed_memory_kept
 from fastbert.training.lock import LOCK, locked
-from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective, Task
-from fastbert.training.parallel import Parallel, Processes, joined, own_device, shares, spread
+from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective
+from fastbert.training.optimizer import adamw, learning_rate
+from fastbert.training.parallel import Processes, joined, own_device, shares, spread
+from fastbert.training.report import CURVE, METRICS, Report, draw
+from fastbert.training.resume import Checkpoint, State, checkpoints, fingerprint
 from fastbert.training.sampler import Sampler
+from fastbert.training.settings import Settings, check
 from fastbert.training.word_gradient import WordGradient
 from fastbert.transfer import fetch
 
-Schedule = Literal["linear", "cosine"]
-
-METRICS, LOSSES, CURVE, STATE = "metrics.json", "losses.jsonl", "losses.png", "state.pt"
-CHECKPOINT = "checkpoint-"  # and the number of the step
-SAID_EVERY = 30.0  # seconds between lines on how far the training is, where there is no bar
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process, wherever the shards are
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a training run.
-
-    Attributes:
-        task: "classify", "tag", "mlm" or "pretrain".
-        model: the checkpoint folder to start from.
-        train, valid: files of examples; see `training.data` for their formats. Without `valid` nothing is measured.
-        out: the folder to write; see `train`.
-        epochs: how often each example is seen.
-        lr: the highest learning rate.
-        batch_tokens: most tokens of a batch; a longer example is a batch of its own.
-        accumulate: batches of a step; each loss is the mean over all their labels.
-        max_length: most tokens of an example, special ones included.
-        dtype: "fp32", or "bf16" for autocast over float32 weights.
-        warmup: the share of all steps over which the learning rate rises from 0.
-        schedule: how it falls to 0 after that.
-        weight_decay: decoupled (AdamW), not on biases and LayerNorms.
-        clip: most norm of the gradient.
-        eval_every: steps between measurements within an epoch, besides the one after each; None for no others.
-        patience: stop after this many epochs in a row without the best measurement; None to go on.
-        checkpoint_every: steps between checkpoints, besides the one after each epoch.
-        seed: of the new head, the order of the examples, dropout, masking and pairs.
-        parallel: with several processes, "ddp" for a whole model in each, "fsdp" for one model sharded over them.
-
-    Raises:
-        ArgumentError: a value is none of these.
-    """
-
-    task: Task
-    model: str
-    train: str
-    out: str
-    valid: str | None = None
-    epochs: int = 3
-    lr: float = 5e-5
-    batch_tokens: int = 1024
-    accumulate: int = 1
-    max_length: int = 256
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    warmup: float = 0.1
-    schedule: Schedule = "linear"
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    eval_every: int | None = None
-    patience: int | None = None
-    checkpoint_every: int = 500
-    seed: int = 0
-    parallel: Parallel = "ddp"
-
-    def __post_init__(self) -> None:
-        _check("task", self.task, self.task in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
-        _check("dtype", self.dtype, self.dtype in ("fp32", "bf16"), "fp32 or bf16")
-        _check("schedule", self.schedule, self.schedule in get_args(Schedule), "linear or cosine")
-        _check("parallel", self.parallel, self.parallel in get_args(Parallel), "ddp or fsdp")
-        for name in ("epochs", "batch_tokens", "accumulate", "checkpoint_every"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "clip"):
-            _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
-        _check("seed", self.seed, self.seed >= 0, "at least 0")
-        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
-        _check("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
-        for name, unit in (("patience", "epoch"), ("eval_every", "step")):
-            value = getattr(self, name)
-            if value is not None:
-                _check(name, value, value >= 1, f"at least 1 {unit}")
-                _check(name, value, self.valid is not None, "a valid file beside it", "Give one to measure by.")
-
-
-@dataclass
-class State:
-    """Where a run is, beside the weights.
-
-    Attributes:
-        epoch, index: the next step is number `index` of this epoch.
-        step: steps done.
-        history: what losses.jsonl has: a record for each step and each evaluation.
-        best: epoch and metrics of the best measurement so far, and its step where epochs have several.
-        stale: epochs since.
-        metrics: after the last epoch.
-        tokens, seconds: spent on training so far.
-    """
-
-    epoch: int = 0
-    index: int = 0
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    stale: int = 0
-    metrics: dict[str, Any] = field(default_factory=dict)
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 def train(
@@ -206,7 +108,7 @@ def _train(
         if read is not None:
             read.tokens.check_fit(model.config)
     positions = model.config.max_positions
-    _check("max_length", settings.max_length, settings.max_length <= positions, f"at most the {positions} positions")
+    check("max_length", settings.max_length, settings.max_length <= positions, f"at most the {positions} positions")
     processes.wait()  # nobody writes before everybody has looked
     out.mkdir(parents=True, exist_ok=True)
     with freed_memory_kept(), locked(out) if processes.rank == 0 else nullcontext():
@@ -223,29 +125,6 @@ def _train(
         except (KeyboardInterrupt, SystemExit):
             say(f"ended at step {run.state.step}; --resume goes on from the last checkpoint")
             raise
-
-
-def learning_rate(settings: Settings, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: a linear rise, then a linear or cosine fall to 0."""
-    warm = round(settings.warmup * steps)
-    if step < warm:
-        return settings.lr * (step + 1) / (warm + 1)
-    done = (step - warm) / (steps - warm)
-    return settings.lr * (1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """The optimizer: AdamW over `decay_groups`."""
-    return torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups of parameters: matrices and tables decay; vectors (biases, LayerNorms) do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,7 +184,7 @@ class _Run:
         self.steps = sum(len(self.sampler.steps(epoch)) for epoch in range(settings.epochs))
         self.state = State()
         self.waiting: _Step | None = None  # the last step, until its loss is written down
-        self.report: Callable[[dict[str, Any], int], None] = lambda record, tokens: None  # takes each step's, in order
+        self.report: Report  # while it goes on
         # 1.0 from the first step on whose loss or gradient is not finite, where the weights are
         self.broken = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
 
@@ -316,27 +195,12 @@ class _Run:
 
     def go(self, progress: bool, say: Callable[[str], None]) -> dict[str, Any]:
         """All that is left to do."""
-        settings, state = self.settings, self.state
+        settings, state, out = self.settings, self.state, self.out
         if self.writes:
-            for leftover in self.out.glob(".*.tmp"):  # of a run that was killed while it wrote
+            for leftover in out.glob(".*.tmp"):  # of a run that was killed while it wrote
                 remove(leftover)
-            with replacing(self.out / LOSSES) as temporary:
-                temporary.write_text("".join(map(_line, state.history)), encoding="utf-8")
-        path = self.out / LOSSES if self.writes else Path(os.devnull)
-        said, step_said = time.monotonic(), state.step
-        with path.open("a", encoding="utf-8") as losses, _bar(progress, self.steps, state.step) as show:
-
-            def report(record: dict[str, Any], tokens: int) -> None:
-                nonlocal said, step_said
-                self._record(record, losses)
-                show(record["loss"], tokens)
-                step, now = record["step"], time.monotonic()
-                if not progress and now - said > SAID_EVERY:
-                    left = (now - said) / (step - step_said) * (self.steps - step)
-                    say(self._how_far(record, left))
-                    said, step_said = now, step
-
-            self.report = report
+        report = self.report = Report(out, settings.task, state, self.steps, self.writes, progress, say)
+        with report.under_way():
             try:
                 while state.epoch < settings.epochs and not self._out_of_patience():
                     steps = self.sampler.steps(state.epoch)
@@ -351,62 +215,42 @@ class _Run:
                         self.waiting = step
                         within = state.index < len(steps)
                         if settings.eval_every and state.step % settings.eval_every == 0 and within:
-                            say(_said(self._measure(state.epoch + 1, losses)))
+                            report.measured(self._measure(state.epoch + 1))
                         if state.step % settings.checkpoint_every == 0 and within:
                             self._write_checkpoint()
-                    self._end_epoch(losses)
-                    say(_said(state.metrics))
+                    self._end_epoch()
+                    report.measured(state.metrics)
             except (KeyboardInterrupt, SystemExit):
                 if self.processes.count == 1:  # of several, one that is gone may keep a step from ending
                     self._settle()
                 raise
-        if self.writes and self.objective.complaint:
-            warnings.warn(
-                f"{self.objective.complaint}: it has learned nothing. Try more epochs, or another lr", stacklevel=3
-            )
         if self.writes:
-            _draw(self.out / CURVE, state.history)
-        metrics = self._write_metrics(finished=True)
+            if self.objective.complaint:
+                said = f"{self.objective.complaint}: it has learned nothing. Try more epochs, or another lr"
+                warnings.warn(said, stacklevel=3)
+            draw(out / CURVE, state.history)
+        metrics = report.metrics(finished=True)
         if self.writes:
-            for folder in _checkpoints(self.out):
+            for folder in checkpoints(out):
                 shutil.rmtree(folder)
         return metrics
 
     def restore(self) -> None:
         """Take up the newest checkpoint in the folder, if there is one."""
-        folders = _checkpoints(self.out)
+        folders = checkpoints(self.out)
         if not folders:
             return
-        path = folders[-1] / STATE
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            began = dict(saved["identity"])
-            state, random = State(**saved["state"]), list(saved["rng"])
-            parts = {name: dict(saved[name]) for name in ("model", "optimizer")}
-        except (*TORCH_LOAD_ERRORS, OSError) as error:
-            got = f"{type(error).__name__} {error}".splitlines()[0]
-            mend = f"Remove {path.parent} to go on from the one before it, or else from the beginning."
-            raise CheckpointError(str(path), got, "a checkpoint of fastbert's training", mend) from error
-        now = self._identity()
-        changed = [name for name in now if now[name] != began.get(name)]
-        if changed:
-            got = ", ".join(repr(now[name]) for name in changed)
-            was = ", ".join(repr(began.get(name)) for name in changed)
-            raise ArgumentError(
-                ", ".join(changed),
-                f"{got} where the run began with {was}",
-                "what it was",
-                "Resume with the same settings, files and version; other ones are another run, in another folder.",
-            )
+        saved = Checkpoint.read(folders[-1])
+        saved.check_same(self._identity())
         set_state_dict(
             self.model,
             self.optimizer,
-            model_state_dict=parts["model"],
-            optim_state_dict=parts["optimizer"],
+            model_state_dict=saved.model,
+            optim_state_dict=saved.optimizer,
             options=StateDictOptions(full_state_dict=True),
         )
-        self.state = state
-        rng, cuda_rng = random[self.processes.rank]
+        self.state = saved.state
+        rng, cuda_rng = saved.rng[self.processes.rank]
         torch.set_rng_state(rng)
         torch.cuda.set_rng_state_all(cuda_rng)
 
@@ -459,7 +303,7 @@ class _Run:
         begun = time.monotonic()
         record = step.record()
         self.state.seconds += time.monotonic() - begun
-        self.report(record, step.tokens)
+        self.report.step(record, step.tokens)
 
     def _run(self, batch: Batch, model: nn.Module) -> Any:
         device = self.objective.device.type
@@ -470,25 +314,25 @@ class _Run:
         """For what a batch of the next step draws: a function of the position, so there is no state to save."""
         return np.random.default_rng((self.settings.seed, self.state.epoch, self.state.index, batch))
 
-    def _end_epoch(self, losses: IO[str]) -> None:
+    def _end_epoch(self) -> None:
         self._settle()
         state = self.state
         state.epoch += 1
         state.index = 0
         mine = [record["loss"] for record in state.history if record["epoch"] == state.epoch and "loss" in record]
         place = {"epoch": state.epoch, "step": state.step, "train_loss": sum(mine) / len(mine)}
-        state.metrics = {**place, **self._measure(state.epoch, losses)}
+        state.metrics = {**place, **self._measure(state.epoch)}
         state.stale = 0 if state.best is not None and state.best["epoch"] == state.epoch else state.stale + 1
         self._write_checkpoint()
-        self._write_metrics(finished=False)
+        self.report.metrics(finished=False)
 
-    def _measure(self, epoch: int, losses: IO[str]) -> dict[str, Any]:
+    def _measure(self, epoch: int) -> dict[str, Any]:
         """Measure the model, and save it if it is the best so far, or there is nothing to measure by."""
         state = self.state
         self._check_weights()
         measured = self._evaluate()
         if self.valid is not None:
-            self._record({"step": state.step, "epoch": epoch, "valid": measured}, losses)
+            self.report.record({"step": state.step, "epoch": epoch, "valid": measured})
         if self.valid is None or self.objective.better(measured, state.best):
             self._save()
             state.best = {"epoch": epoch, **({"step": state.step} if self.settings.eval_every else {}), **measured}
@@ -519,56 +363,15 @@ class _Run:
             self.whole.load_state_dict(weights, assign=True)
             save(self.whole, self.out)
 
-    def _how_far(self, record: dict[str, Any], left: float) -> str:
-        speed = self.state.tokens / self.state.seconds
-        return (
-            f"step {record['step']} of {self.steps}, epoch {record['epoch']}, loss {record['loss']:.4f}, "
-            f"{speed:,.0f} tokens/s, about {timedelta(seconds=round(left))} left"
-        )
-
     def _out_of_patience(self) -> bool:
         return self.settings.patience is not None and self.state.stale >= self.settings.patience
 
-    def _record(self, record: dict[str, Any], losses: IO[str]) -> None:
-        self.state.history.append(record)
-        losses.write(_line(record))
-        losses.flush()
-
-    def _write_metrics(self, finished: bool) -> dict[str, Any]:
-        state = self.state
-        metrics = {"task": self.settings.task, **state.metrics, "best": state.best, "seconds": round(state.seconds, 1)}
-        metrics |= {"tokens_per_second": round(state.tokens / state.seconds, 1), "finished": finished}
-        if self.writes:
-            with replacing(self.out / METRICS) as temporary:
-                temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        return metrics
-
     def _write_checkpoint(self) -> None:
-        """A whole folder beside its place, renamed when it is on disk; then older ones go."""
         self._check_weights()
         model, optimizer = get_state_dict(self.model, self.optimizer, options=WHOLE)
         rng = self.processes.collect((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
-        if not self.writes:
-            return
-        older = _checkpoints(self.out)
-        state = {
-            "identity": self._identity(),
-            "state": asdict(self.state),
-            "model": model,
-            "optimizer": optimizer,
-            "rng": rng,
-        }
-        with making(self.out / f"{CHECKPOINT}{self.state.step}") as folder, (folder / STATE).open("wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # what torch hides: a full disk
-                    raise error.__context__ from None
-                raise
-            file.flush()
-            os.fsync(file.fileno())
-        for old in older:
-            shutil.rmtree(old)
+        if self.writes:
+            Checkpoint(self._identity(), self.state, model, optimizer, rng).write(self.out)
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same for the losses to go on the same."""
@@ -579,19 +382,9 @@ class _Run:
         settings["the sizes of the model"] = asdict(self.model.config)
         names = " ".join(name for name, _ in self.model.named_parameters())
         settings["the names of the weights"] = hashlib.sha256(names.encode()).hexdigest()[:16]
-        settings["the training examples"] = _fingerprint(self.examples)
-        settings["the validation examples"] = None if self.valid is None else _fingerprint(self.valid)
+        settings["the training examples"] = fingerprint(self.examples)
+        settings["the validation examples"] = None if self.valid is None else fingerprint(self.valid)
         return settings
-
-
-def _fingerprint(examples: Examples) -> str:
-    digest = hashlib.sha256(examples.tokens.ids.tobytes())
-    digest.update(examples.tokens.offsets.tobytes())
-    digest.update(json.dumps(list(examples.gold)).encode())
-    if examples.sentences is not None:
-        digest.update(examples.sentences.starts.tobytes())
-        digest.update(examples.sentences.documents.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check_out(out: Path, resume: bool) -> None:
@@ -610,79 +403,6 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ArgumentError(str(out), "a run that is finished", "one to go on with", mend)
 
 
-def _checkpoints(out: Path) -> list[Path]:
-    """The checkpoints in a run's folder, the newest last."""
-    found = [path for path in out.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
-
-
-def _check(name: str, value: object, right: bool, expected: str, mend: str = "") -> None:
-    if not right:
-        raise ArgumentError(name, value, expected, mend)
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
-
-
 def _not_finite(got: str) -> ArgumentError:
     mend = "Lower lr, raise warmup, or use dtype fp32, in a new folder; what was saved before is whole."
     return ArgumentError("loss", got, "finite numbers", mend)
-
-
-def _said(metrics: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_shown(value)}" for name, value in metrics.items())
-
-
-def _shown(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
-
-
-def _draw(path: Path, history: list[dict[str, Any]]) -> None:
-    """The losses as a picture, if matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        warnings.warn(
-            f"no {path.name}, because matplotlib is not installed (it is in fastbert's extra `train`)", stacklevel=2
-        )
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    trained = [record for record in history if "loss" in record]
-    axes.plot([record["step"] for record in trained], [record["loss"] for record in trained], label="training")
-    measured = [record for record in history if "loss" in record.get("valid", {})]
-    if measured:
-        steps = [record["step"] for record in measured]
-        axes.plot(steps, [record["valid"]["loss"] for record in measured], "o-", label="validation")
-        axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-@contextmanager
-def _bar(wanted: bool, steps: int, done: int) -> Iterator[Callable[[float, int], None]]:
-    """A bar on stderr; what it gives is called with the loss and the tokens of each step."""
-    if not wanted:
-        yield lambda loss, tokens: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=steps, completed=done, loss=math.nan, speed=0.0)
-        begun, seen = time.monotonic(), 0
-
-        def show(loss: float, tokens: int) -> None:
-            nonlocal seen
-            seen += tokens
-            progress.update(bar, advance=1, loss=loss, speed=seen / (time.monotonic() - begun))
-
-        yield show

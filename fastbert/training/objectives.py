@@ -29,7 +29,9 @@ from fastbert.model.heads import (
 )
 from fastbert.ops.cross_entropy import IGNORED, cross_entropy
 from fastbert.packing import Packing
-from fastbert.text.tokenizer import SentenceTokens, Tokenizer, Tokens, batches
+from fastbert.text.batches import batches
+from fastbert.text.tokenizer import Tokenizer
+from fastbert.text.tokens import SentenceTokens, Tokens
 from fastbert.text.words import WordRule
 from fastbert.training import metrics
 from fastbert.training.data import read_classified, read_documents, read_sentences, read_tagged

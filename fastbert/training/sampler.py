@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbert.errors import ArgumentError
-from fastbert.text.tokenizer import cut
+from fastbert.text.batches import cut
 
 WINDOW_BATCHES = 50  # lengths are sorted inside windows of this many batches: alike in a batch, random over an epoch
 

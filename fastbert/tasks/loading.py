@@ -1,0 +1,70 @@
+"""Loading a model for a task: what it computes in, and on which device; an untrained head is refused."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, usable_device
+from fastbert.checkpoints.load import WithHead, dtype_name, read_model
+from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.model.quantization import quantize
+
+Model = TypeVar("Model", bound=nn.Module)
+
+DTypeName = Literal["fp32", "bf16", "fp16", "int8"]
+
+# Of the parameters; "int8" is made of float32.
+DTYPES: dict[DTypeName, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.float32,
+}
+
+
+def default_dtype(device: torch.device) -> DTypeName:
+    """What a model computes in where nobody says: half precision on a GPU, whose matrix units are made for it."""
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def parameter_dtype(name: DTypeName | None, device: torch.device) -> torch.dtype:
+    """Of the parameters; float32, and said, where half precision would only be slower.
+
+    Raises:
+        ArgumentError: there is no dtype of this name.
+    """
+    name = default_dtype(device) if name is None else name
+    if name not in DTYPES:
+        raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
+    unserved = {"bf16": bfloat16_unserved, "fp16": float16_unserved}
+    if name in unserved and (slow := unserved[name](device)) is not None:
+        warnings.warn(f"computing in float32, not in {dtype_name(DTYPES[name])}: {slow}", stacklevel=3)
+        return torch.float32
+    return DTYPES[name]
+
+
+def quantized(model: Model, name: DTypeName | None) -> Model:
+    """The model in 8 bits, if this dtype is "int8"."""
+    return quantize(model, dtype="int8") if name == "int8" else model
+
+
+def with_trained_head(
+    kind: type[WithHead], folder: str | os.PathLike[str], dtype: DTypeName | None, device: torch.device | str | None
+) -> WithHead:
+    """As `load`, but a head that would begin untrained is an error: its answers would mean nothing.
+
+    Raises:
+        ArgumentError: `dtype` is none of `DTYPES`, or torch can't use `device` here.
+        CheckpointError: the folder is not a checkpoint fastbert reads, or lacks a part of the head.
+    """
+    device = first_device() if device is None else usable_device(device)
+    model, untrained = read_model(folder, kind, dtype=parameter_dtype(dtype, device), device=device)
+    if untrained:
+        got = f"no trained {kind.__name__}: it lacks {', '.join(untrained)}"
+        raise CheckpointError(str(folder), got, "a checkpoint with its head", "Train one: fastbert train --help")
+    return quantized(model, dtype)

@@ -1,0 +1,65 @@
+"""Texts and numbers that a caller gives, checked."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastbert.errors import ArgumentError
+
+Text = str | tuple[str, str]
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def check_texts(texts: object) -> None:
+    """Raise ArgumentError for one text that is not in a list, for what can't be gone through, and for tables.
+
+    To go through a dict or a data frame gives the names of its columns, which would be embedded in place of the texts.
+    """
+    if isinstance(texts, str | bytes):
+        got = "a single string" if isinstance(texts, str) else "bytes"
+        raise ArgumentError("texts", got, "a list of strings", "Wrap it in a list.")
+    got = f"a {type(texts).__name__}"
+    if isinstance(texts, Mapping) or not any(hasattr(texts, name) for name in ("__iter__", "__getitem__")):
+        raise ArgumentError("texts", got, "a list of strings")
+    if (axes := getattr(texts, "ndim", 1)) != 1:
+        raise ArgumentError("texts", f"{got} of {axes} dimensions", "a list of strings", "Pass one column of it.")
+
+
+def checked_texts(texts: list[Any], pairs: bool) -> list[Any]:
+    """Strings, or pairs of strings, as they were given; lone surrogates become U+FFFD, and one warning counts them.
+
+    Raises:
+        ArgumentError: an item is something else.
+    """
+    first = "a string, or a pair of strings" if pairs else "a string"
+    others = "a pair of strings, as texts[0]" if pairs else "a string, as texts[0]"
+    replaced = 0
+    checked: list[Any] = []
+    for i, text in enumerate(texts):
+        strings = text if pairs else (text,)
+        expected = others if i else first
+        if not isinstance(strings, (tuple, list)) or len(strings) != 1 + pairs:
+            raise ArgumentError(f"texts[{i}]", f"a {type(text).__name__}", expected)
+        for string in strings:
+            if not isinstance(string, str):
+                raise ArgumentError(f"texts[{i}]", f"a {type(string).__name__}", expected)
+        if not all(string.isascii() for string in strings):
+            mended = [SURROGATE.subn("\ufffd", string) for string in strings]
+            replaced += sum(count for _, count in mended)
+            strings = tuple(string for string, _ in mended)
+        checked.append(tuple(strings) if pairs else strings[0])
+    if replaced:
+        warnings.warn(f"{replaced} lone surrogates in the texts were replaced by U+FFFD", stacklevel=3)
+    return checked
+
+
+def check_whole(name: str, number: object) -> None:
+    """Raise ArgumentError for what is no whole number, of Python or of numpy."""
+    if not isinstance(number, int | np.integer) or isinstance(number, bool):
+        raise ArgumentError(name, repr(number), "a whole number")
