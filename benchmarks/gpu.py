@@ -170,10 +170,10 @@ def run_steps(
 
 def describe(name: str, target: Target) -> str:
     """The GPU in a line, and whose launch choices it gets."""
-    from fastbert.kernels import launch
+    from fastbert.kernels import choices
     from fastbert.kernels.target import KNOWN
 
-    family = launch.family(target)
+    family = choices.family(target)
     if target.arch in KNOWN:
         return f"{name}: {target.arch}, launch choices of the family {family}"
     known = ", ".join(arch for arch in KNOWN if arch != "interpreter")

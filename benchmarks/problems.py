@@ -1,6 +1,6 @@
 """What `tune.py` searches: each launch choice that BERT models reach, its candidates, a call and the right answer.
 
-A problem is one entry of `kernels/tuned.json`. Its key is not spelled here: it is what `launch.tuned` is asked for.
+A problem is one entry of `kernels/tuned.json`. Its key is not spelled here: it is what `choices.tuned` is asked for.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import backend, reference
-from fastbert.kernels import launch
+from fastbert.kernels import attention_choices, bias_gelu_choices, choices, linear_gelu_choices, row_wise_choices
 from fastbert.kernels.attention import attention_forward
 from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
+from fastbert.kernels.dropout import drop_scale
 from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from fastbert.kernels.linear_gelu import linear_gelu_forward
@@ -46,7 +47,7 @@ class Sizes:
     Attributes:
         lengths: of the sequences, by regime of attention.
         rows, words: tokens of the row-wise ops; entries of the word table.
-        product_rows: tokens of linear_gelu, for each of `launch.ROW_BOUNDS`.
+        product_rows: tokens of linear_gelu, for each of `linear_gelu_choices.ROW_BOUNDS`.
         heads: as large as BERT-base's.
     """
 
@@ -120,7 +121,7 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_warps": (1, 2, 4),
         "PROGRAMS": (256, 512, 1024),
     },
-    "linear_gelu": {"form": get_args(launch.Form)},
+    "linear_gelu": {"form": get_args(choices.Form)},
     "linear_gelu_forward": {
         "BLOCK_M": (64, 128),
         "BLOCK_N": (64, 128, 256),
@@ -185,29 +186,23 @@ def candidates(op: str, current: Any, target: Target) -> tuple[Any, ...]:
 def _sensible(choice: Any, target: Target) -> bool:
     """Not so many lanes that most idle, nor so few that they must spill."""
     match choice:
-        case launch.AttentionBackwardKey():
+        case choices.AttentionKeyTile():
             return 16 * choice.num_warps <= choice.BLOCK_N  # a matrix product gives each warp 16 rows or more
-        case launch.AttentionForward() | launch.AttentionBackwardQuery() | launch.AttentionBackwardBias():
+        case choices.AttentionTile() | choices.AttentionBiasTile():
             return 16 * choice.num_warps <= choice.BLOCK_M
-        case (
-            launch.BiasGeluForward()
-            | launch.BiasGeluBackward()
-            | launch.EmbeddingBackwardTable()
-            | launch.PoolForward()
-            | launch.PoolBackward()
-        ):
+        case choices.Block() | choices.StridedBlock():
             return 8 <= choice.ROWS * choice.BLOCK // (choice.num_warps * target.warp_size) <= 64
-        case launch.LinearGeluForward():
+        case choices.LinearGeluTile():
             return 32 <= choice.BLOCK_M * choice.BLOCK_N // (choice.num_warps * target.warp_size) <= 128
-        case launch.LinearGelu():
+        case choices.LinearGeluForm():
             return True
     return choice.ROWS * choice.num_warps <= 8
 
 
 @contextmanager
 def in_force(target: Target, problem: Problem, choice: Any) -> Iterator[None]:
-    """Inside a `with` block `choice` is what `launch.tuned` finds for the problem."""
-    with patch.dict(launch.TUNED, {(target.arch, problem.op, problem.shape): choice}):
+    """Inside a `with` block `choice` is what `choices.tuned` finds for the problem."""
+    with patch.dict(choices.TUNED, {(target.arch, problem.op, problem.shape): choice}):
         yield
 
 
@@ -223,7 +218,7 @@ def problems(target: Target, sizes: Sizes = FULL) -> list[Problem]:
         compiled: bool = True,
         without: Any = None,
     ) -> None:
-        with patch.object(launch, "tuned", wraps=launch.tuned) as tuned:
+        with patch.object(choices, "tuned", wraps=choices.tuned) as tuned:
             current = choose()
         op, _, _, shape = tuned.call_args.args
         others = tuple(choice for choice in candidates(op, current, target) if choice != without)
@@ -232,7 +227,7 @@ def problems(target: Target, sizes: Sizes = FULL) -> list[Problem]:
 
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
-            if launch.attention_unserved(head_dim, dtype, target, gradient=False) is None:
+            if attention_choices.attention_unserved(head_dim, dtype, target, gradient=False) is None:
                 for regime in ("default", "aligned", "short", "extras"):
                     call = AttentionCall(
                         sizes.lengths[regime], sizes.heads, head_dim, dtype, dropout=regime == "extras"
@@ -241,12 +236,12 @@ def problems(target: Target, sizes: Sizes = FULL) -> list[Problem]:
     for hidden, width in zip(HIDDEN, INTERMEDIATE, strict=True):
         for dtype in DTYPES:
             rows = partial(_layer_norm, sizes.rows, hidden, dtype)
-            add(partial(launch.layer_norm_forward, hidden, dtype, target), rows)
+            add(partial(row_wise_choices.layer_norm_forward, hidden, dtype, target), rows)
             gelu = partial(_bias_gelu, sizes.rows, width, dtype)
-            add(partial(launch.bias_gelu_forward, width, dtype, target), gelu)
+            add(partial(bias_gelu_choices.bias_gelu_forward, width, dtype, target), gelu)
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
-            if launch.attention_unserved(head_dim, dtype, target, gradient=True) is None:
+            if attention_choices.attention_unserved(head_dim, dtype, target, gradient=True) is None:
                 # With dropout first: where a key covers calls with it and without, its choice must have room for it.
                 for regime in ("extras", "default", "one_pass"):
                     dropout = regime == "extras"
@@ -257,41 +252,41 @@ def problems(target: Target, sizes: Sizes = FULL) -> list[Problem]:
     for hidden, width in zip(HIDDEN, INTERMEDIATE, strict=True):
         for dtype in DTYPES:
             rows = partial(_layer_norm_gradient, sizes.rows, hidden, dtype)
-            add(partial(launch.layer_norm_backward, hidden, dtype, target), rows)
+            add(partial(row_wise_choices.layer_norm_backward, hidden, dtype, target), rows)
             gelu = partial(_bias_gelu_gradient, sizes.rows, width, dtype)
-            add(partial(launch.bias_gelu_backward, width, dtype, target), gelu)
+            add(partial(bias_gelu_choices.bias_gelu_backward, width, dtype, target), gelu)
             forward = partial(_embedding, sizes.rows, sizes.words, hidden, dtype)
-            add(partial(launch.embedding_forward, hidden, dtype, target), forward)
+            add(partial(row_wise_choices.embedding_forward, hidden, dtype, target), forward)
             backward = partial(_embedding_gradient, sizes.rows, sizes.words, hidden, dtype)
-            add(partial(launch.embedding_backward, hidden, dtype, target), backward)
-            add(partial(launch.embedding_backward_table, hidden, dtype, target), backward)
+            add(partial(row_wise_choices.embedding_backward, hidden, dtype, target), backward)
+            add(partial(row_wise_choices.embedding_backward_table, hidden, dtype, target), backward)
             for how, normalise in (("mean", False), ("mean", True), ("cls", True)):
                 pooled = partial(_pool, sizes.lengths["default"], hidden, dtype, how, normalise)
-                choose = partial(launch.pool_forward, hidden, dtype, target, how=how, normalise=normalise)
+                choose = partial(row_wise_choices.pool_forward, hidden, dtype, target, how=how, normalise=normalise)
                 add(choose, pooled)
             rows = partial(_pool_gradient, sizes.lengths["default"], hidden, dtype)
-            add(partial(launch.pool_backward, hidden, dtype, target), rows)
+            add(partial(row_wise_choices.pool_backward, hidden, dtype, target), rows)
     for hidden, width in zip(HIDDEN, INTERMEDIATE, strict=True):
         for dtype in DTYPES:
-            for bound, rows in zip(launch.ROW_BOUNDS, sizes.product_rows, strict=True):
+            for bound, rows in zip(linear_gelu_choices.ROW_BOUNDS, sizes.product_rows, strict=True):
                 product = (rows, width, hidden, dtype)
-                tiles = partial(launch.linear_gelu_forward, bound, *product[1:], target)
+                tiles = partial(linear_gelu_choices.linear_gelu_forward, bound, *product[1:], target)
                 add(tiles, partial(_linear_gelu_epilogue, *product), matrix=True)
                 # After its tiles, with which the epilogue competes.
                 for approximate, gradient in (("none", False), ("tanh", False), ("none", True)):
                     served = approximate == "tanh" and target.backend == "cuda"
                     form = partial(
-                        launch.linear_gelu, bound, *product[1:],
+                        linear_gelu_choices.linear_gelu, bound, *product[1:],
                         approximate=approximate, gradient=gradient, target=target,
                     )  # fmt: skip
                     call = partial(_linear_gelu, *product, approximate, gradient)
-                    add(form, call, compiled=False, without=None if served else launch.LinearGelu("cublaslt"))
+                    add(form, call, compiled=False, without=None if served else choices.LinearGeluForm("cublaslt"))
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
-            if launch.attention_unserved(head_dim, dtype, target, gradient=True) is None:
+            if attention_choices.attention_unserved(head_dim, dtype, target, gradient=True) is None:
                 call = AttentionCall(sizes.lengths["default"], sizes.heads, head_dim, dtype, bias=True)
                 backward = partial(call.backward, target=target)
-                add(partial(launch.attention_backward_bias, head_dim, dtype, target), backward, matrix=True)
+                add(partial(attention_choices.attention_backward_bias, head_dim, dtype, target), backward, matrix=True)
     return list(made.values())
 
 
@@ -326,9 +321,9 @@ class AttentionCall:
     def _extras(self) -> bool:
         return self.bias or self.dropout
 
-    def forward_choice(self, target: Target) -> launch.AttentionForward:
+    def forward_choice(self, target: Target) -> choices.AttentionTile:
         """The choice in force for its forward."""
-        return launch.attention_forward(
+        return attention_choices.attention_forward(
             self.head_dim,
             self.dtype,
             max(self.lengths),
@@ -339,13 +334,13 @@ class AttentionCall:
             target=target,
         )
 
-    def query_choice(self, target: Target) -> launch.AttentionBackwardQuery:
+    def query_choice(self, target: Target) -> choices.AttentionTile:
         """The choice in force for its gradient of queries."""
-        return launch.attention_backward_query(self.head_dim, self.dtype, extras=self._extras, target=target)
+        return attention_choices.attention_backward_query(self.head_dim, self.dtype, extras=self._extras, target=target)
 
-    def key_choice(self, target: Target) -> launch.AttentionBackwardKey:
+    def key_choice(self, target: Target) -> choices.AttentionKeyTile:
         """The choice in force for its gradients of keys and values."""
-        return launch.attention_backward_key(
+        return attention_choices.attention_backward_key(
             self.head_dim, self.dtype, max(self.lengths), dbias=self.bias, extras=self._extras, target=target
         )
 
@@ -443,7 +438,7 @@ def _layer_norm(rows: int, hidden: int, dtype: torch.dtype, device: torch.device
     def exactly(dtype: torch.dtype) -> list[Tensor]:
         keep = reference.hidden_keep_mask(seed, rows, hidden, DROPOUT)
         total = x.to(dtype) + x_bias.to(dtype)
-        totals = (total, total * keep * launch.drop_scale(DROPOUT))
+        totals = (total, total * keep * drop_scale(DROPOUT))
         parameters = ((hidden,), weight.to(dtype), bias.to(dtype), EPS)
         return [F.layer_norm(total + residual.to(dtype), *parameters) for total in totals]
 
@@ -458,10 +453,10 @@ def _layer_norm_gradient(rows: int, hidden: int, dtype: torch.dtype, device: tor
     keep = reference.hidden_keep_mask(seed, rows, hidden, DROPOUT)
 
     def exactly(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
-        total = residual + (x + x_bias) * keep * launch.drop_scale(DROPOUT)
+        total = residual + (x + x_bias) * keep * drop_scale(DROPOUT)
         return F.layer_norm(total, (hidden,), weight, bias, EPS)
 
-    total = residual.float() + (x.float() + x_bias.float()) * keep * launch.drop_scale(DROPOUT)
+    total = residual.float() + (x.float() + x_bias.float()) * keep * drop_scale(DROPOUT)
     mean, rstd = total.mean(-1), (total.var(-1, correction=0) + EPS).rsqrt()
 
     def run() -> list[Tensor]:
@@ -573,7 +568,7 @@ def _embedding(rows: int, words: int, hidden: int, dtype: torch.dtype, device: t
     def exactly(dtype: torch.dtype) -> list[Tensor]:
         keep = reference.hidden_keep_mask(seed, rows, hidden, DROPOUT)
         out = reference.embedding(*ids, *(table.to(dtype) for table in tables), eps=EPS)
-        return [out, out * keep * launch.drop_scale(DROPOUT)]
+        return [out, out * keep * drop_scale(DROPOUT)]
 
     return Work(run, lambda: (exactly(dtype), exactly(torch.float64)))
 

@@ -32,7 +32,7 @@ import triton
 from triton.errors import TritonError
 
 from fastbert.errors import BackendError, FastbertError
-from fastbert.kernels import launch
+from fastbert.kernels import choices
 from fastbert.kernels.target import KNOWN, Target, of
 from fastbert.testing import assert_close
 
@@ -192,7 +192,7 @@ class Search:
 
     def _keep(self, problem: Problem, winner: Any) -> None:
         write_tuned(self.tuned, self.device.target.arch, problem, winner)
-        launch.TUNED[self.device.target.arch, problem.op, problem.shape] = winner  # for the problems to come
+        choices.TUNED[self.device.target.arch, problem.op, problem.shape] = winner  # for the problems to come
 
     def _known(self, problem: Problem) -> dict[str, dict[str, Any]]:
         mine = [e for e in self.journal.entries if (e["op"], e["shape"]) == (problem.op, problem.shape)]
@@ -238,14 +238,14 @@ def write_tuned(path: Path, arch: str, problem: Problem, choice: Any) -> None:
     """Put one winner into the file, atomically, beside what is there.
 
     Raises:
-        ValueError: the file was not one that `launch.read_tuned` reads.
+        ValueError: the file was not one that `choices.read_tuned` reads.
     """
-    launch.read_tuned(path)
+    choices.read_tuned(path)
     by_arch = json.loads(path.read_text(encoding="utf-8"))
     by_arch.setdefault(arch, {}).setdefault(problem.op, {})[problem.shape] = asdict(choice)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(by_arch, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    launch.read_tuned(temporary)
+    choices.read_tuned(temporary)
     temporary.replace(path)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastbert.kernels.launch import drop_scale, drop_threshold
+from fastbert.kernels.dropout import drop_scale, drop_threshold
 from fastbert.packing import Packing
 
 Approximate = Literal["none", "tanh"]

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import launch, target
+from fastbert.kernels import attention_choices, choices, precision, target
 from fastbert.kernels.dispatch import Prepared
+from fastbert.kernels.dropout import drop_scale, drop_threshold
 from fastbert.kernels.pieces import keep_mask, load_rows
 
 LOG2E = math.log2(math.e)
@@ -251,7 +252,7 @@ def attention_forward(
     Args:
         qkv: `[rows, 3, heads, head_dim]`, any strides; copied once if they are not 16-byte aligned.
         cu_seqlens: int32 `[batch + 1]`.
-        tiles: int32 `[tiles, 2]`, (sequence, first row) for the BLOCK_M of `launch.attention_forward`.
+        tiles: int32 `[tiles, 2]`, (sequence, first row) for the BLOCK_M of `attention_choices.attention_forward`.
         max_seqlen: length of the longest sequence.
         scale: positive factor on the scores.
         bias: `[batch, heads, max_seqlen, max_seqlen]`, expanded (strides may be 0).
@@ -287,16 +288,16 @@ def prepare_attention_forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """`attention_forward` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
 
-    `launch.attention_regime` must be the same for them. It takes qkv, cu_seqlens, tiles, bias, alibi_slopes and seed;
-    those left out at the end are None. An lse that it need not store is the same empty tensor each time.
+    `attention_choices.attention_regime` must be the same for them. It takes qkv, cu_seqlens, tiles, bias, alibi_slopes
+    and seed; those left out at the end are None. An lse that it need not store is the same empty tensor each time.
     """
     rows, _, heads, head_dim = qkv.shape
     strides = *qkv.stride()[:3], heads * head_dim, head_dim
     bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
     no_lse = None if store_lse else qkv.new_empty((heads, 0), dtype=torch.float32)
-    options = 0 if window is None else window, launch.drop_threshold(dropout), launch.drop_scale(dropout)
+    options = 0 if window is None else window, drop_threshold(dropout), drop_scale(dropout)
     here = target.of(qkv.device)
-    choice = launch.attention_forward(
+    choice = attention_choices.attention_forward(
         head_dim,
         qkv.dtype,
         max_seqlen,
@@ -309,15 +310,15 @@ def prepare_attention_forward(
     start = Prepared(
         attention_forward_kernel,
         HEAD_DIM=head_dim,
-        BLOCK_D=launch.attention_block_d(head_dim),
+        BLOCK_D=attention_choices.attention_block_d(head_dim),
         HAS_BIAS=bias is not None,
         HAS_ALIBI=alibi_slopes is not None,
         HAS_WINDOW=window is not None,
         HAS_DROPOUT=dropout > 0.0,
         STORE_LSE=store_lse,
         VECTOR=16 // qkv.element_size(),
-        PRECISION=launch.float32_precision(qkv.dtype, target.float32_asked(), here),
-        **launch.arguments(choice),
+        PRECISION=precision.float32_precision(qkv.dtype, precision.float32_asked(), here),
+        **choices.arguments(choice),
     )
 
     def run(

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import launch, target
+from fastbert.kernels import attention_choices, choices, precision, target
 from fastbert.kernels.dispatch import dispatch
+from fastbert.kernels.dropout import drop_scale, drop_threshold
 from fastbert.kernels.pieces import keep_mask, load_rows
 
 
@@ -526,8 +527,8 @@ def attention_backward(
     Args:
         dout: `[rows, heads, head_dim]`, upstream.
         qkv, out, lse: the forward's input and outputs.
-        query_tiles, key_tiles: (sequence, first row) for BLOCK_M of `launch.attention_backward_query` and BLOCK_N of
-            `launch.attention_backward_key`.
+        query_tiles, key_tiles: (sequence, first row) for BLOCK_M of `attention_choices.attention_backward_query` and
+            BLOCK_N of `attention_choices.attention_backward_key`.
         tokens: rows beyond these are slack; their gradient is 0.
         dbias_shape: the shape that `bias` had before it was expanded; None where it needs no gradient.
 
@@ -547,37 +548,37 @@ def attention_backward(
         return dqkv, dbias
     extras = bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0
     here = target.of(qkv.device)
-    by_key = launch.attention_backward_key(
+    by_key = attention_choices.attention_backward_key(
         head_dim, qkv.dtype, max_seqlen, dbias=dbias is not None, extras=extras, target=here
     )
     shape = {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": launch.attention_block_d(head_dim),
+        "BLOCK_D": attention_choices.attention_block_d(head_dim),
         "HAS_ALIBI": alibi_slopes is not None,
         "HAS_WINDOW": window is not None,
         "HAS_DROPOUT": dropout > 0.0,
         "VECTOR": 16 // qkv.element_size(),
-        "PRECISION": launch.float32_precision(qkv.dtype, target.float32_asked(), here),
+        "PRECISION": precision.float32_precision(qkv.dtype, precision.float32_asked(), here),
     }
     strides_bias = (0, 0, 0, 0) if bias is None else bias.stride()
-    scalars = (scale, 0 if window is None else window, launch.drop_threshold(dropout), launch.drop_scale(dropout))
+    scalars = (scale, 0 if window is None else window, drop_threshold(dropout), drop_scale(dropout))
     row_pairs = None if by_key.ONE_PASS else lse.new_empty((*lse.shape, 2), dtype=torch.float32)
     if not by_key.ONE_PASS:
-        by_query = launch.attention_backward_query(head_dim, qkv.dtype, extras=extras, target=here)
+        by_query = attention_choices.attention_backward_query(head_dim, qkv.dtype, extras=extras, target=here)
         dispatch(
             attention_backward_query_kernel, (len(query_tiles) * heads, 1, 1),
             qkv, out, dout, lse, row_pairs, dqkv, bias, alibi_slopes, seed, cu_seqlens, query_tiles,
             *qkv.stride()[:3], *out.stride()[:2], dqkv.stride(0), dqkv.stride(2), lse.stride(0),
-            *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_query),
+            *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **choices.arguments(by_query),
         )  # fmt: skip
     dispatch(
         attention_backward_key_kernel, (len(key_tiles) * heads, 1, 1),
         qkv, out, dout, lse, row_pairs, dqkv, bias, alibi_slopes, seed, cu_seqlens, key_tiles,
         *qkv.stride()[:3], *out.stride()[:2], *dqkv.stride()[:3], lse.stride(0),
-        *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **launch.arguments(by_key),
+        *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **choices.arguments(by_key),
     )  # fmt: skip
     if bias is not None and dbias is not None:
-        by_bias = launch.attention_backward_bias(head_dim, qkv.dtype, here)
+        by_bias = attention_choices.attention_backward_bias(head_dim, qkv.dtype, here)
         full = qkv.new_empty((*dbias.shape[:2], max_seqlen, max_seqlen), dtype=torch.float32)
         tiles = -(-max_seqlen // by_bias.BLOCK_M) * -(-max_seqlen // by_bias.BLOCK_N)
         dispatch(
@@ -585,7 +586,7 @@ def attention_backward(
             qkv, dout, row_pairs, full, bias, alibi_slopes, seed, cu_seqlens,
             *qkv.stride()[:3], *out.stride()[:2], lse.stride(0), *strides_bias,
             len(cu_seqlens) - 1, heads, max_seqlen, *scalars,
-            ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **launch.arguments(by_bias),
+            ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **choices.arguments(by_bias),
         )  # fmt: skip
         dbias = full.sum_to_size(dbias.shape)
     return dqkv, dbias

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import launch, target
+from fastbert.kernels import bias_gelu_choices, choices, row_wise_choices, target
 from fastbert.kernels.dispatch import Prepared, dispatch
 from fastbert.kernels.pieces import (
     gelu_erf,
@@ -99,11 +99,11 @@ def prepare_bias_gelu_forward(
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """`bias_gelu_forward` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
 
-    Their rows must be of one `launch.number_kind`.
+    Their rows must be of one `choices.number_kind`.
     """
     width = x.shape[1] // 2 if gated else x.shape[1]
     x_stride_row = x.stride(0)
-    choice = launch.bias_gelu_forward(width, x.dtype, target.of(x.device))
+    choice = bias_gelu_choices.bias_gelu_forward(width, x.dtype, target.of(x.device))
     blocks = -(-width // choice.BLOCK)
     start = Prepared(
         bias_gelu_forward_kernel,
@@ -142,10 +142,10 @@ def prepare_bias_gelu_quantize(
 ) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     """`bias_gelu_quantize` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
 
-    Their rows must be of one `launch.number_kind`.
+    Their rows must be of one `choices.number_kind`.
     """
-    width, x_stride_row, block = x.shape[1], x.stride(0), launch.row_block(x.shape[1])
-    choice = launch.quantize_rows(width, x.dtype, target.of(x.device))
+    width, x_stride_row, block = x.shape[1], x.stride(0), choices.row_block(x.shape[1])
+    choice = row_wise_choices.whole_rows(width, x.dtype, target.of(x.device))
     start = Prepared(
         bias_gelu_forward_kernel,
         BLOCK=block,
@@ -154,7 +154,7 @@ def prepare_bias_gelu_quantize(
         GATED=False,
         MASK_COLUMNS=width != block,
         QUANTIZE=True,
-        **launch.arguments(choice),
+        **choices.arguments(choice),
     )
 
     def run(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -259,7 +259,7 @@ def bias_gelu_backward(
     bias_width = 0 if bias is None else len(bias)
     if dx.numel() == 0:
         return dx, torch.zeros(bias_width, dtype=torch.float32, device=x.device)
-    choice = launch.bias_gelu_backward(width, x.dtype, target.of(x.device), gated=gated)
+    choice = bias_gelu_choices.bias_gelu_backward(width, x.dtype, target.of(x.device), gated=gated)
     programs = min(choice.PROGRAMS, -(-rows // choice.ROWS))
     sums = x.new_empty((programs, bias_width), dtype=torch.float32)
     dispatch(

@@ -13,7 +13,7 @@ from typing import Any
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastbert.kernels import launch, target
+from fastbert.kernels import choices, target
 
 Grid = tuple[int, int, int]
 
@@ -38,7 +38,7 @@ class Prepared:
     """Launches that compiled code is found for once: `dispatch` that need not search again.
 
     From the second call on, arguments may differ from those of the first in what the code does not depend on: grids,
-    tensors' addresses, and whole numbers as far as `launch.number_kind` of them is the same. All tensors must be
+    tensors' addresses, and whole numbers as far as `choices.number_kind` of them is the same. All tensors must be
     multiples of 16 bytes if they were in the first call, and of less than 2 GiB if they were then.
     """
 
@@ -75,7 +75,7 @@ def _kind(argument: Any, here: target.Target) -> Any:
     if argument is None:
         return None
     if isinstance(argument, int):
-        return launch.number_kind(argument)
+        return choices.number_kind(argument)
     if isinstance(argument, float):
         return float
     if here.backend == "hip":  # AMD's code also knows whether offsets fit 32 bits

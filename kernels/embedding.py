@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import launch, target
+from fastbert.kernels import choices, row_wise_choices, target
 from fastbert.kernels.dispatch import dispatch
+from fastbert.kernels.dropout import drop_scale, drop_threshold
 from fastbert.kernels.pieces import keep_mask, moments, normalise, normalise_gradient
 
 CHUNK = 64
@@ -117,7 +118,7 @@ def embedding_forward(
     out = word.new_empty((tokens, hidden))
     if tokens == 0:
         return out
-    choice = launch.embedding_forward(hidden, word.dtype, target.of(word.device))
+    choice = row_wise_choices.embedding_forward(hidden, word.dtype, target.of(word.device))
     dispatch(
         embedding_forward_kernel,
         (-(-tokens // choice.ROWS), 1, 1),
@@ -140,11 +141,11 @@ def embedding_forward(
         len(position),
         len(token_type),
         eps,
-        launch.drop_threshold(dropout),
-        launch.drop_scale(dropout),
+        drop_threshold(dropout),
+        drop_scale(dropout),
         HIDDEN=hidden,
         ROWS=choice.ROWS,
-        BLOCK=launch.row_block(hidden),
+        BLOCK=choices.row_block(hidden),
         HAS_TYPES=token_type_ids is not None,
         HAS_DROPOUT=dropout > 0.0,
         num_warps=choice.num_warps,
@@ -342,7 +343,7 @@ def table_gradient(dtotal: Tensor, ids: Tensor, table: Tensor, padding_idx: int 
     last = torch.searchsorted(sorted_ids, sorted_ids, out_int32=True, right=True)
     windows = -(-tokens // CHUNK)
     sums = table.new_empty((2 * windows, hidden), dtype=torch.float32)
-    choice = launch.embedding_backward_table(hidden, dtotal.dtype, target.of(table.device))
+    choice = row_wise_choices.embedding_backward_table(hidden, dtotal.dtype, target.of(table.device))
     blocks = -(-hidden // choice.BLOCK)
     shared = {"HIDDEN": hidden, "CHUNK": CHUNK, "ROWS": choice.ROWS, "BLOCK": choice.BLOCK}
     entries, skipped = len(table), -1 if padding_idx is None else padding_idx
@@ -413,7 +414,7 @@ def embedding_backward(
     aligned_word, aligned_position = target.aligned(word), target.aligned(position)
     aligned_token_type = target.aligned(token_type)
     dtotal = word.new_empty((tokens, hidden))
-    choice = launch.embedding_backward(hidden, word.dtype, target.of(word.device))
+    choice = row_wise_choices.embedding_backward(hidden, word.dtype, target.of(word.device))
     programs = min(choice.PROGRAMS, -(-tokens // choice.ROWS))
     has_types = token_type_ids is not None
     sums = word.new_empty((2 if has_types else 3, programs, hidden), dtype=torch.float32)
@@ -444,13 +445,13 @@ def embedding_backward(
             len(position),
             len(token_type),
             eps,
-            launch.drop_threshold(dropout),
-            launch.drop_scale(dropout),
+            drop_threshold(dropout),
+            drop_scale(dropout),
             HIDDEN=hidden,
-            BLOCK=launch.row_block(hidden),
+            BLOCK=choices.row_block(hidden),
             HAS_TYPES=has_types,
             HAS_DROPOUT=dropout > 0.0,
-            **launch.arguments(choice),
+            **choices.arguments(choice),
         )
     totals = sums.sum(1)
     if token_type_ids is None:

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import launch, target
+from fastbert.kernels import choices, row_wise_choices, target
 from fastbert.kernels.dispatch import Prepared, dispatch
+from fastbert.kernels.dropout import drop_scale, drop_threshold
 from fastbert.kernels.pieces import keep_mask, moments, normalise, normalise_gradient, quantize
 
 
@@ -150,7 +151,7 @@ def prepare_layer_norm_forward(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """`layer_norm_forward` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
 
-    The rows of all must be of one `launch.number_kind`, and as many as here if there are `out_rows`. It takes x,
+    The rows of all must be of one `choices.number_kind`, and as many as here if there are `out_rows`. It takes x,
     weight, bias, residual, x_bias, seed, out_rows and the two of `quantized`; those left out at the end are None. What
     it need not store it returns as the same empty tensors each time.
     """
@@ -159,13 +160,13 @@ def prepare_layer_norm_forward(
     size = None if out_rows is None or out_size == len(x) else out_size
     stores_total = store_stats and (residual is not None or x_bias is not None or dropout > 0.0)
     nothing = x.new_empty(0), x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
-    drop_threshold, drop_scale = launch.drop_threshold(dropout), launch.drop_scale(dropout)
-    choice = launch.layer_norm_forward(hidden, x.dtype, target.of(x.device))
+    dropped = drop_threshold(dropout), drop_scale(dropout)
+    choice = row_wise_choices.layer_norm_forward(hidden, x.dtype, target.of(x.device))
     start = Prepared(
         layer_norm_forward_kernel,
         HIDDEN=hidden,
         ROWS=choice.ROWS,
-        BLOCK=launch.row_block(hidden),
+        BLOCK=choices.row_block(hidden),
         HAS_RESIDUAL=residual is not None,
         HAS_X_BIAS=x_bias is not None,
         HAS_DROPOUT=dropout > 0.0,
@@ -197,7 +198,7 @@ def prepare_layer_norm_forward(
             start(
                 (-(-rows // choice.ROWS), 1, 1),
                 x, weight, bias, residual, x_bias, seed, out_rows, out, total, mean, rstd, values, scale, x_stride_row,
-                residual_stride_row, hidden, rows, eps, drop_threshold, drop_scale,
+                residual_stride_row, hidden, rows, eps, *dropped,
             )  # fmt: skip
         return out, total, mean, rstd
 
@@ -320,7 +321,7 @@ def layer_norm_backward(
     dout, total = target.aligned(dout), target.aligned(total)
     dx = total.new_empty((rows, hidden))
     dresidual = torch.empty_like(dx) if residual and dropout > 0.0 else dx.new_empty(0)
-    choice = launch.layer_norm_backward(hidden, total.dtype, target.of(total.device))
+    choice = row_wise_choices.layer_norm_backward(hidden, total.dtype, target.of(total.device))
     programs = min(choice.PROGRAMS, -(-rows // choice.ROWS))
     sum_biases = hidden <= 4096  # wider rows leave registers for one sum, so torch adds up dout and dx
     parameters = 1 if not sum_biases else 3 if x_bias else 2
@@ -345,16 +346,16 @@ def layer_norm_backward(
             total.stride(0),
             dx.stride(0),
             rows,
-            launch.drop_threshold(dropout),
-            launch.drop_scale(dropout),
+            drop_threshold(dropout),
+            drop_scale(dropout),
             HIDDEN=hidden,
-            BLOCK=launch.row_block(hidden),
+            BLOCK=choices.row_block(hidden),
             HAS_RESIDUAL=residual,
             HAS_X_BIAS=x_bias,
             SUM_BIASES=sum_biases,
             HAS_DROPOUT=dropout > 0.0,
             HAS_OUT_ROWS=out_rows is not None,
-            **launch.arguments(choice),
+            **choices.arguments(choice),
         )
     dparameters = sums.sum(1)
     if not sum_biases:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import launch, target
+from fastbert.kernels import choices, linear_gelu_choices, precision, target
 from fastbert.kernels.dispatch import dispatch
 from fastbert.kernels.pieces import gelu_erf, gelu_erf_half, gelu_tanh
 
@@ -110,7 +110,7 @@ def linear_gelu_forward(
     if out.numel() == 0:
         return out, product
     here = target.of(x.device)
-    choice = launch.linear_gelu_forward(rows, width, depth, x.dtype, here)
+    choice = linear_gelu_choices.linear_gelu_forward(rows, width, depth, x.dtype, here)
     tiles = -(-rows // choice.BLOCK_M) * -(-width // choice.BLOCK_N)
     dispatch(
         linear_gelu_forward_kernel,
@@ -130,7 +130,7 @@ def linear_gelu_forward(
         TANH=approximate == "tanh",
         STORE_PRODUCT=store_product,
         MASK_DEPTH=depth % choice.BLOCK_K != 0,
-        PRECISION=launch.float32_precision(x.dtype, target.float32_asked(), here),
-        **launch.arguments(choice),
+        PRECISION=precision.float32_precision(x.dtype, precision.float32_asked(), here),
+        **choices.arguments(choice),
     )
     return out, product

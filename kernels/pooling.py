@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import launch, target
+from fastbert.kernels import choices, row_wise_choices, target
 from fastbert.kernels.dispatch import dispatch
 
 NORM_EPS = tl.constexpr(1e-12)  # the eps of torch.nn.functional.normalize
@@ -104,7 +104,7 @@ def pool_forward(
     norm = x.new_empty(batch if store_norm else 0, dtype=torch.float32)
     if out.numel() == 0:
         return out, norm.zero_()
-    choice = launch.pool_forward(hidden, x.dtype, target.of(x.device), how=how, normalise=normalise)
+    choice = row_wise_choices.pool_forward(hidden, x.dtype, target.of(x.device), how=how, normalise=normalise)
     dispatch(
         pool_forward_kernel,
         (batch * -(-hidden // choice.BLOCK), 1, 1),
@@ -117,7 +117,7 @@ def pool_forward(
         HOW=how,
         NORMALISE=normalise,
         STORE_NORM=store_norm,
-        **launch.arguments(choice),
+        **choices.arguments(choice),
     )
     return out, norm
 
@@ -220,7 +220,7 @@ def pool_backward(
     if dx.numel() == 0:
         return dx
     x = None if x is None else target.aligned(x)
-    choice = launch.pool_backward(hidden, dtype, target.of(dout.device))
+    choice = row_wise_choices.pool_backward(hidden, dtype, target.of(dout.device))
     dispatch(
         pool_backward_kernel,
         (batch * -(-hidden // choice.BLOCK), 1, 1),
@@ -233,9 +233,9 @@ def pool_backward(
         0 if x is None else x.stride(0),
         dx.stride(0),
         HIDDEN=hidden,
-        COLUMNS=launch.row_block(hidden),
+        COLUMNS=choices.row_block(hidden),
         HOW=how,
         NORMALISE=normalise,
-        **launch.arguments(choice),
+        **choices.arguments(choice),
     )
     return dx

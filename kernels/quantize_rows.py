@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import launch, target
+from fastbert.kernels import choices, row_wise_choices, target
 from fastbert.kernels.dispatch import Prepared
 from fastbert.kernels.pieces import quantize
 
@@ -58,11 +58,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def prepare_quantize_rows(x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """`quantize_rows` as a function of tensors that are as this one but for contents and rows, 16-byte aligned.
 
-    Their rows must be of one `launch.number_kind`.
+    Their rows must be of one `choices.number_kind`.
     """
     width, x_stride_row = x.shape[1], x.stride(0)
-    choice = launch.quantize_rows(width, x.dtype, target.of(x.device))
-    start = Prepared(quantize_rows_kernel, WIDTH=width, BLOCK=launch.row_block(width), **launch.arguments(choice))
+    choice = row_wise_choices.whole_rows(width, x.dtype, target.of(x.device))
+    start = Prepared(quantize_rows_kernel, WIDTH=width, BLOCK=choices.row_block(width), **choices.arguments(choice))
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         rows = len(x)

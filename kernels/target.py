@@ -138,18 +138,6 @@ def _multiprocessors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-def float32_asked() -> str:
-    """What torch's own products of float32 may be on a GPU: "highest", "high" or "medium".
-
-    The names are those of `torch.set_float32_matmul_precision`, which at the last allows bfloat16 on a CPU. Its getter
-    is not asked: beside torch's newer way, `torch.backends.cuda.matmul.fp32_precision`, it takes 80 us to raise.
-    """
-    asked = torch._C._get_fp32_precision_getter
-    if asked("cuda", "matmul") != "tf32":
-        return "highest"
-    return "medium" if asked("mkldnn", "matmul") == "bf16" else "high"
-
-
 _NOWHERE_ELSE = nullcontext()
 
 

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import launch
 from fastbert.kernels.dispatch import dispatch
+
+# Entries that a program writes at once, and its warps: a sequence has few.
+ENTRIES, WARPS = 32, 1
 
 
 @triton.jit
@@ -47,7 +49,6 @@ def tile_table(cu_seqlens: Tensor, tiles: int, *, block_m: int) -> Tensor:
     batch = len(cu_seqlens) - 1
     table = cu_seqlens.new_empty((tiles, 2), dtype=torch.int32)
     if tiles > 0:
-        block, warps = launch.TILE_TABLE
         dispatch(
             tile_table_kernel,
             (batch + 1, 1, 1),
@@ -56,7 +57,7 @@ def tile_table(cu_seqlens: Tensor, tiles: int, *, block_m: int) -> Tensor:
             batch,
             tiles,
             BLOCK_M=block_m,
-            BLOCK=block,
-            num_warps=warps,
+            BLOCK=ENTRIES,
+            num_warps=WARPS,
         )
     return table

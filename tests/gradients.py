@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastbert import backend
-from fastbert.kernels import launch
 from fastbert.testing import assert_close
 
 
@@ -45,11 +45,11 @@ def check_gradients(
     return dict(zip(names, ours, strict=True))
 
 
-def limit_programs(monkeypatch: pytest.MonkeyPatch, choice: str, programs: int) -> None:
-    """Make the launch choice `choice` use at most this many programs, so that each strides over several rows."""
-    choose = getattr(launch, choice)
+def limit_programs(monkeypatch: pytest.MonkeyPatch, choices: ModuleType, choice: str, programs: int) -> None:
+    """Make the choice `choice` of `choices` use at most this many programs, so that each strides over several rows."""
+    choose = getattr(choices, choice)
 
     def fewer(*args: Any, **options: Any) -> Any:
         return replace(choose(*args, **options), PROGRAMS=programs)
 
-    monkeypatch.setattr(launch, choice, fewer)
+    monkeypatch.setattr(choices, choice, fewer)

@@ -7,7 +7,8 @@ import torch
 
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.kernels import launch, target
+from fastbert.kernels import attention_choices, choices, target
+from fastbert.kernels.attention_choices import ATTENTION_BACKWARD_ONE_PASS
 from fastbert.ops.attention import attention, attention_forward
 from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
@@ -289,7 +290,7 @@ def test_lse_is_the_log_of_the_sum_of_exponentials(generator):
     bias[:, :, 5] = -torch.inf
     slopes = {"alibi_slopes": torch.tensor([0.5, 0.01])}
     for options in ({}, slopes, {"bias": bias}):
-        choice = launch.attention_forward(
+        choice = attention_choices.attention_forward(
             32,
             qkv.dtype,
             70,
@@ -352,8 +353,10 @@ def test_random_ragged_batches(generator):
 
 def backward_blocks(head_dim, dtype, max_seqlen, extras):
     here = target.of(torch.get_default_device())
-    query = launch.attention_backward_query(head_dim, dtype, extras=extras, target=here)
-    key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=extras, extras=extras, target=here)
+    query = attention_choices.attention_backward_query(head_dim, dtype, extras=extras, target=here)
+    key = attention_choices.attention_backward_key(
+        head_dim, dtype, max_seqlen, dbias=extras, extras=extras, target=here
+    )
     return query.BLOCK_M, key.BLOCK_N
 
 
@@ -414,8 +417,10 @@ def test_case_14_gradients_around_the_edges_of_the_tiles(option, arch, generator
     options = {"window": 40} if option == "window" else {}
     with target.pretend(target.KNOWN[arch]):
         here = target.of(torch.get_default_device())
-        query = launch.attention_backward_query(64, torch.float16, extras=bool(options), target=here)
-        key = launch.attention_backward_key(64, torch.float16, 512, dbias=False, extras=bool(options), target=here)
+        query = attention_choices.attention_backward_query(64, torch.float16, extras=bool(options), target=here)
+        key = attention_choices.attention_backward_key(
+            64, torch.float16, 512, dbias=False, extras=bool(options), target=here
+        )
         packing = Packing.from_lengths(edges(query.BLOCK_M, query.BLOCK_N, key.BLOCK_M, key.BLOCK_N))
         qkv = random_qkv(packing.tokens + 5, 1, 64, torch.float16, generator)
         qkv[packing.tokens :] = math.nan
@@ -424,7 +429,7 @@ def test_case_14_gradients_around_the_edges_of_the_tiles(option, arch, generator
 
 def one_pass_cases():
     return [(arch, block_d) for arch in ("sm_80", "sm_90") for block_d in (32, 64, 128)
-            if (launch.family(target.KNOWN[arch]), "half", block_d) in launch.ATTENTION_BACKWARD_ONE_PASS]  # fmt: skip
+            if (choices.family(target.KNOWN[arch]), "half", block_d) in ATTENTION_BACKWARD_ONE_PASS]  # fmt: skip
 
 
 @pytest.mark.kernels
@@ -433,7 +438,9 @@ def one_pass_cases():
 def test_case_14_gradients_around_the_edges_of_the_tiles_of_one_pass(arch, head_dim, generator):
     with target.pretend(target.KNOWN[arch]):
         here = target.of(torch.get_default_device())
-        key = launch.attention_backward_key(head_dim, torch.float16, 1, dbias=False, extras=False, target=here)
+        key = attention_choices.attention_backward_key(
+            head_dim, torch.float16, 1, dbias=False, extras=False, target=here
+        )
         assert key.ONE_PASS
         packing = Packing.from_lengths([n for n in edges(key.BLOCK_M, key.BLOCK_N) if n <= key.BLOCK_N])
         qkv = random_qkv(packing.tokens + 5, 1, head_dim, torch.float16, generator)

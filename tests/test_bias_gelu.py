@@ -9,6 +9,7 @@ from gradients import check_gradients, gradients, limit_programs
 
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
+from fastbert.kernels import bias_gelu_choices
 from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, bias_gelu_forward
 from fastbert.testing import assert_close
 
@@ -180,7 +181,7 @@ def test_gradients_of_each_branch(
     rows, width, gated, has_bias, dtype, approximate, device, generator, nan_empty, monkeypatch
 ):
     """Two programs share 19 rows, in steps of 4, as 4 + 4 + 3 and 4 + 4."""
-    limit_programs(monkeypatch, "bias_gelu_backward", 2)
+    limit_programs(monkeypatch, bias_gelu_choices, "bias_gelu_backward", 2)
     x, bias = inputs(rows, width * (1 + gated), dtype, generator, device)
     dout = upstream(x, generator, gated)
     check_backward("triton", x, bias if has_bias else None, dout, approximate, gated)
@@ -202,7 +203,7 @@ def test_gradient_of_a_float32_bias_beside_half_rows(dtype, device, generator):
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "odd base"])
 def test_gradients_of_layouts_case_29(layout, device, generator, monkeypatch):
     """In more than one step a program, which moves each tensor on by a stride of its own."""
-    limit_programs(monkeypatch, "bias_gelu_backward", 1)
+    limit_programs(monkeypatch, bias_gelu_choices, "bias_gelu_backward", 1)
     x, bias = inputs(5, 96, torch.float16, generator, device)
     store = torch.randn(5 * 96 + 3, generator=generator).to(device, torch.float16)
     dout = {
@@ -247,7 +248,7 @@ def test_gradients_of_outliers_case_8(dtype, approximate, device):
 
 
 def test_ten_backward_runs_are_bit_equal_case_16(device, generator, monkeypatch):
-    limit_programs(monkeypatch, "bias_gelu_backward", 3)
+    limit_programs(monkeypatch, bias_gelu_choices, "bias_gelu_backward", 3)
     x, bias = inputs(33, 48, torch.float16, generator, device)
     dout = upstream(x, generator)
     with backend.use_backend("triton"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastbert import reference
-from fastbert.kernels.launch import drop_scale
+from fastbert.kernels.dropout import drop_scale, drop_threshold
 from fastbert.ops import dropout
 from fastbert.ops.dropout import drop, keep_lines
 
@@ -61,3 +61,11 @@ def test_keep_rate_by_chi_square(rate):
         expected = 64 * 64 * (1 - rate)
         statistic = ((kept.sum(over) - expected) ** 2 / (expected * rate)).sum().item()
         assert abs(statistic - 64) < 5 * (2 * 64) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("dropout", "threshold"), [(0.0, 0), (2**-17, 0), (2**-16, 1), (0.1, 6554), (0.5, 32768), (0.9999999, 65535)]
+)
+def test_drop_threshold_and_scale(dropout, threshold):
+    assert drop_threshold(dropout) == threshold
+    assert drop_scale(dropout) == pytest.approx(1 / (1 - threshold / 65536), rel=1e-12)

@@ -8,7 +8,8 @@ from gradients import check_gradients, gradients, limit_programs
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError
 from fastbert.kernels import embedding as kernel
-from fastbert.kernels import launch
+from fastbert.kernels import row_wise_choices
+from fastbert.kernels.dropout import drop_scale
 from fastbert.ops.embedding import embedding, embedding_backward, embedding_forward
 from fastbert.testing import assert_close
 
@@ -52,7 +53,7 @@ def check(path, some_ids, some_tables, *, eps=1e-12, dropout=0.0, seed=None):
     types = token_type[0] if token_type_ids is None else token_type[token_type_ids]
     plain = F.layer_norm(word[input_ids] + types + position[position_ids], weight.shape, weight, bias, eps)
     if keep is not None:
-        plain = plain * keep * launch.drop_scale(dropout)
+        plain = plain * keep * drop_scale(dropout)
     exact = reference.embedding(*some_ids, *cast(some_tables, torch.float64), keep=keep, dropout=dropout, eps=eps)
     assert_close(out, plain, exact, what=path)
     return out
@@ -186,7 +187,7 @@ def check_backward(some_ids, some_tables, dout, *, dropout=0.0, seed=None, eps=1
         types = token_type[0] if token_type_ids is None else token_type[token_type_ids]
         total = unpadded(word)[input_ids] + types + position[position_ids]
         out = F.layer_norm(total, weight.shape, weight, bias, eps)
-        return out if keep is None else out * keep * launch.drop_scale(dropout)
+        return out if keep is None else out * keep * drop_scale(dropout)
 
     def exact(word, *others):
         return reference.embedding(*some_ids, unpadded(word), *others, keep=keep, dropout=dropout, eps=eps)
@@ -215,7 +216,7 @@ def test_gradients_of_widths_case_14(hidden, dtype, device, generator, nan_empty
 @pytest.mark.parametrize("tokens", [1, 19])
 def test_gradients_of_each_branch(tokens, has_types, dropout, dtype, device, generator, nan_empty, monkeypatch):
     """Four rows of 48 halves a step: two programs share 19 tokens as 4 + 4 + 3 and 4 + 4."""
-    limit_programs(monkeypatch, "embedding_backward", 2)
+    limit_programs(monkeypatch, row_wise_choices, "embedding_backward", 2)
     input_ids, position_ids, token_type_ids = ids(tokens, generator, device)
     check_backward(
         (input_ids, position_ids, token_type_ids if has_types else None),
@@ -299,7 +300,7 @@ def test_gradients_of_no_tokens_case_15(has_types, device, generator):
 
 @pytest.mark.long
 def test_ten_backward_runs_are_bit_equal_case_16(device, generator, monkeypatch):
-    limit_programs(monkeypatch, "embedding_backward", 3)
+    limit_programs(monkeypatch, row_wise_choices, "embedding_backward", 3)
     some_tables = tables(48, torch.float16, generator, device)
     some_ids = ids(150, generator, device)
     dout = upstream(150, 48, torch.float16, generator, device)

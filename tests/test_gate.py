@@ -35,9 +35,9 @@ EXTRA_LOAD = (
     out, mean, rstd = normalise(x, mask_column""",
 )
 MASKED_FULL_BLOCKS = (
-    "kernels/launch.py",
-    '"aligned": AttentionForward(128, 64, 8, 3),',
-    '"aligned": AttentionForward(128, 64, 8, 3, SPLIT_TAIL=False),',
+    "kernels/attention_choices.py",
+    '"aligned": AttentionTile(128, 64, 8, 3),',
+    '"aligned": AttentionTile(128, 64, 8, 3, SPLIT_TAIL=False),',
 )
 NO_PROMISE_OF_ALIGNMENT = (
     "kernels/attention.py",

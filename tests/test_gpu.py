@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastbert import backend, reference
 from fastbert.config import EncoderConfig
-from fastbert.kernels.launch import fp8_sums_fast, fp8_unserved
+from fastbert.kernels.precision import fp8_sums_fast, fp8_unserved
 from fastbert.kernels.target import of
 from fastbert.model.bert import BertModel
 from fastbert.model.encoder import Encoder

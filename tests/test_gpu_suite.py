@@ -343,9 +343,9 @@ sys.path.insert(0, {benchmarks!r})
 assert importlib.util.find_spec("fastbert") is None
 from bare import importable
 with importable():
-    import fastbert, fastbert.kernels.launch
+    import fastbert, fastbert.kernels.choices
     print(fastbert.__file__)
-    ask = "import importlib.util, fastbert.kernels.launch; print(importlib.util.find_spec('kernels'))"
+    ask = "import importlib.util, fastbert.kernels.choices; print(importlib.util.find_spec('kernels'))"
     subprocess.run([sys.executable, "-S", "-c", ask], check=True)
 assert importlib.util.find_spec("fastbert") is None or "fastbert" in sys.modules
 """

@@ -10,8 +10,9 @@ from gradients import check_gradients, gradients, limit_programs
 
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.kernels import launch, target
 from fastbert.kernels import layer_norm as kernel
+from fastbert.kernels import row_wise_choices, target
+from fastbert.kernels.dropout import drop_scale
 from fastbert.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward, linear_layer_norm
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
@@ -37,7 +38,7 @@ def plainly(x, weight, bias, residual, x_bias, keep, dropout, eps):
     """What a user of PyTorch writes in one dtype."""
     total = x if x_bias is None else x + x_bias
     if keep is not None:
-        total = total * keep * launch.drop_scale(dropout)
+        total = total * keep * drop_scale(dropout)
     if residual is not None:
         total = total + residual
     return F.layer_norm(total, total.shape[-1:], weight, bias, eps)
@@ -187,7 +188,7 @@ def test_what_is_stored_for_the_backward(
     if has_residual or has_x_bias or dropout:
         exact = x.double() + (x_bias.double() if has_x_bias else 0.0)
         if dropout:
-            exact = exact * reference.hidden_keep_mask(seed, 5, hidden, dropout) * launch.drop_scale(dropout)
+            exact = exact * reference.hidden_keep_mask(seed, 5, hidden, dropout) * drop_scale(dropout)
         exact = exact + (residual.double() if has_residual else 0.0)
         assert_close(total, exact.to(dtype), exact, what="total")
     else:
@@ -246,7 +247,7 @@ def upstream(x, generator):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [1, 7, 48, 384, 769, 8192])
 def test_gradients_of_widths_case_14(hidden, dtype, device, generator, nan_empty, monkeypatch):
-    limit_programs(monkeypatch, "layer_norm_backward", 2)
+    limit_programs(monkeypatch, row_wise_choices, "layer_norm_backward", 2)
     x, weight, bias, residual, x_bias = inputs(5, hidden, dtype, generator, device)
     check_backward("triton", x, weight, bias, upstream(x, generator), residual=residual, x_bias=x_bias)
 
@@ -257,7 +258,7 @@ def test_gradients_of_widths_case_14(hidden, dtype, device, generator, nan_empty
 @pytest.mark.parametrize("rows", [1, 11])
 def test_gradients_of_each_branch(rows, has_residual, has_x_bias, dropout, device, generator, nan_empty, monkeypatch):
     """Four rows of 48 halves a step: two programs share 11 rows as 4 + 3 and 4."""
-    limit_programs(monkeypatch, "layer_norm_backward", 2)
+    limit_programs(monkeypatch, row_wise_choices, "layer_norm_backward", 2)
     x, weight, bias, residual, x_bias = inputs(rows, 48, torch.float16, generator, device)
     check_backward(
         "triton",
@@ -295,7 +296,7 @@ def test_gradients_do_not_cancel_case_10(device, generator):
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "odd base"])
 def test_gradients_of_layouts_case_29(layout, device, generator, monkeypatch):
     """In more than one step a program, which moves each tensor on by a stride of its own."""
-    limit_programs(monkeypatch, "layer_norm_backward", 2)
+    limit_programs(monkeypatch, row_wise_choices, "layer_norm_backward", 2)
     x, weight, bias, residual, _ = inputs(5, 96, torch.float16, generator, device)
     store = torch.randn(5 * 96 + 3, generator=generator).to(device, torch.float16)
     dout = {
@@ -336,7 +337,7 @@ def test_gradients_leave_slack_alone_case_15(device, generator):
 
 
 def test_ten_backward_runs_are_bit_equal_case_16(device, generator, monkeypatch):
-    limit_programs(monkeypatch, "layer_norm_backward", 3)
+    limit_programs(monkeypatch, row_wise_choices, "layer_norm_backward", 3)
     leaves = inputs(17, 48, torch.float16, generator, device)
     dout, seed = upstream(leaves[0], generator), torch.tensor([3], device=device)
 

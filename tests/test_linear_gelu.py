@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastbert import backend, reference
 from fastbert.cpu.machine import made_by_amd
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.kernels import launch
+from fastbert.kernels import choices, linear_gelu_choices
 from fastbert.kernels.linear_gelu import linear_gelu_forward as launch_kernel
 from fastbert.kernels.target import KNOWN, interpreted
 from fastbert.ops.bias_gelu import bias_gelu
@@ -34,15 +34,15 @@ FORMS = ["none", "tanh"]
 @pytest.fixture(params=["fused pass", "epilogue"])
 def form(request, monkeypatch):
     """The form that the launch table names."""
-    monkeypatch.setattr(launch, "linear_gelu", lambda *_, **__: launch.LinearGelu(request.param))
+    monkeypatch.setattr(linear_gelu_choices, "linear_gelu", lambda *_, **__: choices.LinearGeluForm(request.param))
     return request.param
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16, in two programs, two rows of tiles at a time."""
-    choice = launch.LinearGeluForward(16, 16, 16, 4, 2, PROGRAMS=1, GROUP_M=2)
-    monkeypatch.setattr(launch, "linear_gelu_forward", lambda *_: choice)
+    choice = choices.LinearGeluTile(16, 16, 16, 4, 2, PROGRAMS=1, GROUP_M=2)
+    monkeypatch.setattr(linear_gelu_choices, "linear_gelu_forward", lambda *_: choice)
 
 
 def projection(rows, wide, out, dtype, generator):
@@ -344,7 +344,7 @@ def test_a_gradient_needs_the_product(device, generator):
 
 def test_cublaslts_epilogue_is_gelu_by_tanh(device, generator, monkeypatch):
     """Measured for tanh, it serves neither erf nor a call without a bias."""
-    monkeypatch.setattr(launch, "linear_gelu", lambda *_, **__: launch.LinearGelu("cublaslt"))
+    monkeypatch.setattr(linear_gelu_choices, "linear_gelu", lambda *_, **__: choices.LinearGeluForm("cublaslt"))
     x, weight, bias = operands(5, 16, 32, torch.float16, generator, device)
     with backend.use_backend("triton"), Recorder() as recorder:
         out = linear_gelu(x, weight, bias, approximate="tanh")
@@ -362,20 +362,20 @@ def test_the_table_names_the_form(monkeypatch):
     """Until one is measured it is cuBLAS and a pass, everywhere; what is measured serves its rows and regime only."""
 
     def form(rows, approximate="none", gradient=False, arch="sm_90"):
-        choice = launch.linear_gelu(
+        choice = linear_gelu_choices.linear_gelu(
             rows, 3072, 768, torch.float16, approximate=approximate, gradient=gradient, target=KNOWN[arch]
         )
         return choice.form
 
-    monkeypatch.setattr(launch, "TUNED", {})
+    monkeypatch.setattr(choices, "TUNED", {})
     assert {form(rows, arch=arch) for rows in (1, 10**6) for arch in KNOWN} == {"fused pass"}
     key = "rows=2048,width=3072,depth=768,dtype=float16,regime="
     monkeypatch.setattr(
-        launch,
+        choices,
         "TUNED",
         {
-            ("sm_90", "linear_gelu", key + "erf"): launch.LinearGelu("epilogue"),
-            ("sm_90", "linear_gelu", key + "tanh"): launch.LinearGelu("cublaslt"),
+            ("sm_90", "linear_gelu", key + "erf"): choices.LinearGeluForm("epilogue"),
+            ("sm_90", "linear_gelu", key + "tanh"): choices.LinearGeluForm("cublaslt"),
         },
     )
     assert [form(rows) for rows in (512, 513, 2048, 2049)] == ["fused pass", "epilogue", "epilogue", "fused pass"]
@@ -385,7 +385,7 @@ def test_the_table_names_the_form(monkeypatch):
 
 @pytest.mark.skipif(not interpreted(), reason="kernels are compiled here, not interpreted")
 def test_with_the_epilogue_a_layer_has_seven_launches(monkeypatch):
-    monkeypatch.setattr(launch, "linear_gelu", lambda *_, **__: launch.LinearGelu("epilogue"))
+    monkeypatch.setattr(linear_gelu_choices, "linear_gelu", lambda *_, **__: choices.LinearGeluForm("epilogue"))
     found = launches.layer(0.0, (5, 7))
     inference = found["inference"]
     assert (inference["kernels"], inference["matrix_products"], inference["others"]) == (4, 3, 0)

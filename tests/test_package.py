@@ -78,7 +78,7 @@ def test_wheel_has_every_module_and_nothing_else(source: Path, dist: Path) -> No
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(source)) for path in (source / "fastbert").rglob("*.py")}
     kernels = {f"fastbert/kernels/{path.name}" for path in (source / "kernels").iterdir()}
-    assert "fastbert/kernels/launch.py" in kernels
+    assert "fastbert/kernels/choices.py" in kernels
     assert names == modules | kernels | {"fastbert/py.typed"}
 
 
@@ -87,7 +87,7 @@ def test_sdist_has_the_sources_and_the_license(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "setup.py", "pyproject.toml", "kernels/launch.py", "fastbert/py.typed"} <= names
+    assert {"LICENSE", "README.md", "setup.py", "pyproject.toml", "kernels/choices.py", "fastbert/py.typed"} <= names
 
 
 @pytest.mark.packaging
@@ -98,7 +98,7 @@ def test_installed_wheel_works_outside_the_repository(dist: Path, tmp_path: Path
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
 
-    code = "import fastbert, fastbert.kernels.launch as launch; print(fastbert.__file__, launch.__file__, sep='\\n')"
+    code = "import fastbert, fastbert.kernels.choices as choices; print(fastbert.__file__, choices.__file__, sep='\\n')"
     for file in run(environment / "python", "-c", code, cwd=elsewhere).splitlines():
         assert Path(file).is_relative_to(tmp_path / "empty venv"), file
     assert "fastbert      0.1.0" in run(environment / "fastbert", "info", cwd=elsewhere)
@@ -118,9 +118,11 @@ def test_installed_wheel_works_outside_the_repository(dist: Path, tmp_path: Path
 def test_editable_install_finds_the_kernels(source: Path, tmp_path: Path) -> None:
     environment = empty_venv(tmp_path / "empty venv")
     pip_install(environment, "--editable", source)
-    code = "import fastbert, fastbert.kernels.launch as launch; print(launch.__file__, fastbert.__version__, sep='\\n')"
+    code = (
+        "import fastbert, fastbert.kernels.choices as choices; print(choices.__file__, fastbert.__version__, sep='\\n')"
+    )
     printed = run(environment / "python", "-c", code, cwd=tmp_path).splitlines()
-    assert printed == [str(source / "kernels" / "launch.py"), "0.1.0"]
+    assert printed == [str(source / "kernels" / "choices.py"), "0.1.0"]
 
 
 @pytest.mark.packaging
@@ -128,7 +130,7 @@ def test_uninstalled_use_works_and_has_no_version(tmp_path: Path) -> None:
     environment = empty_venv(tmp_path / "empty venv")
     for name in ("fastbert", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    code = "import fastbert, fastbert.kernels.launch\ntry: fastbert.__version__\nexcept AttributeError as e: print(e)"
+    code = "import fastbert, fastbert.kernels.choices\ntry: fastbert.__version__\nexcept AttributeError as e: print(e)"
     assert "not installed" in run(environment / "python", "-c", code, cwd=environment, PYTHONPATH=str(tmp_path))
 
 
@@ -152,7 +154,7 @@ torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = torc
 torch._C._cuda_getDeviceCount = driver_call
 
 import fastbert
-import fastbert.kernels.launch
+import fastbert.kernels.choices
 
 print(torch.cuda.is_initialized())
 print([name for name in ("triton", "transformers", "tokenizers") if name in sys.modules])

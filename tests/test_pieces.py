@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from fastbert import reference
-from fastbert.kernels import launch
+from fastbert.kernels import choices
+from fastbert.kernels.dropout import drop_threshold
 from fastbert.kernels.pieces import (
     gelu_erf,
     gelu_erf_and_gradient,
@@ -175,7 +176,7 @@ def moments_kernel(
 @pytest.mark.parametrize("width", [1, 7, 8, 48, 769])
 def test_moments(width, device, generator):
     x = (torch.randn(2, width, generator=generator) + 1000.0).to(device)
-    block = launch.row_block(width)
+    block = choices.row_block(width)
     mean, variance = torch.full((2, 2), torch.nan, device=device)
     centred = torch.full((2, block), torch.nan, device=device)
     moments_kernel[(1,)](x, mean, variance, centred, WIDTH=width, ROWS=2, BLOCK=block)
@@ -201,7 +202,7 @@ def keep_kernel(
 
 def drawn(seed, first_row, first_column, head, sequence, dropout, rows, block):
     out = torch.full((rows, block), 7, dtype=torch.int8, device=seed.device)
-    threshold = launch.drop_threshold(dropout)
+    threshold = drop_threshold(dropout)
     keep_kernel[(1,)](seed, out, first_row, first_column, head, sequence, threshold, ROWS=rows, BLOCK=block)
     return out
 
@@ -260,7 +261,7 @@ def test_keep_mask_does_not_depend_on_the_tile(device):
 def test_keep_rate_by_chi_square(dropout, device):
     """In all, for each of the eight draws of a call, and for pairs of neighbours, which must be independent."""
     keep = drawn(torch.tensor([2018], device=device), 0, 0, 0, 0, dropout, 512, 512).double().cpu()
-    rate = 1 - launch.drop_threshold(dropout) / 65536
+    rate = 1 - drop_threshold(dropout) / 65536
     spread = rate * (1 - rate)
     for lane in range(8):
         kept = keep[:, lane::8]

@@ -21,7 +21,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastbert import backend, reference
 from fastbert.config import EncoderConfig
-from fastbert.kernels import launch, target
+from fastbert.kernels import precision, target
 from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.model.layer import EncoderLayer
 from fastbert.ops.attention import attention
@@ -101,7 +101,7 @@ def by_tensor_cores(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray
 def test_what_is_chosen(arch: str, dtype: torch.dtype) -> None:
     for asked, how in ASKED.items():
         expected = how if dtype == torch.float32 and not arch.startswith("gfx") else "ieee"
-        assert launch.float32_precision(dtype, asked, target.KNOWN[arch]) == expected
+        assert precision.float32_precision(dtype, asked, target.KNOWN[arch]) == expected
 
 
 def set_cuda(value: str) -> None:
@@ -127,7 +127,7 @@ def allow() -> None:
 )
 def test_each_way_to_ask_torch_is_heard(ask: Callable[[], None], answer: str) -> None:
     ask()
-    assert target.float32_asked() == answer
+    assert precision.float32_asked() == answer
 
 
 def both_ways(x: torch.Tensor, packing: Packing, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

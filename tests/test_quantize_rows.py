@@ -8,7 +8,7 @@ import torch
 import fastbert
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError
-from fastbert.kernels import launch
+from fastbert.kernels import precision
 from fastbert.ops import quantize_rows as ops
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.layer_norm import layer_norm
@@ -212,12 +212,12 @@ def test_summing_fast_adds_little_to_what_e4m3_rounds(terms, minilm, monkeypatch
     for depth in (768, 1024):
         x, weight = torch.randn(2, 40, depth, generator=torch.Generator().manual_seed(depth))
         by_rows = quantize_rows(x), quantize_rows(weight)
-        shares[launch.fp8_sums_fast(depth)].append(share(x.double(), weight, *by_rows, terms))
+        shares[precision.fp8_sums_fast(depth)].append(share(x.double(), weight, *by_rows, terms))
     found, weights = products(minilm, monkeypatch)
     for (x, rows, by_channel), weight in zip(found, weights, strict=True):
         columns = torch.arange(0, len(weight), 29)
         by_channel = QuantizedRows(by_channel.values[columns], by_channel.scale[columns])
-        shares[launch.fp8_sums_fast(x.shape[1])].append(share(x, weight[columns], rows, by_channel, terms))
+        shares[precision.fp8_sums_fast(x.shape[1])].append(share(x, weight[columns], rows, by_channel, terms))
     assert len(shares[True]) == 20 and len(shares[False]) == 6
     rms, largest = zip(*shares[True], strict=True)
     assert max(rms) < 0.05 and max(largest) < 0.2, shares

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from processes import PYTHON
 
-from fastbert.kernels import attention, attention_backward, launch
+from fastbert.kernels import attention, attention_backward, attention_choices, choices
 from fastbert.kernels.target import KNOWN, pretend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,26 +129,26 @@ def test_the_exhaustive_cases_reach_every_tile_of_attention(monkeypatch: pytest.
 
         return choice
 
-    monkeypatch.setattr(launch, "TUNED", {})
+    monkeypatch.setattr(choices, "TUNED", {})
     backward_parts = [f"attention_backward_{part}" for part in ("query", "key", "bias")]
     for module, names in ((attention, ["attention_forward"]), (attention_backward, backward_parts)):
         for name in names:
-            monkeypatch.setattr(launch, name, remember(getattr(launch, name)))
+            monkeypatch.setattr(attention_choices, name, remember(getattr(attention_choices, name)))
             monkeypatch.setattr(module, f"{name}_kernel", Unlaunched())
     for arch in ARCHS:
         with pretend(KNOWN[arch]):
             for case in load_cases().exhaustive(KNOWN[arch]):
                 if case.name.startswith("attention"):
                     case.run()
-    for key, regimes in launch.ATTENTION_FORWARD.items():
+    for key, regimes in attention_choices.ATTENTION_FORWARD.items():
         assert {name for name, choice in regimes.items() if id(choice) not in reached} == set(), key
     backward: list[dict[Any, Any]] = [
-        launch.ATTENTION_BACKWARD_QUERY,
-        launch.ATTENTION_BACKWARD_QUERY_EXTRAS,
-        launch.ATTENTION_BACKWARD_KEY,
-        launch.ATTENTION_BACKWARD_KEY_EXTRAS,
-        launch.ATTENTION_BACKWARD_ONE_PASS,
-        launch.ATTENTION_BACKWARD_BIAS,
+        attention_choices.ATTENTION_BACKWARD_QUERY,
+        attention_choices.ATTENTION_BACKWARD_QUERY_EXTRAS,
+        attention_choices.ATTENTION_BACKWARD_KEY,
+        attention_choices.ATTENTION_BACKWARD_KEY_EXTRAS,
+        attention_choices.ATTENTION_BACKWARD_ONE_PASS,
+        attention_choices.ATTENTION_BACKWARD_BIAS,
     ]
     for table in backward:
         assert {key for key, choice in table.items() if choice is not None and id(choice) not in reached} == set()

@@ -10,7 +10,7 @@ from fake_gpu import fake_gpu
 
 from fastbert import backend
 from fastbert.errors import BackendError
-from fastbert.kernels import launch, target
+from fastbert.kernels import attention_choices, bias_gelu_choices, choices, row_wise_choices, target
 
 # Arch, and the one whose launch choices it takes.
 NEWER = {
@@ -37,22 +37,24 @@ def test_a_newer_gpu_takes_the_choices_of_the_nearest(arch: str, kin: str) -> No
         assert backend.decide(device).path == "triton"
         mine, known = target.of(device), target.KNOWN[kin]
     assert (mine.arch, mine.kin) == (arch, kin)
-    assert launch.family(mine) == launch.family(known)
+    assert choices.family(mine) == choices.family(known)
     for dtype in (torch.float16, torch.float32):
         for width in (384, 768, 1024, 4096):
-            assert launch.layer_norm_forward(width, dtype, mine) == launch.layer_norm_forward(width, dtype, known)
-            assert launch.layer_norm_backward(width, dtype, mine) == launch.layer_norm_backward(width, dtype, known)
+            for choose in (row_wise_choices.layer_norm_forward, row_wise_choices.layer_norm_backward):
+                assert choose(width, dtype, mine) == choose(width, dtype, known)
             of_mine, of_known = (
-                launch.pool_forward(width, dtype, one, how="mean", normalise=True) for one in (mine, known)
+                row_wise_choices.pool_forward(width, dtype, one, how="mean", normalise=True) for one in (mine, known)
             )
             assert of_mine == of_known
         for head_dim in (32, 64, 128):
-            refused = launch.attention_unserved(head_dim, dtype, known, gradient=False)
-            assert (launch.attention_unserved(head_dim, dtype, mine, gradient=False) is None) == (refused is None)
-            if refused is not None:
+            of_mine, of_known = (
+                attention_choices.attention_unserved(head_dim, dtype, one, gradient=False) for one in (mine, known)
+            )
+            assert (of_mine is None) == (of_known is None)
+            if of_known is not None:
                 continue
             of_mine, of_known = (
-                launch.attention_forward(head_dim, dtype, 300, rows=900, batch=4, extras=False, target=one)
+                attention_choices.attention_forward(head_dim, dtype, 300, rows=900, batch=4, extras=False, target=one)
                 for one in (mine, known)
             )
             assert of_mine == of_known
@@ -78,11 +80,11 @@ def test_what_was_measured_on_a_gpu_is_its_own(monkeypatch: pytest.MonkeyPatch) 
     """A B300 that was tuned does not change what a B200 takes, nor the other way round."""
     with fake_gpu("sm_103") as device:
         mine = target.of(device)
-    plain = launch.bias_gelu_forward(768, torch.float16, mine)
+    plain = bias_gelu_choices.bias_gelu_forward(768, torch.float16, mine)
     measured = replace(plain, num_warps=2 * plain.num_warps)
-    monkeypatch.setitem(launch.TUNED, ("sm_103", "bias_gelu_forward", "width=768,dtype=float16"), measured)
-    assert launch.bias_gelu_forward(768, torch.float16, mine) == measured
-    assert launch.bias_gelu_forward(768, torch.float16, target.KNOWN["sm_100"]) == plain
+    monkeypatch.setitem(choices.TUNED, ("sm_103", "bias_gelu_forward", "width=768,dtype=float16"), measured)
+    assert bias_gelu_choices.bias_gelu_forward(768, torch.float16, mine) == measured
+    assert bias_gelu_choices.bias_gelu_forward(768, torch.float16, target.KNOWN["sm_100"]) == plain
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "xpu", "meta"])

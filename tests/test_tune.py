@@ -23,21 +23,21 @@ from processes import PYTHON
 from tune import Search
 
 from fastbert.errors import ArgumentError
-from fastbert.kernels import launch
-from fastbert.kernels.launch import BiasGeluForward
+from fastbert.kernels import bias_gelu_choices, choices
+from fastbert.kernels.choices import Block
 from fastbert.kernels.target import KNOWN, of
 from fastbert.testing import assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
 H100 = KNOWN["sm_90"]
 SHAPE = "width=3072,dtype=float16"
-CURRENT, SLOW, FAST, FASTER, OTHER = (BiasGeluForward(rows, 1024, 4) for rows in (4, 1, 2, 8, 16))
+CURRENT, SLOW, FAST, FASTER, OTHER = (Block(rows, 1024, 4) for rows in (4, 1, 2, 8, 16))
 SECONDS = {CURRENT: 1.0, SLOW: 2.0, FAST: 0.8, FASTER: 0.5, OTHER: 0.9}
 ABOUT = {"device": "fake"}
 
 
-def in_force_now() -> BiasGeluForward:
-    return launch.bias_gelu_forward(3072, torch.float16, H100)
+def in_force_now() -> Block:
+    return bias_gelu_choices.bias_gelu_forward(3072, torch.float16, H100)
 
 
 def problem(
@@ -79,7 +79,7 @@ class FakeDevice:
 
 @pytest.fixture(autouse=True)
 def nothing_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "TUNED", {})
+    monkeypatch.setattr(choices, "TUNED", {})
 
 
 @pytest.fixture
@@ -101,14 +101,14 @@ def search(
 
 
 def winner(tuned: Path) -> Any:
-    return launch.read_tuned(tuned).get(("sm_90", "bias_gelu_forward", SHAPE))
+    return choices.read_tuned(tuned).get(("sm_90", "bias_gelu_forward", SHAPE))
 
 
 def test_the_fastest_wins(tuned: Path) -> None:
     _, done, said = search(FakeDevice(), tuned, [problem()])
     assert done and winner(tuned) == FASTER
     assert "2.00 times as fast" in said[0]
-    assert launch.TUNED == {("sm_90", "bias_gelu_forward", SHAPE): FASTER}, "the winner, and no other on trial"
+    assert choices.TUNED == {("sm_90", "bias_gelu_forward", SHAPE): FASTER}, "the winner, and no other on trial"
 
 
 def test_a_wrong_one_is_never_timed_nor_chosen(tuned: Path) -> None:
@@ -173,9 +173,9 @@ def test_what_else_was_tuned_stays(tuned: Path) -> None:
         },
     }
     tuned.write_text(json.dumps(others))
-    before = launch.read_tuned(tuned)
+    before = choices.read_tuned(tuned)
     search(FakeDevice(), tuned, [problem()])
-    assert launch.read_tuned(tuned) == before | {("sm_90", "bias_gelu_forward", SHAPE): FASTER}
+    assert choices.read_tuned(tuned) == before | {("sm_90", "bias_gelu_forward", SHAPE): FASTER}
     assert {path.name for path in tuned.parent.iterdir()} == {"tuned.json", "tune.jsonl"}
 
 
@@ -210,11 +210,11 @@ def test_winners_of_an_earlier_run_are_written_again(tuned: Path, monkeypatch: p
     same = Problem("bias_gelu_forward", "width=1536,dtype=float16", FASTER, (), False, problem().prepare)
     search(FakeDevice(), tuned, [problem(), same])
     tuned.write_text("{}")
-    monkeypatch.setattr(launch, "TUNED", {})
+    monkeypatch.setattr(choices, "TUNED", {})
     again = FakeDevice()
     _, done, _ = search(again, tuned, [problem(), same])
     assert done and again.timed == []
-    assert launch.read_tuned(tuned) == launch.TUNED == {("sm_90", "bias_gelu_forward", SHAPE): FASTER}
+    assert choices.read_tuned(tuned) == choices.TUNED == {("sm_90", "bias_gelu_forward", SHAPE): FASTER}
 
 
 def test_time_runs_out(tuned: Path) -> None:
@@ -267,7 +267,7 @@ ARCHS = [arch for arch in KNOWN if arch != "interpreter"]
 @pytest.mark.parametrize("arch", ARCHS)
 def test_problems_of_every_target(arch: str) -> None:
     found = problems(KNOWN[arch])
-    assert {problem.op for problem in found} == set(SPACES) == set(launch._CHOICES)
+    assert {problem.op for problem in found} == set(SPACES) == set(choices.MEASURABLE)
     assert len({(problem.op, problem.shape) for problem in found}) == len(found)
     for problem in found:
         assert problem.candidates and problem.current not in problem.candidates
@@ -298,7 +298,7 @@ def test_forms_of_linear_gelu() -> None:
 
 
 def test_one_pass_keeps_the_block_that_holds_every_key() -> None:
-    one_pass = launch.AttentionBackwardKey(64, 128, 8, 1, ONE_PASS=True)
+    one_pass = choices.AttentionKeyTile(64, 128, 8, 1, ONE_PASS=True)
     found = candidates("attention_backward_key", one_pass, H100)
     assert found and all(choice.ONE_PASS and choice.BLOCK_N == 128 for choice in found)
 
@@ -343,8 +343,8 @@ def test_calls_are_right_and_use_the_choice_on_trial(op: str, device: torch.devi
     work = found.prepare(device)
     plain, exact = work.expected()
     used: list[Any] = []
-    tuned = launch.tuned
-    monkeypatch.setattr(launch, "tuned", lambda *key: used.append(tuned(*key)) or used[-1])
+    tuned = choices.tuned
+    monkeypatch.setattr(choices, "tuned", lambda *key: used.append(tuned(*key)) or used[-1])
     for choice in (found.current, found.candidates[-1]):
         used.clear()
         with in_force(here, found, choice):
@@ -405,13 +405,13 @@ import json, sys
 sys.path[:0] = ["benchmarks", "benchmarks/static"]
 from pathlib import Path
 from tune import inspect_choice
-from fastbert.kernels.launch import LayerNormForward, LinearGeluForward
+from fastbert.kernels.choices import LinearGeluTile, Rows
 from fastbert.kernels.target import KNOWN
 
 norm = ("layer_norm_forward", "hidden=768,dtype=float16")
 product = ("linear_gelu_forward", "rows=512,width=3072,depth=768,dtype=float16")
-choices = [(*norm, LayerNormForward(1, 1)), (*norm, LayerNormForward(8, 1))]
-choices += [(*product, LinearGeluForward(64, 64, 32, 4, 2)), (*product, LinearGeluForward(32, 64, 32, 4, 2))]
+choices = [(*norm, Rows(1, 1)), (*norm, Rows(8, 1))]
+choices += [(*product, LinearGeluTile(64, 64, 32, 4, 2)), (*product, LinearGeluTile(32, 64, 32, 4, 2))]
 print(json.dumps([inspect_choice(KNOWN["sm_90"], *choice, Path(sys.argv[1])) for choice in choices]))
 """
 
@@ -435,7 +435,7 @@ def test_a_gpu_whose_machine_code_nobody_reads(monkeypatch: pytest.MonkeyPatch, 
 
         def time(self, run: Callable[[], object]) -> float:
             run()
-            self.timed.append(launch.bias_gelu_forward(3072, torch.float16, self.target))
+            self.timed.append(bias_gelu_choices.bias_gelu_forward(3072, torch.float16, self.target))
             return self.seconds[self.timed[-1]]
 
     monkeypatch.setattr("folders.RESULTS", tmp_path / "results")
@@ -446,7 +446,7 @@ def test_a_gpu_whose_machine_code_nobody_reads(monkeypatch: pytest.MonkeyPatch, 
     assert not tune.tune(device, 1.0, anew=False).broken
     assert set(device.timed) == set(SECONDS)
     assert "sm_137: nobody reads its machine code here" in capsys.readouterr().out
-    assert launch.read_tuned(tmp_path / "tuned.json") == {("sm_137", "bias_gelu_forward", SHAPE): FASTER}
+    assert choices.read_tuned(tmp_path / "tuned.json") == {("sm_137", "bias_gelu_forward", SHAPE): FASTER}
     assert (tmp_path / "results" / "a-gpu-of-2031" / "tune.jsonl").exists()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastbert.kernels import launch
+from fastbert.kernels import attention_choices, precision
 from fastbert.kernels.attention import attention_forward
 from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward, bias_gelu_quantize
@@ -161,7 +161,7 @@ def exhaustive(target: Target) -> Iterator[Case]:
         yield linear_gelu(3072, 768, dtype, target)
         yield linear_gelu(3072, 768, dtype, target, approximate="tanh", store_product=True)
         yield linear_gelu(112, 80, dtype, target, bias=False, store_product=True)
-    if launch.fp8_unserved(torch.bfloat16, target) is None:
+    if precision.fp8_unserved(torch.bfloat16, target) is None:
         for width in (384, 768, 1024, 1536, 3072, 4096):
             yield from quantized(width, torch.bfloat16)
 
@@ -179,7 +179,7 @@ def attention(
     store_lse: bool = False,
 ) -> Iterator[Case]:
     """One case, or none where the kernel does not serve this shape on `target`."""
-    if launch.attention_unserved(head_dim, dtype, target, gradient=store_lse) is not None:
+    if attention_choices.attention_unserved(head_dim, dtype, target, gradient=store_lse) is not None:
         return
     rows, max_seqlen = LENGTHS[lengths]
     run = partial(
@@ -207,7 +207,7 @@ def attention_gradient(
     dropout: bool = False,
 ) -> Iterator[Case]:
     """The backward of `attention`, with the gradient of the bias where there is one."""
-    if launch.attention_unserved(head_dim, dtype, target, gradient=True) is not None:
+    if attention_choices.attention_unserved(head_dim, dtype, target, gradient=True) is not None:
         return
     rows, max_seqlen = LENGTHS[lengths]
     out = torch.empty(rows, HEADS, head_dim, dtype=dtype)

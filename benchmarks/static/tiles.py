@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastbert.kernels import launch
+from fastbert.kernels import attention_choices
 from fastbert.kernels.target import KNOWN, Target
 from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
@@ -40,11 +40,13 @@ def waste(arch: str) -> dict[str, dict[str, float]]:
 def _passes(target: Target, head_dim: int, lengths: tuple[int, ...]) -> list[tuple[str, int, int]]:
     """(pass, rows a program owns, rows a step) of each kernel."""
     longest, rows = max(lengths), sum(lengths)
-    forward = launch.attention_forward(
+    forward = attention_choices.attention_forward(
         head_dim, DTYPE, longest, rows=rows, batch=len(lengths), extras=False, target=target
     )
-    by_key = launch.attention_backward_key(head_dim, DTYPE, longest, dbias=False, extras=False, target=target)
-    by_query = launch.attention_backward_query(head_dim, DTYPE, extras=False, target=target)
+    by_key = attention_choices.attention_backward_key(
+        head_dim, DTYPE, longest, dbias=False, extras=False, target=target
+    )
+    by_query = attention_choices.attention_backward_query(head_dim, DTYPE, extras=False, target=target)
     return [
         ("attention", forward.BLOCK_M, forward.BLOCK_N),
         ("attention_backward_query", by_query.BLOCK_M, by_query.BLOCK_N),

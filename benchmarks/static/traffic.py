@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.kernels import cost, launch, target
+from fastbert.kernels import attention_choices, bias_gelu_choices, choices, cost, row_wise_choices, target
 from fastbert.kernels.attention import attention_forward
 from fastbert.kernels.attention_backward import attention_backward
 from fastbert.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
@@ -77,11 +77,11 @@ def attention(name: str, lengths: tuple[int, ...], slack: int = SLACK) -> Iterat
     packing = Packing.from_lengths(torch.tensor(lengths))
     tokens, rows = packing.tokens, packing.tokens + slack
     qkv, dout = _states(rows, 3, HEADS, HEAD_DIM), _states(rows, HEADS, HEAD_DIM)
-    forward = launch.attention_forward(
+    forward = attention_choices.attention_forward(
         HEAD_DIM, DTYPE, packing.max_seqlen, rows=rows, batch=packing.batch, extras=False, target=TARGET
     )
-    by_query = launch.attention_backward_query(HEAD_DIM, DTYPE, extras=False, target=TARGET)
-    by_key = launch.attention_backward_key(
+    by_query = attention_choices.attention_backward_query(HEAD_DIM, DTYPE, extras=False, target=TARGET)
+    by_key = attention_choices.attention_backward_key(
         HEAD_DIM, DTYPE, packing.max_seqlen, dbias=False, extras=False, target=TARGET
     )
     batch = (packing.cu_seqlens, tile_table(packing, forward.BLOCK_M), packing.max_seqlen)
@@ -118,7 +118,7 @@ def layer_norm(tokens: int, dropout: float, *, unpack: bool = False) -> Iterator
     yield Case(f"layer_norm{name}", run, tokens, tokens + SLACK, minimum)
     run = partial(layer_norm_backward, dout, x, weight, mean, rstd, residual=True, x_bias=True, **drawn)
     minimum = cost.layer_norm_backward(tokens, HIDDEN, DTYPE, **options).min_bytes
-    sums = _sums(tokens, 3 * HIDDEN, launch.layer_norm_backward(HIDDEN, DTYPE, TARGET))
+    sums = _sums(tokens, 3 * HIDDEN, row_wise_choices.layer_norm_backward(HIDDEN, DTYPE, TARGET))
     yield Case(f"layer_norm backward{name}", run, tokens, tokens + SLACK, minimum, sums)
 
 
@@ -131,7 +131,7 @@ def bias_gelu(tokens: int, gated: bool) -> Iterator[Case]:
     minimum = cost.bias_gelu(tokens, WIDTH, DTYPE, gated=gated).min_bytes
     yield Case(f"bias_gelu{name}", partial(bias_gelu_forward, x, bias, gated=gated), tokens, rows, minimum)
     minimum = cost.bias_gelu_backward(tokens, WIDTH, DTYPE, gated=gated).min_bytes
-    sums = _sums(tokens, columns, launch.bias_gelu_backward(WIDTH, DTYPE, TARGET, gated=gated))
+    sums = _sums(tokens, columns, bias_gelu_choices.bias_gelu_backward(WIDTH, DTYPE, TARGET, gated=gated))
     run = partial(bias_gelu_backward, dout, x, bias, gated=gated)
     yield Case(f"bias_gelu backward{name}", run, tokens, rows, minimum, sums)
 
@@ -176,7 +176,7 @@ def pool(how: str, normalise: bool) -> Iterator[Case]:
     yield Case(f"pool backward {name}", run, tokens, rows, minimum)
 
 
-def _sums(tokens: int, elements: int, choice: launch.LayerNormBackward | launch.BiasGeluBackward) -> int:
+def _sums(tokens: int, elements: int, choice: choices.StridedRows | choices.StridedBlock) -> int:
     """`Case.sums` of a backward with so many elements of gradients of parameters."""
     programs = min(choice.PROGRAMS, -(-tokens // choice.ROWS))
     return elements * (programs * torch.float32.itemsize - DTYPE.itemsize)

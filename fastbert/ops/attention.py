@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.kernels import launch, target
+from fastbert.kernels import attention_choices, target
+from fastbert.kernels.dropout import drop_scale
 from fastbert.ops.common import cast_states, check_dropout, launched, native_machine, wants_gradient
 from fastbert.ops.dropout import keep_lines
 from fastbert.ops.tile_table import tile_table
@@ -62,7 +63,7 @@ def attention(
     (qkv,) = cast_states(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     gradient = wants_gradient(qkv, bias)
-    unserved = launch.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device), gradient=gradient)
+    unserved = attention_choices.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device), gradient=gradient)
     if backend.uses_triton("attention", qkv, unserved):
         filled = _filled(qkv)
         out = _attention_triton(filled, packing, scale, bias, alibi_slopes, window, dropout, seed, gradient)
@@ -80,11 +81,11 @@ def prepare_attention(qkv: Tensor, packing: Packing) -> Callable[[Tensor, Packin
 
     _check(qkv, packing, None, None, None, None, 0.0, None)
     head_dim, here = qkv.shape[-1], target.of(qkv.device)
-    unserved = launch.attention_unserved(head_dim, qkv.dtype, here, gradient=False)
+    unserved = attention_choices.attention_unserved(head_dim, qkv.dtype, here, gradient=False)
     if not backend.uses_triton("attention", qkv, unserved):
         return None
     filled = _filled(qkv)
-    choice = launch.attention_forward(
+    choice = attention_choices.attention_forward(
         filled.shape[-1], qkv.dtype, packing.max_seqlen, rows=len(qkv), batch=packing.batch, extras=False, target=here
     )
     tiles, scale = tile_table(packing, choice.BLOCK_M), head_dim**-0.5
@@ -216,7 +217,7 @@ class _DroppedAttention(torch.autograd.Function):
             keep = _keep(block, qkv.shape[2], dropout, seed)
             weights = _weights(query, key, block, scale)
             weights.mul_(keep.to(weights.dtype))
-            _from_grid(_product(weights.to(value.dtype), value, launch.drop_scale(dropout)), block, out)
+            _from_grid(_product(weights.to(value.dtype), value, drop_scale(dropout)), block, out)
             kept.append(keep)
         ctx.save_for_backward(qkv, *kept)
         ctx.options = packing, scale, dropout
@@ -237,12 +238,12 @@ class _DroppedAttention(torch.autograd.Function):
             weights = _weights(query, key, block, scale)
             keep = keep.to(weights.dtype)
             kept_weights = (weights * keep).to(value.dtype)
-            dweights = _product(_exact(dcontext), _exact(value).transpose(1, 2), launch.drop_scale(dropout)).mul_(keep)
+            dweights = _product(_exact(dcontext), _exact(value).transpose(1, 2), drop_scale(dropout)).mul_(keep)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).to(value.dtype)
             gradient = torch.empty_like(grid)
             _product(dscores, key, scale, out=gradient[0])
             _product(dscores.transpose(1, 2), query, scale, out=gradient[1])
-            _product(kept_weights.transpose(1, 2), dcontext, launch.drop_scale(dropout), out=gradient[2])
+            _product(kept_weights.transpose(1, 2), dcontext, drop_scale(dropout), out=gradient[2])
             _from_grid(gradient, block, dqkv)
         return dqkv, None, None, None, None
 
@@ -331,7 +332,7 @@ def _attention_triton(
     head_dim, dtype, max_seqlen = qkv.shape[-1], qkv.dtype, packing.max_seqlen
     extras = bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0
     here = target.of(qkv.device)
-    forward = launch.attention_forward(
+    forward = attention_choices.attention_forward(
         head_dim,
         dtype,
         max_seqlen,
@@ -344,8 +345,10 @@ def _attention_triton(
     tiles = [tile_table(packing, forward.BLOCK_M)]
     if gradient:
         dbias = bias is not None and bias.requires_grad
-        by_query = launch.attention_backward_query(head_dim, dtype, extras=extras, target=here)
-        by_key = launch.attention_backward_key(head_dim, dtype, max_seqlen, dbias=dbias, extras=extras, target=here)
+        by_query = attention_choices.attention_backward_query(head_dim, dtype, extras=extras, target=here)
+        by_key = attention_choices.attention_backward_key(
+            head_dim, dtype, max_seqlen, dbias=dbias, extras=extras, target=here
+        )
         tiles += [tile_table(packing, by_query.BLOCK_M), tile_table(packing, by_key.BLOCK_N)]
     out, _ = launched(attention_forward, qkv, bias)(
         qkv, packing.cu_seqlens, tiles, max_seqlen, packing.tokens, scale, bias, alibi_slopes, window, dropout, seed

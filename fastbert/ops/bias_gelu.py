@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbert import backend
 from fastbert.errors import ArgumentError
-from fastbert.kernels import launch
+from fastbert.kernels import choices
 from fastbert.ops.common import cast_states, check_parameter, check_rows, launched
 from fastbert.reference import Approximate
 
@@ -38,7 +38,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
         raise ArgumentError("x", f"shape {tuple(x.shape)}", "an even number of columns: GELU's input, then the gate")
     if bias is not None:
         check_parameter("bias", bias, (x.shape[1],), x)
-    if backend.uses_triton("bias_gelu", x, launch.elementwise_unserved(x.dtype)):
+    if backend.uses_triton("bias_gelu", x, choices.dtype_unserved(x.dtype)):
         return launched(bias_gelu_forward, x, bias)(x, bias, approximate, gated)
     if bias is None and not gated:
         return F.gelu(x, approximate=approximate)

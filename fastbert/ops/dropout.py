@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert import reference
-from fastbert.kernels import launch
+from fastbert.kernels.dropout import drop_scale, drop_threshold
 from fastbert.reference import FOLD_M, LOW
 
 PAIRS_AT_ONCE = 2**16  # words of two columns, that caches hold; 2**15 to 2**17 are as fast
@@ -18,10 +18,10 @@ def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
     """Dropout of a `[rows, hidden]` state by the same mask as the kernels'."""
     rows, hidden = x.shape
     if torch.compiler.is_compiling():
-        return x * reference.hidden_keep_mask(seed, rows, hidden, dropout) * launch.drop_scale(dropout)
+        return x * reference.hidden_keep_mask(seed, rows, hidden, dropout) * drop_scale(dropout)
     row = torch.arange(rows, device=x.device)
     keep = keep_lines(seed, row, row.new_zeros(()), row.new_zeros(()), hidden, dropout)
-    return _Dropped.apply(x, keep, launch.drop_scale(dropout))  # type: ignore[no-untyped-call]
+    return _Dropped.apply(x, keep, drop_scale(dropout))  # type: ignore[no-untyped-call]
 
 
 class _Dropped(torch.autograd.Function):
@@ -50,7 +50,7 @@ def keep_lines(seed: Tensor, row: Tensor, head: Tensor, sequence: Tensor, column
     pairs = -(-columns // 2)
     pair = torch.arange(pairs, device=row.device)
     kept = torch.empty(len(row), pairs * 2, dtype=torch.int8, device=row.device)
-    threshold = launch.drop_threshold(dropout) - 2**15
+    threshold = drop_threshold(dropout) - 2**15
     lines = max(1, PAIRS_AT_ONCE // max(pairs, 1))
     x, key = reference.row_words(seed, row, head, sequence)
     for start in range(0, len(row), lines):

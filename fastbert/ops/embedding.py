@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError
-from fastbert.kernels import launch
+from fastbert.kernels import row_wise_choices
 from fastbert.ops.common import check_dropout, check_parameter, check_rows, launched, native_machine, wants_gradient
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import check_eps, normalise
@@ -79,7 +79,7 @@ def embedding(
         eps,
         padding_idx,
     )
-    if backend.uses_triton("embedding", word, launch.row_wise_unserved(word.shape[1], word.dtype)):
+    if backend.uses_triton("embedding", word, row_wise_choices.row_wise_unserved(word.shape[1], word.dtype)):
         return launched(embedding_forward, word, position, token_type, weight, bias)(*arguments)
     return _embedding_torch(*arguments, sparse)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.kernels import launch
+from fastbert.kernels import row_wise_choices
 from fastbert.ops.common import (
     cast_states,
     check_dropout,
@@ -71,7 +71,7 @@ def layer_norm(
         x, residual = cast_states(x, residual)
     _check(x, weight, bias, residual, x_bias, eps, unpack)
     check_dropout(dropout, seed, x)
-    if backend.uses_triton("layer_norm", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+    if backend.uses_triton("layer_norm", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         tensors = (x, weight, bias, residual, x_bias)
         out_rows, out_size = (None, 0) if unpack is None else (unpack.indices, math.prod(unpack.padded_shape))
         out = launched(layer_norm_forward, *tensors)(
@@ -119,7 +119,7 @@ def linear_layer_norm(
     check_dropout(dropout, seed, x)
     hidden = weight.shape[0]
     check_residual(residual, (x.shape[0], hidden), x)
-    if backend.uses_triton("linear_layer_norm", x, launch.row_wise_unserved(hidden, x.dtype)):
+    if backend.uses_triton("linear_layer_norm", x, row_wise_choices.row_wise_unserved(hidden, x.dtype)):
         return layer_norm(
             F.linear(x, weight),
             norm_weight,
@@ -170,7 +170,7 @@ def prepare_linear_layer_norm(
     check_linear(x, weight, x_bias)
     product = x.new_empty((len(x), len(weight)))
     _check(product, norm_weight, norm_bias, residual, x_bias, eps, None)
-    if not backend.uses_triton("linear_layer_norm", x, launch.row_wise_unserved(len(weight), x.dtype)):
+    if not backend.uses_triton("linear_layer_norm", x, row_wise_choices.row_wise_unserved(len(weight), x.dtype)):
         return None
     start = kernel.prepare_layer_norm_forward(product, residual=residual, x_bias=x_bias, eps=eps)
     return lambda x, weight, x_bias, residual, norm_weight, norm_bias: start(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbert import backend
 from fastbert.errors import BackendError
-from fastbert.kernels import launch, target
+from fastbert.kernels import choices, linear_gelu_choices, target
 from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, check_approximate
 from fastbert.ops.common import cast_states, check_linear, launched, onednn_fuses, runs_bare, wants_gradient
 from fastbert.ops.linear import by_onednn, linear
@@ -21,9 +21,9 @@ from fastbert.reference import Approximate
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: Approximate = "none") -> Tensor:
     """GELU(x @ weight^T + bias): the first half of the feed-forward.
 
-    On a GPU `launch.linear_gelu` names the form: bias and GELU as one kernel after the GEMM, inside a GEMM of ours, or
-    inside cuBLASLt's. On the CPU, without gradient, oneDNN applies both inside the GEMM in bfloat16, and GELU
-    overwrites the product in float32.
+    On a GPU `linear_gelu_choices.linear_gelu` names the form: bias and GELU as one kernel after the GEMM, inside a
+    GEMM of ours, or inside cuBLASLt's. On the CPU, without gradient, oneDNN applies both inside the GEMM in bfloat16,
+    and GELU overwrites the product in float32.
 
     Args:
         x: floating `[rows, in]`.
@@ -38,7 +38,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     """
     check_linear(x, weight, bias)
     check_approximate(approximate)
-    if backend.uses_triton("linear_gelu", x, launch.elementwise_unserved(x.dtype)):
+    if backend.uses_triton("linear_gelu", x, choices.dtype_unserved(x.dtype)):
         return _linear_gelu_triton(x, weight, bias, approximate)
     if onednn_fuses(x, weight, bias):
         return by_onednn(x, weight, bias, gelu=approximate)
@@ -60,7 +60,7 @@ def prepare_linear_gelu(
 
     check_linear(x, weight, bias)
     check_approximate(approximate)
-    if not backend.uses_triton("linear_gelu", x, launch.elementwise_unserved(x.dtype)):
+    if not backend.uses_triton("linear_gelu", x, choices.dtype_unserved(x.dtype)):
         return None
     if _form(x, weight, approximate, gradient=False) != "fused pass":
         return lambda x, weight, bias: _linear_gelu_triton(x, weight, bias, approximate)
@@ -69,10 +69,12 @@ def prepare_linear_gelu(
     return lambda x, weight, bias: start(F.linear(x, weight), bias)
 
 
-def _form(x: Tensor, weight: Tensor, approximate: Approximate, *, gradient: bool) -> launch.Form:
+def _form(x: Tensor, weight: Tensor, approximate: Approximate, *, gradient: bool) -> choices.Form:
     (rows, depth), width = x.shape, weight.shape[0]
     here = target.of(x.device)
-    return launch.linear_gelu(rows, width, depth, x.dtype, approximate=approximate, gradient=gradient, target=here).form
+    return linear_gelu_choices.linear_gelu(
+        rows, width, depth, x.dtype, approximate=approximate, gradient=gradient, target=here
+    ).form
 
 
 def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: Approximate) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.kernels import launch
+from fastbert.kernels import row_wise_choices
 from fastbert.ops.common import check_rows, launched, native_machine, wants_gradient
 from fastbert.packing import Packing
 from fastbert.reference import Pooling
@@ -40,7 +40,7 @@ def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) 
         raise ArgumentError("how", repr(how), f"one of {', '.join(get_args(Pooling))}")
     if len(x) > packing.tokens:  # a slice of all rows would cost its gradient a copy
         x = x[: packing.tokens]
-    if backend.uses_triton("pool", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+    if backend.uses_triton("pool", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         return launched(pool_forward, x)(x, packing.cu_seqlens, how, normalise, wants_gradient(x))[0]
     machine = native_machine(x)
     if machine is not None and not wants_gradient(x):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastbert import backend, reference
-from fastbert.kernels import launch
+from fastbert.kernels import precision, row_wise_choices
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.common import check_rows, launched
 from fastbert.ops.layer_norm import layer_norm
@@ -40,7 +40,7 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
         BackendError: the Triton path was forced and can't serve this call.
     """
     check_rows("x", x)
-    if backend.uses_triton("quantize_rows", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+    if backend.uses_triton("quantize_rows", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         return QuantizedRows(*launched(quantize_rows_forward, x)(x))
     return QuantizedRows(*reference.quantize_rows(x.float()))
 
@@ -53,7 +53,7 @@ def layer_norm_quantize(
     Raises:
         ArgumentError, BackendError: as `layer_norm`.
     """
-    if backend.uses_triton("layer_norm_quantize", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+    if backend.uses_triton("layer_norm_quantize", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         tensors = (x, weight, bias, residual, x_bias)
         out, values, scale = launched(layer_norm_quantize_forward, *tensors)(*tensors, eps)
         return out, QuantizedRows(values, scale)
@@ -67,7 +67,7 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor, *, approximate: Approximate = "n
     Raises:
         ArgumentError, BackendError: as `bias_gelu`.
     """
-    if backend.uses_triton("bias_gelu_quantize", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+    if backend.uses_triton("bias_gelu_quantize", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         return QuantizedRows(*launched(bias_gelu_quantize_forward, x, bias)(x, bias, approximate))
     return quantize_rows(bias_gelu(x, bias, approximate=approximate))
 
@@ -75,7 +75,7 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor, *, approximate: Approximate = "n
 def linear_quantized(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`x @ weight^T + bias`, `[rows, in]`, `[out, in]`, `[out]` -> `[rows, out]` in `dtype`.
 
-    Summed in float32, or on a GPU in what `launch.fp8_sums_fast` allows.
+    Summed in float32, or on a GPU in what `precision.fp8_sums_fast` allows.
     """
     if x.values.is_cuda:
         return torch._scaled_mm(
@@ -85,7 +85,7 @@ def linear_quantized(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | Non
             weight.scale[None, :],
             bias=bias,
             out_dtype=dtype,
-            use_fast_accum=launch.fp8_sums_fast(x.values.shape[1]),
+            use_fast_accum=precision.fp8_sums_fast(x.values.shape[1]),
         )
     out = (x.values.float() @ weight.values.float().t()) * x.scale[:, None] * weight.scale
     return (out if bias is None else out + bias).to(dtype)
@@ -96,7 +96,7 @@ def prepare_quantize_rows(x: Tensor) -> Callable[[Tensor], QuantizedRows] | None
     from fastbert.kernels import quantize_rows as kernel
 
     check_rows("x", x)
-    if not backend.uses_triton("quantize_rows", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+    if not backend.uses_triton("quantize_rows", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         return None
     start = kernel.prepare_quantize_rows(x)
     return lambda x: QuantizedRows(*start(x))
@@ -108,7 +108,7 @@ def prepare_layer_norm_quantize(
     """`layer_norm_quantize` as a function of x, weight, bias, residual and x_bias; as `prepare_quantize_rows`."""
     from fastbert.kernels import layer_norm as kernel
 
-    if not backend.uses_triton("layer_norm_quantize", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+    if not backend.uses_triton("layer_norm_quantize", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         return None
     start = kernel.prepare_layer_norm_forward(x, residual=residual, x_bias=x_bias, eps=eps, quantize=True)
 
@@ -125,7 +125,7 @@ def prepare_bias_gelu_quantize(
     """`bias_gelu_quantize` as a function of x and bias; as `prepare_quantize_rows`."""
     from fastbert.kernels import bias_gelu as kernel
 
-    if not backend.uses_triton("bias_gelu_quantize", x, launch.row_wise_unserved(x.shape[1], x.dtype)):
+    if not backend.uses_triton("bias_gelu_quantize", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         return None
     start = kernel.prepare_bias_gelu_quantize(x, bias, approximate=approximate)
     return lambda x, bias: QuantizedRows(*start(x, bias))

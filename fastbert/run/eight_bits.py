@@ -16,7 +16,7 @@ from fastbert import reference
 from fastbert.config import Activation
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.kernels import launch, target
+from fastbert.kernels import precision, target
 from fastbert.ops.common import native_machine, wants_gradient
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.layer_norm import in_float32, layer_norm
@@ -107,7 +107,7 @@ class Fp8Linear(EightBitLinear):
     @staticmethod
     def check_device(x: Tensor) -> None:
         """See EightBitLinear."""
-        unserved = launch.fp8_unserved(x.dtype, target.of(x.device))
+        unserved = precision.fp8_unserved(x.dtype, target.of(x.device))
         if unserved is not None:
             raise BackendError("quantize", unserved, "a bfloat16 model on an NVIDIA GPU from sm_89 on, or on the CPU")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.cpu.memory import is_plain as is_plain_tensor
-from fastbert.kernels import launch, target
+from fastbert.kernels import attention_choices, choices, linear_gelu_choices, precision, target
 from fastbert.ops.attention import prepare_attention
 from fastbert.ops.common import check_linear, observed, wants_gradient
 from fastbert.ops.layer_norm import prepare_linear_layer_norm
@@ -98,7 +98,7 @@ def of_kind(
         return None
     kinds = [(x.dtype, x.get_device(), _as_it_lies(x)) for x in tensors]
     shapes = [*[x.shape[1:] for x in states], *[x.shape for x in weights]]
-    asked = tensors[0].dtype == torch.float32 and target.float32_asked()  # which the kernels' code depends on
+    asked = tensors[0].dtype == torch.float32 and precision.float32_asked()  # which the kernels' code depends on
     key = options, target.of(tensors[0].device), asked, *kinds, *shapes
     prepared = _kept.get(key)
     if prepared is None and all(as_it_lies for _, _, as_it_lies in kinds) and (prepared := prepare()) is not None:
@@ -164,8 +164,8 @@ def _sizes(x: Tensor, packing: Packing, widest: int) -> tuple[Hashable, ...]:
     rows = len(x)
     return (
         rows_kind(rows, widest * x.element_size()),
-        launch.row_bound(rows),
-        launch.attention_regime(packing.max_seqlen, rows=rows, batch=packing.batch),
+        linear_gelu_choices.row_bound(rows),
+        attention_choices.attention_regime(packing.max_seqlen, rows=rows, batch=packing.batch),
         rows < packing.tokens,  # which is an error, each time
     )
 
@@ -296,7 +296,7 @@ def rows_kind(rows: int, row_bytes: int) -> Hashable:
 
     Beyond 2 GiB each number is a kind by itself: AMD's code knows whether a tensor's offsets fit 32 bits.
     """
-    return launch.number_kind(rows) if rows * row_bytes < 1 << 31 else rows
+    return choices.number_kind(rows) if rows * row_bytes < 1 << 31 else rows
 
 
 def _as_it_lies(x: Tensor) -> bool:

@@ -1,11 +1,12 @@
-"""launch: choices are pure, fit what they are for, and give way to measured ones."""
+"""Launch choices are pure, fit what they are for, and give way to measured ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastbert.kernels import launch
+from fastbert.kernels import attention_choices, bias_gelu_choices, choices, linear_gelu_choices, row_wise_choices
 from fastbert.kernels.target import KNOWN
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -14,7 +15,7 @@ ARCHS = list(KNOWN)
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("choose", [launch.layer_norm_forward, launch.embedding_forward])
+@pytest.mark.parametrize("choose", [row_wise_choices.layer_norm_forward, row_wise_choices.embedding_forward])
 def test_whole_rows(choose, dtype, arch):
     for hidden in (1, 7, 48, 384, 768, 1024):
         assert choose(hidden, dtype, KNOWN[arch]).num_warps == 1, "up to 1024 columns a row belongs to one warp"
@@ -25,16 +26,17 @@ def test_whole_rows(choose, dtype, arch):
 def test_small_rows_share_a_program():
     """A warp of 32 lanes reads 512 bytes at once: two rows of 128 halves, one of 256."""
     rows = [
-        launch.layer_norm_forward(hidden, torch.float16, KNOWN["sm_90"]).ROWS for hidden in (32, 128, 200, 256, 768)
+        row_wise_choices.layer_norm_forward(hidden, torch.float16, KNOWN["sm_90"]).ROWS
+        for hidden in (32, 128, 200, 256, 768)
     ]
     assert rows == [8, 2, 1, 1, 1]
-    assert launch.layer_norm_forward(128, torch.float32, KNOWN["sm_90"]).ROWS == 1
-    assert launch.layer_norm_forward(128, torch.float16, KNOWN["gfx942"]).ROWS == 4
+    assert row_wise_choices.layer_norm_forward(128, torch.float32, KNOWN["sm_90"]).ROWS == 1
+    assert row_wise_choices.layer_norm_forward(128, torch.float16, KNOWN["gfx942"]).ROWS == 4
 
 
 @pytest.mark.parametrize(("width", "block"), [(1, 8), (8, 8), (9, 16), (768, 1024), (1024, 1024), (8192, 8192)])
 def test_row_block_holds_a_row(width, block):
-    assert launch.row_block(width) == block
+    assert choices.row_block(width) == block
 
 
 @pytest.mark.parametrize(
@@ -42,13 +44,13 @@ def test_row_block_holds_a_row(width, block):
     [(3072, 1024, 4), (1536, 512, 2), (768, 256, 1), (300, 256, 4), (100, 128, 2), (48, 64, 1), (1, 8, 1)],
 )
 def test_bias_gelu(width, block, warps):
-    choice = launch.bias_gelu_forward(width, torch.float16, KNOWN["sm_90"])
-    assert choice == launch.BiasGeluForward(ROWS=4, BLOCK=block, num_warps=warps)
+    choice = bias_gelu_choices.bias_gelu_forward(width, torch.float16, KNOWN["sm_90"])
+    assert choice == choices.Block(ROWS=4, BLOCK=block, num_warps=warps)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("choose", [launch.layer_norm_backward, launch.embedding_backward])
+@pytest.mark.parametrize("choose", [row_wise_choices.layer_norm_backward, row_wise_choices.embedding_backward])
 def test_backward_of_whole_rows(choose, dtype, arch):
     """1024 warps in all; one for a row of up to 512 columns, more where one would spill."""
     for hidden in (1, 48, 384, 512, 768, 1024, 1025, 8192):
@@ -63,54 +65,48 @@ def test_backward_of_whole_rows(choose, dtype, arch):
 
 @pytest.mark.parametrize(("width", "programs"), [(3072, 341), (768, 1365), (300, 512), (1, 4096), (2**23, 1)])
 def test_backward_of_bias_gelu(width, programs):
-    forward = launch.bias_gelu_forward(width, torch.float16, KNOWN["sm_90"])
-    backward = launch.bias_gelu_backward(width, torch.float16, KNOWN["sm_90"])
-    assert backward == launch.BiasGeluBackward(forward.ROWS, forward.BLOCK, programs, forward.num_warps)
+    forward = bias_gelu_choices.bias_gelu_forward(width, torch.float16, KNOWN["sm_90"])
+    backward = bias_gelu_choices.bias_gelu_backward(width, torch.float16, KNOWN["sm_90"])
+    assert backward == choices.StridedBlock(forward.ROWS, forward.BLOCK, programs, forward.num_warps)
 
 
 def test_backward_of_gated_bias_gelu_takes_fewer_rows_where_it_holds_more():
     widths = (3072, 1152, 312)
-    rows = [launch.bias_gelu_backward(width, torch.float16, KNOWN["sm_90"], gated=True).ROWS for width in widths]
+    rows = [
+        bias_gelu_choices.bias_gelu_backward(width, torch.float16, KNOWN["sm_90"], gated=True).ROWS for width in widths
+    ]
     assert rows == [2, 4, 2]
 
 
 def test_backward_takes_two_rows_of_512_columns_where_registers_allow():
     calls = (("sm_80", torch.float16), ("gfx942", torch.bfloat16), ("sm_80", torch.float32), ("gfx1100", torch.float16))
-    assert [launch.layer_norm_backward(384, dtype, KNOWN[arch]).ROWS for arch, dtype in calls] == [2, 2, 1, 1]
+    assert [row_wise_choices.layer_norm_backward(384, dtype, KNOWN[arch]).ROWS for arch, dtype in calls] == [2, 2, 1, 1]
 
 
 def test_a_launch_takes_what_is_the_kernel_s():
-    assert launch.arguments(launch.LayerNormBackward(ROWS=2, PROGRAMS=9, num_warps=4)) == {"ROWS": 2, "num_warps": 4}
+    assert choices.arguments(choices.StridedRows(ROWS=2, PROGRAMS=9, num_warps=4)) == {"ROWS": 2, "num_warps": 4}
     tile = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    assert launch.arguments(launch.AttentionBackwardBias(**tile)) == tile
-    assert launch.arguments(launch.AttentionBackwardBias(**tile, maxnreg=255)) == {**tile, "maxnreg": 255}
+    assert choices.arguments(choices.AttentionBiasTile(**tile)) == tile
+    assert choices.arguments(choices.AttentionBiasTile(**tile, maxnreg=255)) == {**tile, "maxnreg": 255}
 
 
 @pytest.mark.parametrize(("hidden", "block"), [(1, 8), (48, 64), (768, 256), (8192, 256)])
 def test_backward_of_a_table(hidden, block):
-    choice = launch.embedding_backward_table(hidden, torch.float16, KNOWN["sm_90"])
-    assert choice == launch.EmbeddingBackwardTable(ROWS=4, BLOCK=block, num_warps=1)
+    choice = row_wise_choices.embedding_backward_table(hidden, torch.float16, KNOWN["sm_90"])
+    assert choice == choices.Block(ROWS=4, BLOCK=block, num_warps=1)
 
 
 def test_what_the_kernels_do_not_serve():
-    assert launch.row_wise_unserved(8192, torch.float16) is None
-    assert "8193" in launch.row_wise_unserved(8193, torch.float16)
-    assert "float64" in launch.row_wise_unserved(8, torch.float64)
-    assert launch.elementwise_unserved(torch.bfloat16) is None
-    assert "float64" in launch.elementwise_unserved(torch.float64)
+    assert row_wise_choices.row_wise_unserved(8192, torch.float16) is None
+    assert "8193" in row_wise_choices.row_wise_unserved(8193, torch.float16)
+    assert "float64" in row_wise_choices.row_wise_unserved(8, torch.float64)
+    assert choices.dtype_unserved(torch.bfloat16) is None
+    assert "float64" in choices.dtype_unserved(torch.float64)
 
 
 def test_choices_can_not_be_changed():
     with pytest.raises(AttributeError):
-        launch.bias_gelu_forward(768, torch.float16, KNOWN["sm_90"]).ROWS = 1
-
-
-@pytest.mark.parametrize(
-    ("dropout", "threshold"), [(0.0, 0), (2**-17, 0), (2**-16, 1), (0.1, 6554), (0.5, 32768), (0.9999999, 65535)]
-)
-def test_drop_threshold_and_scale(dropout, threshold):
-    assert launch.drop_threshold(dropout) == threshold
-    assert launch.drop_scale(dropout) == pytest.approx(1 / (1 - threshold / 65536), rel=1e-12)
+        bias_gelu_choices.bias_gelu_forward(768, torch.float16, KNOWN["sm_90"]).ROWS = 1
 
 
 def write(path, tuned):
@@ -121,33 +117,35 @@ def write(path, tuned):
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_attention_on_rdna_runs_without_a_gradient_where_that_spills(head_dim):
     rdna, served = KNOWN["gfx1100"], head_dim == 64
-    assert launch.attention_unserved(head_dim, torch.float16, rdna, gradient=False) is None
-    said = launch.attention_unserved(head_dim, torch.float16, rdna, gradient=True)
+    assert attention_choices.attention_unserved(head_dim, torch.float16, rdna, gradient=False) is None
+    said = attention_choices.attention_unserved(head_dim, torch.float16, rdna, gradient=True)
     assert said is None if served else "the gradient of head_dim" in said
-    assert launch.attention_unserved(head_dim, torch.float16, KNOWN["sm_90"], gradient=True) is None
+    assert attention_choices.attention_unserved(head_dim, torch.float16, KNOWN["sm_90"], gradient=True) is None
     if served:
-        assert launch.attention_backward_query(64, torch.float16, extras=False, target=rdna).num_warps == 4
+        assert attention_choices.attention_backward_query(64, torch.float16, extras=False, target=rdna).num_warps == 4
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942", "interpreter"])
 def test_the_gradient_of_the_widest_heads_is_not_served_in_float32(arch):
     target = KNOWN[arch]
-    assert launch.attention_unserved(256, torch.float32, target, gradient=False) is None
-    said = launch.attention_unserved(256, torch.float32, target, gradient=True)
+    assert attention_choices.attention_unserved(256, torch.float32, target, gradient=False) is None
+    said = attention_choices.attention_unserved(256, torch.float32, target, gradient=True)
     assert said == f"the gradient of head_dim 256 in torch.float32 does not fit the registers of {arch}"
-    assert launch.attention_unserved(128, torch.float32, target, gradient=True) is None
+    assert attention_choices.attention_unserved(128, torch.float32, target, gradient=True) is None
 
 
 def test_extras_take_smaller_tiles_in_the_backward_where_the_plain_ones_would_spill():
-    def choices(arch, head_dim, extras):
+    def tiles(arch, head_dim, extras):
         here = KNOWN[arch]
-        key = launch.attention_backward_key(head_dim, torch.float16, 512, dbias=False, extras=extras, target=here)
-        query = launch.attention_backward_query(head_dim, torch.float16, extras=extras, target=here)
+        key = attention_choices.attention_backward_key(
+            head_dim, torch.float16, 512, dbias=False, extras=extras, target=here
+        )
+        query = attention_choices.attention_backward_query(head_dim, torch.float16, extras=extras, target=here)
         return key.BLOCK_N, query.BLOCK_M
 
-    assert choices("sm_80", 64, False) == (128, 128)
-    assert choices("sm_80", 64, True) == (64, 64)
-    assert choices("sm_80", 48, False) == choices("sm_80", 48, True)  # padded to 64
+    assert tiles("sm_80", 64, False) == (128, 128)
+    assert tiles("sm_80", 64, True) == (64, 64)
+    assert tiles("sm_80", 48, False) == tiles("sm_80", 48, True)  # padded to 64
 
 
 def test_the_forward_s_regimes():
@@ -155,15 +153,15 @@ def test_the_forward_s_regimes():
 
     def forward(arch, max_seqlen, head_dim=64, **extras):
         options = {"extras": bool(extras), **extras, "target": KNOWN[arch]}
-        return launch.attention_forward(head_dim, torch.float16, max_seqlen, rows=1001, batch=4, **options)
+        return attention_choices.attention_forward(head_dim, torch.float16, max_seqlen, rows=1001, batch=4, **options)
 
-    table = launch.ATTENTION_FORWARD["ampere", "half", 64]
+    table = attention_choices.ATTENTION_FORWARD["ampere", "half", 64]
     assert forward("sm_80", 300) == forward("sm_80", 300, head_dim=48) == table["default"]
     assert forward("sm_80", 64) == table["short"]
     assert forward("sm_80", 64, bias=False) == forward("sm_80", 300, bias=False) == table["extras"]
     assert forward("sm_80", 300, bias=True) == table["bias"] != table["extras"]
     assert forward("sm_90", 300, bias=True) == forward("sm_90", 300, bias=False)
-    for (family, kind, _), regimes in launch.ATTENTION_FORWARD.items():
+    for (family, kind, _), regimes in attention_choices.ATTENTION_FORWARD.items():
         if "short" in regimes:
             assert regimes["short"].BLOCK_N >= 64 and not regimes["short"].SPLIT_TAIL, (family, kind)
 
@@ -182,19 +180,19 @@ def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
             },
         }
     }  # fmt: skip
-    monkeypatch.setattr(launch, "TUNED", launch.read_tuned(write(tmp_path / "tuned.json", measured)))
+    monkeypatch.setattr(choices, "TUNED", choices.read_tuned(write(tmp_path / "tuned.json", measured)))
     h100, a100 = KNOWN["sm_90"], KNOWN["sm_80"]
     half, single = torch.float16, torch.float32
-    assert launch.layer_norm_forward(768, half, h100) == launch.LayerNormForward(ROWS=2, num_warps=2)
-    assert launch.layer_norm_forward(768, half, a100) == launch.LayerNormForward(ROWS=1, num_warps=1)
-    assert launch.layer_norm_forward(768, single, h100) == launch.LayerNormForward(ROWS=1, num_warps=1)
-    assert launch.layer_norm_forward(384, half, h100) == launch.LayerNormForward(ROWS=1, num_warps=1)
-    assert launch.embedding_forward(768, torch.bfloat16, h100) == launch.EmbeddingForward(ROWS=4, num_warps=1)
-    assert launch.bias_gelu_forward(3072, single, h100) == launch.BiasGeluForward(ROWS=1, BLOCK=512, num_warps=8)
-    product = launch.linear_gelu(100, 3072, 768, half, approximate="none", gradient=False, target=h100)
-    assert product == launch.LinearGelu("epilogue")
-    attention = launch.attention_forward(64, half, 32, rows=64, batch=2, extras=False, target=h100)
-    assert attention == launch.AttentionForward(32, 16, 2, 1, SPLIT_TAIL=False)
+    assert row_wise_choices.layer_norm_forward(768, half, h100) == choices.Rows(ROWS=2, num_warps=2)
+    assert row_wise_choices.layer_norm_forward(768, half, a100) == choices.Rows(ROWS=1, num_warps=1)
+    assert row_wise_choices.layer_norm_forward(768, single, h100) == choices.Rows(ROWS=1, num_warps=1)
+    assert row_wise_choices.layer_norm_forward(384, half, h100) == choices.Rows(ROWS=1, num_warps=1)
+    assert row_wise_choices.embedding_forward(768, torch.bfloat16, h100) == choices.Rows(ROWS=4, num_warps=1)
+    assert bias_gelu_choices.bias_gelu_forward(3072, single, h100) == choices.Block(ROWS=1, BLOCK=512, num_warps=8)
+    product = linear_gelu_choices.linear_gelu(100, 3072, 768, half, approximate="none", gradient=False, target=h100)
+    assert product == choices.LinearGeluForm("epilogue")
+    attention = attention_choices.attention_forward(64, half, 32, rows=64, batch=2, extras=False, target=h100)
+    assert attention == choices.AttentionTile(32, 16, 2, 1, SPLIT_TAIL=False)
 
 
 @pytest.mark.parametrize(
@@ -217,21 +215,21 @@ def test_a_measured_choice_comes_first(tmp_path, monkeypatch):
 def test_a_malformed_file_says_where(tuned, says, tmp_path):
     path = write(tmp_path / "tuned.json", tuned)
     with pytest.raises(ValueError, match=says) as raised:
-        launch.read_tuned(path)
+        choices.read_tuned(path)
     assert str(path) in str(raised.value)
 
 
 def test_the_shipped_file_can_be_read():
-    assert launch.read_tuned(launch.Path(launch.__file__).with_name("tuned.json")) == launch.TUNED
+    assert choices.read_tuned(Path(choices.__file__).with_name("tuned.json")) == choices.TUNED
 
 
 def test_the_version_of_triton_is_known_without_loading_it(monkeypatch):
     for version, wanted in (("3.7.1", (3, 7)), ("3.10.0+git1", (3, 10))):
-        monkeypatch.setattr(launch.metadata, "version", lambda name, version=version: version)
-        assert launch.triton_version() == wanted
+        monkeypatch.setattr(attention_choices.metadata, "version", lambda name, version=version: version)
+        assert attention_choices.triton_version() == wanted
 
     def missing(name):
-        raise launch.metadata.PackageNotFoundError(name)
+        raise attention_choices.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(launch.metadata, "version", missing)
-    assert launch.triton_version() == (0, 0)
+    monkeypatch.setattr(attention_choices.metadata, "version", missing)
+    assert attention_choices.triton_version() == (0, 0)
