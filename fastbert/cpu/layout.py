@@ -10,7 +10,7 @@ from torch import Tensor
 from fastbert.cpu.memory import room
 
 
-def laid_out(weight: Tensor, columns: int) -> Tensor:
+def in_blocks(weight: Tensor, columns: int) -> Tensor:
     """`[out, in]` -> `[blocks of outputs, words of inputs, columns, inputs in a word of 4 bytes]`, zeros at the end.
 
     Args:
@@ -21,8 +21,8 @@ def laid_out(weight: Tensor, columns: int) -> Tensor:
     return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, columns)).transpose(1, 2).contiguous()
 
 
-def laid_out_together(weights: Sequence[Tensor], columns: int) -> list[Tensor]:
-    """Each `laid_out`, of one dtype, one after another in memory: what is fetched past one's end is the next one."""
+def in_blocks_together(weights: Sequence[Tensor], columns: int) -> list[Tensor]:
+    """Each `in_blocks`, of one dtype, one after another in memory: what is fetched past one's end is the next one."""
     inputs = 4 // weights[0].itemsize
     sizes = [
         (len(weight) + -len(weight) % columns) * (weight.shape[1] + -weight.shape[1] % inputs) for weight in weights
@@ -30,6 +30,6 @@ def laid_out_together(weights: Sequence[Tensor], columns: int) -> list[Tensor]:
     parts = room([sum(sizes)], weights[0].dtype).split(sizes)
     made = []
     for weight, part in zip(weights, parts, strict=True):
-        one = laid_out(weight, columns)
+        one = in_blocks(weight, columns)
         made.append(part.view_as(one).copy_(one))
     return made
