@@ -25,7 +25,7 @@ from workloads import workload
 
 from fastbert.backend import first_device
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
-from fastbert.cpu.layout import laid_out
+from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine, host
 from fastbert.tasks.encode import TextEncoder
 
@@ -137,23 +137,23 @@ def test_share_of_the_rate_of_products(dtype: str) -> None:
 
 def products(machine: Machine, dtype: str, rows: int, shapes: list[tuple[int, int]]) -> Callable[[], Any]:
     """Linear layers of these shapes by the same kernels, with a bias and nothing else."""
-    from fastbert.cpu.code import Launch, Program
     from fastbert.cpu.linear import linear
     from fastbert.cpu.linear_int8 import linear_int8
+    from fastbert.cpu.program import Call, Program
     from fastbert.cpu.row_wise import row_wise
 
-    launches: list[Launch] = []
+    calls: list[Call] = []
     for depth, width in shapes:
         x, weight, bias = torch.randn(rows, depth), torch.randn(width, depth) / depth**0.5, torch.randn(width)
         if dtype == "int8":
             quantized = Int8Rows.empty(rows, depth)
             row_wise(machine, x, out_int8=quantized).run()
-            launches += linear_int8(machine, quantized, Int8Matrix.of(weight), bias, out=torch.empty(rows, width))
+            calls += linear_int8(machine, quantized, Int8Matrix.of(weight), bias, out=torch.empty(rows, width))
         else:
             to = torch.bfloat16 if dtype == "bf16" else torch.float32
             out = torch.empty(rows, width, dtype=to)
-            launches.append(linear(machine, x.to(to), laid_out(weight.to(to), machine.columns), bias.to(to), out))
-    return Program(launches).run
+            calls.append(linear(machine, x.to(to), in_blocks(weight.to(to), machine.vectors.columns), bias.to(to), out))
+    return Program(calls).run
 
 
 def test_latency() -> None:

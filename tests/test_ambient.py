@@ -203,17 +203,17 @@ print(float((out[3:43].double() - exact.transpose(0, 1)).abs().max()))
 
 
 @pytest.mark.skipif(not native(), reason="needs kernels of this CPU")
-def test_more_threads_than_when_a_launch_was_made() -> None:
+def test_more_threads_than_when_a_call_was_made() -> None:
     from fastbert.cpu.attention import attention_forward
-    from fastbert.cpu.code import Program
+    from fastbert.cpu.program import Program
 
     machine, packing = host(), Packing.from_lengths([40] * 30)
     qkv = torch.randn(packing.tokens, 3, 4, 16)
     out, want = torch.zeros(packing.tokens, 4, 16), attention(qkv, packing)
     with put_back(torch.set_num_threads, 1, torch.get_num_threads()):
-        launch = attention_forward(machine, qkv, packing.cu_seqlens, 40, 0.25, out)
+        call = attention_forward(machine, qkv, packing.cu_seqlens, 40, 0.25, out)
         torch.set_num_threads(8)
-        program = Program([launch])
+        program = Program([call])
         torch.set_num_threads(2)
         program.run()
     assert torch.equal(out, want)

@@ -16,6 +16,7 @@ from fastbert.cpu import linear as native_linear
 from fastbert.cpu import linear_int8 as native_linear_int8
 from fastbert.cpu import pooling as native_pooling
 from fastbert.cpu import weight_gradient as native_weight_gradient
+from fastbert.cpu.instructions import AVX2, AVX512_VNNI
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.cpu.machine import Machine, host
 from fastbert.cpu.row_wise import row_wise
@@ -34,7 +35,7 @@ if not isinstance(HOST, Machine):
     pytest.skip(f"{HOST}: Linux on x86-64 with AVX2 runs this", allow_module_level=True)
 
 # Without AVX-512 the vectors are half as wide, and there are half as many.
-NARROW = Machine("x86-64-v3", "", lanes=8, registers=16, bfloat16=False, int8=False)
+NARROW = Machine("x86-64-v3", "", AVX2)
 MACHINES = [pytest.param(HOST, id="host"), pytest.param(NARROW, id="AVX2")]
 DTYPES = [torch.float32, torch.bfloat16]
 ACTIVATIONS = {
@@ -214,7 +215,7 @@ def test_linear(rows, depth, width, machine, dtype, generator):
     weight = (torch.randn(width, depth, generator=generator) / depth**0.5).to(dtype)
     bias = torch.randn(width, generator=generator).to(dtype)
     residual = torch.randn(rows, width, generator=generator).to(dtype)
-    matrix = native_layout.laid_out(weight, machine.columns)
+    matrix = native_layout.in_blocks(weight, machine.vectors.columns)
     for activation, added in ((None, None), ("gelu", None), (None, residual), ("silu", residual)):
 
         def compute(to, activation=activation, added=added):
@@ -227,12 +228,12 @@ def test_linear(rows, depth, width, machine, dtype, generator):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_linear_over_several_groups_of_rows(machine, generator, monkeypatch):
+def test_linear_over_several_groups_of_rows(machine, generator):
     """Each group has tasks of its own; the last one is short, and goes over rows of the one before it."""
-    monkeypatch.setattr(Machine, "group_bytes", 64 * 4 * 16)
+    machine = replace(machine, vectors=replace(machine.vectors, group_bytes=64 * 4 * 16))
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((67, 64), (96, 64), (96,)))
     out = torch.full((67, 96), torch.nan)
-    native_linear.linear(machine, x, native_layout.laid_out(weight, machine.columns), bias, out).run()
+    native_linear.linear(machine, x, native_layout.in_blocks(weight, machine.vectors.columns), bias, out).run()
     assert_close(out, F.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
 
 
@@ -503,7 +504,7 @@ def test_a_run_that_is_kept_reads_and_writes_anew(generator, runs):
 
 @pytest.mark.parametrize(("rows", "at_once"), [(1, 1), (3, 2), (4, 4), (13, 8), (16, 8), (24, 12), (60, 12)])
 def test_rows_at_once(rows, at_once):
-    assert native_linear_int8._rows_at_once(rows) == at_once
+    assert AVX512_VNNI.rows_at_once(rows) == at_once
 
 
 def test_slack_of_a_laid_out_run_is_not_read(generator, runs):
@@ -567,7 +568,7 @@ def test_layouts_are_kept_until_a_weight_changes(change, generator, runs):
 
 
 def test_what_a_machine_has_decides(monkeypatch):
-    assert replace(HOST, bfloat16=False).dtypes == (torch.float32,)
+    assert replace(HOST, bfloat16=None).dtypes == (torch.float32,)
     monkeypatch.setattr(backend, "host", lambda: "a CPU of sand")
     backend._decide.cache_clear()
     try:
@@ -581,7 +582,7 @@ def test_one_task_more_than_rows_of_a_task(generator):
     """Rows that end inside a task, in a kernel whose tasks share out rows evenly."""
     if not HOST.int8:
         pytest.skip("no products of int8 here: a CPU with them runs this (AVX512-VNNI; without FASTBERT_CPU)")
-    for rows in (native_linear_int8.MOST_ROWS, native_linear_int8.MOST_ROWS + 1, 2 * native_linear_int8.TASK_ROWS + 1):
+    for rows in (HOST.int8.rows, HOST.int8.rows + 1, 2 * native_linear_int8.TASK_ROWS + 1):
         x = torch.randn(rows, 16, generator=generator)
         product = quantize_rows_int8(x), Int8Matrix.of(torch.randn(16, 16, generator=generator)), torch.zeros(16)
         out, _ = linear_int8(*product, torch.float32)

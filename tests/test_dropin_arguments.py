@@ -241,10 +241,10 @@ wanted = encoder.encode(texts, max_length=16)
 if sys.argv[2] == "tokenises":
     work = lambda: encoder.tokenizer.encode(texts * 20, 16)
 else:
-    from fastbert.cpu import code
+    from fastbert.cpu import program
     from fastbert.cpu.machine import host
     kept = []  # a kernel is never given back
-    work = lambda: kept.append(code.compiled(host(), "nothing", ["x"], lambda code: None))
+    work = lambda: kept.append(program.compiled(host(), "nothing", ["x"], lambda code: None))
 done = threading.Event()
 def on_and_on():
     while not done.is_set():

@@ -20,17 +20,18 @@ from torch import Tensor
 
 from fastbert import reference
 from fastbert.cpu import attention as native_attention
-from fastbert.cpu import code as native_code
 from fastbert.cpu import embedding as native_embedding
 from fastbert.cpu import int8 as native_int8
 from fastbert.cpu import layout as native_layout
 from fastbert.cpu import linear as native_linear
 from fastbert.cpu import linear_int8 as native_linear_int8
 from fastbert.cpu import pooling as native_pooling
+from fastbert.cpu import program as native_program
 from fastbert.cpu import weight_gradient as native_weight_gradient
-from fastbert.cpu.code import Program
+from fastbert.cpu.instructions import AVX2
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.cpu.machine import Machine, host
+from fastbert.cpu.program import Program
 from fastbert.cpu.row_wise import PARAMETERS, row_wise
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
@@ -40,7 +41,7 @@ if not isinstance(HOST, Machine):
     pytest.skip(f"{HOST}: Linux on x86-64 with AVX2 runs this", allow_module_level=True)
 
 # Which is why no lane of a weaker CPU need run this: no mark `cpu`.
-MACHINES = {"host": HOST, "AVX2": Machine("x86-64-v3", "", lanes=8, registers=16, bfloat16=False, int8=False)}
+MACHINES = {"host": HOST, "AVX2": Machine("x86-64-v3", "", AVX2)}
 
 ROWS = [1, 2, 5, 17, 33]
 WIDTHS = [1, 7, 8, 15, 16, 17, 26, 33, 64, 100, 312]
@@ -72,7 +73,7 @@ def linear(machine: Machine, place: Place) -> None:
         for case, (width, depth) in enumerate(zip(WIDTHS, reversed(WIDTHS), strict=True)):
             depth += depth % 2 if dtype == torch.bfloat16 else 0  # whole words
             weight, bias = (randn(width, depth) / depth**0.5).to(dtype), place(randn(width).to(dtype))
-            matrix = place(native_layout.laid_out(weight, machine.columns))
+            matrix = place(native_layout.in_blocks(weight, machine.vectors.columns))
             for rows in ROWS:
                 x, residual = place(randn(rows, depth).to(dtype)), place(randn(rows, width).to(dtype))
                 out = place(torch.full((rows, width), torch.nan, dtype=dtype))
@@ -122,8 +123,8 @@ def linear_int8(machine: Machine, place: Place) -> None:
                 # LayerNorm of the product and a residual, or gelu alone
                 norm = (norm_weight, norm_bias, 1e-5) if case % 2 else None
                 steps = {"activation": "gelu"} if norm is None else {"residual": residual, "norm": norm}
-                launches = native_linear_int8.linear_int8(machine, x, weight, bias, out=out, out_int8=int8, **steps)
-                Program(launches).run()
+                calls = native_linear_int8.linear_int8(machine, x, weight, bias, out=out, out_int8=int8, **steps)
+                Program(calls).run()
                 plain, exact = (product(x, weight, bias, residual, norm, to) for to in (torch.float32, torch.float64))
                 assert_close(out, plain.to(dtype), exact)
                 assert ((int8.floats() - exact).abs() <= 0.51 * int8.scale[:, None] + 1e-5).all()
@@ -209,17 +210,17 @@ def weight_gradient(machine: Machine, place: Place) -> None:
 def row_too_many(machine: Machine, place: Place) -> None:
     """What must end the process: a kernel that was told of one row more than there are."""
     x = place(randn(3, 16))
-    launch = row_wise(machine, x, out=torch.empty(4, 16))
-    launch.fields[3 + PARAMETERS.index("rows")] += 1
-    launch.run()
+    call = row_wise(machine, x, out=torch.empty(4, 16))
+    call.fields[3 + PARAMETERS.index("rows")] += 1
+    call.run()
 
 
 def element_too_early(machine: Machine, place: Place) -> None:
     """The same on the other side: one that begins to write an element before its memory."""
     out = place(randn(3, 16))
-    launch = row_wise(machine, randn(3, 16), out=out)
-    launch.fields[3 + PARAMETERS.index("out")] -= out.itemsize
-    launch.run()
+    call = row_wise(machine, randn(3, 16), out=out)
+    call.fields[3 + PARAMETERS.index("out")] -= out.itemsize
+    call.run()
 
 
 KERNELS = {
@@ -237,7 +238,7 @@ FAULTS = {"row too many": row_too_many, "element too early": element_too_early}
 def run_guarded(run: Callable[[Machine, Place], None], machine: Machine, side: guard_pages.Side) -> None:
     """Run with a place for tensors at the side of a guarded page; there lies what the kernels make for themselves."""
     torch.manual_seed(2018)
-    for module in (native_code, native_int8, native_layout, native_linear_int8):
+    for module in (native_program, native_int8, native_layout, native_linear_int8):
         module.room = partial(guard_pages.room, side=side)  # type: ignore[attr-defined]
     run(machine, partial(guard_pages.placed, side=side))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fastbert.cpu import guards, memory
-from fastbert.cpu.code import I64, Kernel, compiled
 from fastbert.cpu.machine import Machine, host
-from fastbert.cpu.memory import FLOAT32, PerWorker, located
+from fastbert.cpu.memory import FLOAT32, PerWorker
+from fastbert.cpu.program import Kernel, compiled
 from fastbert.cpu.row_wise import PARAMETERS, row_wise
 from fastbert.errors import BackendError
 
@@ -34,19 +34,19 @@ def test_a_kernel_that_writes_past_its_memory_is_named(width: int) -> None:
     """It is told of one row more than there are."""
     x, out = (memory.room((rows, width), torch.float32) for rows in (4, 3))
     x.fill_(1.0)
-    launch = row_wise(HOST, x[:3], out=out)
-    launch.run()
-    launch.fields[3 + PARAMETERS.index("rows")] += 1
+    call = row_wise(HOST, x[:3], out=out)
+    call.run()
+    call.fields[3 + PARAMETERS.index("rows")] += 1
     with pytest.raises(BackendError, match=rf"row_wise: out.*{4 * width} bytes written past its memory"):
-        launch.run()
+        call.run()
 
 
 def test_a_kernel_that_writes_before_its_memory_is_named() -> None:
     out = memory.room((3, 16), torch.float32)
-    launch = row_wise(HOST, torch.ones(3, 16, dtype=torch.float32), out=out)
-    launch.fields[3 + PARAMETERS.index("out")] -= out.itemsize
+    call = row_wise(HOST, torch.ones(3, 16, dtype=torch.float32), out=out)
+    call.fields[3 + PARAMETERS.index("out")] -= out.itemsize
     with pytest.raises(BackendError, match=r"row_wise: out.*4 bytes written before its memory"):
-        launch.run()
+        call.run()
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +56,30 @@ def writer() -> Kernel:
         HOST,
         "writer",
         ("memory", "offset"),
-        lambda code: code.store(code.constant(I64, 1), code["memory"] + code["offset"]),
+        lambda code: code.store(code.number(1), code["memory"] + code["offset"]),
     )
 
 
 @pytest.mark.parametrize("offset", [0, 24, 32, 2**16, -8])
 def test_scratch_of_a_worker_is_watched(offset: int, writer: Kernel) -> None:
-    launch = writer(1, PerWorker(32), offset)
+    call = writer(1, memory=PerWorker(32), offset=offset)
     if 0 <= offset < 32:
-        launch.run()
+        call.run()
     else:
         with pytest.raises(BackendError, match=r"scratch.*8 bytes written"):
-            launch.run()
+            call.run()
+
+
+@pytest.mark.parametrize("named", [{}, {"memory": 0}, {"memory": 0, "offset": 0, "rows": 1}], ids=str)
+def test_arguments_go_by_the_names_of_parameters(named: dict[str, int], writer: Kernel) -> None:
+    with pytest.raises(TypeError, match=r"writer: got .*; expected memory, offset"):
+        writer(1, **named)
 
 
 def test_memory_that_is_not_ours_is_not_looked_at(writer: Kernel) -> None:
     """That of a caller, who may have something beside it."""
     whole = torch.zeros(8, dtype=torch.float32)
-    writer(1, located("memory", whole[:2], FLOAT32, 2), 8).run()
+    writer(1, memory=(whole[:2], FLOAT32, 2), offset=8).run()
     assert whole[2:4].view(torch.int64) == 1
 
 

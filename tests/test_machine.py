@@ -32,19 +32,20 @@ print("oneDNN bfloat16", backend.onednn_multiplies_bfloat16())
 layer = torch.ops.mkldnn._linear_pointwise(torch.ones(2, 64), torch.ones(64, 64), None, "none", [], "")
 machine = host()
 if isinstance(machine, Machine):
-    print("kernels", machine.lanes, machine.bfloat16, machine.int8)
+    print("kernels", machine.vectors.lanes, machine.bfloat16 is not None, machine.int8 is not None)
     import llvmlite.binding as llvm
     make, made = llvm.create_mcjit_compiler, []
     def kept(module, target):
         made.append(target.emit_assembly(module))
         return make(module, target)
     llvm.create_mcjit_compiler = kept
-    from fastbert.cpu.layout import laid_out
+    from fastbert.cpu.layout import in_blocks
     from fastbert.cpu.linear import linear
     from fastbert.cpu.row_wise import row_wise
     x, out = torch.ones(20, 64), torch.empty(20, 64)
     row_wise(machine, x, activation="gelu", norm=(torch.ones(64), torch.ones(64), 1e-5), out=out).run()
-    linear(machine, x, laid_out(x, machine.columns), torch.ones(20), torch.empty(20, 20), activation="silu").run()
+    weight = in_blocks(x, machine.vectors.columns)
+    linear(machine, x, weight, torch.ones(20), torch.empty(20, 20), activation="silu").run()
     assert len(made) >= 2
     names = "xmm", "ymm", "zmm", "k1", "ymm16"
     print("vectors", *(name for name in names if any(f"%{name}" in code for code in made)))
@@ -125,27 +126,28 @@ def test_a_lane_takes_away_and_never_adds(features: dict[str, bool], monkeypatch
         native_machine.host.__wrapped__()
     monkeypatch.setenv("FASTBERT_CPU", "avx2")
     machine = native_machine.host.__wrapped__()
-    assert machine.lanes == 8 and "+avx512" not in machine.features and "+avx2" in machine.features
+    assert machine.vectors.lanes == 8 and "+avx512" not in machine.features and "+avx2" in machine.features
     monkeypatch.setenv("FASTBERT_CPU", "fast")
     with pytest.raises(ArgumentError, match="FASTBERT_CPU: got 'fast'; expected avx512, avx2, none"):
         native_machine.host.__wrapped__()
 
 
-@pytest.mark.parametrize("wide", [True, False])
-def test_sums_of_a_tile_fit_the_registers(wide: bool) -> None:
+def test_sums_of_a_tile_fit_the_registers() -> None:
     """Beside them are two vectors of weights and a number of x in each lane of a third."""
-    machine = Machine("", "", lanes=16 if wide else 8, registers=32 if wide else 16, bfloat16=False, int8=False)
-    vectors = machine.columns // machine.lanes
-    assert machine.rows * vectors + vectors + 1 <= machine.registers
+    sets = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels")
+    for vectors in sets.VECTORS:
+        columns = vectors.columns // vectors.lanes
+        assert vectors.rows * columns + columns + 1 <= vectors.registers
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_what_no_instruction_serves_is_said(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With kernels and without; a GPU is another matter."""
+    sets = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels")
     asked = backend.bfloat16_unserved if dtype == "bf16" else backend.int8_unserved
     cpu = torch.device("cpu")
     for served in (True, False):
-        machine = Machine("a 486", "", lanes=8, registers=16, bfloat16=served, int8=served)
+        machine = Machine("a 486", "", sets.AVX2, *((sets.AVX512_BF16, sets.AVX512_VNNI) if served else ()))
         monkeypatch.setattr(backend, "host", lambda machine=machine: machine)
         said = asked(cpu)
         assert (said is None) == served and (served or "a 486 has no instructions for" in said)
@@ -159,7 +161,8 @@ def test_int8_that_is_slower_than_float32_warns(monkeypatch: pytest.MonkeyPatch,
     from tiny_bert import random_model
 
     model = random_model(generator)
-    machine = Machine("a 486", "", lanes=8, registers=16, bfloat16=False, int8=False)
+    sets = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels")
+    machine = Machine("a 486", "", sets.AVX2)
     monkeypatch.setattr(backend, "host", lambda: machine)
     with pytest.warns(UserWarning, match=r"int8 is slower than float32 here: a 486 has no instructions for int8"):
         quantize(model, dtype="int8")

@@ -1,8 +1,8 @@
 """attention of packed sequences on a CPU: forward, without bias, window or dropout.
 
 A task is a head of a sequence. Its keys are transposed once, so that scores are made for a vector of keys at a time;
-then `ROWS` queries after `ROWS` go through scores, softmax and the sum of values, all of it in the nearest cache.
-bfloat16 is multiplied by pairs: two neighbours of a head for the scores, two keys for the sum of values.
+then `Vectors.queries` queries after as many go through scores, softmax and the sum of values, all of it in the nearest
+cache. bfloat16 is multiplied by pairs: two neighbours of a head for the scores, two keys for the sum of values.
 """
 
 from __future__ import annotations
@@ -15,16 +15,35 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from fastbert.cpu.code import F32, I16, I32, Code, Kernel, Launch, Value, compiled, float_bits
+from fastbert.cpu.code import Code
 from fastbert.cpu.machine import Machine
-from fastbert.cpu.memory import INT32, PerWorker, located
+from fastbert.cpu.maths import exp2
+from fastbert.cpu.memory import INT32, PerWorker
+from fastbert.cpu.program import Call, Kernel, compiled, float_bits
+from fastbert.cpu.values import (
+    F32,
+    I16,
+    I32,
+    Value,
+    bitcast,
+    greatest_lane,
+    interleaved,
+    maximum,
+    minimum,
+    select,
+    sum_of_lanes,
+    to_bfloat16,
+    to_int32,
+    transposed,
+    widened,
+)
 
 PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
 
 
 def attention_forward(
     machine: Machine, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor
-) -> Launch:
+) -> Call:
     """Softmax(q k^T scale) v of each head of each sequence.
 
     Args:
@@ -33,46 +52,40 @@ def attention_forward(
         out: contiguous `[rows, heads, head_dim]` <- the result; rows past the last sequence are not written.
     """
     heads, head_dim = qkv.shape[2:]
-    width = -(-max_seqlen // (2 * machine.lanes)) * 2 * machine.lanes + 2 * machine.lanes
-    columns = -(-head_dim // machine.lanes) * machine.lanes
+    lanes = machine.vectors.lanes
+    width = -(-max_seqlen // (2 * lanes)) * 2 * lanes + 2 * lanes
+    columns = -(-head_dim // lanes) * lanes
     # the transposed keys, the values, the queries and the scores
-    worker_bytes = 4 * (2 * width * columns + _rows(machine) * (columns + width))
+    worker_bytes = 4 * (2 * width * columns + machine.vectors.queries * (columns + width))
     batch = len(cu_seqlens) - 1
-    kernel = _kernel(machine, head_dim, qkv.dtype)
-    return kernel(
+    return _kernel(machine, head_dim, qkv.dtype)(
         batch * heads,
-        located("qkv", qkv, machine.dtypes, qkv.numel()),
-        located("out", out, (qkv.dtype,), qkv.numel() // 3),
-        located("cu_seqlens", cu_seqlens, INT32, batch + 1),
-        PerWorker(worker_bytes),
-        worker_bytes,
-        heads,
-        float_bits(scale * math.log2(math.e)),
+        qkv=(qkv, machine.dtypes, qkv.numel()),
+        out=(out, (qkv.dtype,), qkv.numel() // 3),
+        cu_seqlens=(cu_seqlens, INT32, batch + 1),
+        scratch=PerWorker(worker_bytes),
+        worker_bytes=worker_bytes,
+        heads=heads,
+        scale=float_bits(scale * math.log2(math.e)),
     )
-
-
-def _rows(machine: Machine) -> int:
-    """Queries at a time: with two vectors of keys they fill half of the registers."""
-    return machine.registers // 4
 
 
 @cache
 def _kernel(machine: Machine, head_dim: int, dtype: torch.dtype) -> Kernel:
-    body = partial(_attend, head_dim=head_dim, bfloat16=dtype == torch.bfloat16)
-    return compiled(machine, "attention_forward", PARAMETERS, body)
+    return compiled(machine, "attention_forward", PARAMETERS, partial(_attend, head_dim=head_dim, dtype=dtype))
 
 
-def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
-    lanes, rows = code.lanes, _rows(code.machine)
-    size = 2 if bfloat16 else 4
+def _attend(code: Code, head_dim: int, dtype: torch.dtype) -> None:
+    lanes, rows, dot = code.lanes, code.machine.vectors.queries, code.dot(dtype)
+    bfloat16, size = dtype == torch.bfloat16, dtype.itemsize
     depth = -(-head_dim // 2) if bfloat16 else head_dim  # 32-bit words of a head
     word = I32 if bfloat16 else F32
     blocks = -(-depth // lanes)  # vectors of words of a head
     columns = -(-head_dim // lanes)  # vectors of float32 of a head
     heads = code["heads"]
     sequence, head = code.task // heads, code.task % heads
-    first = code.widened(code.load(code["cu_seqlens"] + sequence * 4, I32))
-    length = code.widened(code.load(code["cu_seqlens"] + sequence * 4 + 4, I32)) - first
+    first = widened(code.load(code["cu_seqlens"] + sequence * 4, I32))
+    length = widened(code.load(code["cu_seqlens"] + sequence * 4 + 4, I32)) - first
     row_bytes = heads * (3 * head_dim * size)
     query = code["qkv"] + first * row_bytes + head * (head_dim * size)
     key, value = query + heads * (head_dim * size), query + heads * (2 * head_dim * size)
@@ -94,17 +107,15 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
             return code.load_first(place, F32, min(lanes, head_dim - block * lanes), lanes)
         # as bfloat16, since a head of an odd number of them ends in half a word
         halves = code.load_first(place, I16, min(2 * lanes, head_dim - 2 * block * lanes), 2 * lanes)
-        return code.bitcast(halves, ir.VectorType(I32, lanes))
+        return bitcast(halves, ir.VectorType(I32, lanes))
 
     def transpose(j: Value) -> None:
         """Words `[lanes keys, depth]` -> `[j / (2 lanes), depth, 2 lanes]` of all keys."""
         tile = keys + (j // (2 * lanes)) * (4 * blocks * lanes * 2 * lanes) + (j % (2 * lanes)) * 4
         for block in range(blocks):
             count = min(lanes, depth - block * lanes)
-            words = [
-                words_of(key + code.minimum(j + i, last) * row_bytes, block) for i in range(lanes)
-            ]  # [lanes, count]
-            for i, column in enumerate(code.transposed(words)[:count]):
+            words = [words_of(key + minimum(j + i, last) * row_bytes, block) for i in range(lanes)]  # [lanes, count]
+            for i, column in enumerate(transposed(words)[:count]):
                 code.store(column, tile + 4 * 2 * lanes * (block * lanes + i))
 
     def pair(j: Value) -> None:
@@ -112,15 +123,12 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
         for c in range(columns):
             count = min(lanes, head_dim - c * lanes)
             two = (
-                code.load_first(value + code.minimum(j + i, last) * row_bytes + 2 * c * lanes, I16, count, lanes)
+                code.load_first(value + minimum(j + i, last) * row_bytes + 2 * c * lanes, I16, count, lanes)
                 for i in range(2)
             )
-            for half, words in enumerate(code.interleaved(*two)):
+            for half, words in enumerate(interleaved(*two)):
                 place = values + j * (2 * columns * lanes) + 4 * c * lanes + 2 * half * lanes
                 code.store(words, place)
-
-    def dot(total: Value, a: Value, b: Value) -> Value:
-        return code.dot_bfloat16(total, a, b) if bfloat16 else code.fma(a, b, total)
 
     def copy(j: Value) -> None:
         """Values of key j -> float32 `[j, columns]`: rows of qkv lie so far apart that they would share a few lines."""
@@ -136,7 +144,7 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
         code.loop(0, length, 1, copy)
 
     def attend_rows(i: Value) -> None:
-        places = [code.minimum(i + r, last) for r in range(rows)]  # the last row again where there are no more
+        places = [minimum(i + r, last) for r in range(rows)]  # the last row again where there are no more
         for r, place in enumerate(places):
             for block in range(blocks):
                 words = words_of(query + place * row_bytes, block)
@@ -160,7 +168,7 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
                 row = totals[halves * r : halves * r + halves]
                 for half, vector in enumerate(row):
                     code.store(vector, scores + j * (4 * rows) + 4 * (half * rows + r) * lanes)
-                following.append(reduce(code.maximum, row, greatest[r]))
+                following.append(reduce(maximum, row, greatest[r]))
             return following
 
         # keys past the last are copies of it, so that they change no row's greatest score
@@ -169,7 +177,7 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
         greatest = code.loop(pairs, width, lanes, partial(score, halves=1), *greatest)
         scale = code.splat(code.float_of("scale"))
         numbers = code.lane_numbers()
-        shifts = [code.splat(code.greatest(row)) for row in greatest]
+        shifts = [code.splat(greatest_lane(row)) for row in greatest]
 
         def exponentials(j: Value, *totals: Value, masked: bool) -> Sequence[Value]:
             """Of `lanes` keys of each row, in the place of their scores; 0 past the last key, if there are such."""
@@ -177,10 +185,10 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
             for r in range(rows):
                 place = scores + j * (4 * rows) + 4 * r * lanes
                 # The difference first: the rounding of a product of scores in the billions is more than 2^x can take.
-                power = code.exp2((code.load(place, F32, lanes) - shifts[r]) * scale)
+                power = exp2(code, (code.load(place, F32, lanes) - shifts[r]) * scale)
                 if masked:
-                    power = code.select(numbers < code.splat_int32(length - j), power, code.vector())
-                code.store(code.to_bfloat16(power) if bfloat16 else power, place)
+                    power = select(numbers < code.splat(to_int32(length - j)), power, code.vector())
+                code.store(to_bfloat16(power) if bfloat16 else power, place)
                 following.append(totals[r] + power)
             return following
 
@@ -204,16 +212,16 @@ def _attend(code: Code, head_dim: int, bfloat16: bool) -> None:
                         made += [dot(totals[r * len(group) + n], weight, vector) for n, vector in enumerate(vectors)]
                     return made
 
-                count = code.minimum(length - j, lanes)
+                count = minimum(length - j, lanes)
                 return code.loop(0, (count + 1) // 2 if bfloat16 else count, 1, multiply, *totals)
 
             totals = code.loop(0, length, lanes, sum_values, *[code.vector()] * (rows * len(group)))
             for r, place in enumerate(places):
-                factor = code.splat(code.constant(F32, 1.0) / code.sum(sums[r]))
+                factor = code.splat(code.scalar(1.0) / sum_of_lanes(sums[r]))
                 for n, column in enumerate(group):
                     result = totals[r * len(group) + n] * factor
                     if bfloat16:
-                        result = code.to_bfloat16(result)
+                        result = to_bfloat16(result)
                     lanes_left = min(lanes, head_dim - column * lanes)
                     code.store(result, out + place * out_bytes + size * column * lanes, lanes_left)
 

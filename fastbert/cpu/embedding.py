@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.cpu.code import I64, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.code import Code
 from fastbert.cpu.machine import Machine
-from fastbert.cpu.memory import INT64, PerWorker, located, located_or_none
+from fastbert.cpu.memory import INT64, PerWorker
+from fastbert.cpu.program import Call, Kernel, compiled
 from fastbert.cpu.row_wise import ROWS, Finish, Reader, load_states, over_rows
+from fastbert.cpu.values import I64, Value
 
 PARAMETERS = (
     "input_ids", "position_ids", "token_type_ids", "rows", "word", "position", "token_type", "norm_weight", "norm_bias",
@@ -39,7 +41,7 @@ def embedding(
     token_type: Tensor,
     norm: tuple[Tensor, Tensor, float],
     out: Tensor,
-) -> Launch:
+) -> Call:
     """LN(word[input_ids] + position[position_ids] + token_type[token_type_ids]), rounded once.
 
     Args:
@@ -57,21 +59,17 @@ def embedding(
         token_type_ids is not None,
         Finish(width, norm=True, out=out.dtype, int8=False),
     )
-    read, written = steps.finish.places(rows, norm, out, None)
-    tables = (
-        located(name, table, machine.dtypes, len(table) * width)
-        for name, table in (("word", word), ("position", position), ("token_type", token_type))
-    )
     return _kernel(machine, steps)(
         -(-rows // ROWS),
-        located("input_ids", input_ids, INT64, rows),
-        located("position_ids", position_ids, INT64, rows),
-        located_or_none("token_type_ids", token_type_ids, INT64, rows),
-        rows,
-        *tables,
-        *read,
-        PerWorker(steps.finish.scratch_width * 4),
-        written[0],
+        input_ids=(input_ids, INT64, rows),
+        position_ids=(position_ids, INT64, rows),
+        token_type_ids=(token_type_ids, INT64, rows),
+        rows=rows,
+        word=(word, machine.dtypes, len(word) * width),
+        position=(position, machine.dtypes, len(position) * width),
+        token_type=(token_type, machine.dtypes, len(token_type) * width),
+        scratch=PerWorker(steps.finish.scratch_width * 4),
+        **steps.finish.arguments(rows, norm, out),
     )
 
 

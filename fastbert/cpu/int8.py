@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastbert.cpu.layout import laid_out
-from fastbert.cpu.memory import FLOAT32, INT8, UINT8, Place, located, room
+from fastbert.cpu.layout import in_blocks
+from fastbert.cpu.memory import FLOAT32, INT8, UINT8, Argument, room
 
-# Outputs of a product that are made together: two vectors of AVX-512's. The same on every machine, because a quantized
-# model's `state_dict` holds weights that are laid out so.
+# Outputs of a block: two vectors of AVX-512's. The same on every machine, because a quantized model's `state_dict` has
+# its weights in such blocks.
 COLUMNS = 32
 
 
@@ -33,21 +33,17 @@ class Int8Rows:
         """Room for them."""
         return cls(room((rows, width), torch.uint8), room((rows,), torch.float32), room((rows,), torch.float32))
 
-    def places(self, name: str, rows: int, width: int) -> tuple[Place, Place, Place]:
+    def arguments(self, name: str, rows: int, width: int) -> dict[str, Argument]:
         """Values, scale and zero, as a kernel takes them."""
-        return (
-            located(f"{name}_values", self.values, UINT8, rows * width),
-            located(f"{name}_scale", self.scale, FLOAT32, rows),
-            located(f"{name}_zero", self.zero, FLOAT32, rows),
-        )
+        return {
+            f"{name}_values": (self.values, UINT8, rows * width),
+            f"{name}_scale": (self.scale, FLOAT32, rows),
+            f"{name}_zero": (self.zero, FLOAT32, rows),
+        }
 
     def floats(self) -> Tensor:
         """What they stand for, float32 `[rows, width]`."""
         return self.scale[:, None] * (self.values.float() - self.zero[:, None])
-
-
-# `Int8Rows.places` of none.
-NO_ROWS = (None, None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +51,7 @@ class Int8Matrix:
     """The weight of a linear layer in int8, a scale for each output.
 
     Attributes:
-        values: int8 `[blocks of outputs, words of inputs, COLUMNS, 4]`, see `layout.laid_out`.
+        values: int8 `[blocks of outputs, words of inputs, COLUMNS, 4]`, see `layout.in_blocks`.
         scale: float32 `[out]`.
         sum: float32 `[out]`, scale * the sum of the values: what a zero point of 1 takes off a product.
     """
@@ -71,16 +67,16 @@ class Int8Matrix:
         scale = exact.abs().amax(1).clamp_min(1e-30) / 127.0
         values = (exact / scale[:, None]).round().to(torch.int8)
         total = scale * values.sum(1, dtype=torch.int32)
-        return cls(laid_out(values, COLUMNS), scale, total)
+        return cls(in_blocks(values, COLUMNS), scale, total)
 
-    def places(self, words: int, width: int) -> tuple[Place, Place, Place]:
+    def arguments(self, words: int, width: int) -> dict[str, Argument]:
         """Values, scale and sum, as a kernel takes them."""
         blocks = -(-width // COLUMNS)
-        return (
-            located("weight", self.values, INT8, blocks * words * COLUMNS * 4),
-            located("weight_scale", self.scale, FLOAT32, width),
-            located("weight_sum", self.sum, FLOAT32, width),
-        )
+        return {
+            "weight": (self.values, INT8, blocks * words * COLUMNS * 4),
+            "weight_scale": (self.scale, FLOAT32, width),
+            "weight_sum": (self.sum, FLOAT32, width),
+        }
 
     def plain(self) -> Tensor:
         """The values as `[in, out]`, the inputs filled up to a multiple of 4."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastbert.cpu.memory import room
 
 
-def laid_out(weight: Tensor, columns: int) -> Tensor:
+def in_blocks(weight: Tensor, columns: int) -> Tensor:
     """`[out, in]` -> `[blocks of outputs, words of inputs, columns, inputs in a word of 4 bytes]`, zeros at the end.
 
     Args:
@@ -22,23 +22,23 @@ def laid_out(weight: Tensor, columns: int) -> Tensor:
 
 
 def size(weight: Tensor, columns: int) -> int:
-    """Elements of what `laid_out` makes of a weight."""
+    """Elements of what `in_blocks` makes of a weight."""
     inputs = 4 // weight.itemsize
     return (len(weight) + -len(weight) % columns) * (weight.shape[1] + -weight.shape[1] % inputs)
 
 
-def laid_out_together(weights: Sequence[Tensor], columns: int) -> list[Tensor]:
-    """Each `laid_out`, of one dtype, one after another in memory: what is fetched past one's end is the next one."""
+def in_blocks_together(weights: Sequence[Tensor], columns: int) -> list[Tensor]:
+    """Each `in_blocks`, of one dtype, one after another in memory: what is fetched past one's end is the next one."""
     sizes = [size(weight, columns) for weight in weights]
     parts = room([sum(sizes)], weights[0].dtype).split(sizes)
     made = []
     for weight, part in zip(weights, parts, strict=True):
-        one = laid_out(weight, columns)
+        one = in_blocks(weight, columns)
         made.append(part.view_as(one).copy_(one))
     return made
 
 
 def plain(matrix: Tensor, outputs: int, inputs: int) -> Tensor:
-    """What `laid_out` was made of, `[outputs, inputs]`; to the bit."""
+    """What `in_blocks` was made of, `[outputs, inputs]`; to the bit."""
     blocks, words, columns, parts = matrix.shape
     return matrix.transpose(1, 2).reshape(blocks * columns, words * parts)[:outputs, :inputs].contiguous()

@@ -1,7 +1,7 @@
 """linear: a product with bias, activation and residual sum, on a CPU, in float32 or bfloat16.
 
-A task is `Machine.columns` outputs of a group of rows: as many as half of a second cache holds, so that the tasks of a
-group find them there. The weights of a task lie together and meet up to `Machine.rows` rows at a time; a sum stays in
+A task is `Vectors.columns` outputs of a group of rows: as many as half of a second cache holds, so that the tasks of a
+group find them there. The weights of a task lie together and meet up to `Vectors.rows` rows at a time; a sum stays in
 its register until it is whole. bfloat16 is multiplied by pairs, into float32.
 """
 
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.cpu.code import F32, I32, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.code import Code
 from fastbert.cpu.machine import Machine
-from fastbert.cpu.memory import located, located_or_none
-from fastbert.cpu.row_wise import activated, load_states
+from fastbert.cpu.maths import activated
+from fastbert.cpu.program import Call, Kernel, compiled
+from fastbert.cpu.row_wise import load_states
+from fastbert.cpu.values import F32, I32, Value, minimum, select, to_bfloat16
 
 # Words whose products are summed before that sum joins the others, so that rounding grows no faster than in a BLAS.
 CHUNK = 384
@@ -49,32 +51,31 @@ def linear(
     *,
     activation: Activation | None = None,
     residual: Tensor | None = None,
-) -> Launch:
+) -> Call:
     """`x @ weight^T + bias`, then activation and + residual, those that are asked for.
 
     Args:
         x: contiguous `[rows, in]`, of a dtype of `machine.dtypes`; a row is whole words.
-        weight: made by `layout.laid_out` for `machine.columns`, in the dtype of x.
+        weight: `layout.in_blocks` of `Vectors.columns`, in the dtype of x.
         bias: contiguous `[out]`, in the dtype of x.
         out: contiguous `[rows, out]`, in the dtype of x <- the result; not the residual itself.
         residual: contiguous `[rows, out]`, in the dtype of x.
     """
     (rows, width), (blocks, words, *_) = out.shape, weight.shape
-    at_once = machine.rows if rows >= machine.rows else 1 << (max(rows, 1).bit_length() - 1)
-    group_rows = max(machine.group_bytes // (4 * words * at_once), 1) * at_once
+    vectors, dtypes = machine.vectors, (x.dtype,)
+    at_once = vectors.rows if rows >= vectors.rows else 1 << (max(rows, 1).bit_length() - 1)
+    group_rows = max(vectors.group_bytes // (4 * words * at_once), 1) * at_once
     kernel = _kernel(machine, Steps(x.dtype, words, width, at_once, activation, residual is not None))
-    next_weight = weight[0].nbytes * torch.get_num_threads()
-    dtypes = (x.dtype,)
     return kernel(
         -(-rows // group_rows) * blocks,
-        located("x", x, machine.dtypes, rows * words * 4 // x.itemsize),
-        rows,
-        group_rows,
-        located("weight", weight, dtypes, -(-width // machine.columns) * words * machine.columns * 4 // x.itemsize),
-        next_weight,
-        located("bias", bias, dtypes, width),
-        located_or_none("residual", residual, dtypes, rows * width),
-        located("out", out, dtypes, rows * width),
+        x=(x, machine.dtypes, rows * words * 4 // x.itemsize),
+        rows=rows,
+        group_rows=group_rows,
+        weight=(weight, dtypes, -(-width // vectors.columns) * words * vectors.columns * 4 // x.itemsize),
+        next_weight=weight[0].nbytes * torch.get_num_threads(),
+        bias=(bias, dtypes, width),
+        residual=(residual, dtypes, rows * width),
+        out=(out, dtypes, rows * width),
     )
 
 
@@ -84,22 +85,22 @@ def _kernel(machine: Machine, steps: Steps) -> Kernel:
 
 
 def _product(code: Code, steps: Steps) -> None:
-    lanes, columns, words, width = code.lanes, code.machine.columns, steps.words, steps.width
-    bfloat16 = steps.dtype == torch.bfloat16
+    lanes, columns, words, width = code.lanes, code.machine.vectors.columns, steps.words, steps.width
+    bfloat16, dot = steps.dtype == torch.bfloat16, code.dot(steps.dtype)
     word = I32 if bfloat16 else F32
     blocks = -(-width // columns)
     block = code.task % blocks
     column = block * columns
     weight = code["weight"] + block * (words * 4 * columns)
     first = (code.task // blocks) * code["group_rows"]
-    last = code.minimum(first + code["group_rows"], code["rows"])
+    last = minimum(first + code["group_rows"], code["rows"])
 
     def column_block(counts: Sequence[int]) -> None:
         def row_block(begin: Value) -> None:
-            row = code.minimum(begin, code["rows"] - steps.rows)  # the last block goes over some rows again
+            row = minimum(begin, code["rows"] - steps.rows)  # the last block goes over some rows again
             x = code["x"] + row * (words * 4)
             # The last rows find their weights in a near cache: time to fetch those of this thread's next task.
-            ahead = code.select(begin + steps.rows < last, code.number(AHEAD), code["next_weight"])
+            ahead = select(begin + steps.rows < last, code.number(AHEAD), code["next_weight"])
             if steps.residual:
                 for r in range(steps.rows):
                     for line in range(0, steps.dtype.itemsize * sum(counts), 64):
@@ -113,17 +114,13 @@ def _product(code: Code, steps: Steps) -> None:
                 made = []
                 for r in range(steps.rows):
                     value = code.splat(code.load(x + k * 4 + r * (words * 4), word))
-                    for n, vector in enumerate(vectors):
-                        total = totals[r * len(counts) + n]
-                        made.append(
-                            code.dot_bfloat16(total, value, vector) if bfloat16 else code.fma(value, vector, total)
-                        )
+                    made += [dot(totals[r * len(counts) + n], value, vector) for n, vector in enumerate(vectors)]
                 return made
 
             zeros = [code.vector()] * (steps.rows * len(counts))
 
             def add_chunk(begin: Value, *totals: Value) -> Sequence[Value]:
-                sums = code.loop(begin, code.minimum(begin + CHUNK, words), 1, multiply, *zeros)
+                sums = code.loop(begin, minimum(begin + CHUNK, words), 1, multiply, *zeros)
                 return [total + part for total, part in zip(totals, sums, strict=True)]
 
             totals = code.loop(0, words, CHUNK, add_chunk, *zeros)
@@ -136,7 +133,7 @@ def _product(code: Code, steps: Steps) -> None:
                         total = activated(code, total, steps.activation, coarse=bfloat16)
                     if steps.residual:
                         total = total + load_states(code, "residual", steps.dtype, place, count)
-                    total = code.to_bfloat16(total) if bfloat16 else total
+                    total = to_bfloat16(total) if bfloat16 else total
                     code.store(total, code["out"] + place * steps.dtype.itemsize, count)
 
         code.loop(first, last, steps.rows, row_block)

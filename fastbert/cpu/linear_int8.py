@@ -1,12 +1,12 @@
 """linear_int8: a product of int8 rows and an int8 weight, and all that happens to its rows, on a CPU.
 
 A task is up to `TASK_ROWS` rows of the product. They are copied side by side; then for `COLUMNS` outputs at a time
-their weights, which lie together, meet `MOST_ROWS` rows after `MOST_ROWS`. A sum stays in its int32 register until it
+their weights, which lie together, meet `Int8.rows` rows after as many. A sum stays in its int32 register until it
 is whole; then it is scaled, and goes through bias, activation and residual sum into the nearest cache as float32.
 LayerNorm and the writing follow there, see `row_wise`.
 
 Few rows are not enough tasks, and each thread would read all weights: there a task is `COLUMNS` outputs of all rows,
-and `row_wise` follows as a launch of its own.
+and `row_wise` follows as a call of its own.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from llvmlite import ir
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.cpu.code import F32, I32, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.code import Code
 from fastbert.cpu.int8 import COLUMNS, Int8Matrix, Int8Rows
 from fastbert.cpu.linear import column_counts, in_columns
 from fastbert.cpu.machine import Machine
-from fastbert.cpu.memory import FLOAT32, PerWorker, located, located_or_none, room
-from fastbert.cpu.row_wise import Finish, activated, finish, load_states, row_wise
+from fastbert.cpu.maths import activated
+from fastbert.cpu.memory import FLOAT32, Argument, PerWorker, room
+from fastbert.cpu.program import Call, Kernel, compiled
+from fastbert.cpu.row_wise import Finish, finish, load_states, row_wise
+from fastbert.cpu.values import F32, I32, Value, fma, minimum, to_float
 
-# Most rows at a time; with two vectors of outputs they are 24 sums of 32 registers.
-MOST_ROWS = 12
-# Most rows of a task: a weight is read from the caches far away once for so many. A multiple of `MOST_ROWS`.
+# Most rows of a task: a weight is read from the caches far away once for so many. A multiple of `Int8.rows`.
 TASK_ROWS = 48
 # Rows, a thread, up to which a task is some outputs of all rows.
 FEW_ROWS = 32
@@ -37,10 +37,21 @@ FEW_ROWS = 32
 GAP = 16
 
 PARAMETERS = (
-    "x", "x_scale", "x_zero", "rows", "task_rows", "weight", "weight_scale", "weight_sum", "bias", "residual",
+    "x_values", "x_scale", "x_zero", "rows", "task_rows", "weight", "weight_scale", "weight_sum", "bias", "residual",
     "norm_weight", "norm_bias", "eps", "copy", "scratch", "out", "out_values", "out_scale", "out_zero",
 )  # fmt: skip
-FEW_PARAMETERS = ("x", "x_scale", "x_zero", "rows", "weight", "weight_scale", "weight_sum", "bias", "residual", "out")
+FEW_PARAMETERS = (
+    "x_values",
+    "x_scale",
+    "x_zero",
+    "rows",
+    "weight",
+    "weight_scale",
+    "weight_sum",
+    "bias",
+    "residual",
+    "out",
+)
 
 
 class Steps(NamedTuple):
@@ -73,7 +84,7 @@ def linear_int8(
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
     out_int8: Int8Rows | None = None,
-) -> list[Launch]:
+) -> list[Call]:
     """`x @ weight + bias`, then activation, + residual and LayerNorm, those that are asked for.
 
     Args:
@@ -87,42 +98,34 @@ def linear_int8(
     rows, width, words = x.values.shape[0], weight.scale.shape[0], weight.values.shape[1]
     threads = torch.get_num_threads()
     residual_dtype = None if residual is None else residual.dtype
-    rows_in, matrix = x.places("x", rows, 4 * words), weight.places(words, width)
-    added = located("bias", bias, FLOAT32, width), located_or_none("residual", residual, machine.dtypes, rows * width)
+    assert machine.int8 is not None
+    read: dict[str, Argument] = {
+        **x.arguments("x", rows, 4 * words),
+        "rows": rows,
+        **weight.arguments(words, width),
+        "bias": (bias, FLOAT32, width),
+        "residual": (residual, machine.dtypes, rows * width),
+    }
     if 0 < rows <= FEW_ROWS * threads:
         product = room((rows, width), torch.float32)
-        few = FewSteps(words, width, _rows_at_once(rows), activation, residual_dtype)
+        few = FewSteps(words, width, machine.int8.rows_at_once(rows), activation, residual_dtype)
         return [
-            _few_kernel(machine, few)(
-                weight.values.shape[0], *rows_in, rows, *matrix, *added, located("out", product, FLOAT32, rows * width)
-            ),
+            _few_kernel(machine, few)(weight.values.shape[0], **read, out=(product, FLOAT32, rows * width)),
             row_wise(machine, product, norm=norm, out=out, out_int8=out_int8),
         ]
     parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     tasks = -(-max(rows, 1) // (TASK_ROWS * threads)) * threads  # as many for each thread
-    task_rows = -(-max(rows, 1) // (tasks * MOST_ROWS)) * MOST_ROWS
-    read, written = parts.places(rows, norm, out, out_int8)
-    launch = _kernel(machine, Steps(words, activation, residual_dtype, parts))(
+    task_rows = -(-max(rows, 1) // (tasks * machine.int8.rows)) * machine.int8.rows
+    call = _kernel(machine, Steps(words, activation, residual_dtype, parts))(
         -(-rows // task_rows),
-        *rows_in,
-        rows,
-        task_rows,
-        *matrix,
-        *added,
-        *read,
-        PerWorker(TASK_ROWS * (words + GAP) * 4),
-        PerWorker(TASK_ROWS * parts.scratch_width * 4),
-        *written,
+        **read,
+        task_rows=task_rows,
+        copy=PerWorker(TASK_ROWS * (words + GAP) * 4),
+        scratch=PerWorker(TASK_ROWS * parts.scratch_width * 4),
+        **parts.arguments(rows, norm, out),
+        **parts.int8_arguments(rows, out_int8),
     )
-    return [launch]
-
-
-def _rows_at_once(rows: int) -> int:
-    """The fastest way through so many: a word takes a block of n rows n cycles, 4 at least, since sums wait for sums.
-
-    The last block begins where it ends with the last row.
-    """
-    return min((n for n in (MOST_ROWS, 8, 4, 2, 1) if n <= rows), key=lambda n: -(-rows // n) * max(n, 4))
+    return [call]
 
 
 @cache
@@ -156,7 +159,8 @@ def _multiply(
         first, rows: the first row and how many there are; past the last one it is done again.
         values, out: where the first row's words and results are; values_bytes, out_bytes: from one row to the next.
     """
-    lanes, last = code.lanes, code["rows"] - 1
+    assert code.machine.int8 is not None
+    lanes, last, dot = code.lanes, code["rows"] - 1, code.machine.int8.dot
     weight = code["weight"] + column * (steps.words * 4)
 
     def multiply(k: Value, *totals: Value) -> Sequence[Value]:
@@ -165,11 +169,10 @@ def _multiply(
         made = []
         for r in range(rows):
             x = code.splat(code.load(values + k * 4 + r * values_bytes, I32))
-            made += [code.dot_int8(totals[r * len(counts) + n], x, w) for n, w in enumerate(vectors)]
+            made += [dot(totals[r * len(counts) + n], x, w) for n, w in enumerate(vectors)]
         return made
 
-    zero = code.constant(ir.VectorType(I32, lanes), 0)
-    totals = code.loop(0, steps.words, 1, multiply, *[zero] * (rows * len(counts)))
+    totals = code.loop(0, steps.words, 1, multiply, *[code.vector(0, I32)] * (rows * len(counts)))
     for n, count in enumerate(counts):
         place = column + n * lanes
         bias, scale, total = (
@@ -177,10 +180,10 @@ def _multiply(
             for name in ("bias", "weight_scale", "weight_sum")
         )
         for r in range(rows):
-            there = code.minimum(first + r, last)
+            there = minimum(first + r, last)
             x_scale, x_zero = (code.splat(code.load(code[name] + there * 4, F32)) for name in ("x_scale", "x_zero"))
-            x = code.to_float(totals[r * len(counts) + n]) * scale - x_zero * total
-            x = code.fma(x, x_scale, bias)
+            x = to_float(totals[r * len(counts) + n]) * scale - x_zero * total
+            x = fma(x, x_scale, bias)
             if steps.activation is not None:
                 x = activated(code, x, steps.activation)
             if steps.residual is not None:
@@ -191,7 +194,7 @@ def _multiply(
 def _product_of_few(code: Code, steps: FewSteps) -> None:
     def column_block(counts: Sequence[int]) -> None:
         def row_block(begin: Value) -> None:
-            first = code.minimum(begin, code["rows"] - steps.rows)
+            first = minimum(begin, code["rows"] - steps.rows)
             _multiply(
                 code,
                 steps,
@@ -200,7 +203,7 @@ def _product_of_few(code: Code, steps: FewSteps) -> None:
                 width=steps.width,
                 rows=steps.rows,
                 first=first,
-                values=code["x"] + first * (steps.words * 4),
+                values=code["x_values"] + first * (steps.words * 4),
                 values_bytes=steps.words * 4,
                 out=code["out"] + first * (steps.width * 4),
                 out_bytes=steps.width * 4,
@@ -213,7 +216,8 @@ def _product_of_few(code: Code, steps: FewSteps) -> None:
 
 def _product(code: Code, steps: Steps) -> None:
     lanes, words, width = code.lanes, steps.words, steps.finish.width
-    task_rows = code["task_rows"]
+    assert code.machine.int8 is not None
+    task_rows, tile_rows = code["task_rows"], code.machine.int8.rows
     first = code.task * task_rows
     last = code["rows"] - 1
     copy_bytes = (words + GAP) * 4
@@ -222,7 +226,7 @@ def _product(code: Code, steps: Steps) -> None:
     scratch = code["scratch"] + code.worker * (TASK_ROWS * scratch_bytes)
 
     def copy_row(local: Value) -> None:
-        source, place = code["x"] + code.minimum(first + local, last) * (words * 4), copy + local * copy_bytes
+        source, place = code["x_values"] + minimum(first + local, last) * (words * 4), copy + local * copy_bytes
         whole = words // lanes * lanes
         code.loop(0, whole, lanes, lambda k: code.store(code.load(source + k * 4, I32, lanes), place + k * 4))
         if whole < words:
@@ -239,7 +243,7 @@ def _product(code: Code, steps: Steps) -> None:
                 column,
                 counts,
                 width=width,
-                rows=MOST_ROWS,
+                rows=tile_rows,
                 first=first + local,
                 values=copy + local * copy_bytes,
                 values_bytes=copy_bytes,
@@ -247,7 +251,7 @@ def _product(code: Code, steps: Steps) -> None:
                 out_bytes=scratch_bytes,
             )
 
-        code.loop(0, task_rows, MOST_ROWS, row_block)
+        code.loop(0, task_rows, tile_rows, row_block)
 
     whole = width // COLUMNS * COLUMNS
     code.loop(0, whole, COLUMNS, lambda column: column_block(column, column_counts(COLUMNS, lanes)))
@@ -257,4 +261,4 @@ def _product(code: Code, steps: Steps) -> None:
     def finish_row(local: Value) -> None:
         finish(code, first + local, scratch + local * scratch_bytes, steps.finish)
 
-    code.loop(0, code.minimum(code["rows"] - first, task_rows), 1, finish_row)
+    code.loop(0, minimum(code["rows"] - first, task_rows), 1, finish_row)

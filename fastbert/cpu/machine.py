@@ -1,4 +1,4 @@
-"""The vector unit of this CPU, as the kernels are written for it.
+"""The CPU that kernels are compiled for: which instruction sets it has, its caches, and torch's threads on it.
 
 FASTBERT_CPU=avx512, avx2 or none takes some of it away, so that what a weaker CPU does is seen on a stronger one:
 AVX-512 without bfloat16 and int8, AVX2, or no kernels at all. `make test CPU=...` tells torch and its libraries the
@@ -10,14 +10,20 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from fastbert.errors import ArgumentError, BackendError
+
+if TYPE_CHECKING:
+    from fastbert.cpu.instructions import Bfloat16, Int8, Vectors
+
+_Set = TypeVar("_Set", "Vectors", "Bfloat16", "Int8")
 
 # What each lane leaves of the features of a CPU whose names begin with "avx" and "amx".
 LANES = {
@@ -34,32 +40,15 @@ class Machine:
     Attributes:
         cpu: LLVM's name of it.
         features: LLVM's list of what it can do, "+avx512f,-amx-tile,...".
-        lanes: float32 in a vector.
-        registers: vector registers.
-        bfloat16, int8: whether it multiplies pairs of bfloat16, and fours of int8.
+        vectors: how it computes in float32.
+        bfloat16, int8: how it multiplies those; None where no instruction does.
     """
 
     cpu: str
     features: str
-    lanes: int
-    registers: int
-    bfloat16: bool
-    int8: bool
-
-    @property
-    def columns(self) -> int:
-        """Outputs of a product of floats that are made together: two vectors of sums for each row."""
-        return 2 * self.lanes
-
-    @property
-    def rows(self) -> int:
-        """Rows of a product of floats that are made together: their sums leave room for operands, and for renaming."""
-        return 8 if self.registers == 32 else 6
-
-    @property
-    def group_bytes(self) -> int:
-        """Bytes of rows that all outputs are made of before the next: half of the second cache of a Zen 4 or Zen 3."""
-        return 2**19 if self.lanes == 16 else 2**18
+    vectors: Vectors
+    bfloat16: Bfloat16 | None = None
+    int8: Int8 | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -70,7 +59,7 @@ class Machine:
     def described(self) -> str:
         """In words."""
         narrow = [name for name in ("bfloat16", "int8") if getattr(self, name)]
-        return f"{self.cpu}, {self.lanes} floats a vector, products of {' and '.join(['float32', *narrow])}"
+        return f"{self.cpu}, {self.vectors.lanes} floats a vector, products of {' and '.join(['float32', *narrow])}"
 
 
 def lane() -> str | None:
@@ -100,6 +89,8 @@ def host() -> Machine | str:
         import llvmlite.binding as llvm
     except ImportError:
         return "llvmlite is not installed"
+    from fastbert.cpu.instructions import BFLOAT16, INT8, VECTORS
+
     try:
         openmp()
     except (OSError, AttributeError) as error:
@@ -110,19 +101,16 @@ def host() -> Machine | str:
             raise BackendError("FASTBERT_CPU", lane(), f"what this CPU has: it lacks {', '.join(missing)}")
         for name in features:
             features[name] = features[name] and (name in kept or not name.startswith(("avx", "amx")))
-    if not (features.get("avx2") and features.get("fma")):
+    vectors = _first(VECTORS, features)
+    if vectors is None:
         return "a CPU without AVX2"
-    wide = all(features.get(f"avx512{part}") for part in ("f", "bw", "dq", "vl"))
-    # LLVM prefers vectors of 256 bits on many CPUs with AVX-512 unless it is told.
-    flags = features.flatten() + (",-prefer-256-bit" if wide else "")
-    return Machine(
-        llvm.get_host_cpu_name(),
-        flags,
-        lanes=16 if wide else 8,
-        registers=32 if wide else 16,
-        bfloat16=wide and bool(features.get("avx512bf16")),
-        int8=wide and bool(features.get("avx512vnni")),
-    )
+    flags = features.flatten() + vectors.flags
+    return Machine(llvm.get_host_cpu_name(), flags, vectors, _first(BFLOAT16, features), _first(INT8, features))
+
+
+def _first(sets: Sequence[_Set], features: Mapping[str, bool]) -> _Set | None:
+    """The first of these instruction sets of which nothing is missing."""
+    return next((one for one in sets if all(map(features.get, one.needs))), None)
 
 
 @cache

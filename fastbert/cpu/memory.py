@@ -6,7 +6,7 @@ Nothing here depends on what is set for the process or the thread: torch's defau
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,17 +23,16 @@ UINT8 = (torch.uint8,)
 STRIDED = torch.strided
 
 
-class Place(NamedTuple):
-    """Where the elements of a tensor begin, and the tensor, which keeps them alive."""
-
-    address: int
-    owner: Tensor
-
-
-class PerWorker(NamedTuple):
+@dataclass
+class PerWorker:
     """Bytes for each thread of a `Program`, which makes them: what is there lasts for one task."""
 
     size: int
+
+
+# What a kernel is called with: a number; a tensor, the dtypes it may have, and how many of its elements are touched;
+# memory for each worker. None, alone or as the tensor, where no step reads one.
+Argument = int | tuple[Tensor | None, Sequence[torch.dtype], int] | PerWorker | None
 
 
 def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -49,8 +48,8 @@ def is_plain(x: Tensor) -> bool:
     return (kind is Parameter or kind is Tensor) and x.layout is STRIDED and not x.is_nested and not x.is_neg()
 
 
-def located(name: str, x: Tensor, dtypes: Sequence[torch.dtype], elements: int) -> Place:
-    """Where `x` lies, for a kernel that touches so many of its elements.
+def located(name: str, x: Tensor, dtypes: Sequence[torch.dtype], elements: int) -> int:
+    """The address of `x`, for a kernel that touches so many of its elements.
 
     Raises:
         ArgumentError: it has another dtype, fewer elements, gaps, lies elsewhere, its memory was given back, or its
@@ -64,17 +63,12 @@ def located(name: str, x: Tensor, dtypes: Sequence[torch.dtype], elements: int) 
         and x.numel() >= elements
         and x.untyped_storage().nbytes() >= (x.storage_offset() + elements) * x.itemsize
     ):
-        return Place(x.data_ptr(), x)
+        return x.data_ptr()
     raise ArgumentError(
         name,
         _described(x),
         f"{' or '.join(map(str, dtypes))}, plain, contiguous and on the CPU, {elements} elements or more",
     )
-
-
-def located_or_none(name: str, x: Tensor | None, dtypes: Sequence[torch.dtype], elements: int) -> Place | None:
-    """`located` of what need not be there."""
-    return None if x is None else located(name, x, dtypes, elements)
 
 
 def _described(x: Tensor) -> str:

@@ -10,10 +10,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.cpu.code import F32, I32, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.code import Code
 from fastbert.cpu.machine import Machine
-from fastbert.cpu.memory import FLOAT32, INT32, located
+from fastbert.cpu.memory import FLOAT32, INT32
+from fastbert.cpu.program import Call, Kernel, compiled
 from fastbert.cpu.row_wise import load_states, over_columns
+from fastbert.cpu.values import (
+    F32,
+    I32,
+    Value,
+    first_lanes,
+    fma,
+    maximum_or_nan,
+    minimum,
+    select,
+    sqrt,
+    sum_of_lanes,
+    to_float,
+    widened,
+)
 from fastbert.reference import Pooling
 
 # Rows whose sum is made before it joins the others, so that rounding grows with the root of a long sequence at most.
@@ -33,7 +48,7 @@ class Steps(NamedTuple):
 
 def pool_forward(
     machine: Machine, x: Tensor, cu_seqlens: Tensor, out: Tensor, *, how: Pooling, normalise: bool
-) -> Launch:
+) -> Call:
     """See `ops.pooling.pool`.
 
     Args:
@@ -41,13 +56,12 @@ def pool_forward(
         cu_seqlens: int32 `[batch + 1]`.
         out: contiguous float32 `[batch, width]` <- the result.
     """
-    kernel = _kernel(machine, Steps(x.dtype, x.shape[1], how, normalise))
     batch = len(cu_seqlens) - 1
-    return kernel(
+    return _kernel(machine, Steps(x.dtype, x.shape[1], how, normalise))(
         batch,
-        located("x", x, machine.dtypes, x.numel()),
-        located("cu_seqlens", cu_seqlens, INT32, batch + 1),
-        located("out", out, FLOAT32, batch * x.shape[1]),
+        x=(x, machine.dtypes, x.numel()),
+        cu_seqlens=(cu_seqlens, INT32, batch + 1),
+        out=(out, FLOAT32, batch * x.shape[1]),
     )
 
 
@@ -58,7 +72,7 @@ def _kernel(machine: Machine, steps: Steps) -> Kernel:
 
 def _pool(code: Code, steps: Steps) -> None:
     width = steps.width
-    first, end = (code.widened(code.load(code["cu_seqlens"] + (code.task + i) * 4, I32)) for i in range(2))
+    first, end = (widened(code.load(code["cu_seqlens"] + (code.task + i) * 4, I32)) for i in range(2))
     length = end - first
     out = code["out"] + code.task * (width * 4)
 
@@ -67,33 +81,31 @@ def _pool(code: Code, steps: Steps) -> None:
             return [total + load_states(code, "x", steps.dtype, row * width + column, count)]
 
         def add_chunk(begin: Value, total: Value) -> Sequence[Value]:
-            return [total + code.loop(begin, code.minimum(begin + CHUNK, end), 1, add, code.vector())[0]]
+            return [total + code.loop(begin, minimum(begin + CHUNK, end), 1, add, code.vector())[0]]
 
         return code.loop(first, end, CHUNK, add_chunk, code.vector())[0]
 
     def greatest(column: Value, count: int) -> Value:
         def compare(row: Value, greatest: Value) -> Sequence[Value]:
-            return [code.maximum_or_nan(greatest, load_states(code, "x", steps.dtype, row * width + column, count))]
+            return [maximum_or_nan(greatest, load_states(code, "x", steps.dtype, row * width + column, count))]
 
         vector = code.loop(first, end, 1, compare, code.vector(-math.inf))[0]
-        return code.first(code.select(length < 1, code.vector(), vector), count)
+        return first_lanes(select(length < 1, 0.0, vector), count)
 
     def pooled(column: Value, count: int, squares: Value) -> Sequence[Value]:
         match steps.how:
             case "cls":
-                vector = total(column, count, first + code.minimum(length, 1))
+                vector = total(column, count, first + minimum(length, 1))
             case "mean":
-                vector = total(column, count, end) / code.splat(
-                    code.to_float(code.select(length < 1, code.number(1), length))
-                )
+                vector = total(column, count, end) / code.splat(to_float(select(length < 1, 1, length)))
             case "max":
                 vector = greatest(column, count)
         code.store(vector, out + column * 4, count)
-        return [code.fma(vector, vector, squares)]
+        return [fma(vector, vector, squares)]
 
     squares = over_columns(code, width, pooled, code.vector())[0]
     if steps.normalise:
-        norm = code.maximum_or_nan(code.sqrt(code.sum(squares)), code.constant(F32, 1e-12))
+        norm = maximum_or_nan(sqrt(sum_of_lanes(squares)), 1e-12)
         divisor = code.splat(norm)
 
         def divide(column: Value, count: int) -> None:

@@ -15,10 +15,31 @@ import torch
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.cpu.code import F32, I16, Argument, Code, Kernel, Launch, Value, compiled, float_bits
-from fastbert.cpu.int8 import NO_ROWS, Int8Rows
+from fastbert.cpu.code import Code
+from fastbert.cpu.instructions import MOST_LANES
+from fastbert.cpu.int8 import Int8Rows
 from fastbert.cpu.machine import Machine
-from fastbert.cpu.memory import FLOAT32, PerWorker, located, located_or_none
+from fastbert.cpu.maths import activated
+from fastbert.cpu.memory import FLOAT32, Argument, PerWorker
+from fastbert.cpu.program import Call, Kernel, compiled, float_bits
+from fastbert.cpu.values import (
+    F32,
+    I16,
+    Value,
+    first_lanes,
+    fma,
+    from_bfloat16,
+    greatest_lane,
+    least_lane,
+    maximum,
+    minimum,
+    nearest,
+    select,
+    sqrt,
+    sum_of_lanes,
+    to_bfloat16,
+    to_int8,
+)
 
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16
@@ -43,21 +64,25 @@ class Finish(NamedTuple):
     @property
     def scratch_width(self) -> int:
         """float32 of a row, filled up to whole vectors."""
-        return -(-self.width // 16) * 16
+        return -(-self.width // MOST_LANES) * MOST_LANES
 
-    def places(
-        self, rows: int, norm: tuple[Tensor, Tensor, float] | None, out: Tensor | None, out_int8: Int8Rows | None
-    ) -> tuple[tuple[Argument, ...], tuple[Argument, ...]]:
-        """What `finish` reads, norm_weight, norm_bias and eps, and what it writes, from out to out_zero."""
+    def arguments(
+        self, rows: int, norm: tuple[Tensor, Tensor, float] | None, out: Tensor | None
+    ) -> dict[str, Argument]:
+        """What `finish` reads, and what it writes in floats."""
         weight, bias, eps = norm or (None, None, 0.0)
-        return (
-            located_or_none("norm_weight", weight, FLOAT32, self.width),
-            located_or_none("norm_bias", bias, FLOAT32, self.width),
-            float_bits(eps),
-        ), (
-            located_or_none("out", out, () if self.out is None else (self.out,), rows * self.width),
-            *(NO_ROWS if out_int8 is None else out_int8.places("out", rows, self.width)),
-        )
+        return {
+            "norm_weight": (weight, FLOAT32, self.width),
+            "norm_bias": (bias, FLOAT32, self.width),
+            "eps": float_bits(eps),
+            "out": (out, () if self.out is None else (self.out,), rows * self.width),
+        }
+
+    def int8_arguments(self, rows: int, out: Int8Rows | None) -> dict[str, Argument]:
+        """What `finish` writes in int8."""
+        if out is None:
+            return {"out_values": None, "out_scale": None, "out_zero": None}
+        return out.arguments("out", rows, self.width)
 
 
 class Steps(NamedTuple):
@@ -80,7 +105,7 @@ def row_wise(
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
     out_int8: Int8Rows | None = None,
-) -> Launch:
+) -> Call:
     """The steps that are asked for, row by row.
 
     Args:
@@ -94,16 +119,15 @@ def row_wise(
     rows, width = x.shape
     parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     steps = Steps(x.dtype, bias is not None, activation, None if residual is None else residual.dtype, parts)
-    read, written = parts.places(rows, norm, out, out_int8)
     return _kernel(machine, steps)(
         -(-rows // ROWS),
-        located("x", x, machine.dtypes, rows * width),
-        rows,
-        located_or_none("bias", bias, FLOAT32, width),
-        located_or_none("residual", residual, machine.dtypes, rows * width),
-        *read,
-        PerWorker(parts.scratch_width * 4),
-        *written,
+        x=(x, machine.dtypes, rows * width),
+        rows=rows,
+        bias=(bias, FLOAT32, width),
+        residual=(residual, machine.dtypes, rows * width),
+        scratch=PerWorker(parts.scratch_width * 4),
+        **parts.arguments(rows, norm, out),
+        **parts.int8_arguments(rows, out_int8),
     )
 
 
@@ -140,7 +164,7 @@ def over_rows(code: Code, steps: Finish, reader: Callable[[Value], Reader]) -> N
         over_columns(code, steps.width, lambda column, count: code.store(read(column, count), scratch + column * 4))
         finish(code, row, scratch, steps)
 
-    code.loop(first, code.minimum(first + ROWS, code["rows"]), 1, row_of)
+    code.loop(first, minimum(first + ROWS, code["rows"]), 1, row_of)
 
 
 def over_columns(
@@ -159,7 +183,7 @@ def load_states(code: Code, name: str, dtype: torch.dtype, place: Value, count: 
     """float32 of the first `count` elements from number `place` on of an argument, the other lanes 0."""
     start = code[name] + place * dtype.itemsize
     if dtype == torch.bfloat16:
-        return code.from_bfloat16(code.load_first(start, I16, count, code.lanes))
+        return from_bfloat16(code.load_first(start, I16, count, code.lanes))
     return code.load_first(start, F32, count, code.lanes)
 
 
@@ -168,7 +192,7 @@ def finish(code: Code, row: Value, scratch: Value, steps: Finish) -> None:
     width, lanes = steps.width, code.lanes
 
     def kept(column: Value, count: int) -> Value:
-        return code.first(code.load(scratch + column * 4, F32, lanes), count)
+        return first_lanes(code.load(scratch + column * 4, F32, lanes), count)
 
     if steps.norm:
         _normalise(code, scratch, width, kept)
@@ -176,7 +200,7 @@ def finish(code: Code, row: Value, scratch: Value, steps: Finish) -> None:
         out = steps.out
 
         def write(column: Value, count: int) -> None:
-            x = code.to_bfloat16(kept(column, lanes)) if out == torch.bfloat16 else kept(column, lanes)
+            x = to_bfloat16(kept(column, lanes)) if out == torch.bfloat16 else kept(column, lanes)
             code.store(x, code["out"] + (row * width + column) * out.itemsize, count)
 
         over_columns(code, width, write)
@@ -189,28 +213,28 @@ def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, in
         def add(column: Value, count: int, total: Value) -> Sequence[Value]:
             return [total + values(column, count)]
 
-        return code.splat(code.sum(over_columns(code, width, add, code.vector())[0]) / width)
+        return code.splat(sum_of_lanes(over_columns(code, width, add, code.vector())[0]) / width)
 
     mean = mean_of(kept)
     # The mean again of what is left: a row of one value leaves a few of its ulps, all the same, which then go exactly.
     # An eps of 1e-12 would make them 0.1 and more.
-    rest = mean_of(lambda column, count: code.first(kept(column, code.lanes) - mean, count))
+    rest = mean_of(lambda column, count: first_lanes(kept(column, code.lanes) - mean, count))
 
     def centred(column: Value, count: int) -> Value:
-        return code.first(kept(column, code.lanes) - mean - rest, count)
+        return first_lanes(kept(column, code.lanes) - mean - rest, count)
 
     def add_squares(column: Value, count: int, total: Value) -> Sequence[Value]:
         x = centred(column, count)
-        return [code.fma(x, x, total)]
+        return [fma(x, x, total)]
 
-    variance = code.sum(over_columns(code, width, add_squares, code.vector())[0]) / width
-    rstd = code.splat(code.rsqrt(variance + code.float_of("eps")))
+    variance = sum_of_lanes(over_columns(code, width, add_squares, code.vector())[0]) / width
+    rstd = code.splat(code.scalar(1.0) / sqrt(variance + code.float_of("eps")))
 
     def normalise(column: Value, count: int) -> None:
         weight, bias = (
             code.load_first(code[name] + column * 4, F32, count, code.lanes) for name in ("norm_weight", "norm_bias")
         )
-        code.store(code.fma(centred(column, code.lanes) * rstd, weight, bias), scratch + column * 4)
+        code.store(fma(centred(column, code.lanes) * rstd, weight, bias), scratch + column * 4)
 
     over_columns(code, width, normalise)
 
@@ -218,36 +242,22 @@ def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, in
 def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], Value]) -> None:
     def span(column: Value, count: int, lowest: Value, highest: Value, nothing: Value) -> Sequence[Value]:
         x = kept(column, count)
-        return [code.minimum_float(lowest, x), code.maximum(highest, x), code.fma(x, code.vector(), nothing)]
+        return [minimum(lowest, x), maximum(highest, x), fma(x, 0.0, nothing)]
 
     # from 0 on: each row can hold it
     lowest, highest, nothing = over_columns(code, width, span, *[code.vector()] * 3)
-    low, high = code.least(lowest), code.greatest(highest)
+    low, high = least_lane(lowest), greatest_lane(highest)
     step = (high - low) / 255.0
     # `nothing` is NaN where the row has one, or an infinity: the least and the greatest pass over NaN.
-    step = code.select(step < 1e-30, code.constant(F32, 1.0), step) + code.sum(nothing)
-    zero = code.nearest(code.negative(low) / step)
+    step = select(step < 1e-30, code.scalar(1.0), step) + sum_of_lanes(nothing)
+    zero = nearest(-low / step)
     code.store(step, code["out_scale"] + row * 4)
     code.store(zero, code["out_zero"] + row * 4)
-    inverse, shift = code.splat(code.constant(F32, 1.0) / step), code.splat(zero)
+    inverse, shift = code.splat(code.scalar(1.0) / step), code.splat(zero)
 
     def write(column: Value, count: int) -> None:
-        whole = code.nearest(code.fma(kept(column, code.lanes), inverse, shift))
-        whole = code.maximum(code.minimum_float(whole, code.vector(255.0)), code.vector(0.0))
-        code.store(code.to_int8(whole), code["out_values"] + row * width + column, count)
+        whole = nearest(fma(kept(column, code.lanes), inverse, shift))
+        whole = maximum(minimum(whole, 255.0), 0.0)
+        code.store(to_int8(whole), code["out_values"] + row * width + column, count)
 
     over_columns(code, width, write)
-
-
-def activated(code: Code, x: Value, activation: Activation, coarse: bool = False) -> Value:
-    """The activation of a vector; `coarse` as in `Code.gelu`."""
-    match activation:
-        case "gelu":
-            return code.gelu(x, coarse)
-        case "gelu_tanh":
-            inner = x * code.fma(x * x, code.vector(0.7978845608028654 * 0.044715), code.vector(0.7978845608028654))
-            return x * code.sigmoid(inner * 2.0)
-        case "relu":
-            return code.select(x < 0.0, code.vector(), x)  # NaN stays
-        case "silu":
-            return x * code.sigmoid(x)

@@ -1,8 +1,8 @@
 """weight_gradient: what a linear layer's weight gets of its output's gradient, `dout^T @ x`, on a CPU, in float32.
 
-A task is `TASK_INPUTS` inputs and `TASK_OUTPUTS` times `Machine.rows` outputs. Of `CHUNK` rows after `CHUNK` it copies
+A task is `TASK_INPUTS` inputs and `TASK_OUTPUTS` times `Vectors.rows` outputs. Of `CHUNK` rows after `CHUNK` it copies
 its part together, since whole rows lie so far apart that they would share a few lines of a cache; then
-`Machine.columns` inputs of them meet `Machine.rows` outputs after as many, whose sums over the chunk stay in registers.
+`Vectors.columns` inputs of them meet `Vectors.rows` outputs after as many, whose sums over the chunk stay in registers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastbert.cpu.code import F32, Code, Kernel, Launch, Value, compiled
+from fastbert.cpu.code import Code
 from fastbert.cpu.machine import Machine
-from fastbert.cpu.memory import FLOAT32, PerWorker, located
+from fastbert.cpu.memory import FLOAT32, PerWorker
+from fastbert.cpu.program import Call, Kernel, compiled
+from fastbert.cpu.values import F32, Value, fma, minimum
 
-# Inputs of a task, a multiple of `Machine.columns`, and how often it has `Machine.rows` outputs: enough that copying is
+# Inputs of a task, a multiple of `Vectors.columns`, and how often it has `Vectors.rows` outputs: enough that copying is
 # little beside the products, few enough to share out and to stay in a second cache.
 TASK_INPUTS, TASK_OUTPUTS = 128, 8
 # Rows whose products are summed before that sum joins the others, so that rounding grows no faster than in a BLAS.
@@ -32,7 +34,7 @@ class Steps(NamedTuple):
     outputs: int
 
 
-def weight_gradient(machine: Machine, x: Tensor, dout: Tensor, dweight: Tensor) -> Launch:
+def weight_gradient(machine: Machine, x: Tensor, dout: Tensor, dweight: Tensor) -> Call:
     """`dout^T @ x`.
 
     Args:
@@ -41,16 +43,16 @@ def weight_gradient(machine: Machine, x: Tensor, dout: Tensor, dweight: Tensor) 
         dweight: contiguous float32 `[out, in]`, to which it is added.
     """
     outputs, inputs = dweight.shape
-    task_outputs = TASK_OUTPUTS * machine.rows
+    task_outputs = TASK_OUTPUTS * machine.vectors.rows
     tasks = -(-inputs // TASK_INPUTS) * -(-outputs // task_outputs)
     rows = len(x)
     return _kernel(machine, Steps(inputs, outputs))(
         tasks,
-        located("x", x, FLOAT32, rows * inputs),
-        located("dout", dout, FLOAT32, rows * outputs),
-        rows,
-        PerWorker(4 * CHUNK * (TASK_INPUTS + task_outputs)),
-        located("dweight", dweight, FLOAT32, outputs * inputs),
+        x=(x, FLOAT32, rows * inputs),
+        dout=(dout, FLOAT32, rows * outputs),
+        rows=rows,
+        scratch=PerWorker(4 * CHUNK * (TASK_INPUTS + task_outputs)),
+        dweight=(dweight, FLOAT32, outputs * inputs),
     )
 
 
@@ -61,7 +63,7 @@ def _kernel(machine: Machine, steps: Steps) -> Kernel:
 
 def _product(code: Code, steps: Steps) -> None:
     lanes, inputs, outputs = code.lanes, steps.inputs, steps.outputs
-    block, most = code.machine.columns, code.machine.rows
+    block, most = code.machine.vectors.columns, code.machine.vectors.rows
     task_outputs = TASK_OUTPUTS * most
     groups = -(-inputs // TASK_INPUTS)
     input_, output = code.task % groups * TASK_INPUTS, code.task // groups * task_outputs
@@ -70,7 +72,7 @@ def _product(code: Code, steps: Steps) -> None:
 
     def task(some_inputs: int, some_outputs: int) -> None:
         def add_chunk(begin: Value) -> None:
-            rows = code.minimum(code["rows"] - begin, CHUNK)
+            rows = minimum(code["rows"] - begin, CHUNK)
 
             def copy(row: Value) -> None:
                 from_x = code["x"] + ((begin + row) * inputs + input_) * 4
@@ -91,7 +93,7 @@ def _product(code: Code, steps: Steps) -> None:
                     made = []
                     for r in range(at_once):
                         scalar = code.splat(code.load(dout + (row * task_outputs + o + r) * 4, F32))
-                        made += [code.fma(scalar, v, totals[r * len(vectors) + n]) for n, v in enumerate(values)]
+                        made += [fma(scalar, v, totals[r * len(vectors) + n]) for n, v in enumerate(values)]
                     return made
 
                 sums = code.loop(0, rows, 1, multiply, *[code.vector()] * (at_once * len(vectors)))

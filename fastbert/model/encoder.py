@@ -251,10 +251,10 @@ class Encoder(nn.Module):
         x, layers = like.new_zeros(1, self.config.hidden_size), self.layers()
         with torch.no_grad():
             machine = native_machine(x) if self.in_eight_bits() is None and cpu.unserved(layers, x) is None else None
-        if machine is None or self.training or self.config.hidden_size % machine.columns or self.is_frozen():
+        if machine is None or self.training or self.config.hidden_size % machine.vectors.columns or self.is_frozen():
             return self.is_frozen()
         self.kept.drop()
-        freeze(self.layer, machine.columns)
+        freeze(self.layer, machine.vectors.columns)
         self.join()
         return True
 

@@ -58,15 +58,15 @@ def linear_int8(
     machine = native_machine(x.scale, x.values, x.zero, bias, residual, *(norm or ())[:2])
     if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
         from fastbert.cpu import linear_int8 as kernel
-        from fastbert.cpu.code import Program
+        from fastbert.cpu.program import Program
 
         shape = rows, len(weight.scale)
         made = room(shape, dtype) if out else None
         quantized = Int8Rows.empty(*shape) if int8 else None
-        launches = kernel.linear_int8(
+        calls = kernel.linear_int8(
             machine, x, weight, bias, activation=activation, residual=residual, norm=norm, out=made, out_int8=quantized
         )
-        Program(launches).run()
+        Program(calls).run()
         return made, quantized
     total = (x.floats() @ weight.plain()[:depth].float()) * weight.scale + bias
     total = activated(total, activation)

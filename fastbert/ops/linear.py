@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.cpu.layout import laid_out
+from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import room
 from fastbert.ops.common import check_linear, native_machine, observed, onednn_fuses, onednn_rows, wants_gradient
@@ -124,7 +124,7 @@ def _by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None)
 
     bias = x.new_zeros(len(weight)) if bias is None else _as_kernels_read(bias)
     out = room((len(x), len(weight)), x.dtype)
-    kernel.linear(machine, _as_kernels_read(x), laid_out(weight, machine.columns), bias, out).run()
+    kernel.linear(machine, _as_kernels_read(x), in_blocks(weight, machine.vectors.columns), bias, out).run()
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
-from fastbert.cpu.layout import laid_out_together
+from fastbert.cpu.layout import in_blocks_together
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import room
 from fastbert.ops.attention import WIDEST_HEAD
@@ -29,7 +29,7 @@ from fastbert.run.parts import SelfAttention, is_frozen, is_plain, matrix, weigh
 from fastbert.run.steps import Attend, Layers, Parts, Product, Steps
 
 if TYPE_CHECKING:
-    from fastbert.cpu.code import Launch, Program
+    from fastbert.cpu.program import Call, Program
 
 # Tokens up to which a run is worth being kept: there Python would take a twentieth of its time or more.
 SHORT = 256
@@ -126,7 +126,7 @@ def _shape(part: nn.Module) -> tuple[int, int, torch.dtype]:
 
 
 class _Weights(NamedTuple):
-    """What the kernels take of a product: its matrix, in floats `layout.laid_out`, and bias; its norm."""
+    """What the kernels take of a product: its matrix, in floats `layout.in_blocks`, and bias; its norm."""
 
     matrix: Tensor | Int8Matrix
     bias: Tensor
@@ -148,11 +148,11 @@ class CpuProgram:
     def __init__(self, machine: Machine, layers: Layers) -> None:
         self.machine, self.layers = machine, layers
         self.buffers, self.runs = Buffers(), _Runs()
-        self.weights = _laid_out(machine, layers)
+        self.weights = _kernel_weights(machine, layers)
 
     def run(self, registers: Mapping[str, Tensor], packing: Packing, read: Tensor | None = None) -> Tensor:
         """What "x" holds after all layers, of these registers before the first; those rows of it that are `read`."""
-        from fastbert.cpu.code import Program
+        from fastbert.cpu.program import Program
 
         x = registers["x"]
         packing.check_rows("x", x)
@@ -161,11 +161,11 @@ class CpuProgram:
         run = _Recorded(self, registers, packing.cu_seqlens, packing.max_seqlen, packing.tokens)
         if read is not None:
             run.record(until_last_attend=True)
-            Program(run.launches).run()
+            Program(run.calls).run()
             run.take(read)
         out = room((len(x) if read is None else len(read), x.shape[1]), x.dtype)
         run.record(out=out)
-        Program(run.launches).run()
+        Program(run.calls).run()
         return out
 
     def _run_again(self, registers: Mapping[str, Tensor], packing: Packing) -> Tensor:
@@ -179,7 +179,7 @@ class CpuProgram:
         return run.out.clone()
 
     def _prepared(self, registers: Mapping[str, Tensor], packing: Packing) -> _Run:
-        from fastbert.cpu.code import Program
+        from fastbert.cpu.program import Program
 
         x = registers["x"]
         with torch.inference_mode(False):  # what is made inside could not be written to outside
@@ -187,11 +187,11 @@ class CpuProgram:
             out, cu_seqlens = room(x.shape, x.dtype), room(packing.cu_seqlens.shape, torch.int32)
         run = _Recorded(self, own, cu_seqlens, packing.max_seqlen, len(x))
         run.record(out=out)
-        return _Run(own, cu_seqlens, out, Program(run.launches))
+        return _Run(own, cu_seqlens, out, Program(run.calls))
 
 
 class _Recorded:
-    """The launches of a run, recorded step by step, and what its registers hold."""
+    """The calls of a run, recorded step by step, and what its registers hold."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class _Recorded:
         self.cu_seqlens, self.max_seqlen, self.tokens = cu_seqlens, max_seqlen, tokens
         self.x, self.rows = registers["x"], len(registers["x"])
         self.registers = {name: _Rows(rows, None) for name, rows in registers.items()}
-        self.launches: list[Launch] = []
+        self.calls: list[Call] = []
         self.todo = [(layer, i) for layer, (steps, _) in enumerate(program.layers) for i in range(len(steps.of))]
 
     def record(self, *, until_last_attend: bool = False, out: Tensor | None = None) -> None:
@@ -224,13 +224,13 @@ class _Recorded:
                 return
 
     def take(self, read: Tensor) -> None:
-        """Go on with these rows, from what the launches so far have left."""
+        """Go on with these rows, from what the calls so far have left."""
         steps, _ = self.program.layers[-1]
         for name in steps.late:
             floats = self.registers[name].floats
             assert floats is not None
             self.registers[name] = _Rows(floats.index_select(0, read), None)
-        self.rows, self.launches = len(read), []
+        self.rows, self.calls = len(read), []
 
     def _attend(self, step: Attend) -> None:
         from fastbert.cpu.attention import attention_forward
@@ -242,7 +242,7 @@ class _Recorded:
         context[self.tokens :] = 0
         scale = heads.shape[-1] ** -0.5
         contexts = context.view(self.rows, *heads.shape[2:])
-        self.launches.append(attention_forward(self.machine, heads, self.cu_seqlens, self.max_seqlen, scale, contexts))
+        self.calls.append(attention_forward(self.machine, heads, self.cu_seqlens, self.max_seqlen, scale, contexts))
         self.registers[step.into] = _Rows(context, None)
 
     def _product(self, steps: Steps, i: int, parts: Parts, given: _Weights, out: Tensor | None) -> None:
@@ -264,9 +264,7 @@ class _Recorded:
         assert x is not None
         name, width = step.into if step.sum is None else step.sum, len(given.bias)
         total = self._room(name, width, self.x.dtype, beside=residual) if out is None or step.sum is not None else out
-        self.launches.append(
-            linear(machine, x, matrix, given.bias, total, activation=step.activation, residual=residual)
-        )
+        self.calls.append(linear(machine, x, matrix, given.bias, total, activation=step.activation, residual=residual))
         if step.sum is not None:
             self.registers[step.sum] = _Rows(total, None)
         if given.norm is None:
@@ -274,7 +272,7 @@ class _Recorded:
         made = total
         if step.sum is not None:
             made = self._room(step.into, width, self.x.dtype) if out is None else out
-        self.launches.append(row_wise(machine, total, norm=given.norm, out=made))
+        self.calls.append(row_wise(machine, total, norm=given.norm, out=made))
         return _Rows(made, None)
 
     def _int8_product(
@@ -295,7 +293,7 @@ class _Recorded:
         if x_int8 is None:
             assert x is not None
             x_int8 = self._int8_room(step.x, x.shape[1])
-            self.launches.append(row_wise(machine, x, out_int8=x_int8))
+            self.calls.append(row_wise(machine, x, out_int8=x_int8))
             self.registers[step.x] = _Rows(x, x_int8)
         wants_floats, wants_int8 = formats(steps, i, parts)
         dtype = made_dtype(steps, i, parts[step.part], self.x)
@@ -304,7 +302,7 @@ class _Recorded:
         if floats is None and wants_floats:
             floats = self._room(step.into, width, dtype, beside=residual)
         total = self._room(step.sum, width, dtype, beside=residual) if step.sum is not None else floats
-        self.launches += linear_int8(
+        self.calls += linear_int8(
             machine, x_int8, matrix, given.bias,
             activation=step.activation, residual=residual, norm=None if keeps else given.norm,
             out=total, out_int8=None if keeps else int8,
@@ -312,7 +310,7 @@ class _Recorded:
         if step.sum is not None:
             assert total is not None
             self.registers[step.sum] = _Rows(total, None)
-            self.launches.append(row_wise(machine, total, norm=given.norm, out=floats, out_int8=int8))
+            self.calls.append(row_wise(machine, total, norm=given.norm, out=floats, out_int8=int8))
         return _Rows(floats, int8)
 
     def _room(self, name: str, width: int, dtype: torch.dtype, beside: Tensor | None = None) -> Tensor:
@@ -335,7 +333,7 @@ class _Recorded:
         return Int8Rows(values, scale.view(-1), zero.view(-1))
 
 
-def _laid_out(machine: Machine, layers: Layers) -> list[dict[str, _Weights]]:
+def _kernel_weights(machine: Machine, layers: Layers) -> list[dict[str, _Weights]]:
     """Of each layer what the kernels take of its parts; matrices in floats follow one another in memory."""
     made: list[dict[str, _Weights]] = []
     todo: list[tuple[dict[str, _Weights], str]] = []
@@ -354,7 +352,7 @@ def _laid_out(machine: Machine, layers: Layers) -> list[dict[str, _Weights]]:
                     if not is_frozen(part):
                         todo.append((made[-1], step.part))
     if todo:
-        together = laid_out_together([cast(Tensor, of[name].matrix) for of, name in todo], machine.columns)
+        together = in_blocks_together([cast(Tensor, of[name].matrix) for of, name in todo], machine.vectors.columns)
         for (of, name), one in zip(todo, together, strict=True):
             of[name] = of[name]._replace(matrix=one)
     return made

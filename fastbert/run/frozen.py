@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.cpu.layout import laid_out, plain, size
+from fastbert.cpu.layout import in_blocks, plain, size
 from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError
 
@@ -18,7 +18,7 @@ class FrozenLinear(nn.Module):
 
     Args:
         linear: whose weight `matrix` holds.
-        matrix: made by `layout.laid_out`.
+        matrix: made by `layout.in_blocks`.
     """
 
     matrix: Tensor
@@ -81,7 +81,7 @@ class FrozenLinear(nn.Module):
         elif weight.shape != self.shape:
             error_msgs.append(f"size mismatch for {key}: got {tuple(weight.shape)}; expected {tuple(self.shape)}.")
         else:
-            self.matrix.copy_(laid_out(weight.to(self.matrix.dtype), self.matrix.shape[2]))
+            self.matrix.copy_(in_blocks(weight.to(self.matrix.dtype), self.matrix.shape[2]))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -97,7 +97,7 @@ class FrozenLinear(nn.Module):
 def freeze(module: nn.Module, columns: int) -> None:
     """Put a FrozenLinear in the place of each `nn.Linear` below `module`, all of one dtype; the others' memory goes.
 
-    Their matrices follow one another in memory, as `layout.laid_out_together` has them, and so do those of a
+    Their matrices follow one another in memory, as `layout.in_blocks_together` has them, and so do those of a
     SelfAttention, if their outputs are a multiple of `columns`.
     """
     places = [
@@ -110,7 +110,7 @@ def freeze(module: nn.Module, columns: int) -> None:
     block = room([sum(sizes)], places[0][2].weight.dtype)
     for part in block.split(sizes):
         parent, name, linear = places.pop(0)  # one after the other, so that no two copies of all are ever there
-        matrix = laid_out(linear.weight, columns)
+        matrix = in_blocks(linear.weight, columns)
         parent._modules[name] = FrozenLinear(linear, part.view_as(matrix).copy_(matrix))
 
 

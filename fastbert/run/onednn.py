@@ -38,10 +38,17 @@ def unserved(layers: Layers, x: Tensor) -> str | None:
 
 
 class _Linear(NamedTuple):
-    """A linear layer, its weight laid out."""
+    """A linear layer, its weight laid out for oneDNN."""
 
     weight: Tensor
     bias: Tensor | None
+
+    @classmethod
+    def of(cls, part: nn.Module) -> _Linear:
+        """A plain part's."""
+        weight, bias = weights(part)
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        return cls(reordered, None if bias is None else bias.detach().contiguous())
 
 
 class OneDnnProgram:
@@ -52,7 +59,7 @@ class OneDnnProgram:
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
         self.linears = [
-            {step.part: _laid_out(parts[step.part]) for step in steps.of if isinstance(step, Product)}
+            {step.part: _Linear.of(parts[step.part]) for step in steps.of if isinstance(step, Product)}
             for steps, parts in layers
         ]
 
@@ -82,9 +89,3 @@ class OneDnnProgram:
             norm = cast(nn.LayerNorm, parts[step.norm])
             total = layer_norm(total, norm.weight, norm.bias, eps=norm.eps)
         held[step.into] = total
-
-
-def _laid_out(part: nn.Module) -> _Linear:
-    weight, bias = weights(part)
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    return _Linear(laid_out, None if bias is None else bias.detach().contiguous())

@@ -1,0 +1,160 @@
+"""Instruction sets: what one has for the kernels, and how a product is cut to fit its registers.
+
+A new one is an entry in `VECTORS`, `BFLOAT16` or `INT8`, and what an entry needs are LLVM's names of features.
+`machine.host` takes the first of each kind that the CPU has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from fastbert.cpu.values import (
+    I8,
+    I16,
+    I32,
+    BFloatType,
+    Value,
+    bitcast,
+    constant,
+    fma,
+    intrinsic,
+    nearest,
+    select,
+    to_int32,
+)  # fmt: skip
+
+# Of (total, a, b): total + the products of what lies in each 32-bit word of a and b.
+Dot = Callable[[Value, Value, Value], Value]
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Vectors of float32, as any CPU has them whose multiply-adds are fused.
+
+    Attributes:
+        lanes: float32 in a vector.
+        registers: vector registers.
+        rows: of a product of floats that are made together: their sums leave room for operands, and for renaming.
+        group_bytes: of rows that all outputs are made of before the next.
+        flags: what LLVM is told beside the features of the CPU.
+    """
+
+    needs: frozenset[str]
+    lanes: int
+    registers: int
+    rows: int
+    group_bytes: int
+    flags: str = ""
+
+    @property
+    def columns(self) -> int:
+        """Outputs of a product of floats that are made together: two vectors of sums for each row."""
+        return 2 * self.lanes
+
+    @property
+    def queries(self) -> int:
+        """Of attention, made together: with two vectors of keys they fill half of the registers."""
+        return self.registers // 4
+
+    def reciprocal(self, x: Value) -> Value:
+        """1 / x of a vector, to an ulp or two, for x from 2^-125 to 2^126; NaN stays."""
+        return x.like(1.0) / x
+
+    def exp2(self, x: Value, of_fraction: Callable[[Value], Value]) -> Value:
+        """2^x of a vector; at most 2^-126 for anything lower, and NaN stays. x is at most 127.
+
+        Args:
+            of_fraction: gives 2^f for |f| <= 1/2.
+        """
+        x = select(x < -126.0, -126.0, x)
+        whole = nearest(x)
+        power = of_fraction(x - whole)
+        exponent = to_int32(whole) << 23
+        return bitcast(bitcast(power, exponent.type) + exponent, x.type)
+
+
+class Avx512(Vectors):
+    """Vectors of 16, with instructions for a reciprocal's estimate and for either end of 2^x."""
+
+    def reciprocal(self, x: Value) -> Value:
+        """See `Vectors.reciprocal`."""
+        # On Zen 4 a division takes the time of a dozen products. The estimate's error of 2^-14 becomes its square.
+        estimate = intrinsic("llvm.x86.avx512.rcp14.ps.512", x.type, x, x.like(0.0), constant(I16, -1), suffix="")
+        return fma(estimate, fma(-x, estimate, 1.0), estimate)
+
+    def exp2(self, x: Value, of_fraction: Callable[[Value], Value]) -> Value:
+        """See `Vectors.exp2`."""
+        every, to_nearest, as_it_is = constant(I16, -1), constant(I32, 8), constant(I32, 4)
+        reduce, scale = (f"llvm.x86.avx512.mask.{name}.ps.512" for name in ("reduce", "scalef"))
+        fraction = intrinsic(reduce, x.type, x, to_nearest, x, every, as_it_is, suffix="")
+        power = of_fraction(fraction)
+        return intrinsic(scale, x.type, power, x - fraction, power, every, as_it_is, suffix="")
+
+
+@dataclass(frozen=True, eq=False)
+class Bfloat16:
+    """Products of bfloat16: the dot is of pairs, words are int32 `[lanes]`, and the total float32."""
+
+    needs: frozenset[str]
+    dot: Dot
+
+
+@dataclass(frozen=True, eq=False)
+class Int8:
+    """Products of 8 bits: the dot is of fours, uint8 in a and int8 in b; words and the total are int32 `[lanes]`.
+
+    Attributes:
+        rows: most that are made together, with the outputs of a block of `int8.COLUMNS`.
+    """
+
+    needs: frozenset[str]
+    dot: Dot
+    rows: int
+
+    def rows_at_once(self, rows: int) -> int:
+        """The fastest way through so many: n rows take n cycles a word, 4 at least, since sums wait for sums.
+
+        The last block begins where it ends with the last row.
+        """
+        return min((n for n in (self.rows, 8, 4, 2, 1) if n <= rows), key=lambda n: -(-rows // n) * max(n, 4))
+
+
+def float32_dot(total: Value, a: Value, b: Value) -> Value:
+    """The `Dot` of words that are a float32 each."""
+    return fma(a, b, total)
+
+
+def _dpbf16ps(total: Value, a: Value, b: Value) -> Value:
+    a, b = (bitcast(x, ir.VectorType(BFloatType(), 32)) for x in (a, b))
+    return intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, a, b, suffix="")
+
+
+def _vpdpbusd(total: Value, a: Value, b: Value) -> Value:
+    a, b = (bitcast(x, ir.VectorType(I8, 64)) for x in (a, b))
+    return intrinsic("llvm.x86.avx512.vpdpbusd.512", total.type, total, a, b, suffix="")
+
+
+# group_bytes are half of the second cache of a Zen 3 and of a Zen 4.
+AVX2 = Vectors(frozenset({"avx2", "fma"}), lanes=8, registers=16, rows=6, group_bytes=2**18)
+AVX512 = Avx512(
+    AVX2.needs | {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    lanes=16,
+    registers=32,
+    rows=8,
+    group_bytes=2**19,
+    flags=",-prefer-256-bit",  # which LLVM does on many CPUs with AVX-512
+)
+AVX512_BF16 = Bfloat16(AVX512.needs | {"avx512bf16"}, _dpbf16ps)
+# With two vectors of outputs 12 rows are 24 sums of 32 registers.
+AVX512_VNNI = Int8(AVX512.needs | {"avx512vnni"}, _vpdpbusd, rows=12)
+
+# Of each kind, the best first.
+VECTORS = (AVX512, AVX2)
+BFLOAT16 = (AVX512_BF16,)
+INT8 = (AVX512_VNNI,)
+
+# float32 in the widest vector: scratch whose rows are whole vectors of so many serves every set.
+MOST_LANES = max(vectors.lanes for vectors in VECTORS)
