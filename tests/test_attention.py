@@ -8,7 +8,8 @@ import torch
 from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import launch, target
-from fastbert.ops.attention import attention, attention_forward
+from fastbert.ops.attention import attention
+from fastbert.ops.attention_triton import attention_forward
 from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
 from fastbert.testing import assert_close, random_lengths
