@@ -9,7 +9,8 @@ from fastbert import backend, reference
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import attention_choices, choices, target
 from fastbert.kernels.attention_choices import ATTENTION_BACKWARD_ONE_PASS
-from fastbert.ops.attention import attention, attention_forward
+from fastbert.ops.attention import attention
+from fastbert.ops.attention_triton import attention_forward
 from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
 from fastbert.testing import assert_close, random_lengths

@@ -22,7 +22,8 @@ from fastbert.cpu.machine import Machine, host
 from fastbert.cpu.row_wise import row_wise
 from fastbert.errors import ArgumentError
 from fastbert.ops import linear as ops_linear
-from fastbert.ops.attention import WIDEST_HEAD, attention
+from fastbert.ops.attention import attention
+from fastbert.ops.attention_torch import WIDEST_HEAD
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.packing import Packing
 from fastbert.run import cpu

@@ -1,9 +1,11 @@
 """The folded encoder: against float64 by the error rule, and used only where it may be."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert import backend
 from fastbert.config import EncoderConfig
@@ -128,11 +130,11 @@ def test_a_model_that_is_not_folded_runs_as_it_is(generator, runs):
 
 @pytest.mark.parametrize(
     "case",
-    ["gradient", "frozen embeddings", "training", "bfloat16", "hidden states", "bias", "autocast"],
+    ["gradient", "frozen embeddings", "training", "bfloat16", "hidden states", "bias", "autocast", "dispatch mode"],
 )
 def test_where_it_does_not_run(case, generator, runs):
     model = random_model(generator, hidden_dropout=0.0, attention_dropout=0.0)
-    ids = torch.randint(50, (2, 6), generator=generator)
+    ids = torch.randint(50, (2, 9), generator=generator)
     options = {}
     if case == "frozen embeddings":
         model.embeddings.requires_grad_(False)
@@ -143,10 +145,11 @@ def test_where_it_does_not_run(case, generator, runs):
     if case == "hidden states":
         options["output_hidden_states"] = True
     if case == "bias":
-        options["attention_mask"] = torch.randn(2, 1, 6, 6, generator=generator)
+        options["attention_mask"] = torch.randn(2, 1, 9, 9, generator=generator)
     with (
         torch.set_grad_enabled(case in ("gradient", "frozen embeddings")),
         torch.autocast("cpu", enabled=case == "autocast"),
+        FlopCounterMode(display=False) if case == "dispatch mode" else contextlib.nullcontext(),
     ):
         model(ids, **options)
     assert not runs

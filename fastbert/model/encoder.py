@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.config import EncoderConfig
-from fastbert.cpu.memory import is_plain
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.model import mapping
 from fastbert.model.layer import EncoderLayer
 from fastbert.model.masks import read_mask
 from fastbert.model.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
-from fastbert.ops.common import native_machine, observed, onednn_fuses, onednn_rows, runs_bare
+from fastbert.ops.common import multiplies_bare, native_machine, onednn_fuses, onednn_rows
 from fastbert.ops.linear import with_slack
 from fastbert.ops.watch import hooks_of
 from fastbert.packing import Packing
@@ -201,7 +200,7 @@ class Encoder(nn.Module):
 
     def _program(self, x: Tensor) -> cpu.CpuProgram | onednn.OneDnnProgram | None:
         """What was made of the layers for inputs as `x`, where that is faster than layer by layer."""
-        if torch.is_grad_enabled() or not runs_bare(x) or observed() or not is_plain(x) or not len(x):
+        if torch.is_grad_enabled() or not multiplies_bare(x) or not len(x):
             return None
         path, mkldnn = backend.decide(x.device).path, torch.backends.mkldnn.enabled
         if path == "triton" or self.training or self.drops():

@@ -26,8 +26,8 @@ from fastbert.config import Activation, EncoderConfig
 from fastbert.cpu.machine import made_by_amd
 from fastbert.model.encoder import Encoder
 from fastbert.model.layer import EncoderLayer
-from fastbert.ops.attention import attend
-from fastbert.ops.common import runs_bare
+from fastbert.ops.attention_torch import attend
+from fastbert.ops.common import multiplies_bare
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
 
@@ -45,7 +45,7 @@ FEWEST_ROWS = 16
 
 def serves(encoder: Encoder, x: Tensor) -> bool:
     """Whether folding is meant for a run of `encoder` on `x`: float32, a CPU, no gradient, no dropout, many rows."""
-    bare = x.dtype == torch.float32 and not torch.is_grad_enabled() and runs_bare(x) and len(x) >= FEWEST_ROWS
+    bare = x.dtype == torch.float32 and not torch.is_grad_enabled() and multiplies_bare(x) and len(x) >= FEWEST_ROWS
     if (
         not bare or made_by_amd() or backend.decide(x.device).path == "triton"
     ):  # there BLAS is not the fastest that can be had

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import backend
 from fastbert.errors import ArgumentError
 from fastbert.kernels import choices
-from fastbert.ops.common import cast_states, check_parameter, check_rows, launched
+from fastbert.ops.common import cast_states, check_parameter, check_rows, launcher
 from fastbert.reference import Approximate
 
 
@@ -39,7 +39,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
     if bias is not None:
         check_parameter("bias", bias, (x.shape[1],), x)
     if backend.uses_triton("bias_gelu", x, choices.dtype_unserved(x.dtype)):
-        return launched(bias_gelu_forward, x, bias)(x, bias, approximate, gated)
+        return launcher(bias_gelu_forward, x, bias)(x, bias, approximate, gated)
     if bias is None and not gated:
         return F.gelu(x, approximate=approximate)
     total = x.to(torch.promote_types(x.dtype, torch.float32))  # half types are rounded once, at the end

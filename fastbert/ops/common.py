@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 from fastbert import backend
 from fastbert.cpu.machine import Machine, host, made_by_amd
@@ -27,7 +28,7 @@ def check_residual(residual: Tensor, shape: tuple[int, int], x: Tensor) -> None:
     """Raise ArgumentError unless `residual` has this shape and the dtype and device of `x`."""
     check_dense("residual", residual)
     if tuple(residual.shape) != shape or (residual.dtype, residual.device) != (x.dtype, x.device):
-        raise ArgumentError("residual", _described(residual), f"{x.dtype} of shape {shape} on {x.device}, as x")
+        raise ArgumentError("residual", described(residual), f"{x.dtype} of shape {shape} on {x.device}, as x")
 
 
 def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
@@ -35,7 +36,7 @@ def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], x: Ten
     check_dense(name, parameter)
     fits = parameter.dtype in (x.dtype, torch.float32)
     if not fits or tuple(parameter.shape) != shape or parameter.device != x.device:
-        raise ArgumentError(name, _described(parameter), f"{x.dtype} or torch.float32 of shape {shape} on {x.device}")
+        raise ArgumentError(name, described(parameter), f"{x.dtype} or torch.float32 of shape {shape} on {x.device}")
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -46,11 +47,11 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_rows("x", x)
     check_dense("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not _beside(weight, x):
-        raise ArgumentError("weight", _described(weight), f"{x.dtype} of shape [out, {x.shape[1]}] on {x.device}")
+        raise ArgumentError("weight", described(weight), f"{x.dtype} of shape [out, {x.shape[1]}] on {x.device}")
     if bias is not None:
         check_dense("bias", bias)
     if bias is not None and (bias.shape != weight.shape[:1] or not _beside(bias, x)):
-        raise ArgumentError("bias", _described(bias), f"{x.dtype} of shape [{weight.shape[0]}] on {x.device}")
+        raise ArgumentError("bias", described(bias), f"{x.dtype} of shape [{weight.shape[0]}] on {x.device}")
 
 
 def _beside(other: Tensor, x: Tensor) -> bool:
@@ -67,11 +68,7 @@ def check_dropout(dropout: float, seed: Tensor | None, x: Tensor) -> None:
         if seed is None:
             raise ArgumentError("seed", None, "an int64 tensor of one element", "Dropout needs a seed.")
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
-            raise ArgumentError(
-                "seed",
-                f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}",
-                f"an int64 tensor of one element on {x.device}",
-            )
+            raise ArgumentError("seed", described(seed), f"an int64 tensor of one element on {x.device}")
 
 
 def autocasts(x: Tensor) -> bool:
@@ -100,22 +97,35 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def observed() -> bool:
-    """Whether anything looks on: torch.compile, exporters, tracers, dispatch modes, functorch's transforms."""
+    """Whether something has to see torch's own ops.
+
+    That is torch.compile, an exporter, a tracer, a dispatch mode, one of functorch's transforms, or forward-mode AD.
+    """
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
     )
 
 
-def launched(op: CustomOpDef, *tensors: Tensor | None) -> Callable[..., Any]:
-    """The launcher of a kernel, `op` without torch's dispatch around it, or `op` itself where that is of use.
+def runs_bare(*tensors: Tensor | None) -> bool:
+    """Whether an op on these tensors may do without torch's own ops: launch a kernel straight, overwrite what it made.
 
-    It is where autograd records these tensors, where they are `observed`, and where one of them is not plain.
+    It may where neither autograd nor whatever has `observed` them needs to see those, and all tensors are plain.
     """
-    watched = wants_gradient(*tensors) or observed() or not _all_plain(tensors)
-    return op if watched else op._init_fn
+    return not wants_gradient(*tensors) and not observed() and _all_plain(tensors)
+
+
+def multiplies_bare(x: Tensor, *others: Tensor | None) -> bool:
+    """`runs_bare` for a linear layer on a CPU: autocast, which casts what torch multiplies, must be off too."""
+    return x.device.type == "cpu" and runs_bare(x, *others) and not autocasts(x)
+
+
+def launcher(op: CustomOpDef, *tensors: Tensor | None) -> Callable[..., Any]:
+    """What runs `op` on these tensors: its kernel's launcher where it `runs_bare`, else `op`, by torch's dispatch."""
+    return op._init_fn if runs_bare(*tensors) else op
 
 
 def _all_plain(tensors: Iterable[Tensor | None]) -> bool:
@@ -135,21 +145,6 @@ def native_machine(x: Tensor, *others: Tensor | None) -> Machine | None:
     return machine if isinstance(machine, Machine) and x.dtype in machine.dtypes else None
 
 
-def runs_bare(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a linear layer on these CPU tensors may write into its own intermediate results.
-
-    Such forms have no autograd, don't know autocast, and neither exporters nor torch.compile, which fuses by itself,
-    should see them.
-    """
-    return bool(
-        x.device.type == "cpu"
-        and not wants_gradient(x, *others)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
 def onednn_fuses(x: Tensor, *others: Tensor | None) -> bool:
     """Whether oneDNN's fused linear layers run on these tensors: where they beat all else.
 
@@ -159,7 +154,7 @@ def onednn_fuses(x: Tensor, *others: Tensor | None) -> bool:
     return bool(
         x.dtype in (torch.bfloat16, torch.float32)
         and x.shape[1] > 0
-        and runs_bare(x, *others)
+        and multiplies_bare(x, *others)
         and all(other is None or other.dim() > 1 or other.is_contiguous() for other in others)  # a bias: it reads past
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
@@ -176,5 +171,6 @@ def onednn_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _described(x: Tensor) -> str:
+def described(x: Tensor) -> str:
+    """A tensor in an error's words."""
     return f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.errors import ArgumentError
-from fastbert.ops.common import autocasts, check_linear
+from fastbert.ops.common import autocasts, check_linear, described
 from fastbert.packing import check_dense
 
 IGNORED = -100  # the label that counts for nothing, as in PyTorch and Hugging Face
@@ -69,8 +69,7 @@ def check_labels(
     """Raise ArgumentError unless `labels` is int64 of this shape beside the model, with classes or `ignore_index`."""
     check_dense(name, labels)
     if labels.dtype != torch.int64 or tuple(labels.shape) != shape or labels.device != device:
-        got = f"{labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
-        raise ArgumentError(name, got, f"torch.int64 of shape {tuple(shape)} on {device}")
+        raise ArgumentError(name, described(labels), f"torch.int64 of shape {tuple(shape)} on {device}")
     if device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]

@@ -12,7 +12,15 @@ from fastbert import backend
 from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError
 from fastbert.kernels import row_wise_choices
-from fastbert.ops.common import check_dropout, check_parameter, check_rows, launched, native_machine, wants_gradient
+from fastbert.ops.common import (
+    check_dropout,
+    check_parameter,
+    check_rows,
+    described,
+    launcher,
+    native_machine,
+    wants_gradient,
+)
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import check_eps, normalise
 from fastbert.packing import check_dense
@@ -65,23 +73,10 @@ def embedding(
     check_eps(eps)
     if padding_idx is not None and not 0 <= padding_idx < len(word):
         raise ArgumentError("padding_idx", padding_idx, f"None, or an entry of word, from 0 to {len(word) - 1}")
-    arguments = (
-        input_ids,
-        position_ids,
-        token_type_ids,
-        word,
-        position,
-        token_type,
-        weight,
-        bias,
-        dropout,
-        seed,
-        eps,
-        padding_idx,
-    )
+    ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type, weight, bias)
     if backend.uses_triton("embedding", word, row_wise_choices.row_wise_unserved(word.shape[1], word.dtype)):
-        return launched(embedding_forward, word, position, token_type, weight, bias)(*arguments)
-    return _embedding_torch(*arguments, sparse)
+        return launcher(embedding_forward, *tables)(*ids, *tables, dropout, seed, eps, padding_idx)
+    return _embedding_torch(ids, tables, dropout, seed, eps, padding_idx, sparse)
 
 
 def _check_tables(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -99,11 +94,7 @@ def _check_tables(word: Tensor, position: Tensor, token_type: Tensor, weight: Te
 def _check_ids(name: str, ids: Tensor, input_ids: Tensor, word: Tensor) -> None:
     check_dense(name, ids)
     if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape != input_ids.shape or ids.device != word.device:
-        raise ArgumentError(
-            name,
-            f"{ids.dtype} of shape {tuple(ids.shape)} on {ids.device}",
-            f"int64 [tokens], as many as input_ids, on {word.device}",
-        )
+        raise ArgumentError(name, described(ids), f"int64 [tokens], as many as input_ids, on {word.device}")
 
 
 def _check_inside(name: str, ids: Tensor, table: Tensor) -> None:
@@ -117,26 +108,21 @@ def _check_inside(name: str, ids: Tensor, table: Tensor) -> None:
 
 
 def _embedding_torch(
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor | None,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    ids: tuple[Tensor, Tensor, Tensor | None],
+    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     dropout: float,
     seed: Tensor | None,
     eps: float,
     padding_idx: int | None,
     sparse: bool,
 ) -> Tensor:
+    (input_ids, position_ids, token_type_ids), (word, position, token_type, weight, bias) = ids, tables
     _check_inside("input_ids", input_ids, word)
     _check_inside("position_ids", position_ids, position)
     if token_type_ids is not None:
         _check_inside("token_type_ids", token_type_ids, token_type)
-    machine = native_machine(word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids)
-    if machine is not None and dropout == 0.0 and not wants_gradient(word, position, token_type, weight, bias):
+    machine = native_machine(*tables, *ids)
+    if machine is not None and dropout == 0.0 and not wants_gradient(*tables):
         from fastbert.cpu import embedding as kernel
 
         out = room((len(input_ids), word.shape[1]), word.dtype)
@@ -198,20 +184,7 @@ def embedding_forward(
 
 
 @embedding_forward.register_fake
-def _(
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor | None,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-    eps: float,
-    padding_idx: int | None,
-) -> Tensor:
+def _(input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, word: Tensor, *_: Any) -> Tensor:
     return word.new_empty(input_ids.shape[0], word.shape[1])
 
 
@@ -261,11 +234,7 @@ def _(
     word: Tensor,
     position: Tensor,
     token_type: Tensor,
-    weight: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-    eps: float,
-    padding_idx: int | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dword, dposition, dtoken_type = (table.new_empty(table.shape) for table in (word, position, token_type))
     return dword, dposition, dtoken_type, word.new_empty(2, word.shape[1], dtype=torch.float32)

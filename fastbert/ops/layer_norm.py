@@ -20,9 +20,9 @@ from fastbert.ops.common import (
     check_parameter,
     check_residual,
     check_rows,
-    launched,
+    launcher,
+    multiplies_bare,
     onednn_fuses,
-    runs_bare,
     wants_gradient,
 )
 from fastbert.ops.dropout import drop
@@ -74,7 +74,7 @@ def layer_norm(
     if backend.uses_triton("layer_norm", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         tensors = (x, weight, bias, residual, x_bias)
         out_rows, out_size = (None, 0) if unpack is None else (unpack.indices, math.prod(unpack.padded_shape))
-        out = launched(layer_norm_forward, *tensors)(
+        out = launcher(layer_norm_forward, *tensors)(
             *tensors, dropout, seed, eps, out_rows, out_size, wants_gradient(*tensors)
         )[0]
         return out if unpack is None else out.unflatten(0, unpack.padded_shape)
@@ -119,35 +119,17 @@ def linear_layer_norm(
     check_dropout(dropout, seed, x)
     hidden = weight.shape[0]
     check_residual(residual, (x.shape[0], hidden), x)
-    if backend.uses_triton("linear_layer_norm", x, row_wise_choices.row_wise_unserved(hidden, x.dtype)):
-        return layer_norm(
-            F.linear(x, weight),
-            norm_weight,
-            norm_bias,
-            residual=residual,
-            x_bias=x_bias,
-            dropout=dropout,
-            seed=seed,
-            eps=eps,
-            unpack=unpack,
-        )
     tensors = (x, weight, x_bias, residual, norm_weight, norm_bias)
-    if dropout == 0.0 and onednn_fuses(*tensors):
-        total = by_onednn(x, weight, x_bias, residual=residual)
-        return layer_norm(total, norm_weight, norm_bias, eps=eps, unpack=unpack)
-    if dropout == 0.0 and x.dtype == torch.float32 and x_bias is not None and runs_bare(*tensors):
-        total = (residual + x_bias).addmm_(x, weight.t())
-        return layer_norm(total, norm_weight, norm_bias, eps=eps, unpack=unpack)
-    return layer_norm(
-        product(x, weight, x_bias),
-        norm_weight,
-        norm_bias,
-        residual=residual,
-        dropout=dropout,
-        seed=seed,
-        eps=eps,
-        unpack=unpack,
-    )
+    left: dict[str, Tensor | None] = {"residual": residual}
+    if backend.uses_triton("linear_layer_norm", x, row_wise_choices.row_wise_unserved(hidden, x.dtype)):
+        total, left = F.linear(x, weight), {"residual": residual, "x_bias": x_bias}
+    elif dropout == 0.0 and onednn_fuses(*tensors):
+        total, left = by_onednn(x, weight, x_bias, residual=residual), {}
+    elif dropout == 0.0 and x.dtype == torch.float32 and x_bias is not None and multiplies_bare(*tensors):
+        total, left = (residual + x_bias).addmm_(x, weight.t()), {}
+    else:
+        total = product(x, weight, x_bias)
+    return layer_norm(total, norm_weight, norm_bias, dropout=dropout, seed=seed, eps=eps, unpack=unpack, **left)
 
 
 def prepare_linear_layer_norm(
@@ -330,8 +312,7 @@ def _(
     residual: bool,
     x_bias: bool,
     dropout: float,
-    seed: Tensor | None,
-    out_rows: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = total.new_empty(total.shape)
     dresidual = torch.empty_like(dx) if residual and dropout > 0.0 else total.new_empty(0)

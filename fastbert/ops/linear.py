@@ -13,7 +13,15 @@ from fastbert import backend
 from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import room
-from fastbert.ops.common import check_linear, native_machine, observed, onednn_fuses, onednn_rows, wants_gradient
+from fastbert.ops.common import (
+    autocasts,
+    check_linear,
+    native_machine,
+    observed,
+    onednn_fuses,
+    onednn_rows,
+    wants_gradient,
+)
 from fastbert.reference import Approximate
 
 T = TypeVar("T")
@@ -92,7 +100,7 @@ def with_slack(x: Tensor, rows: int) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` unchecked; where it is recorded by kernels of this CPU, if they are faster than its BLAS."""
     machine = native_machine(x, weight, bias)
-    recorded = wants_gradient(x, weight, bias) and not torch.is_autocast_enabled("cpu")
+    recorded = wants_gradient(x, weight, bias) and not autocasts(x)
     exact = x.dtype == weight.dtype == torch.float32
     if machine is not None and recorded and exact and len(x) >= LEAST_ROWS and backend.multiplies_well():
         return _Linear.apply(machine, x, weight, bias)  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from fastbert import backend
 from fastbert.errors import BackendError
 from fastbert.kernels import choices, linear_gelu_choices, target
 from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, check_approximate
-from fastbert.ops.common import cast_states, check_linear, launched, onednn_fuses, runs_bare, wants_gradient
+from fastbert.ops.common import cast_states, check_linear, launcher, multiplies_bare, onednn_fuses, wants_gradient
 from fastbert.ops.linear import by_onednn, linear
 from fastbert.reference import Approximate
 
@@ -43,7 +43,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     if onednn_fuses(x, weight, bias):
         return by_onednn(x, weight, bias, gelu=approximate)
     product = linear(x, weight, bias)
-    if runs_bare(x, weight, bias):
+    if multiplies_bare(x, weight, bias):
         return torch.ops.aten.gelu_(product, approximate=approximate)
     return F.gelu(product, approximate=approximate)
 
@@ -82,7 +82,7 @@ def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None, approxim
     gradient = wants_gradient(x, weight, bias)
     match _form(x, weight, approximate, gradient=gradient):
         case "epilogue":
-            forward = launched(linear_gelu_forward, x, weight, bias)
+            forward = launcher(linear_gelu_forward, x, weight, bias)
             return forward(x, *cast_states(weight), bias, approximate, store_product=gradient)[0]
         case "cublaslt" if bias is not None and approximate == "tanh" and not gradient:
             return torch.ops.aten._addmm_activation(*cast_states(bias, x), cast_states(weight)[0].t(), use_gelu=True)

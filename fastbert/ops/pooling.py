@@ -12,7 +12,7 @@ from fastbert import backend
 from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import row_wise_choices
-from fastbert.ops.common import check_rows, launched, native_machine, wants_gradient
+from fastbert.ops.common import check_rows, launcher, native_machine, wants_gradient
 from fastbert.packing import Packing
 from fastbert.reference import Pooling
 
@@ -41,7 +41,7 @@ def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) 
     if len(x) > packing.tokens:  # a slice of all rows would cost its gradient a copy
         x = x[: packing.tokens]
     if backend.uses_triton("pool", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
-        return launched(pool_forward, x)(x, packing.cu_seqlens, how, normalise, wants_gradient(x))[0]
+        return launcher(pool_forward, x)(x, packing.cu_seqlens, how, normalise, wants_gradient(x))[0]
     machine = native_machine(x)
     if machine is not None and not wants_gradient(x):
         from fastbert.cpu import pooling as kernel
@@ -138,8 +138,7 @@ def _(
     cu_seqlens: Tensor,
     rows: int,
     dtype: torch.dtype,
-    how: str,
-    normalise: bool,
+    *_: Any,
 ) -> Tensor:
     return dout.new_empty(rows, dout.shape[1], dtype=dtype)
 
@@ -161,8 +160,7 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ..
         raise BackendError(
             "pool_forward", "a gradient asked for after store_norm=False", "store_norm=True in the forward"
         )
-    out, norm, x, cu_seqlens = ctx.saved_tensors
-    dx = pool_backward(dout, out, norm, x, cu_seqlens, ctx.rows, ctx.dtype, ctx.how, ctx.normalise)
+    dx = pool_backward(dout, *ctx.saved_tensors, ctx.rows, ctx.dtype, ctx.how, ctx.normalise)
     return dx, None, None, None, None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastbert import backend, reference
 from fastbert.kernels import precision, row_wise_choices
 from fastbert.ops.bias_gelu import bias_gelu
-from fastbert.ops.common import check_rows, launched
+from fastbert.ops.common import check_rows, launcher
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.reference import Approximate
 
@@ -41,7 +41,7 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     """
     check_rows("x", x)
     if backend.uses_triton("quantize_rows", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
-        return QuantizedRows(*launched(quantize_rows_forward, x)(x))
+        return QuantizedRows(*launcher(quantize_rows_forward, x)(x))
     return QuantizedRows(*reference.quantize_rows(x.float()))
 
 
@@ -55,7 +55,7 @@ def layer_norm_quantize(
     """
     if backend.uses_triton("layer_norm_quantize", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
         tensors = (x, weight, bias, residual, x_bias)
-        out, values, scale = launched(layer_norm_quantize_forward, *tensors)(*tensors, eps)
+        out, values, scale = launcher(layer_norm_quantize_forward, *tensors)(*tensors, eps)
         return out, QuantizedRows(values, scale)
     out = layer_norm(x, weight, bias, residual=residual, x_bias=x_bias, eps=eps)
     return out, quantize_rows(out)
@@ -68,7 +68,7 @@ def bias_gelu_quantize(x: Tensor, bias: Tensor, *, approximate: Approximate = "n
         ArgumentError, BackendError: as `bias_gelu`.
     """
     if backend.uses_triton("bias_gelu_quantize", x, row_wise_choices.row_wise_unserved(x.shape[1], x.dtype)):
-        return QuantizedRows(*launched(bias_gelu_quantize_forward, x, bias)(x, bias, approximate))
+        return QuantizedRows(*launcher(bias_gelu_quantize_forward, x, bias)(x, bias, approximate))
     return quantize_rows(bias_gelu(x, bias, approximate=approximate))
 
 

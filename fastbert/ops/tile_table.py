@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastbert import backend
-from fastbert.ops.common import launched
+from fastbert.ops.common import launcher
 from fastbert.packing import Packing
 
 
@@ -25,7 +25,7 @@ def tile_table(packing: Packing, block_m: int) -> Tensor:
 def _made(packing: Packing, block_m: int) -> Tensor:
     cu_seqlens, tiles = packing.cu_seqlens, packing.tokens // block_m + packing.batch
     if backend.uses_triton("tile_table", cu_seqlens, None):
-        return launched(tile_table_op, cu_seqlens)(cu_seqlens, tiles, block_m)
+        return launcher(tile_table_op, cu_seqlens)(cu_seqlens, tiles, block_m)
     # as in the kernel, whose docstring says why entries begin there
     numbers = torch.arange(packing.batch, dtype=torch.int32, device=cu_seqlens.device)
     begins = cu_seqlens[:-1] // block_m + numbers

@@ -17,8 +17,8 @@ from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.cpu.layout import in_blocks_together
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import room
-from fastbert.ops.attention import WIDEST_HEAD
-from fastbert.ops.common import native_machine, runs_bare
+from fastbert.ops.attention_torch import WIDEST_HEAD
+from fastbert.ops.common import multiplies_bare, native_machine
 from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
@@ -39,8 +39,8 @@ KEPT_RUNS = 32
 
 def unserved(layers: Layers, x: Tensor) -> str | None:
     """Why the kernels don't serve these layers for inputs as `x`; None where they do."""
-    if torch.is_grad_enabled() or not runs_bare(x):  # first, for torch.compile, which can't read what follows
-        return "a gradient, autocast, a compiler or another device"
+    if torch.is_grad_enabled() or not multiplies_bare(x):  # first, for torch.compile, which can't read what follows
+        return "a gradient, autocast, what looks on, or another device"
     machine = native_machine(x)
     if machine is None:
         return f"no kernels for {x.dtype} here"

@@ -22,7 +22,7 @@ from fastbert.run.steps import Attend, Layers, Product
 def unserved(layers: Layers, x: Tensor) -> str | None:
     """Why oneDNN does not serve these layers for inputs as `x`; None where it does."""
     if torch.is_grad_enabled() or not onednn_fuses(x):  # first, for torch.compile, which can't read what follows
-        return "a gradient, autocast, a compiler, another device, or products that another path makes faster"
+        return "a gradient, autocast, what looks on, another device, or products that another path makes faster"
     if backend.decide(x.device).path == "triton":
         return "the Triton path is forced"
     for steps, parts in layers:

@@ -1,0 +1,179 @@
+"""attention in torch; and on a CPU by its own kernel, where no more is asked for than attention itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbert import reference
+from fastbert.kernels.dropout import drop_scale
+from fastbert.ops.attention_extras import Extras
+from fastbert.ops.common import native_machine, wants_gradient
+from fastbert.ops.dropout import keep_lines
+from fastbert.packing import Block, Packing
+
+# The kernel of a CPU is written out for each width of a head: wider ones would take seconds to compile.
+WIDEST_HEAD = 256
+
+
+def attention_torch(qkv: Tensor, packing: Packing, scale: float, extras: Extras) -> Tensor:
+    """`attention`, of arguments that were checked."""
+    bias, alibi_slopes, window, dropout, seed = extras
+    if bias is None and alibi_slopes is None and window is None and not torch.compiler.is_compiling():
+        if dropout > 0.0 and seed is not None:
+            return _DroppedAttention.apply(qkv, packing, scale, dropout, seed)  # type: ignore[no-untyped-call]
+        if wants_gradient(qkv):
+            return _attention_exact(qkv, packing, scale)
+        out = qkv.new_empty(len(qkv), *qkv.shape[2:])
+        attend(qkv, packing, scale, out)
+        return out
+    keep = None
+    if dropout > 0.0 and seed is not None:
+        keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, dropout)
+    out, _ = reference.attention(
+        _exact(qkv), packing,
+        scale=scale, bias=bias, alibi_slopes=alibi_slopes, window=window, keep=keep, dropout=dropout,
+    )  # fmt: skip
+    return out.to(qkv.dtype)
+
+
+def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor) -> None:
+    """Attention on a CPU without gradient, bias, window or dropout, by a kernel where there is one for it.
+
+    Args:
+        qkv, packing, scale: as in `attention`.
+        out: contiguous `[rows, heads, head_dim]` <- the result.
+    """
+    out[packing.tokens :] = 0
+    machine = native_machine(qkv)
+    if machine is not None and qkv.shape[-1] <= WIDEST_HEAD:
+        from fastbert.cpu import attention as kernel
+
+        qkv, longest = qkv.contiguous(), packing.max_seqlen
+        kernel.attention_forward(machine, qkv, packing.cu_seqlens, longest, scale, out).run()
+        return
+    begin = 0
+    for (count, length), run in zip(packing.runs, _runs(qkv, packing), strict=True):
+        query, key, value = run.permute(2, 0, 3, 1, 4)
+        place = out[begin : begin + count * length].unflatten(0, (count, length))
+        place.copy_(F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2))
+        begin += count * length
+
+
+def _attention_exact(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
+    """SDPA on each run of neighbours of one length: no padding, no gather, and few calls on a length-sorted batch."""
+    pieces = []
+    for run in _runs(qkv, packing):
+        query, key, value = run.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        pieces.append(out.transpose(1, 2).flatten(0, 1))
+    pieces.append(qkv.new_zeros(len(qkv) - packing.tokens, *qkv.shape[2:]))
+    return torch.cat(pieces)
+
+
+def _runs(x: Tensor, packing: Packing) -> list[Tensor]:
+    """`[rows, ...]` -> a view `[count, length, ...]` for each run of `packing`."""
+    sizes = [count * length for count, length in packing.runs]
+    parts = x[: packing.tokens].split(sizes) if sizes else ()
+    return [part.unflatten(0, run) for part, run in zip(parts, packing.runs, strict=True)]
+
+
+class _DroppedAttention(torch.autograd.Function):
+    """Attention with dropout, by matrix products over each of the packing's blocks.
+
+    Of the weights, `[heads, seqlen]` for a token, only which are kept is saved; the backward makes them again. Half
+    types are multiplied in float32 where the products are scores, or their gradients, which differences are taken of;
+    bfloat16 by itself in the others, as the kernels do: a CPU is two to four times as fast at it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, packing: Packing, scale: float, dropout: float, seed: Tensor) -> Tensor:
+        out = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
+        out[packing.tokens :] = 0
+        kept = []
+        for block in packing.blocks:
+            query, key, value = _on_grid(qkv, block)
+            keep = _keep(block, qkv.shape[2], dropout, seed)
+            weights = _weights(query, key, block, scale)
+            weights.mul_(keep.to(weights.dtype))
+            _from_grid(_product(weights.to(value.dtype), value, drop_scale(dropout)), block, out)
+            kept.append(keep)
+        ctx.save_for_backward(qkv, *kept)
+        ctx.options = packing, scale, dropout
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, *kept = ctx.saved_tensors
+        packing, scale, dropout = ctx.options
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        dqkv[packing.tokens :] = 0
+        for block, keep in zip(packing.blocks, kept, strict=True):
+            query, key, value = grid = _on_grid(qkv, block)
+            [dcontext] = _on_grid(dout[:, None], block)
+            if block.shortest < block.seqlen:  # nothing comes from padding, where `_on_grid` repeats a row
+                dcontext.view(block.batch, -1, *dcontext.shape[1:]).mul_(block.is_token[:, None, :, None])
+            weights = _weights(query, key, block, scale)
+            keep = keep.to(weights.dtype)
+            kept_weights = (weights * keep).to(value.dtype)
+            dweights = _product(_exact(dcontext), _exact(value).transpose(1, 2), drop_scale(dropout)).mul_(keep)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).to(value.dtype)
+            gradient = torch.empty_like(grid)
+            _product(dscores, key, scale, out=gradient[0])
+            _product(dscores.transpose(1, 2), query, scale, out=gradient[1])
+            _product(kept_weights.transpose(1, 2), dcontext, drop_scale(dropout), out=gradient[2])
+            _from_grid(gradient, block, dqkv)
+        return dqkv, None, None, None, None
+
+
+def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+    """`factor * (a @ b)` in one pass, of `[batch, m, k]` and `[batch, k, n]`; written to `out` where it is given."""
+    if out is None:
+        out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
+
+
+def _on_grid(x: Tensor, block: Block) -> Tensor:
+    """Packed `[rows, parts, heads, head_dim]` -> `[parts, batch * heads, seqlen, head_dim]`; float16 as float32."""
+    _, parts, heads, head_dim = x.shape
+    fast = x if x.dtype == torch.bfloat16 else _exact(x)
+    grid = fast.contiguous().view(-1, head_dim).index_select(0, block.to_grid(parts, heads))
+    return grid.view(parts, block.batch * heads, block.seqlen, head_dim)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _from_grid(grid: Tensor, block: Block, x: Tensor) -> None:
+    """Write `[parts, batch * heads, seqlen, head_dim]`, or one part, to the block's rows of packed `x`."""
+    heads, head_dim = x.shape[-2:]
+    parts = grid.numel() // (block.batch * heads * block.seqlen * head_dim)
+    mine = x[block.begin : block.begin + len(block.places)].view(-1, head_dim)
+    if grid.dtype == x.dtype:
+        torch.index_select(grid.view(-1, head_dim), 0, block.from_grid(parts, heads), out=mine)
+    else:
+        mine.copy_(grid.view(-1, head_dim).index_select(0, block.from_grid(parts, heads)))
+
+
+def _weights(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
+    """`[batch * heads, seqlen, seqlen]`, 0 for keys that are padding."""
+    scores = _product(_exact(query), _exact(key).transpose(1, 2), scale)
+    if block.shortest < block.seqlen:
+        hidden = torch.where(block.is_token[:, None, None, block.shortest :], 0.0, -math.inf).to(scores.dtype)
+        scores.view(block.batch, -1, *scores.shape[1:])[..., block.shortest :].add_(hidden)
+    return scores.softmax(-1)
+
+
+def _keep(block: Block, heads: int, dropout: float, seed: Tensor) -> Tensor:
+    """int8 `[batch * heads, seqlen, seqlen]`, 1 for the weights that dropout keeps."""
+    row, head, sequence = block.lines(heads)
+    keep = keep_lines(seed, row, head, sequence, block.seqlen, dropout)
+    return keep.view(-1, block.seqlen, block.seqlen)
