@@ -136,24 +136,23 @@ LONG = ["ada met grace hopper in paris and the story was lovely " * 3] * 20
 @pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_user_case_12_what_is_set_elsewhere_does_not_reach_encode(
-    state: str, dtype: str, warm: bool, everywhere: bool, encoders: dict[str, TextEncoder], monkeypatch: Any
+    state: str, dtype: str, warm: bool, everywhere: bool, encoders: dict[str, TextEncoder]
 ) -> None:
     """Kept runs and fresh ones; where our products of floats are the fastest, and elsewhere."""
-    if everywhere and native():  # as on a CPU where they are
-        monkeypatch.setattr(backend, "multiplies_well", lambda: True)
-    encoder = encoders[dtype]
-    want = [encoder.encode(texts, max_length=40) for texts in (SHORT, LONG)]
-    if not warm:
-        encoder.model.encoder.kept.drop()
-    with STATES[state]():
-        got = [encoder.encode(texts, max_length=40) for texts in (SHORT, LONG)]
-    again = [encoder.encode(texts, max_length=40) for texts in (SHORT, LONG)]
-    for x, y, z in zip(want, got, again, strict=True):
-        assert y.dtype == x.dtype and (x == z).all()
-        if dtype == "int8" and state == "a dispatch mode":  # the torch path, where a number may take the next step
-            assert (x * y).sum(1).min() > 0.999
-        else:
-            assert abs(x - y).max() < 1e-5
+    with backend.use_backend("native") if everywhere and native() else nullcontext():  # as on a CPU where they are
+        encoder = encoders[dtype]
+        want = [encoder.encode(texts, max_length=40) for texts in (SHORT, LONG)]
+        if not warm:
+            encoder.model.encoder.kept.drop()
+        with STATES[state]():
+            got = [encoder.encode(texts, max_length=40) for texts in (SHORT, LONG)]
+        again = [encoder.encode(texts, max_length=40) for texts in (SHORT, LONG)]
+        for x, y, z in zip(want, got, again, strict=True):
+            assert y.dtype == x.dtype and (x == z).all()
+            if dtype == "int8" and state == "a dispatch mode":  # the torch path, where a number may take the next step
+                assert (x * y).sum(1).min() > 0.999
+            else:
+                assert abs(x - y).max() < 1e-5
 
 
 @pytest.mark.parametrize("state", STATES)

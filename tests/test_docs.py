@@ -26,7 +26,7 @@ from fastbert.model.bert import BertModel
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", *(ROOT / "docs").rglob("*.md")]
 BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>[^>]*) -->\n\n?)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"(?:^<!-- (?P<mark>[^>]*) -->\n\n?)?^```(?P<language>(?!diff)\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 
 

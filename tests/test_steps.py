@@ -113,16 +113,23 @@ class Case:
         }
         self.dout = torch.randn(rows, HIDDEN, generator=generator)
 
-    def judged(self, dtype: torch.dtype) -> list[Tensor]:
-        """The output and the gradients, computed by the reference in `dtype`."""
+    def judged(self, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
+        """The output and the gradients, computed by the reference in `dtype`; see `results`."""
         held = {name: x.to(dtype) for name, x in self.registers.items()}
         bias = None if self.bias is None else self.bias.to(dtype)
         for parts in self.layers:
             held = exactly(self.steps, parts, held, self.packing, bias)
-        return self.results(held["x"])
+        return self.results(held["x"], scale)
 
-    def results(self, out: Tensor) -> list[Tensor]:
-        """The output, and without no_grad the gradient of each register and parameter."""
+    def plain(self, exact: list[Tensor]) -> list[Tensor]:
+        """What plain torch makes of it in float32; of some roundings of a gradient the worst, as a few numbers that
+        happen to be rounded well say nothing of how well they usually are.
+        """
+        tries = zip(*(self.judged(torch.float32, scale) for scale in (1.0, 0.7, 1.3, 1.9)), strict=True)
+        return [max(some, key=lambda x: (x - wanted).abs().max()) for some, wanted in zip(tries, exact, strict=True)]
+
+    def results(self, out: Tensor, scale: float = 1.0) -> list[Tensor]:
+        """The output, and without no_grad the gradient of each register and parameter, by way of `scale` times it."""
         if not out.requires_grad:
             return [out]
         given = [
@@ -130,7 +137,8 @@ class Case:
             *(p for parts in self.layers for part in parts.values() for p in part.parameters()),
         ]
         unique = list({id(x): x for x in given}.values())
-        return [out, *torch.autograd.grad(out, unique, self.dout.to(out.dtype))]
+        grads = torch.autograd.grad(out, unique, scale * self.dout.to(out.dtype))
+        return [out, *(grad / scale for grad in grads)]
 
     def run(self, take: Any) -> Tensor:
         registers = Registers(dict(self.registers))
@@ -150,7 +158,7 @@ def test_eager(plan: str, path: str, generator: torch.Generator) -> None:
             case.run(lambda parts, registers: eager.run(case.steps, parts, registers, case.packing, bias=case.bias))
         )
     exact = [x.double() for x in case.judged(torch.float64)]
-    for ours, plain, wanted in zip(got, case.judged(torch.float32), exact, strict=True):
+    for ours, plain, wanted in zip(got, case.plain(exact), exact, strict=True):
         assert_close(ours, plain, wanted, factor=3.0, what=plan)
 
 
@@ -187,17 +195,14 @@ def test_prepared(plan: str, generator: torch.Generator) -> None:
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("read", [None, [0, 7, 24]], ids=str)
 @pytest.mark.parametrize("plan", PLANS)
-def test_cpu(
-    plan: str, read: list[int] | None, int8: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cpu(plan: str, read: list[int] | None, int8: bool, generator: torch.Generator) -> None:
     machine = host()
     if not isinstance(machine, Machine) or (int8 and not machine.int8):
         pytest.skip("no such kernels here: a CPU with AVX2 runs this, for int8 with AVX512-VNNI; without FASTBERT_CPU")
-    monkeypatch.setattr(backend, "multiplies_well", lambda: True)
     case = Case(plan, generator)
     layers = [(case.steps, in_8_bits(parts, Int8Linear) if int8 else parts) for parts in case.layers]
     x = case.registers["x"].detach()
-    with torch.no_grad():
+    with torch.no_grad(), backend.use_backend("native"):
         if plan in UNSERVED["cpu"]:
             assert cpu.unserved(layers, x)
             return

@@ -246,12 +246,14 @@ class Encoder(nn.Module):
         Returns:
             Whether they lie so. Elsewhere nothing is done.
         """
-        like = next(self.parameters(), torch.empty(0))
-        x, layers = like.new_zeros(1, self.config.hidden_size), self.layers()
-        with torch.no_grad():
-            machine = native_machine(x) if self.in_eight_bits() is None and cpu.unserved(layers, x) is None else None
-        if machine is None or self.training or self.config.hidden_size % machine.vectors.columns or self.is_frozen():
+        like = next(self.parameters(), None)
+        if like is None or self.training or self.is_frozen() or self.in_eight_bits() is not None:
             return self.is_frozen()
+        x = like.new_zeros((1, self.config.hidden_size), dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            machine = native_machine(x) if cpu.unserved(self.layers(), x) is None else None
+        if machine is None or self.config.hidden_size % machine.vectors.columns:
+            return False
         self.kept.drop()
         freeze(self.layer, machine.vectors.columns)
         self.join()
