@@ -107,7 +107,8 @@ def freeze(module: nn.Module, columns: int) -> None:
         if type(child) is nn.Linear
     ]
     sizes = [size(linear.weight, columns) for _, _, linear in places]
-    block = room([sum(sizes)], places[0][2].weight.dtype)
+    with torch.inference_mode(False):  # what is made inside could not be written to outside
+        block = room([sum(sizes)], places[0][2].weight.dtype)
     for part in block.split(sizes):
         parent, name, linear = places.pop(0)  # one after the other, so that no two copies of all are ever there
         matrix = in_blocks(linear.weight, columns)
