@@ -393,9 +393,9 @@ def info(
     if model is not None:
         from fastbert.tasks.encode import TextEncoder
 
-        encoder = TextEncoder.from_folder(model, dtype=dtype).model.encoder
+        loaded = TextEncoder.from_folder(model, dtype=dtype).model
         print(f"model {model}: the first of these that is not refused computes it, without a gradient")
-        for name, reason in encoder.executors().items():
+        for name, reason in loaded.executors().items():
             _row(name, "serves" if reason is None else f"does not serve {reason}")
 
 

@@ -19,6 +19,7 @@ from fastbert.backend import use_backend
 from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError
 from fastbert.run.frozen import FrozenLinear
+from fastbert.run.steps import shared
 
 pytestmark = [
     pytest.mark.cpu,
@@ -180,6 +181,17 @@ def test_threads_share_what_was_laid_out(model: BertModel) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_steps_that_change(model: BertModel) -> None:
+    check(model, FAST)
+    first = model.encoder.layer[0]
+    before = run(model)[0]
+    qkv, attend, *rest = first.steps.of
+    first.steps = shared((qkv, dataclasses.replace(attend, window=1), *rest))
+    after, taken = run(model)
+    torch.testing.assert_close(after, run(model, output_hidden_states=True)[0], atol=1e-4, rtol=1e-4)
+    assert taken != FAST and not torch.allclose(after, before, atol=1e-3)
 
 
 def test_a_frozen_model_computes_the_same_to_the_bit(model: BertModel, tmp_path: Any) -> None:

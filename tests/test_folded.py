@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fastbert.model import folded
 from fastbert.model.bert import BertModel
 from fastbert.model.heads import BertForSequenceClassification
 from fastbert.packing import Packing
+from fastbert.run.steps import shared
 from fastbert.testing import assert_close
 
 pytestmark = pytest.mark.cpu
@@ -162,3 +164,14 @@ def test_changed_weights_are_seen_by_the_next_call(generator):
     model.encoder.layer[1].output.dense.bias.data.add_(1.0)
     model.encoder.layer[2].attention.self.key.weight.data.mul_(2.0)
     assert not torch.allclose(check(model, ids, packing), first)
+
+
+def test_other_steps_are_not_folded(generator, runs):
+    """A window in one layer: folding knows the layer of BERT alone."""
+    model = random_model(generator)
+    layer = model.encoder.layer[0]
+    qkv, attend, *rest = layer.steps.of
+    layer.steps = shared((qkv, replace(attend, window=2), *rest))
+    check(model, *batch([16, 20], generator))
+    assert runs == []
+    assert "other steps" in model.executors()["folded"]

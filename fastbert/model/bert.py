@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
+# More than any executor's fewest.
+SOME_ROWS = 512
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """The arguments of a forward pass as the model computes with them: packed.
@@ -190,13 +194,20 @@ class BertModel(nn.Module):
             last = self.graphs.run(self, inputs)
             return [last if read is None else last.index_select(0, read)]
         x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids, inputs.inputs_embeds)
-        if not every and inputs.bias is None and folded.serves(self.encoder, x):
+        if not every and inputs.bias is None and folded.unserved(self.encoder, x) is None:
             norm = self.embeddings.norm  # whose rows come in
             made = self.kept.get([norm, self.encoder], "folded", lambda: folded.fold(self.encoder, norm))
             if made is not None:
                 backend.take("folded")
                 return [made.run(x, inputs.packing, read)]
         return self.encoder.run(x, inputs.packing, inputs.bias, read, every=every)
+
+    def executors(self) -> dict[str, str | None]:
+        """What may compute the layers; see `Encoder.executors`. For many rows, in the dtype of the weights."""
+        like = next(self.parameters())
+        x = like.new_zeros((SOME_ROWS, self.config.hidden_size), dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            return {"folded": folded.unserved(self.encoder, x), **self.encoder.executors()}
 
     def pool(self, first: Tensor) -> Tensor:
         """tanh(W x + b) of the sequences' first tokens, `[batch, hidden]` each. There must be a pooler."""

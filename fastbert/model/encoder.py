@@ -205,7 +205,8 @@ class Encoder(nn.Module):
         path, mkldnn = backend.decide(x.device).path, torch.backends.mkldnn.enabled
         if path == "triton" or self.training or self.drops():
             return None
-        purpose = x.dtype, x.shape[1], path, backend.multiplies_well(), mkldnn
+        steps = tuple([layer.steps for layer in self.layer])
+        purpose = steps, x.dtype, x.shape[1], path, backend.multiplies_well(), mkldnn
         return self.kept.get([self], purpose, lambda: self._made(x))
 
     def executors(self) -> dict[str, str | None]:

@@ -30,6 +30,7 @@ from fastbert.ops.attention_torch import attend
 from fastbert.ops.common import multiplies_bare
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
+from fastbert.run.steps import layer_steps
 
 _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_,
@@ -43,14 +44,21 @@ _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
 FEWEST_ROWS = 16
 
 
-def serves(encoder: Encoder, x: Tensor) -> bool:
-    """Whether folding is meant for a run of `encoder` on `x`: float32, a CPU, no gradient, no dropout, many rows."""
-    bare = x.dtype == torch.float32 and not torch.is_grad_enabled() and multiplies_bare(x) and len(x) >= FEWEST_ROWS
-    if (
-        not bare or made_by_amd() or backend.decide(x.device).path == "triton"
-    ):  # there BLAS is not the fastest that can be had
-        return False
-    return not encoder.training and len(encoder.layer) > 0 and encoder.in_eight_bits() is None and encoder.is_plain()
+def unserved(encoder: Encoder, x: Tensor) -> str | None:
+    """Why folding is not for a run of `encoder` on `x`; None where it is."""
+    if torch.is_grad_enabled() or not multiplies_bare(x):  # first, for torch.compile, which can't read what follows
+        return "a gradient, autocast, a compiler or another device"
+    if x.dtype != torch.float32:
+        return f"rows of {x.dtype}"
+    if len(x) < FEWEST_ROWS:
+        return f"fewer than {FEWEST_ROWS} rows"
+    if made_by_amd() or backend.decide(x.device).path == "triton":
+        return "products that another path makes faster"
+    if encoder.training or not len(encoder.layer) or encoder.in_eight_bits() is not None or not encoder.is_plain():
+        return "training, products in 8 bits, or a part that is not an nn.Linear or nn.LayerNorm without hooks"
+    if any(steps is not layer_steps(encoder.config) for steps, _ in encoder.layers()):
+        return "other steps than those of BERT's layer"
+    return None
 
 
 @dataclass(frozen=True, eq=False)
