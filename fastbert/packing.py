@@ -8,6 +8,7 @@ once per batch and travels through the whole model as one object.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -236,7 +237,10 @@ class Packing:
         """What `make` made of this packing the first time it was asked for by this name, in an earlier layer say."""
         found = self._made.get(name)
         if found is None:
-            found = self._made[name] = make()
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                found = make()
+            if type(found) is Tensor:  # none of a mode that looks on, which would outlive it
+                self._made[name] = found
         return found
 
     def pack(self, padded: Tensor, rows: int | None = None) -> Tensor:

@@ -9,13 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastbert.ops.attention import attention
 from fastbert.ops.bias_gelu import bias_gelu_forward
 from fastbert.ops.common import launcher
 from fastbert.ops.embedding import embedding
 from fastbert.ops.layer_norm import linear_layer_norm
 from fastbert.ops.linear_gelu import linear_gelu
+from fastbert.ops.pooling import pool
+from fastbert.packing import Packing
 
 
 class LookingOn(TorchDispatchMode):
@@ -112,3 +116,22 @@ def test_tangents_go_through_an_op_with_a_kernel_of_the_cpu() -> None:
         plain = F.layer_norm(F.embedding(ids, word), (16,), ones, ones, 1e-5)
         tangent, expected = forward_ad.unpack_dual(made).tangent, forward_ad.unpack_dual(plain).tangent
     torch.testing.assert_close(tangent, expected)
+
+
+def test_a_recorder_before_dispatch_sees_ops():
+    """make_fx(pre_dispatch=True): a kernel that it does not see would leave memory that nothing fills."""
+    packing = Packing.from_lengths([5, 3])
+    qkv = torch.randn(8, 3, 2, 16)
+    with torch.no_grad():
+        for x, op in (
+            (qkv, lambda x: attention(x, packing)),
+            (qkv.flatten(1), lambda x: pool(x, packing, "mean")),
+        ):
+            graph = make_fx(op, pre_dispatch=True)(x)
+            torch.testing.assert_close(graph(x), op(x))
+
+
+def test_a_zero_without_memory_is_not_read():
+    packing = Packing.from_lengths([5, 3])
+    zero = torch._efficientzerotensor(8, 64)
+    assert torch.equal(pool(zero, packing, "mean"), torch.zeros(2, 64))

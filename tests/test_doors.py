@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fastbert
 from fastbert import BertModel, Encoder, EncoderConfig, paths_taken
@@ -264,14 +265,68 @@ def test_a_hook_on_a_frozen_part_is_called(frozen: BertModel) -> None:
     assert seen == [1, 1]
 
 
-def test_what_a_frozen_model_refuses(frozen: BertModel) -> None:
+def test_what_a_frozen_model_refuses(frozen: BertModel, tmp_path: Any) -> None:
     with pytest.raises(ArgumentError, match="the whole encoder"):
         frozen.encoder.layer[0].half()
     with pytest.raises(ArgumentError, match="a frozen model"):
         fastbert.quantize(frozen, dtype="int8")
-    check(frozen, FAST)
     with pytest.raises(ArgumentError, match="frozen=True"):
         frozen.train()
+    assert not any(part.training for part in frozen.modules())
+    check(frozen, FAST)
+    half = {name: x.half() for name, x in frozen.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"got torch\.float16 to be assigned"):
+        frozen.load_state_dict(half, assign=True)
+    fastbert.save(BertModel(frozen.config), tmp_path)
+    with pytest.raises(ArgumentError, match="frozen: got 'no'"):
+        fastbert.load(tmp_path, frozen="no")  # type: ignore[call-overload]
+
+
+def test_parts_of_a_frozen_model_that_are_put_elsewhere(frozen: BertModel) -> None:
+    attention = frozen.encoder.layer[0].attention.self
+    for change in (
+        lambda: setattr(attention, "key", frozen.encoder.layer[1].attention.self.key),
+        lambda: attention._modules.update(query=attention.key, key=attention.query),
+        lambda: setattr(attention.query, "bias", None),
+        lambda: frozen.to(memory_format=torch.channels_last),
+        lambda: frozen._apply(torch.clone),
+        lambda: frozen.encoder.layer[0].output.dense.share_memory(),
+        lambda: setattr(frozen.encoder.layer[0].output.dense, "bias", None),
+        lambda: frozen.encoder.layer[0].output.dense.share_memory(),
+    ):
+        change()
+        check(frozen, FAST)
+
+
+def test_shared_parts_are_frozen_together(model: BertModel) -> None:
+    made = BertModel(dataclasses.replace(model.config, hidden_size=96)).eval()
+    made.encoder.layer[0].attention.self.key = made.encoder.layer[0].attention.self.query
+    made.encoder.layer[1].output.dense = made.encoder.layer[0].output.dense
+    want = run(made)[0]
+    assert made.encoder.freeze()
+    assert made.encoder.layer[0].output.dense is made.encoder.layer[1].output.dense
+    torch.testing.assert_close(run(made)[0], want, atol=0, rtol=0)
+    check(made, FAST)
+
+
+def test_a_copy_of_a_frozen_model_keeps_hooks_and_pruning(frozen: BertModel) -> None:
+    part = frozen.encoder.layer[0].output.dense
+    part.register_forward_hook(lambda *given: given[-1] * 2)
+    prune.l1_unstructured(part, "bias", 0.3)
+    want = run(frozen)[0]
+    torch.testing.assert_close(run(copy.deepcopy(frozen))[0], want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(frozen.double().float())[0], want, atol=1e-5, rtol=1e-5)
+
+
+def test_without_no_grad_where_nothing_wants_a_gradient(frozen: BertModel) -> None:
+    frozen.requires_grad_(False)
+    with paths_taken() as taken:
+        out = frozen(IDS, attention_mask=MASK).last_hidden_state
+    assert taken == FAST and not out.requires_grad and not out.is_inference()
+    frozen.embeddings.word.weight.requires_grad_()
+    with paths_taken() as taken:
+        out = frozen(IDS, attention_mask=MASK).last_hidden_state
+    assert taken == SLOW and out.requires_grad
 
 
 def test_where_freezing_gains_nothing_it_does_nothing(model: BertModel) -> None:
@@ -280,3 +335,21 @@ def test_where_freezing_gains_nothing_it_does_nothing(model: BertModel) -> None:
     odd = BertModel(dataclasses.replace(model.config, hidden_size=36)).eval()  # no whole number of vectors
     assert not odd.encoder.freeze()
     check(odd, FAST)
+
+
+def test_plain_tensors_in_the_place_of_parameters(model: BertModel) -> None:
+    """`functional_call` puts them there; they change in place between two calls."""
+    given = {name: x.detach().clone() for name, x in model.named_parameters()}
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return torch.func.functional_call(model, given, (IDS,), {"attention_mask": MASK}).last_hidden_state
+
+    before = call()
+    for x in given.values():
+        x.mul_(1.5)
+    after = call()
+    want = copy.deepcopy(model)
+    want.load_state_dict(given)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, run(want)[0])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from fastbert import reference
 from fastbert.errors import ArgumentError
@@ -76,3 +77,20 @@ def test_what_it_refuses(argument: str, shape: tuple[int, ...], base: float) -> 
     with pytest.raises(ArgumentError) as raised:
         rotary(torch.zeros(shape), Packing.from_lengths([4]), base)
     assert raised.value.argument == argument
+
+
+def test_what_is_kept_outlives_no_mode(generator: torch.Generator) -> None:
+    packing, qkv = Packing.from_lengths([4, 3]), torch.randn(7, 3, 2, 8, generator=generator)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        rotary(mode.from_tensor(qkv), packing, BASE)
+    with torch.inference_mode():
+        rotary(qkv, packing, BASE)
+    got = rotary(qkv.requires_grad_(), packing, BASE)
+    got.sum().backward()
+    torch.testing.assert_close(got, exactly(qkv, packing, torch.float32))
+
+
+@pytest.mark.parametrize("base", ["a", None, float("inf"), float("nan")])
+def test_bases_that_are_none(base: object) -> None:
+    with pytest.raises(ArgumentError, match="base: got"):
+        rotary(torch.zeros(4, 3, 2, 4), Packing.from_lengths([4]), base)  # type: ignore[arg-type]

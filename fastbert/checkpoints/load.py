@@ -108,6 +108,8 @@ def load(
         ArgumentError: `dtype` is not floating, `kind` no such class, torch can't use `device` here, or `head` is given
             without a head.
     """
+    if not isinstance(frozen, bool):
+        raise ArgumentError("frozen", repr(frozen), "True or False")
     model, untrained = read_model(folder, kind, head=head, dtype=dtype, device=device)
     if untrained:
         message = f"{folder} has no trained {', '.join(untrained)} for {kind.__name__}: train the model before use"

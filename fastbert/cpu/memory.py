@@ -43,9 +43,10 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether the numbers of `x` are what lies in its memory: no subclass, no sparse or other layout, no lazy sign."""
+    """Whether the numbers of `x` are what lies in its memory: no subclass, no other layout, no lazy sign or zero."""
     kind = type(x)
-    return (kind is Parameter or kind is Tensor) and x.layout is STRIDED and not x.is_nested and not x.is_neg()
+    whole = (kind is Parameter or kind is Tensor) and x.layout is STRIDED and not x.is_nested
+    return whole and not x.is_neg() and not x._is_zerotensor()
 
 
 def located(name: str, x: Tensor, dtypes: Sequence[torch.dtype], elements: int) -> int:

@@ -209,6 +209,11 @@ class BertModel(nn.Module):
         with torch.no_grad():
             return {"folded": folded.unserved(self.encoder, x), **self.encoder.executors()}
 
+    def train(self, mode: bool = True) -> BertModel:
+        """See `torch.nn.Module.train`; an encoder that can't be trained says so before anything is changed."""
+        self.encoder.check_mode(mode)
+        return super().train(mode)
+
     def pool(self, first: Tensor) -> Tensor:
         """tanh(W x + b) of the sequences' first tokens, `[batch, hidden]` each. There must be a pooler."""
         assert self.pooler is not None

@@ -15,7 +15,7 @@ from fastbert.model import mapping
 from fastbert.model.layer import EncoderLayer
 from fastbert.model.masks import read_mask
 from fastbert.model.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
-from fastbert.ops.common import multiplies_bare, native_machine, onednn_fuses, onednn_rows
+from fastbert.ops.common import multiplies_bare, native_machine, onednn_fuses, onednn_rows, wants_gradient
 from fastbert.ops.linear import with_slack
 from fastbert.ops.watch import hooks_of
 from fastbert.packing import Packing
@@ -167,7 +167,8 @@ class Encoder(nn.Module):
         """
         if not every and bias is None and (program := self._program(x)) is not None:
             backend.take(program.name)
-            made = program.run({"x": x.contiguous()}, packing, read)
+            with torch.no_grad():
+                made = program.run({"x": x.contiguous()}, packing, read)
             return [packing.unpack(made) if unpack else made]
         layers = cast(list[EncoderLayer], list(self.layer))
         seeds = torch.randint(2**63 - 1, (len(layers), 3), device=x.device) if self.drops() else None
@@ -200,7 +201,13 @@ class Encoder(nn.Module):
 
     def _program(self, x: Tensor) -> cpu.CpuProgram | onednn.OneDnnProgram | None:
         """What was made of the layers for inputs as `x`, where that is faster than layer by layer."""
-        if torch.is_grad_enabled() or not multiplies_bare(x) or not len(x):
+        if wants_gradient(x, *(self.parameters() if torch.is_grad_enabled() else ())):
+            return None
+        with torch.no_grad():
+            return self._program_without_gradient(x)
+
+    def _program_without_gradient(self, x: Tensor) -> cpu.CpuProgram | onednn.OneDnnProgram | None:
+        if not multiplies_bare(x) or not len(x):
             return None
         path, mkldnn = backend.decide(x.device).path, torch.backends.mkldnn.enabled
         if path == "triton" or self.training or self.drops():
@@ -234,9 +241,16 @@ class Encoder(nn.Module):
 
     def train(self, mode: bool = True) -> Encoder:
         """Training mode, in which weights change: nothing that was made of them is kept."""
+        self.check_mode(mode)
         if mode:
             self.kept.drop()
         return super().train(mode)
+
+    def check_mode(self, mode: bool) -> None:
+        """Raise ArgumentError where `train(mode)` would: frozen and quantized parts can't be trained."""
+        for part in self.modules() if mode else ():
+            if isinstance(part, FrozenLinear | EightBitLinear):
+                part.train(mode)
 
     def freeze(self) -> bool:
         """Never train: where kernels of this CPU compute it, let its weights lie only as they read them.

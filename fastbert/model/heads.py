@@ -64,6 +64,11 @@ class HeadModel(nn.Module):
         self.head_config = head
         self.bert = BertModel(config, pooler=self.pooler)
 
+    def train(self, mode: bool = True) -> HeadModel:
+        """See `BertModel.train`."""
+        self.bert.encoder.check_mode(mode)
+        return super().train(mode)
+
     def _linear(self, outputs: int) -> nn.Linear:
         linear = Linear(self.config.hidden_size, outputs)
         initialise(linear, self.config.initializer_range)

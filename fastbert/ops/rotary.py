@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def rotary(qkv: Tensor, packing: Packing, base: float) -> Tensor:
         got = f"{qkv.dtype} of shape {tuple(qkv.shape)}"
         raise ArgumentError("qkv", got, "a floating [rows, 3, heads, head_dim] tensor, head_dim even")
     packing.check_rows("qkv", qkv)
-    if not base > 1.0:
+    if not isinstance(base, int | float) or not 1.0 < base < math.inf:
         raise ArgumentError("base", base, "a number above 1")
     (qkv,) = cast_states(qkv)
     head_dim = qkv.shape[3]

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 # queries, keys and values as in the columns of the product after them, and cost a cache line each.
 LINES, WIDTH = 16, 16
 
+# Numbers of a vector that are compared whole; a longer one is cut into lines.
+LONGEST = 2**16
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _said = 0
@@ -45,7 +48,7 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._tables: list[dict[str, Any]] = []  # of each module, its parameters and its modules
+        self._tables: list[dict[str, Any]] = []  # of each module, its parameters, buffers and modules
         self._members: list[Any] = []  # of all of them
         self._empty: list[dict[Any, Any]] = []  # tables and hooks of modules that have none
         self._counted_dicts: list[dict[Any, Any]] = []  # attributes of each module, and the hooks that there are
@@ -77,14 +80,14 @@ class Watch:
 
     def _read_tree(self) -> None:
         modules = list(self._model.modules())
-        tables = [table for module in modules for table in (module._parameters, module._modules)]
+        tables = [table for module in modules for table in (module._parameters, module._buffers, module._modules)]
         hooks = [table for module in modules for table in hooks_of(module)]
         self._tables = list(filter(None, tables))
         self._members = [member for table in self._tables for member in table.values()]
         self._empty = [table for table in tables + hooks if not table]
         self._counted_dicts = [*(module.__dict__ for module in modules), *filter(None, hooks)]
-        found = {id(p): p for p in self._model.parameters()}
-        self._parameters = [p for p in found.values() if type(p) is nn.Parameter and p.device.type == "cpu"]
+        found = {id(x): x for x in chain(self._model.parameters(), self._model.buffers())}
+        self._parameters = [x for x in found.values() if type(x) in (nn.Parameter, Tensor) and x.device.type == "cpu"]
         self._counted = [p for p in self._parameters if not p.is_inference()]
 
     def _current_marks(self) -> list[Any]:
@@ -104,8 +107,10 @@ class Watch:
 def _sample(x: Tensor) -> Tensor:
     """A vector whole, of a matrix numbers on its diagonal; as integers, because NaN is not equal to itself."""
     x = x.view(_INTEGERS[x.itemsize]) if x.dtype.is_floating_point else x
-    if x.dim() < 2:
+    if x.dim() < 2 and x.numel() <= LONGEST:
         return x.reshape(-1)
+    if x.dim() < 2:
+        x = x[: len(x) // LINES * LINES].view(LINES, -1)
     down, across = x.stride()[:2]
     lines, width = min(LINES, x.shape[0]), min(WIDTH, x.shape[1])
     step = x.shape[0] // lines * down + (x.shape[1] - width) // max(lines - 1, 1) * across

@@ -121,7 +121,7 @@ def _shape(part: nn.Module) -> tuple[int, int, torch.dtype]:
     """Outputs, inputs and dtype of a plain or frozen part, without joining it."""
     linears = part.linears() if type(part) is SelfAttention else [part]
     shapes = [one.shape if type(one) is FrozenLinear else cast(Tensor, one.weight).shape for one in linears]
-    held = linears[0].matrix if type(linears[0]) is FrozenLinear else cast(Tensor, linears[0].weight)
+    held = linears[0].blocks if type(linears[0]) is FrozenLinear else cast(Tensor, linears[0].weight)
     return sum(shape[0] for shape in shapes), shapes[0][1], held.dtype
 
 

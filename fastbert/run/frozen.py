@@ -21,31 +21,54 @@ class FrozenLinear(nn.Module):
         matrix: made by `layout.in_blocks`.
     """
 
-    matrix: Tensor
+    blocks: Tensor
 
     def __init__(self, linear: nn.Linear, matrix: Tensor) -> None:
         super().__init__()
-        self.shape = linear.weight.shape
-        self.register_buffer("matrix", matrix, persistent=False)
+        self.shape, self.in_blocks = linear.weight.shape, matrix.shape
+        self.register_buffer("blocks", matrix.view(-1), persistent=False)  # flat, for a memory format changes others
         self.bias = linear.bias
         self.training = False
 
     @property
+    def matrix(self) -> Tensor:
+        """As `layout.in_blocks` made it."""
+        return self.blocks.view(self.in_blocks)
+
+    @property
     def weight(self) -> Tensor:
-        """`[out, in]`, a copy."""
+        """`[out, in]`, a copy: what is written to it is lost."""
         return plain(self.matrix, *self.shape)
+
+    @property
+    def out_features(self) -> int:
+        """As of an `nn.Linear`."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """As of an `nn.Linear`."""
+        return self.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`; slow, because it makes the weight as it was."""
         return F.linear(x, self.weight, self.bias)
 
     def thawed(self) -> nn.Linear:
-        """As an `nn.Linear`, whose weight requires no gradient."""
+        """As an `nn.Linear`, with its hooks and attributes; the weight requires no gradient.
+
+        Raises:
+            ArgumentError: it is parametrized.
+        """
+        if type(self) is not FrozenLinear:
+            raise ArgumentError("frozen", f"a {type(self).__name__}", "a part that is not parametrized")
         with torch.device("meta"):
-            made = nn.Linear(self.shape[1], self.shape[0], bias=self.bias is not None)
-        made.weight = nn.Parameter(self.weight, requires_grad=False)
-        made.bias = self.bias
-        return made.eval()
+            made = nn.Linear(self.in_features, self.out_features, bias=False)
+        own = {"shape", "in_blocks", "_buffers", "_non_persistent_buffers_set", "_parameters", "_modules"}
+        made.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        made._parameters = {"weight": nn.Parameter(self.weight, requires_grad=False), **self._parameters}
+        made._buffers = {name: x for name, x in self._buffers.items() if name != "blocks"}
+        return made
 
     def train(self, mode: bool = True) -> FrozenLinear:
         """Raise ArgumentError if `mode` is True."""
@@ -55,7 +78,7 @@ class FrozenLinear(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
-        if changes(fn, self.matrix):
+        if changes(fn, self.blocks):
             mend = "Load it as you want it, or without frozen=True."
             raise ArgumentError("frozen", "a move or a cast of a part of it", "one of the whole encoder", mend)
         return cast(FrozenLinear, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
@@ -68,7 +91,7 @@ class FrozenLinear(nn.Module):
         self,
         state_dict: dict[str, Any],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -76,12 +99,17 @@ class FrozenLinear(nn.Module):
     ) -> None:
         key = prefix + "weight"
         weight = state_dict.pop(key, None)
+        assigned = local_metadata.get("assign_to_params_buffers", False)
         if weight is None:
             missing_keys += [key] if strict else []
+        elif not isinstance(weight, Tensor) or weight.is_meta or weight.layout != torch.strided:
+            error_msgs.append(f"{key}: got a {type(weight).__name__} without plain numbers; expected a dense tensor.")
         elif weight.shape != self.shape:
             error_msgs.append(f"size mismatch for {key}: got {tuple(weight.shape)}; expected {tuple(self.shape)}.")
+        elif assigned and weight.dtype != self.blocks.dtype:
+            error_msgs.append(f"{key}: got {weight.dtype} to be assigned; expected the frozen {self.blocks.dtype}.")
         else:
-            self.matrix.copy_(in_blocks(weight.to(self.matrix.dtype), self.matrix.shape[2]))
+            self.blocks.copy_(in_blocks(weight.to(self.blocks.dtype), self.in_blocks[2]).view(-1))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -91,7 +119,7 @@ class FrozenLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """As that of an `nn.Linear`."""
-        return f"in_features={self.shape[1]}, out_features={self.shape[0]}, bias={self.bias is not None}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def freeze(module: nn.Module, columns: int) -> None:
@@ -103,24 +131,31 @@ def freeze(module: nn.Module, columns: int) -> None:
     places = [
         (parent, name, child)
         for parent in module.modules()
-        for name, child in parent.named_children()
+        for name, child in parent._modules.items()
         if type(child) is nn.Linear
     ]
-    sizes = [size(linear.weight, columns) for _, _, linear in places]
+    sizes = {id(linear): size(linear.weight, columns) for _, _, linear in places}  # one may have several places
     with torch.inference_mode(False):  # what is made inside could not be written to outside
-        block = room([sum(sizes)], places[0][2].weight.dtype)
-    for part in block.split(sizes):
-        parent, name, linear = places.pop(0)  # one after the other, so that no two copies of all are ever there
-        matrix = in_blocks(linear.weight, columns)
-        parent._modules[name] = FrozenLinear(linear, part.view_as(matrix).copy_(matrix))
+        block = room([sum(sizes.values())], places[0][2].weight.dtype)
+    parts = dict(zip(sizes, block.split(list(sizes.values())), strict=True))
+    made: dict[int, FrozenLinear] = {}
+    while places:  # one after the other, so that no two copies of all are ever there
+        parent, name, linear = places.pop(0)
+        if id(linear) not in made:
+            matrix = in_blocks(linear.weight, columns)
+            made[id(linear)] = FrozenLinear(linear, parts[id(linear)].view_as(matrix).copy_(matrix))
+        parent._modules[name] = made[id(linear)]
 
 
 def thaw(module: nn.Module) -> None:
     """Put an `nn.Linear` in the place of each FrozenLinear below `module`."""
+    made: dict[int, nn.Linear] = {}
     for parent in module.modules():
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():
             if isinstance(child, FrozenLinear):
-                parent._modules[name] = child.thawed()
+                if id(child) not in made:
+                    made[id(child)] = child.thawed()
+                parent._modules[name] = made[id(child)]
 
 
 def changes(fn: Any, x: Tensor) -> bool:

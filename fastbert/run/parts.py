@@ -162,9 +162,19 @@ def matrix(part: nn.Module) -> tuple[Tensor, Tensor | None]:
     if type(part) is not SelfAttention:
         return cast(FrozenLinear, part).matrix, cast(FrozenLinear, part).bias
     linears = cast(list[FrozenLinear], part.linears())
-    first = linears[0].matrix  # the others follow it
-    shape = sum(len(linear.matrix) for linear in linears), *first.shape[1:]
-    return first.as_strided(shape, first.stride()), torch.cat([linear.bias for linear in linears])
+    biases = [(linear.bias, linear.blocks.new_zeros(linear.out_features)) for linear in linears]
+    held = [zeros if bias is None else bias.detach() for bias, zeros in biases]
+    return _followed([linear.matrix for linear in linears]), torch.cat(held)
+
+
+def _followed(matrices: list[Tensor]) -> Tensor:
+    """Matrices of one width, one after another; where they lie so in memory, no copy."""
+    first, end = matrices[0], matrices[0].data_ptr()
+    for one in matrices:
+        if one.data_ptr() != end or one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(matrices)
+        end += one.nbytes
+    return first.as_strided((sum(map(len, matrices)), *first.shape[1:]), first.stride())
 
 
 def weights(part: nn.Module) -> tuple[Tensor, Tensor | None]:
