@@ -237,7 +237,8 @@ class Packing:
         """What `make` made of this packing the first time it was asked for by this name, in an earlier layer say."""
         found = self._made.get(name)
         if found is None:
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inference else nullcontext():  # a gradient may be wanted later
                 found = make()
             if type(found) is Tensor:  # none of a mode that looks on, which would outlive it
                 self._made[name] = found

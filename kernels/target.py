@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Literal
 
 import torch
@@ -35,7 +35,7 @@ class Target:
         """Of one of NVIDIA's: 90 for sm_90."""
         return int(self.arch.removeprefix("sm_"))
 
-    @cached_property
+    @property
     def kin(self) -> str:
         """The target of `KNOWN` whose launch choices it takes: itself, or the nearest that is not newer."""
         if self.arch in KNOWN:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
 import warnings
 
 import pytest
 import torch
+from processes import PYTHON
 from torch import nn
 from torch.nn.utils import prune as pruning
 
@@ -498,3 +500,19 @@ def test_it_compiles_whole(weights):
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(compiled(x, packing), encoder(x, packing=packing)[0])
+
+
+def test_it_compiles_whole_as_the_first_thing_of_a_process():
+    """Nothing that was asked before may be what makes it traceable: a cached property has a lock in Python 3.11."""
+    code = (
+        "import torch\n"
+        "from fastbert import Encoder, EncoderConfig\n"
+        "from fastbert.packing import Packing\n"
+        "sizes = dict(hidden_size=32, num_heads=2, num_layers=1, intermediate_size=64)\n"
+        "encoder = Encoder(EncoderConfig(**sizes)).eval()\n"
+        "compiled = torch.compile(lambda x, p: encoder(x, packing=p)[0], fullgraph=True, backend='aot_eager')\n"
+        "with torch.no_grad():\n"
+        "    print(tuple(compiled(torch.zeros(5, 32), Packing.from_lengths([2, 3])).shape))\n"
+    )
+    run = subprocess.run([*PYTHON, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout == "(5, 32)\n", run.stderr
