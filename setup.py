@@ -10,6 +10,7 @@ setup(
         "fastbert",
         "fastbert.checkpoints",
         "fastbert.cpu",
+        "fastbert.families",
         "fastbert.model",
         "fastbert.ops",
         "fastbert.run",

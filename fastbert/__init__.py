@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from fastbert.errors import BackendError as BackendError
     from fastbert.errors import CheckpointError as CheckpointError
     from fastbert.errors import FastbertError as FastbertError
+    from fastbert.families.accelerated import accelerate as accelerate
+    from fastbert.families.accelerated import restore as restore
+    from fastbert.families.accelerated import verify as verify
     from fastbert.model.bert import BertModel as BertModel
     from fastbert.model.encoder import Encoder as Encoder
     from fastbert.model.graphs import graphed as graphed
@@ -71,16 +74,19 @@ _HOMES = {
     "TextEncoder": "tasks.encode",
     "TextScorer": "tasks.score",
     "TextTagger": "tasks.tag",
+    "accelerate": "families.accelerated",
     "classify": "tasks.classify",
     "encode": "tasks.encode",
     "graphed": "model.graphs",
     "load": "checkpoints.load",
     "paths_taken": "backend",
     "quantize": "model.quantization",
+    "restore": "families.accelerated",
     "save": "checkpoints.load",
     "score": "tasks.score",
     "tag": "tasks.tag",
     "use_backend": "backend",
+    "verify": "families.accelerated",
     "weights_changed": "ops.watch",
 }
 

@@ -20,6 +20,7 @@ FLOORS: list[list[str]] = [
     ["ops", "ops.*"],
     ["run", "run.*"],
     ["model", "model.*"],
+    ["families", "families.*"],
     ["testing", "checkpoints", "checkpoints.*", "assets"],
     ["text", "text.*"],
     ["training", "training.*"],

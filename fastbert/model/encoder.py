@@ -12,7 +12,7 @@ from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.model import mapping
-from fastbert.model.layer import EncoderLayer
+from fastbert.model.layer import EncoderLayer, Layer
 from fastbert.model.masks import read_mask
 from fastbert.model.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
 from fastbert.ops.common import multiplies_bare, native_machine, onednn_fuses, onednn_rows, wants_gradient
@@ -89,8 +89,8 @@ class Encoder(nn.Module):
         return self.state_dict()
 
     def in_eight_bits(self) -> EightBitLinear | None:
-        """The first of its parts that multiplies in 8 bits; see `EncoderLayer.in_eight_bits`."""
-        return cast(EncoderLayer, self.layer[0]).in_eight_bits() if len(self.layer) else None
+        """The first of its parts that multiplies in 8 bits; see `Layer.in_eight_bits`."""
+        return cast(Layer, self.layer[0]).in_eight_bits() if len(self.layer) else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """State dicts of fastbert 0.1.0, with names of its own, are read too."""
@@ -163,14 +163,14 @@ class Encoder(nn.Module):
 
         Without `every` only the last of them is there, and no other is kept. With `read`, int64 `[reads]`, the last of
         them is `[reads, hidden]`: only these rows of it, and no work for the others. With `unpack` the last of them is
-        `[batch, seqlen, hidden]`. See `EncoderLayer.forward`.
+        `[batch, seqlen, hidden]`. See `Layer.forward`.
         """
         if not every and bias is None and (program := self._program(x)) is not None:
             backend.take(program.name)
             with torch.no_grad():
                 made = program.run({"x": x.contiguous()}, packing, read)
             return [packing.unpack(made) if unpack else made]
-        layers = cast(list[EncoderLayer], list(self.layer))
+        layers = cast(list[Layer], list(self.layer))
         seeds = torch.randint(2**63 - 1, (len(layers), 3), device=x.device) if self.drops() else None
         if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
@@ -214,7 +214,11 @@ class Encoder(nn.Module):
             return None
         steps = tuple([layer.steps for layer in self.layer])
         purpose = steps, x.dtype, x.shape[1], path, backend.multiplies_well(), mkldnn
-        return self.kept.get([self], purpose, lambda: self._made(x))
+        return self.kept.get([self.watched()], purpose, lambda: self._made(x))
+
+    def watched(self) -> nn.Module:
+        """The module whose weights and hooks tell whether what was made of them still holds."""
+        return self
 
     def executors(self) -> dict[str, str | None]:
         """What may compute it in inference, in the order of choice, and what each does not serve; None: it serves all.
@@ -287,17 +291,17 @@ class Encoder(nn.Module):
 
     def layers(self) -> list[tuple[Steps, Parts]]:
         """The steps of each layer, and its parts."""
-        return [(layer.steps, layer.parts()) for layer in cast(list[EncoderLayer], list(self.layer))]
+        return [(layer.steps, layer.parts()) for layer in cast(list[Layer], list(self.layer))]
 
     def is_plain(self) -> bool:
         """Whether nothing but ops of ours computes it, without dropout; see `parts.is_plain`."""
         return not self.drops() and not any(
-            is_hooked(layer) or not cast(EncoderLayer, layer).is_plain() for layer in self.layer
+            is_hooked(layer) or not cast(Layer, layer).is_plain() for layer in self.layer
         )
 
     def drops(self) -> bool:
         """Whether a dropout module is on."""
-        return any(any(cast(EncoderLayer, layer).dropouts()) for layer in self.layer)
+        return any(any(cast(Layer, layer).dropouts()) for layer in self.layer)
 
 
 def _take_over(ours: nn.Module, theirs: nn.Module, name: str) -> None:

@@ -6,6 +6,7 @@ What it computes is said by its steps (`run.steps`), which executors read.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from fastbert.run import eager, prepared
 from fastbert.run.eager import Registers
 from fastbert.run.eight_bits import EightBitLinear
 from fastbert.run.parts import Group, SelfAttention, is_plain
-from fastbert.run.steps import layer_steps
+from fastbert.run.steps import Steps, layer_steps
 
 
 class Output(Group):
@@ -51,10 +52,11 @@ class Intermediate(Group):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
 
-class EncoderLayer(nn.Module):
-    """One layer: attention, then the feed-forward, each followed by residual + LayerNorm.
+class Layer(nn.Module, ABC):
+    """A layer that is computed by its steps.
 
     Attributes:
+        steps: what it computes.
         gradient_checkpointing: whether the forward pass is computed again in the backward pass, by
             `_gradient_checkpointing_func`; transformers' `gradient_checkpointing_enable()` sets both.
     """
@@ -62,27 +64,21 @@ class EncoderLayer(nn.Module):
     gradient_checkpointing: bool = False
     _gradient_checkpointing_func: Callable[..., Any] | None = None
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, steps: Steps) -> None:
         super().__init__()
-        self.config = config
-        self.steps = layer_steps(config)
-        self.attention = Attention(config)
-        self.intermediate = Intermediate(config)
-        self.output = Output(config.intermediate_size, config)
+        self.steps = steps
 
+    @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
-        """Its modules by their names in the steps, without nn.Module's slow way to an attribute."""
-        modules: dict[str, Any] = self._modules
-        attention, output = modules["attention"]._modules, modules["output"]._modules
-        projected = attention["output"]._modules
-        return {
-            "qkv": attention["self"],
-            "attention_output": projected["dense"],
-            "attention_norm": projected["LayerNorm"],
-            "intermediate": modules["intermediate"]._modules["dense"],
-            "output": output["dense"],
-            "output_norm": output["LayerNorm"],
-        }
+        """Its modules by their names in the steps."""
+
+    @abstractmethod
+    def dropouts(self) -> tuple[float, ...]:
+        """Probabilities of the steps that drop, in their order, 0 where a dropout is off.
+
+        Raises:
+            ArgumentError: a dropout module was replaced by another kind.
+        """
 
     def is_plain(self) -> bool:
         """Whether ops may read all its weights, in floats or in 8 bits; see `parts.is_plain`."""
@@ -92,21 +88,6 @@ class EncoderLayer(nn.Module):
         """The first of its parts that multiplies in 8 bits, which all do or none."""
         part = self.parts()["qkv"]
         return part if isinstance(part, EightBitLinear) else None
-
-    def dropouts(self) -> tuple[float, float, float]:
-        """Probabilities of attention's weights, of its output and of the feed-forward's, 0 where they are off.
-
-        Raises:
-            ArgumentError: a dropout module was replaced by another kind.
-        """
-        modules: dict[str, Any] = self._modules
-        attention = modules["attention"]._modules
-        if isinstance(attention["self"], EightBitLinear):
-            return 0.0, 0.0, 0.0
-        of_weights, of_context, of_output = (
-            _probability(one._modules["dropout"]) for one in (attention["self"], attention["output"], modules["output"])
-        )
-        return of_weights, of_context, of_output
 
     def forward(
         self,
@@ -175,7 +156,48 @@ class EncoderLayer(nn.Module):
         return eager.run(steps, parts, registers, packing, bias=bias, dropouts=dropouts, read=read, unpack=unpack)
 
 
-def _probability(dropout: nn.Module | None) -> float:
+class EncoderLayer(Layer):
+    """One layer: attention, then the feed-forward, each followed by residual + LayerNorm."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(layer_steps(config))
+        self.config = config
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = Output(config.intermediate_size, config)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Its modules by their names in the steps, without nn.Module's slow way to an attribute."""
+        modules: dict[str, Any] = self._modules
+        attention, output = modules["attention"]._modules, modules["output"]._modules
+        projected = attention["output"]._modules
+        return {
+            "qkv": attention["self"],
+            "attention_output": projected["dense"],
+            "attention_norm": projected["LayerNorm"],
+            "intermediate": modules["intermediate"]._modules["dense"],
+            "output": output["dense"],
+            "output_norm": output["LayerNorm"],
+        }
+
+    def dropouts(self) -> tuple[float, ...]:
+        """Of attention's weights, of its output and of the feed-forward's."""
+        modules: dict[str, Any] = self._modules
+        attention = modules["attention"]._modules
+        if isinstance(attention["self"], EightBitLinear):
+            return 0.0, 0.0, 0.0
+        of_weights, of_context, of_output = (
+            probability(one._modules["dropout"]) for one in (attention["self"], attention["output"], modules["output"])
+        )
+        return of_weights, of_context, of_output
+
+
+def probability(dropout: nn.Module | None) -> float:
+    """With which a dropout module drops; 0 where it is off.
+
+    Raises:
+        ArgumentError: it is of another kind.
+    """
     if type(dropout) is nn.Dropout:
         return dropout.p if dropout.training else 0.0
     if isinstance(dropout, nn.Identity):

@@ -23,7 +23,7 @@ from fastbert.backend import int8_unserved
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.model.encoder import Encoder
-from fastbert.model.layer import EncoderLayer
+from fastbert.model.layer import Layer
 from fastbert.run.eight_bits import EightBitLinear, Fp8Linear, Int8Linear
 from fastbert.run.parts import weights
 
@@ -83,7 +83,7 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
 def _in_eight_bits(encoder: Encoder, kind: type[EightBitLinear]) -> Iterator[tuple[nn.Module, EightBitLinear]]:
     """The linear parts of each layer, and the same in 8 bits."""
     for layer in encoder.layer:
-        for part in cast(EncoderLayer, layer).parts().values():
+        for part in cast(Layer, layer).parts().values():
             if not isinstance(part, nn.LayerNorm):
                 weight, bias = weights(part)
                 if bias is not None and not isinstance(bias, nn.Parameter):  # that of a SelfAttention

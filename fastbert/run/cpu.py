@@ -119,7 +119,7 @@ class _Runs(threading.local):
 
 def _shape(part: nn.Module) -> tuple[int, int, torch.dtype]:
     """Outputs, inputs and dtype of a plain or frozen part, without joining it."""
-    linears = part.linears() if type(part) is SelfAttention else [part]
+    linears = part.linears() if isinstance(part, SelfAttention) else [part]
     shapes = [one.shape if type(one) is FrozenLinear else cast(Tensor, one.weight).shape for one in linears]
     held = linears[0].blocks if type(linears[0]) is FrozenLinear else cast(Tensor, linears[0].weight)
     return sum(shape[0] for shape in shapes), shapes[0][1], held.dtype
@@ -334,9 +334,15 @@ class _Recorded:
 
 
 def _kernel_weights(machine: Machine, layers: Layers) -> list[dict[str, _Weights]]:
-    """Of each layer what the kernels take of its parts; matrices in floats follow one another in memory."""
+    """Of each layer what the kernels take of its parts; matrices in floats follow one another in memory.
+
+    Layers that share a part share its matrix.
+    """
+    products = [(parts, step) for steps, parts in layers for step in steps.of if isinstance(step, Product)]
+    plain = {id(parts[step.part]): parts[step.part] for parts, step in products if is_plain(parts[step.part])}
+    held = [weights(part)[0] for part in plain.values()]
+    blocks = dict(zip(plain, in_blocks_together(held, machine.vectors.columns) if held else [], strict=True))
     made: list[dict[str, _Weights]] = []
-    todo: list[tuple[dict[str, _Weights], str]] = []
     for steps, parts in layers:
         made.append({})
         for step in steps.of:
@@ -346,15 +352,9 @@ def _kernel_weights(machine: Machine, layers: Layers) -> list[dict[str, _Weights
                 if isinstance(part, Int8Linear):
                     made[-1][step.part] = _Weights(part.matrix, part.bias_in_float32, norm)
                 else:
-                    held, bias = matrix(part) if is_frozen(part) else weights(part)
-                    bias = held.new_zeros(_shape(part)[0]) if bias is None else bias.detach().contiguous()
-                    made[-1][step.part] = _Weights(held, bias, norm)
-                    if not is_frozen(part):
-                        todo.append((made[-1], step.part))
-    if todo:
-        together = in_blocks_together([cast(Tensor, of[name].matrix) for of, name in todo], machine.vectors.columns)
-        for (of, name), one in zip(todo, together, strict=True):
-            of[name] = of[name]._replace(matrix=one)
+                    whole, bias = matrix(part) if is_frozen(part) else (blocks[id(part)], weights(part)[1])
+                    bias = whole.new_zeros(_shape(part)[0]) if bias is None else bias.detach().contiguous()
+                    made[-1][step.part] = _Weights(whole, bias, norm)
     return made
 
 

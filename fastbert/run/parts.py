@@ -77,14 +77,19 @@ class SelfAttention(Group):
             self._joined = _moved(cast(list[Tensor], weights)), _moved(cast(list[Tensor], biases))
             self._places = _places(cast(list[Tensor], weights + biases))
 
+    def lies_joined(self) -> bool:
+        """Whether the parameters lie as `join` left them."""
+        parameters: list[dict[str, Any]] = [linear._parameters for linear in self.linears()]
+        held = [one["weight"] for one in parameters] + [one["bias"] for one in parameters]
+        return self._joined is not None and _places(held) == self._places
+
     def joined(self) -> tuple[Tensor, Tensor]:
         """Weight `[3 * hidden, hidden]` and bias `[3 * hidden]` of all three, which are plain; see `is_plain`.
 
         They are the parameters' own memory where it still lies as `join` left it, else a copy.
         """
-        modules: dict[str, Any] = self._modules
-        linears = modules["query"]._parameters, modules["key"]._parameters, modules["value"]._parameters
-        weights, biases = [one["weight"] for one in linears], [one["bias"] for one in linears]
+        parameters: list[dict[str, Any]] = [linear._parameters for linear in self.linears()]
+        weights, biases = [one["weight"] for one in parameters], [one["bias"] for one in parameters]
         if self._joined is None or observed() or _places(weights + biases) != self._places:
             return self._copied(weights, biases)
         if not torch.is_grad_enabled():
@@ -130,11 +135,8 @@ def is_plain(module: nn.Module | None) -> bool:
     quantized linears, parametrized and pruned modules, and those with hooks are called.
     """
     kind = type(module)
-    if kind is SelfAttention:
-        for linear in cast(SelfAttention, module).linears():
-            if not is_plain(linear) or linear._parameters["bias"] is None:
-                return False
-        return True
+    if isinstance(module, SelfAttention):
+        return all(is_plain(linear) and linear._parameters["bias"] is not None for linear in module.linears())
     if kind is not nn.Linear and kind is not nn.LayerNorm:
         return False
     assert module is not None
@@ -152,14 +154,14 @@ def is_plain(module: nn.Module | None) -> bool:
 
 def is_frozen(part: nn.Module) -> bool:
     """Whether `part` is a FrozenLinear on which nothing looks, or a SelfAttention of such."""
-    if type(part) is SelfAttention:
+    if isinstance(part, SelfAttention):
         return all(map(is_frozen, part.linears()))
     return type(part) is FrozenLinear and not any(hooks_of(part)) and "forward" not in part.__dict__
 
 
 def matrix(part: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The matrix of a frozen part, as `cpu.layout` has it, and its bias, those of a SelfAttention as one."""
-    if type(part) is not SelfAttention:
+    if not isinstance(part, SelfAttention):
         return cast(FrozenLinear, part).matrix, cast(FrozenLinear, part).bias
     linears = cast(list[FrozenLinear], part.linears())
     biases = [(linear.bias, linear.blocks.new_zeros(linear.out_features)) for linear in linears]
@@ -179,7 +181,7 @@ def _followed(matrices: list[Tensor]) -> Tensor:
 
 def weights(part: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a plain part, those of a SelfAttention as one."""
-    if type(part) is SelfAttention:
+    if isinstance(part, SelfAttention):
         return part.joined()
     parameters: dict[str, Any] = part._parameters
     return parameters["weight"], parameters["bias"]
@@ -187,7 +189,7 @@ def weights(part: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def call(part: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
     """What `part` makes of `x`; in the padded layout where hooks look on, as they would in transformers."""
-    if type(part) is SelfAttention:
+    if isinstance(part, SelfAttention):
         return torch.cat([call(linear, x, packing) for linear in part.linears()], 1)
     if packing is None or not is_hooked(part):
         return cast(Tensor, part(x))
@@ -196,7 +198,7 @@ def call(part: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether functions of a user are called beside the forward pass of `module` or its gradient."""
-    if type(module) is SelfAttention:
+    if isinstance(module, SelfAttention):
         return any(map(is_hooked, module.linears()))
     return any(
         not (getattr(hook, "__module__", None) or "").startswith("torch.distributed")

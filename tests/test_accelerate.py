@@ -1,0 +1,298 @@
+"""`fastbert.accelerate` on transformers' models: the same numbers, the same objects, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastbert
+from fastbert import accelerate, paths_taken, restore, verify
+from fastbert.errors import ArgumentError, BackendError
+from fastbert.families.accelerated import accelerated
+from fastbert.testing import assert_close
+
+T = pytest.importorskip("transformers", reason="its models are meant")
+
+SIZES = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 80,
+    "vocab_size": 60,
+    "initializer_range": 0.2,
+}
+DISTILBERT = {"dim": 48, "n_layers": 3, "n_heads": 3, "hidden_dim": 80, "vocab_size": 60, "initializer_range": 0.2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Bert": SIZES,
+    "Roberta": SIZES,
+    "XLMRoberta": SIZES,
+    "Camembert": SIZES,
+    "Electra": {**SIZES, "embedding_size": 32},
+    "DistilBert": DISTILBERT,
+    "Albert": {**SIZES, "embedding_size": 16, "num_hidden_groups": 2, "inner_group_num": 1},
+}
+IDS = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+RIGHT = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] + [0] * 8])
+MASKS = {"right": RIGHT, "left": RIGHT.flip(1), "none": torch.ones_like(RIGHT)}
+
+
+def model_of(family: str, kind: str = "Model", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = getattr(T, family + kind)(getattr(T, f"{family}Config")(**{**FAMILIES[family], **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def states(model: Any, mask: Tensor = RIGHT, **options: Any) -> Tensor:
+    return model(IDS, attention_mask=mask, **options).last_hidden_state[mask.bool()]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_inference(family: str, mask: str) -> None:
+    model = model_of(family)
+    with torch.no_grad():
+        plain, exact = states(model, MASKS[mask]), states(copy.deepcopy(model).double(), MASKS[mask])
+        before = dict(model.named_parameters())
+        assert accelerate(model) is model
+        with paths_taken() as taken:
+            got = states(model, MASKS[mask])
+    assert sum(taken.values()) > 0
+    assert_close(got, plain, exact, factor=3.0)
+    after = dict(model.named_parameters())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+
+
+def test_gradients(family: str) -> None:
+    dropouts = [name for name in ("hidden_dropout_prob", "attention_probs_dropout_prob") if "Distil" not in family]
+    model = model_of(family, **dict.fromkeys(dropouts or ["dropout", "attention_dropout"], 0.0)).train()
+    grads = []
+    dout = torch.randn(int(RIGHT.sum()), 48)
+    for one in (copy.deepcopy(model), accelerate(copy.deepcopy(model)), copy.deepcopy(model).double()):
+        out = states(one)
+        names, parameters = zip(*one.named_parameters(), strict=True)
+        found = torch.autograd.grad(out, parameters, dout.to(out.dtype), allow_unused=True)
+        grads.append({name: grad for name, grad in zip(names, found, strict=True) if grad is not None})
+    plain, got, exact = grads
+    assert list(got) == list(plain)
+    for name in exact:
+        assert_close(got[name], plain[name], exact[name], factor=3.0, ulps=16.0, what=name)
+
+
+def test_restored_to_the_bit(family: str) -> None:
+    model = model_of(family)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        want = states(model)
+        accelerate(model)
+        states(model)
+        assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+        assert restore(model) is model
+        assert not list(accelerated(model))
+        assert torch.equal(states(model), want)
+
+
+def test_verify(family: str) -> None:
+    model = accelerate(model_of(family))
+    found = verify(model)
+    assert found[0].name.endswith(": output") and len(found) > 10
+    assert all(one.difference <= 5 * one.rounding + 1e-6 for one in found)
+    with pytest.raises(ArgumentError, match="given to fastbert"):
+        verify(restore(model))
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "MaskedLM", "QuestionAnswering"])
+def test_heads(family: str, kind: str) -> None:
+    model = model_of(family, f"For{kind}")
+    with torch.no_grad():
+        want = model(IDS, attention_mask=RIGHT)
+        got = accelerate(model)(IDS, attention_mask=RIGHT)
+    for name in list(want):
+        kept = RIGHT.bool() if want[name].shape[:2] == RIGHT.shape else slice(None)
+        torch.testing.assert_close(got[name][kept], want[name][kept], atol=2e-5, rtol=2e-5)
+
+
+def test_hidden_states(family: str) -> None:
+    model = model_of(family)
+    with torch.no_grad():
+        want = model(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states
+        got = accelerate(model)(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states
+    assert len(got) == len(want) == 4
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours[RIGHT.bool()], theirs[RIGHT.bool()], atol=2e-5, rtol=2e-5)
+
+
+def test_what_is_not_served_runs_its_own_code_and_says_so_once(family: str) -> None:
+    model = model_of(family, attn_implementation="eager")
+    with torch.no_grad():
+        want = model(IDS, attention_mask=RIGHT, output_attentions=True)
+        accelerate(model)
+        with pytest.warns(UserWarning, match="runs its own code, not fastbert's: attention weights"):
+            got = model(IDS, attention_mask=RIGHT, output_attentions=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(IDS, attention_mask=RIGHT, output_attentions=True)
+        assert len(got.attentions) == 3
+        assert torch.equal(got.attentions[-1], want.attentions[-1])
+        accelerate(model, strict=True)
+        with pytest.raises(BackendError, match="attention weights"):
+            model(IDS, attention_mask=RIGHT, output_attentions=True)
+
+
+def test_hooks(family: str) -> None:
+    model = accelerate(model_of(family))
+    with torch.no_grad():
+        want = states(model)
+        seen: list[str] = []
+        model.register_forward_hook(lambda *_: seen.append("model"))
+        [(encoder, forward)] = accelerated(model)
+        encoder.register_forward_hook(lambda *_: seen.append("encoder"))
+        linear = next(part for part in encoder.modules() if isinstance(part, nn.Linear))
+        linear.register_forward_hook(lambda *_: seen.append("linear"))
+        torch.testing.assert_close(states(model), want, atol=2e-5, rtol=2e-5)
+        assert {"model", "encoder", "linear"} == set(seen)
+        forward.family.layers(encoder)[0].register_forward_hook(lambda *_: seen.append("layer"))
+        with pytest.warns(UserWarning, match="a hook on a module"):
+            torch.testing.assert_close(states(model), want, atol=2e-5, rtol=2e-5)
+        assert "layer" in seen
+
+
+class Adapted(nn.Module):
+    """A linear layer and a product of low rank beside it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(48, 2), nn.Linear(2, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_an_adapter_in_the_place_of_a_module(family: str) -> None:
+    """As PEFT does it, after the model was accelerated; and its merge."""
+    model = accelerate(model_of(family))
+    with torch.no_grad():
+        states(model)
+        [(_, forward)] = accelerated(model)
+        place = forward.ours.layer[0].qkv[0].places[0]
+        setattr(place.parent, place.name, Adapted(place.get()))
+        got = states(model)
+        want = states(restore(copy.deepcopy(model)))
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+        setattr(place.parent, place.name, place.get().base)
+        torch.testing.assert_close(states(model), states(restore(copy.deepcopy(model))), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickled", "saved"])
+def test_copies(family: str, how: str, tmp_path: Any) -> None:
+    model = accelerate(model_of(family))
+    with torch.no_grad():
+        want = states(model)
+        if how == "saved":
+            model.save_pretrained(tmp_path)
+            made = getattr(T, family + "Model").from_pretrained(tmp_path).eval()
+            assert not list(accelerated(made))
+        else:
+            made = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+            [(encoder, forward)] = accelerated(made)
+            assert forward.theirs is encoder
+            for parameter in made.parameters():
+                parameter.mul_(1.5)
+            assert not torch.allclose(states(made), want, atol=1e-2)
+            torch.testing.assert_close(states(made), states(restore(made)), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(states(model), want)
+
+
+def test_moved_and_cast_and_written(family: str) -> None:
+    model = accelerate(model_of(family))
+    with torch.no_grad():
+        states(model)
+        for change in (lambda: model.bfloat16(), lambda: model.float(), lambda: model.double(), lambda: model.float()):
+            change()
+            want = states(restore(copy.deepcopy(model)))
+            atol = 0.2 if want.dtype == torch.bfloat16 else 2e-5
+            torch.testing.assert_close(states(model), want, atol=atol, rtol=1e-2)
+        for parameter in model.parameters():
+            parameter.data.mul_(0.9)
+        torch.testing.assert_close(states(model), states(restore(copy.deepcopy(model))), atol=2e-5, rtol=2e-5)
+
+
+def test_gradient_checkpointing_trains(family: str) -> None:
+    if family == "Albert":
+        pytest.skip("transformers computes ALBERT's layers again in no backward pass")
+    model = model_of(family).train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    plain = copy.deepcopy(model)
+    accelerate(model).gradient_checkpointing_enable()
+    for one in (model, plain):
+        states(one).square().sum().backward()
+    for (name, got), want in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if want.grad is not None:
+            torch.testing.assert_close(got.grad, want.grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_dropout_is_on_in_training(family: str) -> None:
+    model = accelerate(model_of(family)).train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.2  # ALBERT's is 0 by default
+    assert not torch.equal(states(model), states(model))
+    assert torch.equal(states(model.eval()), states(model))
+
+
+def test_resized_embeddings(family: str) -> None:
+    model = accelerate(model_of(family, "ForMaskedLM"))
+    model.resize_token_embeddings(70)
+    with torch.no_grad():
+        assert model(IDS + 9, attention_mask=RIGHT).logits.shape[-1] == 70
+
+
+def test_shared_layers_share_what_is_made_of_them() -> None:
+    model = accelerate(model_of("Albert", num_hidden_groups=1))
+    with torch.no_grad(), fastbert.use_backend("native"):
+        states(model)
+        [(_, forward)] = accelerated(model)
+        program = forward.ours._program(torch.zeros(1, 48))
+    if program is None or program.name != "cpu":
+        pytest.skip("no program of our kernels here: a CPU with AVX2 runs this")
+    assert len({given["output"].matrix.data_ptr() for given in program.weights}) == 1
+
+
+def test_a_torch_export_records_their_own_code() -> None:
+    model = accelerate(model_of("Bert"))
+    with torch.no_grad():
+        want = states(model)
+        exported = torch.export.export(model, (IDS,), {"attention_mask": RIGHT}, strict=False)
+        got = exported.module()(IDS, attention_mask=RIGHT).last_hidden_state[RIGHT.bool()]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "got"),
+    [(nn.Linear(3, 3), "model: got Linear; expected a model with one of these"), ("bert", "model: got a str")],
+)
+def test_what_has_no_encoder_is_refused(model: Any, got: str) -> None:
+    with pytest.raises(ArgumentError, match=got):
+        accelerate(model)
+
+
+def test_a_decoder_is_refused_and_nothing_is_changed() -> None:
+    model = nn.ModuleList([model_of("Bert"), T.BertModel(T.BertConfig(**SIZES, is_decoder=True))])
+    with pytest.raises(ArgumentError, match="is_decoder"):
+        accelerate(model)
+    assert not list(accelerated(model))
