@@ -296,3 +296,104 @@ def test_a_decoder_is_refused_and_nothing_is_changed() -> None:
     with pytest.raises(ArgumentError, match="is_decoder"):
         accelerate(model)
     assert not list(accelerated(model))
+
+
+class Halved(nn.ReLU):
+    """An activation that no config names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def narrower(layer: Any) -> None:
+    torch.manual_seed(1)
+    layer.intermediate.dense, layer.output.dense = nn.Linear(48, 64), nn.Linear(64, 48)
+
+
+def subclassed(layer: Any) -> None:
+    kind = type(layer)
+    layer.__class__ = type(
+        "Mine", (kind,), {"forward": lambda self, x, *args, **given: kind.forward(self, 2 * x, *args, **given)}
+    )
+
+
+def in_place(parent: nn.Module, name: str, made: nn.Module) -> None:
+    setattr(parent, name, made)
+
+
+CHANGES: dict[str, Any] = {
+    "layers removed": lambda layers: layers.__delitem__(slice(1, None)),
+    "a layer twice": lambda layers: layers.append(layers[0]),
+    "a layer of another": lambda layers: layers.__setitem__(0, copy.deepcopy(layers[2])),
+    "a group of another": lambda layers: in_place(layers[0], "intermediate", copy.deepcopy(layers[2].intermediate)),
+    "attention of another": lambda layers: in_place(layers[0], "attention", copy.deepcopy(layers[2].attention)),
+    "an activation": lambda layers: in_place(layers[0].intermediate, "intermediate_act_fn", Halved()),
+    "eps": lambda layers: setattr(layers[0].output.LayerNorm, "eps", 0.1),
+    "a subclass": lambda layers: subclassed(layers[0]),
+    "a method": lambda layers: setattr(layers[0], "feed_forward_chunk", lambda x: 2 * x),
+    "a narrower feed-forward": lambda layers: narrower(layers[0]),
+    "an adapter": lambda layers: in_place(
+        layers[0].attention.output, "dense", Adapted(layers[0].attention.output.dense)
+    ),
+    "another norm": lambda layers: in_place(layers[0].output, "LayerNorm", nn.LayerNorm(48, elementwise_affine=False)),
+    "a hook on a norm": lambda layers: layers[0].output.LayerNorm.register_forward_hook(lambda *given: 2 * given[-1]),
+    "a hook on an activation": lambda layers: layers[0].intermediate.intermediate_act_fn.register_forward_hook(
+        lambda *given: 2 * given[-1]
+    ),
+    "a dropout of everything": lambda layers: in_place(layers[0].output, "dropout", nn.Dropout(1.0)),
+    "scaling": lambda layers: setattr(layers[0].attention.self, "scaling", 1.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*runs its own code")
+@pytest.mark.parametrize("path", ["native", "torch"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_others_change(change: str, when: str, path: Any) -> None:
+    if change == "scaling" and when == "after":
+        pytest.skip("a number of a module that is changed later is not looked for")
+    model = model_of("Bert")
+    want_of = copy.deepcopy(model)
+    if when == "before":
+        torch.manual_seed(2)
+        CHANGES[change](model.encoder.layer)
+    accelerate(model)
+    with torch.no_grad(), fastbert.use_backend(path):
+        states(model)
+        if when == "after":
+            torch.manual_seed(2)
+            CHANGES[change](model.encoder.layer)
+        torch.manual_seed(2)
+        CHANGES[change](want_of.encoder.layer)
+        torch.testing.assert_close(states(model), states(want_of), atol=2e-5, rtol=2e-5)
+
+
+def test_another_attention_is_not_passed_over() -> None:
+    model = accelerate(model_of("Bert"))
+    T.AttentionInterface.register("mine", lambda module, q, k, v, *args, **given: (0 * q.transpose(1, 2), None))
+    with torch.no_grad():
+        model.set_attn_implementation("mine")
+        with pytest.warns(UserWarning, match="the attention implementation 'mine'"):
+            got = states(model)
+        torch.testing.assert_close(got, states(restore(model)))
+
+
+def test_a_forward_that_was_replaced_is_refused() -> None:
+    model = model_of("Bert")
+    model.encoder.forward = lambda *args, **given: None
+    with pytest.raises(ArgumentError, match="a forward that was replaced"):
+        accelerate(model)
+    assert "forward" in model.encoder.__dict__
+    for do in (restore, verify):
+        with pytest.raises(ArgumentError, match="model: got a str"):
+            do("x")
+
+
+@pytest.mark.long
+def test_it_compiles() -> None:
+    model = model_of("Bert")
+    with torch.no_grad():
+        want = states(model)
+        torch.testing.assert_close(
+            states(torch.compile(accelerate(model), backend="eager")), want, atol=2e-5, rtol=2e-5
+        )

@@ -353,3 +353,18 @@ def test_plain_tensors_in_the_place_of_parameters(model: BertModel) -> None:
     want.load_state_dict(given)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, run(want)[0])
+
+
+def test_eps_that_changes(model: BertModel) -> None:
+    check(model, FAST)
+    before = run(model)[0]
+    model.encoder.layer[0].output.LayerNorm.eps = 0.1
+    check(model, FAST)
+    assert not torch.allclose(run(model)[0], before, atol=1e-4)
+
+
+def test_layers_of_different_widths(model: BertModel) -> None:
+    """A pruned feed-forward: memory of one layer is not that of another."""
+    layer = model.encoder.layer[0]
+    layer.intermediate.dense, layer.output.dense = nn.Linear(48, 40), nn.Linear(40, 48)
+    check(model, FAST)

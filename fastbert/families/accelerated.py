@@ -9,6 +9,8 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +20,7 @@ from fastbert.errors import ArgumentError, BackendError, FastbertError
 from fastbert.families.albert import ALBERT
 from fastbert.families.bert import BERT
 from fastbert.families.distilbert import DISTILBERT
-from fastbert.families.foreign import ForeignEncoder
+from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
 from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
 from fastbert.ops.watch import hooks_of
@@ -51,12 +53,40 @@ class Forward:
 
     def __init__(self, theirs: nn.Module, family: Family, *, strict: bool) -> None:
         self.theirs, self.family, self.strict = theirs, family, strict
-        layers = family.layers(theirs)
-        self.ours = ForeignEncoder(theirs, layers, family.names, family.config(theirs))
         self.said: set[str] = set()
-        below = [module for layer in layers for module in layer.modules()]
-        # of modules that are never called by us: groups of others
-        self.silent = [module for module in below if next(module.children(), None) is not None]
+        self._build()
+
+    def _build(self) -> None:
+        """Read their modules as they are now."""
+        theirs, family = self.theirs, self.family
+        self.tree = _Tree(theirs)
+        self.hf = family.hf(theirs)
+        self.ours = ForeignEncoder(theirs, family.layers(theirs), family.names, family.config(self.hf))
+        self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
+        computed = {id(part) for layer in self.layers for whole in layer.computed() for part in whole.modules()}
+        entry = [] if family.entry is None else list(theirs.get_submodule(family.entry).modules())
+        apart = computed | {id(theirs), *map(id, entry)}
+        self.silent = [module for module in theirs.modules() if id(module) not in apart]  # these are never called
+        self.foreign = self._foreign()
+
+    def _foreign(self) -> str | None:
+        """What in their modules is not as transformers has it; None where nothing is."""
+        from transformers.activations import ACT2FN
+
+        for module in self.silent:
+            kind = type(module)
+            if not kind.__module__.startswith(("transformers.", "torch.nn.")):
+                return f"a module of another class, {kind.__name__}"
+            if any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items()):
+                return f"a {kind.__name__} one of whose methods was replaced"
+        asked = type(ACT2FN[getattr(self.hf, "hidden_act", None) or self.hf.activation])
+        for layer in self.layers:
+            if type(layer.theirs[0].get_submodule(self.family.names.activation)) is not asked:
+                return "an activation other than the config's"
+            scaling = getattr(layer.weights_dropout.parent, "scaling", None)
+            if scaling is not None and abs(scaling - self.ours.config.head_dim**-0.5) > 1e-6:
+                return "another scaling of attention's scores"
+        return None
 
     def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own arguments and result."""
@@ -66,34 +96,43 @@ class Forward:
             return type(self.theirs).forward(self.theirs, hidden_states, attention_mask, *args, **kwargs)
         if self.family.entry is not None:
             hidden_states = self.theirs.get_submodule(self.family.entry)(hidden_states)
-        self.ours.follow()
-        asked = {name: kwargs.get(name) for name in ("output_hidden_states", "return_dict")}
-        out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=asked["output_hidden_states"])
-        if asked["return_dict"] is False:
+        out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=kwargs.get("output_hidden_states"))
+        if kwargs.get("return_dict") is False:
             return out.to_tuple()
         from transformers import modeling_outputs
 
-        return getattr(modeling_outputs, self.family.output)(
-            last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states
-        )
+        kind = getattr(modeling_outputs, self.family.output)
+        return kind(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
 
     def _unserved(self, hidden_states: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why the model's own code has to run; None where it has not."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "it is recorded for other batches"
-        if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3 or hidden_states.device.type == "meta":
-            return "hidden states that are not [batch, seqlen, hidden]"
+        if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3 or not hidden_states.numel():
+            return "hidden states that are not [batch, seqlen, hidden], or none"
+        if hidden_states.device.type == "meta":
+            return "tensors without numbers"
         if any(value is not None for value in args) or "attentions" in collected_by_transformers():
             return "attention weights or cross-attention are asked for"
         known = {"output_hidden_states", "return_dict"}
         try:
             refuse_what_asks({name: value for name, value in kwargs.items() if name not in known}, "fastbert")
-        except ArgumentError as error:
-            return f"{error.argument} is asked for"
-        if any(map(_is_hooked, self.silent)):
+            if not torch.compiler.is_compiling() and not self.tree.same():  # a compiler has guards of its own
+                self._build()
+            self.ours.follow()
+            if any(p >= 1.0 for layer in self.layers for p in layer.dropouts()):
+                return "a dropout of everything"
+        except FastbertError as error:
+            return f"{error.argument}: {error.got}"
+        except AttributeError as error:
+            return f"a module that is gone: {error}"
+        attention = getattr(self.hf, "_attn_implementation", None) or "eager"
+        if not attention.startswith(("eager", "sdpa", "flex_attention", "flash_attention")):
+            return f"the attention implementation {attention!r}"
+        if self.foreign is not None:
+            return self.foreign
+        if any(map(_is_hooked, self.silent)) or _global_hooks():
             return "a hook on a module that is never called by itself: put it on the model, a linear layer or a norm"
-        if any("forward" in module.__dict__ for module in self.silent):
-            return "a layer whose forward was replaced"
         return None
 
     def _say(self, reason: str) -> None:
@@ -103,6 +142,24 @@ class Forward:
         if reason not in self.said and not torch.compiler.is_compiling():
             self.said.add(reason)
             warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
+
+
+class _Tree:
+    """The modules below an encoder, and their classes, when it was made."""
+
+    def __init__(self, top: nn.Module) -> None:
+        self.groups = [module for module in top.modules() if module._modules]
+        self.tables = [module._modules for module in self.groups]
+        self.members = [member for table in self.tables for member in table.values()]
+        self.marks = self._current()
+
+    def _current(self) -> list[Any]:
+        return [*map(len, self.tables), *[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
+
+    def same(self) -> bool:
+        """Whether they are what they were."""
+        members = chain.from_iterable(map(dict.values, self.tables))
+        return self._current() == self.marks and all(map(is_, members, self.members))
 
 
 def accelerate(model: Model, *, strict: bool = False) -> Model:
@@ -129,10 +186,12 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     made: list[tuple[nn.Module, Forward]] = []
     for name, module in model.named_modules():
         if (family := FAMILIES.get(_class_name(module))) is not None:
+            argument = f"model.{name}" if name else "model"
+            if not isinstance(module.__dict__.get("forward"), Forward | None):
+                raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
             try:
                 made.append((module, Forward(module, family, strict=strict)))
-            except FastbertError as error:
-                argument = f"model.{name}" if name else "model"
+            except (FastbertError, AttributeError) as error:
                 raise ArgumentError(argument, str(error), "an encoder that fastbert computes") from error
     if not made:
         known = ", ".join(sorted(name.rpartition(".")[2] for name in FAMILIES))
@@ -143,14 +202,20 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Take back what `accelerate` did; gives `model` itself."""
-    for module, _ in accelerated(model):
+    """Take back what `accelerate` did; gives `model` itself.
+
+    Raises:
+        ArgumentError: it is no module.
+    """
+    for module, _ in list(accelerated(model)):
         del module.__dict__["forward"]
     return model
 
 
 def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     """The encoders in `model` that `accelerate` found, and what computes each."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, Forward):
@@ -167,8 +232,10 @@ def verify(model: nn.Module) -> list[Difference]:
 
     Raises:
         ArgumentError: `model` has no accelerated encoder.
+        BackendError: its own code would run, as it is; the error says why.
     """
     found: list[Difference] = []
+    generator = torch.Generator().manual_seed(0)
     for module, forward in accelerated(model):
         name, config = type(module).__name__, forward.ours.config
         own = copy.deepcopy(module).eval()
@@ -179,9 +246,15 @@ def verify(model: nn.Module) -> list[Difference]:
         like = next(own.parameters())
         entry = None if forward.family.entry is None else module.get_submodule(forward.family.entry)
         width = config.hidden_size if entry is None else int(getattr(entry, "in_features", config.hidden_size))
-        x = torch.randn((len(LENGTHS), max(LENGTHS), width), dtype=like.dtype, device=like.device)
-        kept = torch.arange(max(LENGTHS), device=like.device) < torch.tensor(LENGTHS, device=like.device)[:, None]
-        dout = torch.randn((*x.shape[:2], config.hidden_size), dtype=like.dtype, device=like.device) * kept[..., None]
+        x = torch.randn((len(LENGTHS), max(LENGTHS), width), generator=generator, dtype=torch.float32, device="cpu").to(
+            like
+        )
+        kept = (
+            torch.arange(max(LENGTHS), device=like.device)
+            < torch.tensor(LENGTHS, dtype=torch.int64, device=like.device)[:, None]
+        )
+        dout = torch.randn((*x.shape[:2], config.hidden_size), generator=generator, dtype=torch.float32, device="cpu")
+        dout = dout.to(like) * kept[..., None]
         results = [_results(one, x, kept, dout) for one in (fast, own, exact)]
         for key in results[0]:
             got, plain, wanted = (result[key].double() for result in results)
@@ -205,12 +278,18 @@ def _results(encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor) -> dict[
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """By others than transformers, which gathers hidden states so, and is told them by us."""
+    """By others than transformers' gathering of hidden states, which is told them by us."""
     return any(
-        not (getattr(hook, "__module__", None) or "").startswith("transformers.")
+        getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
         for hooks in hooks_of(module)
         for hook in hooks.values()
     )
+
+
+def _global_hooks() -> bool:
+    """Whether functions are called beside every module's forward pass or gradient."""
+    of = nn.modules.module
+    return bool(of._global_forward_hooks or of._global_forward_pre_hooks or of._global_backward_hooks)
 
 
 def _class_name(module: nn.Module) -> str:

@@ -30,6 +30,7 @@ ALBERT = Family(
         intermediate="ffn",
         output="ffn_output",
         output_norm="full_layer_layer_norm",
+        activation="activation",
         dropout_of_weights="attention.attention_dropout",
         dropout_of_context="attention.output_dropout",
         dropout_of_output=None,

@@ -22,6 +22,7 @@ BERT = Family(
         intermediate="intermediate.dense",
         output="output.dense",
         output_norm="output.LayerNorm",
+        activation="intermediate.intermediate_act_fn",
         dropout_of_weights="attention.self.dropout",
         dropout_of_context="attention.output.dropout",
         dropout_of_output="output.dropout",

@@ -8,9 +8,14 @@ from fastbert.config import EncoderConfig
 from fastbert.families.names import Family, Names
 
 
-def config(encoder: Any) -> EncoderConfig:
-    """Of the config that its layers hold, which has names of its own."""
-    given = encoder.layer[0].attention.config.to_dict()
+def hf(encoder: Any) -> Any:
+    """The config, which only its layers hold."""
+    return encoder.layer[0].attention.config
+
+
+def config(hf: Any) -> EncoderConfig:
+    """Of a transformers `DistilBertConfig`, which has names of its own."""
+    given = hf.to_dict()
     named = {
         "hidden_size": given["dim"],
         "num_hidden_layers": given["n_layers"],
@@ -36,9 +41,11 @@ DISTILBERT = Family(
         intermediate="ffn.lin1",
         output="ffn.lin2",
         output_norm="output_layer_norm",
+        activation="ffn.activation",
         dropout_of_weights="attention.dropout",
         dropout_of_context=None,
         dropout_of_output="ffn.dropout",
     ),
+    hf=hf,
     config=config,
 )

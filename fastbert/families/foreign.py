@@ -59,6 +59,11 @@ class ForeignAttention(SelfAttention):
             self.join()
         return super().joined()
 
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        """Those of the three."""
+        for linear in self.linears():
+            yield from linear.parameters(recurse)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Nothing is joined yet: in the middle of a deep copy the places are not whole."""
         nn.Module.__setstate__(self, state)
@@ -75,9 +80,10 @@ class ForeignLayer(Layer):
             part: Place.of(theirs, getattr(names, part))
             for part in ("attention_output", "attention_norm", "intermediate", "output", "output_norm")
         }
-        self.dropout_places = [
+        self.weights_dropout = Place.of(theirs, names.dropout_of_weights)
+        self.other_dropouts = [
             None if path is None else Place.of(theirs, path)
-            for path in (names.dropout_of_weights, names.dropout_of_context, names.dropout_of_output)
+            for path in (names.dropout_of_context, names.dropout_of_output)
         ]
 
     def parts(self) -> dict[str, nn.Module]:
@@ -86,7 +92,14 @@ class ForeignLayer(Layer):
 
     def dropouts(self) -> tuple[float, ...]:
         """See Layer."""
-        return tuple(0.0 if place is None else probability(place.get()) for place in self.dropout_places)
+        others = (0.0 if place is None else probability(place.get()) for place in self.other_dropouts)
+        drop, attention = self.weights_dropout.get(), self.weights_dropout.parent
+        of_weights = drop.p if type(drop) is nn.Dropout and attention.training else 0.0
+        return of_weights, *others
+
+    def computed(self) -> list[nn.Module]:
+        """What is computed or called in its turn: linear layers and norms, or what stands in their places."""
+        return [*self.qkv[0].linears(), *(place.get() for place in self.places.values())]
 
 
 class ForeignEncoder(Encoder):

@@ -16,8 +16,10 @@ class Names:
     """Where a layer that normalises after each sum has its modules: dotted names below the layer.
 
     Attributes:
-        dropout_of_weights, dropout_of_context, dropout_of_output: of attention's weights, of its output and of the
-            feed-forward's; None where the family has no such dropout.
+        activation: of the feed-forward.
+        dropout_of_weights: of attention's, which are dropped where the module above it is in training mode.
+        dropout_of_context, dropout_of_output: of attention's output and of the feed-forward's; None where the family
+            has no such dropout.
     """
 
     query: str
@@ -28,14 +30,20 @@ class Names:
     intermediate: str
     output: str
     output_norm: str
-    dropout_of_weights: str | None
+    activation: str
+    dropout_of_weights: str
     dropout_of_context: str | None
     dropout_of_output: str | None
 
 
-def own_config(encoder: Any) -> EncoderConfig:
-    """As an encoder's own `config` says; how wide the embeddings of the model are is nothing to its layers."""
-    return EncoderConfig.from_hf({**encoder.config.to_dict(), "embedding_size": None})
+def own_hf(encoder: Any) -> Any:
+    """An encoder's `config`."""
+    return encoder.config
+
+
+def layers_config(hf: Any) -> EncoderConfig:
+    """The layers of a model of this config; how wide the embeddings are is nothing to them."""
+    return EncoderConfig.from_hf({**hf.to_dict(), "embedding_size": None})
 
 
 def own_layers(encoder: Any) -> Sequence[nn.Module]:
@@ -50,7 +58,8 @@ class Family:
     Attributes:
         encoders: names of the classes, `MODULE.CLASS` below `transformers.models.`.
         names: of the modules of a layer.
-        config: of an encoder's layers.
+        hf: transformers' config of an encoder.
+        config: of its layers, by that.
         layers: of an encoder, in the order in which they run; a layer may come several times.
         entry: dotted name of a module that the hidden states go through before the first layer; None where there is
             none.
@@ -59,7 +68,8 @@ class Family:
 
     encoders: tuple[str, ...]
     names: Names
-    config: Callable[[nn.Module], EncoderConfig] = own_config
+    hf: Callable[[nn.Module], Any] = own_hf
+    config: Callable[[Any], EncoderConfig] = layers_config
     layers: Callable[[nn.Module], Sequence[nn.Module]] = own_layers
     entry: str | None = None
     output: str = "BaseModelOutput"

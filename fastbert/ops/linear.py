@@ -39,7 +39,7 @@ class Buffers(threading.local):
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """`[rows, width]`; what had this name before is overwritten."""
         buffer = self._of_name.get(name)
-        if buffer is None or buffer.shape[0] < rows:
+        if buffer is None or buffer.shape[0] < rows or buffer.shape[1] != width or buffer.dtype != dtype:
             with torch.inference_mode(False):  # what is made inside could not be written to outside
                 buffer = self._of_name[name] = room((rows, width), dtype)
         return buffer[:rows]

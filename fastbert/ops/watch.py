@@ -54,6 +54,7 @@ class Watch:
         self._counted_dicts: list[dict[Any, Any]] = []  # attributes of each module, and the hooks that there are
         self._parameters: list[Tensor] = []
         self._counted: list[Tensor] = []  # those whose writes torch counts
+        self._norms: list[nn.LayerNorm] = []  # whose eps is no parameter
         self._samples: list[list[npt.NDArray[Any]]] = []  # of one width each: views of the parameters' memory
         self._marks: list[Any] = []
         self._numbers: list[npt.NDArray[Any]] = []
@@ -86,6 +87,7 @@ class Watch:
         self._members = [member for table in self._tables for member in table.values()]
         self._empty = [table for table in tables + hooks if not table]
         self._counted_dicts = [*(module.__dict__ for module in modules), *filter(None, hooks)]
+        self._norms = [module for module in modules if isinstance(module, nn.LayerNorm)]
         found = {id(x): x for x in chain(self._model.parameters(), self._model.buffers())}
         self._parameters = [x for x in found.values() if type(x) in (nn.Parameter, Tensor) and x.device.type == "cpu"]
         self._counted = [p for p in self._parameters if not p.is_inference()]
@@ -93,7 +95,8 @@ class Watch:
     def _current_marks(self) -> list[Any]:
         """Where each parameter lies and how often it was written, as torch counts; hooks; and what the user said."""
         places, writes = map(Tensor.data_ptr, self._parameters), map(attrgetter("_version"), self._counted)
-        return [_said, *map(len, self._counted_dicts), *places, *writes]
+        eps = [norm.eps for norm in self._norms]
+        return [_said, *map(len, self._counted_dicts), *places, *writes, *eps]
 
     def _look_at_memory(self) -> None:
         samples: dict[Any, list[npt.NDArray[Any]]] = defaultdict(list)

@@ -25,7 +25,7 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, matrix: Tensor) -> None:
         super().__init__()
-        self.shape, self.in_blocks = linear.weight.shape, matrix.shape
+        self.shape, self.blocks_shape = linear.weight.shape, matrix.shape
         self.register_buffer("blocks", matrix.view(-1), persistent=False)  # flat, for a memory format changes others
         self.bias = linear.bias
         self.training = False
@@ -33,7 +33,7 @@ class FrozenLinear(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """As `layout.in_blocks` made it."""
-        return self.blocks.view(self.in_blocks)
+        return self.blocks.view(self.blocks_shape)
 
     @property
     def weight(self) -> Tensor:
@@ -64,7 +64,7 @@ class FrozenLinear(nn.Module):
             raise ArgumentError("frozen", f"a {type(self).__name__}", "a part that is not parametrized")
         with torch.device("meta"):
             made = nn.Linear(self.in_features, self.out_features, bias=False)
-        own = {"shape", "in_blocks", "_buffers", "_non_persistent_buffers_set", "_parameters", "_modules"}
+        own = {"shape", "blocks_shape", "_buffers", "_non_persistent_buffers_set", "_parameters", "_modules"}
         made.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
         made._parameters = {"weight": nn.Parameter(self.weight, requires_grad=False), **self._parameters}
         made._buffers = {name: x for name, x in self._buffers.items() if name != "blocks"}
@@ -109,7 +109,7 @@ class FrozenLinear(nn.Module):
         elif assigned and weight.dtype != self.blocks.dtype:
             error_msgs.append(f"{key}: got {weight.dtype} to be assigned; expected the frozen {self.blocks.dtype}.")
         else:
-            self.blocks.copy_(in_blocks(weight.to(self.blocks.dtype), self.in_blocks[2]).view(-1))
+            self.blocks.copy_(in_blocks(weight.to(self.blocks.dtype), self.blocks_shape[2]).view(-1))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
