@@ -397,3 +397,22 @@ def test_it_compiles() -> None:
         torch.testing.assert_close(
             states(torch.compile(accelerate(model), backend="eager")), want, atol=2e-5, rtol=2e-5
         )
+
+
+def test_a_layer_that_can_not_be_read_is_never_passed_over() -> None:
+    """And when it can be read again, it is."""
+    model = accelerate(model_of("Bert"))
+    own, broken = model.encoder.layer[0], model_of("Bert").encoder.layer[1]
+    del broken.attention.self.key
+    broken.attention.self.forward = lambda x, *args, **given: (x, None)
+    with torch.no_grad():
+        want = states(model)
+        model.encoder.layer[0] = broken
+        for _ in range(2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.testing.assert_close(states(model), states(restore(copy.deepcopy(model))))
+        model.encoder.layer[0] = own
+        with paths_taken() as taken:
+            torch.testing.assert_close(states(model), want)
+    assert taken

@@ -59,7 +59,7 @@ class Forward:
     def _build(self) -> None:
         """Read their modules as they are now."""
         theirs, family = self.theirs, self.family
-        self.tree = _Tree(theirs)
+        tree = _Tree(theirs)
         self.hf = family.hf(theirs)
         self.ours = ForeignEncoder(theirs, family.layers(theirs), family.names, family.config(self.hf))
         self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
@@ -68,6 +68,7 @@ class Forward:
         apart = computed | {id(theirs), *map(id, entry)}
         self.silent = [module for module in theirs.modules() if id(module) not in apart]  # these are never called
         self.foreign = self._foreign()
+        self.tree = tree  # last: where something above raises, the next call tries again
 
     def _foreign(self) -> str | None:
         """What in their modules is not as transformers has it; None where nothing is."""

@@ -34,9 +34,14 @@ class Place(NamedTuple):
         return cls(top.get_submodule(".".join(above)), name)
 
     def get(self) -> nn.Module:
-        """The module that is there now."""
-        found = self.parent._modules[self.name]
-        assert found is not None
+        """The module that is there now.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        found = self.parent._modules.get(self.name)
+        if found is None:
+            raise AttributeError(f"{type(self.parent).__name__} has no {self.name}")
         return found
 
 
