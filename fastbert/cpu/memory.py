@@ -45,8 +45,9 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def is_plain(x: Tensor) -> bool:
     """Whether the numbers of `x` are what lies in its memory: no subclass, no other layout, no lazy sign or zero."""
     kind = type(x)
-    whole = (kind is Parameter or kind is Tensor) and x.layout is STRIDED and not x.is_nested
-    return whole and not x.is_neg() and not x._is_zerotensor()
+    if kind is not Parameter and (kind is not Tensor or x._is_zerotensor()):  # which no parameter is
+        return False
+    return x.layout is STRIDED and not x.is_nested and not x.is_neg()
 
 
 def located(name: str, x: Tensor, dtypes: Sequence[torch.dtype], elements: int) -> int:

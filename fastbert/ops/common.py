@@ -96,6 +96,10 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+# The key that modes of make_fx(pre_dispatch=True) set.
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
 def observed() -> bool:
     """Whether something has to see torch's own ops.
 
@@ -104,7 +108,7 @@ def observed() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0

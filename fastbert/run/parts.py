@@ -88,8 +88,9 @@ class SelfAttention(Group):
 
         They are the parameters' own memory where it still lies as `join` left it, else a copy.
         """
-        parameters: list[dict[str, Any]] = [linear._parameters for linear in self.linears()]
-        weights, biases = [one["weight"] for one in parameters], [one["bias"] for one in parameters]
+        linears: list[Any] = self.linears()
+        query, key, value = linears[0]._parameters, linears[1]._parameters, linears[2]._parameters
+        weights, biases = [query["weight"], key["weight"], value["weight"]], [query["bias"], key["bias"], value["bias"]]
         if self._joined is None or observed() or _places(weights + biases) != self._places:
             return self._copied(weights, biases)
         if not torch.is_grad_enabled():
@@ -135,10 +136,13 @@ def is_plain(module: nn.Module | None) -> bool:
     quantized linears, parametrized and pruned modules, and those with hooks are called.
     """
     kind = type(module)
-    if isinstance(module, SelfAttention):
-        return all(is_plain(linear) and linear._parameters["bias"] is not None for linear in module.linears())
     if kind is not nn.Linear and kind is not nn.LayerNorm:
-        return False
+        if not isinstance(module, SelfAttention):
+            return False
+        for linear in module.linears():  # noqa: SIM110 - a generator takes twice the time
+            if not is_plain(linear) or linear._parameters["bias"] is None:
+                return False
+        return True
     assert module is not None
     # not `hooks_of`, because this is asked of each part of each layer
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
