@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import Adapted
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -74,17 +75,6 @@ def test_each_door(model: BertModel, tmp_path: Any) -> None:
     got, taken = run(theirs)
     assert taken == FAST
     torch.testing.assert_close(got[MASK.bool()], run(model)[0][MASK.bool()], atol=1e-4, rtol=1e-4)
-
-
-class Adapted(nn.Module):
-    """A linear layer and a product of low rank beside it."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base, self.down, self.up = base, nn.Linear(48, 2), nn.Linear(2, 48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
 
 
 def test_who_looks_on_is_called(model: BertModel) -> None:

@@ -21,18 +21,18 @@ def in_blocks(weight: Tensor, columns: int) -> Tensor:
     return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, columns)).transpose(1, 2).contiguous()
 
 
-def size(weight: Tensor, columns: int) -> int:
-    """Elements of what `in_blocks` makes of a weight."""
-    inputs = 4 // weight.itemsize
-    return (len(weight) + -len(weight) % columns) * (weight.shape[1] + -weight.shape[1] % inputs)
+def rooms(weights: Sequence[Tensor], columns: int) -> list[Tensor]:
+    """Flat memory for each `in_blocks`, of one dtype, one after another: what is fetched past one's end is the next."""
+    inputs = 4 // weights[0].itemsize
+    shapes = [weight.shape for weight in weights]
+    sizes = [(rows + -rows % columns) * (width + -width % inputs) for rows, width in shapes]
+    return list(room([sum(sizes)], weights[0].dtype).split(sizes))
 
 
 def in_blocks_together(weights: Sequence[Tensor], columns: int) -> list[Tensor]:
-    """Each `in_blocks`, of one dtype, one after another in memory: what is fetched past one's end is the next one."""
-    sizes = [size(weight, columns) for weight in weights]
-    parts = room([sum(sizes)], weights[0].dtype).split(sizes)
+    """Each `in_blocks`, one after another in memory; see `rooms`."""
     made = []
-    for weight, part in zip(weights, parts, strict=True):
+    for weight, part in zip(weights, rooms(weights, columns), strict=True):
         one = in_blocks(weight, columns)
         made.append(part.view_as(one).copy_(one))
     return made

@@ -9,8 +9,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -23,11 +21,15 @@ from fastbert.families.distilbert import DISTILBERT
 from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
 from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
-from fastbert.ops.watch import hooks_of
+from fastbert.ops.watch import Members
+from fastbert.run.parts import is_hooked
 
 Model = TypeVar("Model", bound=nn.Module)
 
 FAMILIES = {name: family for family in (BERT, DISTILBERT, ALBERT) for name in family.encoders}
+
+# Whose hooks gather hidden states, which it is told by us.
+TOLD = "transformers.utils.output_capturing"
 
 # Where random inputs end, of three sequences; a batch with much padding, and a sequence of one token.
 LENGTHS = (17, 9, 1)
@@ -58,7 +60,10 @@ class Forward:
 
     def _build(self) -> None:
         """Read their modules as they are now."""
+        from transformers import modeling_outputs
+
         theirs, family = self.theirs, self.family
+        self.output = getattr(modeling_outputs, family.output)
         tree = _Tree(theirs)
         self.hf = family.hf(theirs)
         self.ours = ForeignEncoder(theirs, family.layers(theirs), family.names, family.config(self.hf))
@@ -100,10 +105,7 @@ class Forward:
         out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=kwargs.get("output_hidden_states"))
         if kwargs.get("return_dict") is False:
             return out.to_tuple()
-        from transformers import modeling_outputs
-
-        kind = getattr(modeling_outputs, self.family.output)
-        return kind(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
+        return self.output(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
 
     def _unserved(self, hidden_states: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why the model's own code has to run; None where it has not."""
@@ -132,7 +134,7 @@ class Forward:
             return f"the attention implementation {attention!r}"
         if self.foreign is not None:
             return self.foreign
-        if any(map(_is_hooked, self.silent)) or _global_hooks():
+        if _global_hooks() or any(is_hooked(module, TOLD) for module in self.silent):
             return "a hook on a module that is never called by itself: put it on the model, a linear layer or a norm"
         return None
 
@@ -150,17 +152,15 @@ class _Tree:
 
     def __init__(self, top: nn.Module) -> None:
         self.groups = [module for module in top.modules() if module._modules]
-        self.tables = [module._modules for module in self.groups]
-        self.members = [member for table in self.tables for member in table.values()]
+        self.members = Members(module._modules for module in self.groups)
         self.marks = self._current()
 
     def _current(self) -> list[Any]:
-        return [*map(len, self.tables), *[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
+        return [*[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
 
     def same(self) -> bool:
         """Whether they are what they were."""
-        members = chain.from_iterable(map(dict.values, self.tables))
-        return self._current() == self.marks and all(map(is_, members, self.members))
+        return self.members.same() and self._current() == self.marks
 
 
 def accelerate(model: Model, *, strict: bool = False) -> Model:
@@ -245,17 +245,14 @@ def verify(model: nn.Module) -> list[Difference]:
         fast = copy.deepcopy(own)
         accelerate(fast, strict=True)
         like = next(own.parameters())
-        entry = None if forward.family.entry is None else module.get_submodule(forward.family.entry)
-        width = config.hidden_size if entry is None else int(getattr(entry, "in_features", config.hidden_size))
-        x = torch.randn((len(LENGTHS), max(LENGTHS), width), generator=generator, dtype=torch.float32, device="cpu").to(
-            like
-        )
-        kept = (
-            torch.arange(max(LENGTHS), device=like.device)
-            < torch.tensor(LENGTHS, dtype=torch.int64, device=like.device)[:, None]
-        )
-        dout = torch.randn((*x.shape[:2], config.hidden_size), generator=generator, dtype=torch.float32, device="cpu")
-        dout = dout.to(like) * kept[..., None]
+        entry: Any = None if forward.family.entry is None else own.get_submodule(forward.family.entry)
+        width, batch, seqlen = config.hidden_size, len(LENGTHS), max(LENGTHS)
+        shapes = (batch, seqlen, width if entry is None else entry.in_features), (batch, seqlen, width)
+        drawn = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
+        x, dout = (numbers.to(like) for numbers in drawn)
+        kept = torch.arange(seqlen, device="cpu") < torch.tensor(LENGTHS, dtype=torch.int64, device="cpu")[:, None]
+        kept = kept.to(like.device)
+        dout *= kept[..., None]
         results = [_results(one, x, kept, dout) for one in (fast, own, exact)]
         for key in results[0]:
             got, plain, wanted = (result[key].double() for result in results)
@@ -276,15 +273,6 @@ def _results(encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor) -> dict[
     grads = torch.autograd.grad(out, parameters, dout.to(dtype), allow_unused=True)
     given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
     return {"output": out.detach()[kept], **given}
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """By others than transformers' gathering of hidden states, which is told them by us."""
-    return any(
-        getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
-        for hooks in hooks_of(module)
-        for hook in hooks.values()
-    )
 
 
 def _global_hooks() -> bool:

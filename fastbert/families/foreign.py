@@ -16,6 +16,7 @@ from fastbert.config import EncoderConfig
 from fastbert.families.names import Names
 from fastbert.model.encoder import Encoder
 from fastbert.model.layer import Layer, probability
+from fastbert.ops.common import observed
 from fastbert.run.kept import Kept
 from fastbert.run.parts import Group, SelfAttention
 from fastbert.run.steps import layer_steps
@@ -58,11 +59,13 @@ class ForeignAttention(SelfAttention):
         """See SelfAttention."""
         return [place.get() for place in self.places]
 
-    def joined(self) -> tuple[Tensor, Tensor]:
-        """See SelfAttention; what was moved or cast since is moved together again."""
-        if not self.lies_joined():
+    def _copied(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What was moved or cast since is moved together again, and no copy; see SelfAttention."""
+        if not observed():
             self.join()
-        return super().joined()
+        if observed() or self._joined is None:
+            return super()._copied(weights, biases)
+        return self.joined()
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Those of the three."""

@@ -6,6 +6,7 @@ logits and counts in no loss, whatever its labels say (Hugging Face computes val
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -105,7 +106,7 @@ class HeadModel(nn.Module):
         return states[-1], tuple(map(inputs.layout, states)) if output_hidden_states else None
 
 
-class LabelledModel(HeadModel):
+class LabelledModel(HeadModel, ABC):
     """What the models with one kind of labels share; their classes say what the labels and the logits are."""
 
     def forward(
@@ -127,9 +128,9 @@ class LabelledModel(HeadModel):
         inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         return _as_asked(self._answer(inputs, labels, output_hidden_states), return_dict)
 
+    @abstractmethod
     def _answer(self, inputs: Inputs, labels: Tensor | None, output_hidden_states: bool | None) -> HeadOutput:
         """Loss, logits and hidden states of a batch."""
-        raise NotImplementedError
 
 
 class PredictionHead(nn.Module):

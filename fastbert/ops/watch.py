@@ -8,6 +8,7 @@ diagonal, as spread over rows and columns. A write that no number of these feels
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -43,13 +44,25 @@ def weights_changed() -> None:
     _said += 1
 
 
+class Members:
+    """What the tables of modules, those that are not empty, held when it was made."""
+
+    def __init__(self, tables: Iterable[dict[str, Any]]) -> None:
+        self._tables = list(filter(None, tables))
+        self._members = [member for table in self._tables for member in table.values()]
+
+    def same(self) -> bool:
+        """Whether they hold the same objects."""
+        members = chain.from_iterable(map(dict.values, self._tables))
+        return sum(map(len, self._tables)) == len(self._members) and all(map(is_, members, self._members))
+
+
 class Watch:
     """The state of a model's parameters on the CPU when `changed` was asked last."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._tables: list[dict[str, Any]] = []  # of each module, its parameters, buffers and modules
-        self._members: list[Any] = []  # of all of them
+        self._tree: Members | None = None  # of each module, its parameters, buffers and modules
         self._empty: list[dict[Any, Any]] = []  # tables and hooks of modules that have none
         self._counted_dicts: list[dict[Any, Any]] = []  # attributes of each module, and the hooks that there are
         self._parameters: list[Tensor] = []
@@ -61,7 +74,7 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything has changed since the last time; True the first time."""
-        same = self._same_tree()
+        same = self._tree is not None and self._tree.same() and not any(self._empty)
         if not same:
             self._read_tree()
         marks = self._current_marks()
@@ -74,17 +87,11 @@ class Watch:
         self._marks, self._numbers = marks, numbers
         return not same
 
-    def _same_tree(self) -> bool:
-        members = chain.from_iterable(map(dict.values, self._tables))
-        counted = sum(map(len, self._tables)) == len(self._members) > 0
-        return counted and all(map(is_, members, self._members)) and not any(self._empty)
-
     def _read_tree(self) -> None:
         modules = list(self._model.modules())
         tables = [table for module in modules for table in (module._parameters, module._buffers, module._modules)]
         hooks = [table for module in modules for table in hooks_of(module)]
-        self._tables = list(filter(None, tables))
-        self._members = [member for table in self._tables for member in table.values()]
+        self._tree = Members(tables)
         self._empty = [table for table in tables + hooks if not table]
         self._counted_dicts = [*(module.__dict__ for module in modules), *filter(None, hooks)]
         self._norms = [module for module in modules if isinstance(module, nn.LayerNorm)]

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.cpu.layout import in_blocks, plain, size
-from fastbert.cpu.memory import room
+from fastbert.cpu.layout import in_blocks, plain, rooms
 from fastbert.errors import ArgumentError
 
 
@@ -134,10 +133,10 @@ def freeze(module: nn.Module, columns: int) -> None:
         for name, child in parent._modules.items()
         if type(child) is nn.Linear
     ]
-    sizes = {id(linear): size(linear.weight, columns) for _, _, linear in places}  # one may have several places
+    weights = {id(linear): linear.weight for _, _, linear in places}  # one may have several places
     with torch.inference_mode(False):  # what is made inside could not be written to outside
-        block = room([sum(sizes.values())], places[0][2].weight.dtype)
-    parts = dict(zip(sizes, block.split(list(sizes.values())), strict=True))
+        parts = dict(zip(weights, rooms(list(weights.values()), columns), strict=True))
+    del weights
     made: dict[int, FrozenLinear] = {}
     while places:  # one after the other, so that no two copies of all are ever there
         parent, name, linear = places.pop(0)

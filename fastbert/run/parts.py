@@ -77,12 +77,6 @@ class SelfAttention(Group):
             self._joined = _moved(cast(list[Tensor], weights)), _moved(cast(list[Tensor], biases))
             self._places = _places(cast(list[Tensor], weights + biases))
 
-    def lies_joined(self) -> bool:
-        """Whether the parameters lie as `join` left them."""
-        parameters: list[dict[str, Any]] = [linear._parameters for linear in self.linears()]
-        held = [one["weight"] for one in parameters] + [one["bias"] for one in parameters]
-        return self._joined is not None and _places(held) == self._places
-
     def joined(self) -> tuple[Tensor, Tensor]:
         """Weight `[3 * hidden, hidden]` and bias `[3 * hidden]` of all three, which are plain; see `is_plain`.
 
@@ -200,12 +194,16 @@ def call(part: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
     return packing.pack(part(packing.unpack(x)), len(x))
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether functions of a user are called beside the forward pass of `module` or its gradient."""
+def is_hooked(module: nn.Module, but: str = "torch.distributed") -> bool:
+    """Whether functions of a user are called beside the forward pass of `module` or its gradient.
+
+    Args:
+        but: the package whose hooks are no user's.
+    """
     if isinstance(module, SelfAttention):
-        return any(map(is_hooked, module.linears()))
+        return any(is_hooked(linear, but) for linear in module.linears())
     return any(
-        not (getattr(hook, "__module__", None) or "").startswith("torch.distributed")
+        not (getattr(hook, "__module__", None) or "").startswith(but)
         for hooks in hooks_of(module)
         for hook in hooks.values()
     )
