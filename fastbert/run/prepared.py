@@ -161,7 +161,7 @@ def _weights(step: Step, parts: Parts) -> tuple[list[Any], Hashable] | str:
 
 def _sizes(x: Tensor, packing: Packing, widest: int) -> tuple[Hashable, ...]:
     """What prepared launches depend on of the sizes of a batch; `widest` is how many columns a register has at most."""
-    rows = len(x)
+    rows = x.shape[0]
     return (
         rows_kind(rows, widest * x.element_size()),
         linear_gelu_choices.row_bound(rows),
