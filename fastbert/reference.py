@@ -33,6 +33,7 @@ def attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
+    relative: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     keep: Tensor | None = None,
@@ -44,6 +45,7 @@ def attention(
         qkv: `[rows, 3, heads, head_dim]`, rows >= tokens.
         scale: factor on the scores; `head_dim ** -0.5` by default.
         bias: added to the scaled scores, broadcastable to `[batch, heads, max_seqlen, max_seqlen]`.
+        relative: `[heads, 2 * places - 1]`, `places >= max_seqlen`: a bias of distances, spread by `relative_bias`.
         alibi_slopes: float32 `[heads]`; each times `|row - column|` is taken off its head's scores (Press et al. 2022,
             made symmetric).
         window: only keys with `|row - column| <= window` are seen.
@@ -62,6 +64,8 @@ def attention(
     scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + bias[..., :width, :width].to(scores.dtype)
+    if relative is not None:
+        scores = scores + relative_bias(relative, width).to(scores.dtype)
     column = torch.arange(width, device=qkv.device)
     distance = (column[:, None] - column).abs()
     if alibi_slopes is not None:
@@ -88,6 +92,12 @@ def attention(
         1, torch.arange(tokens, device=qkv.device), lse_flat.index_select(1, grid)
     )
     return out_rows, lse_rows
+
+
+def relative_bias(relative: Tensor, width: int) -> Tensor:
+    """`relative[h, places - 1 + column - row]`, `[heads, 2 * places - 1]` -> `[heads, width, width]`; width <= places."""
+    place = torch.arange(width, device=relative.device)
+    return relative[:, relative.shape[1] // 2 + place - place[:, None]]
 
 
 def rotary_angles(packing: Packing, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:

@@ -27,13 +27,17 @@ def check(path, qkv, packing, *, what="", **options):
     """Run one path and hold it to the error rule; returns the output."""
     tokens = packing.tokens
     keep = None
-    plain_options = {name: options[name] for name in ("scale", "bias", "alibi_slopes", "window") if name in options}
+    plain_options = {
+        name: options[name] for name in ("scale", "bias", "relative", "alibi_slopes", "window") if name in options
+    }
     if options.get("dropout"):
         keep = reference.attention_keep_mask(
             options["seed"], packing.batch, qkv.shape[2], packing.max_seqlen, options["dropout"]
         )
         plain_options |= {"keep": keep, "dropout": options["dropout"]}
-    exact_options = {k: v.double() if k == "bias" and v is not None else v for k, v in plain_options.items()}
+    exact_options = {
+        k: v.double() if k in ("bias", "relative") and v is not None else v for k, v in plain_options.items()
+    }
     with backend.use_backend(path):
         out = attention(qkv, packing, **options)
     plain, _ = reference.attention(qkv[:tokens], packing, **plain_options)
@@ -79,11 +83,32 @@ EXTRAS = {
 }
 
 
+RELATIVE = {
+    "relative": {"relative": 66},
+    "relative_wider": {"relative": 71},
+    "relative_and_all": {
+        "relative": 67, "bias": (1, 2), "alibi_slopes": [0.3, 0.0, 0.05, -0.1], "window": 20, "dropout": 0.1
+    },
+    "relative_and_dropout": {"relative": 66, "dropout": 0.3},
+    "relative_and_window": {"relative": 66, "window": 9},
+}  # fmt: skip
+
+
+def random_relative(heads, places, dtype, generator):
+    """A table as one that is looked up by distance stands: its heads are its columns."""
+    return torch.randn(2 * places - 1, heads, generator=generator).to(dtype).T
+
+
 def options_of(name, dtype, generator):
-    """EXTRAS[name] with tensors for sequences of [37, 5, 66] and 2 heads; the slopes are every other of a tensor."""
-    options = dict(EXTRAS[name])
+    """EXTRAS[name] or RELATIVE[name] with tensors for sequences of [37, 5, 66] and 2 heads.
+
+    The slopes are every other of a tensor.
+    """
+    options = dict((EXTRAS | RELATIVE)[name])
     if "bias" in options:
         options["bias"] = torch.randn(*options["bias"], 66, 66, generator=generator).to(dtype)
+    if "relative" in options:
+        options["relative"] = random_relative(2, options["relative"], dtype, generator)
     if "alibi_slopes" in options:
         options["alibi_slopes"] = torch.tensor(options["alibi_slopes"])[::2]
     if "dropout" in options:
@@ -99,6 +124,39 @@ def test_options(name, head_dim, dtype, path, generator):
     packing = Packing.from_lengths([37, 5, 66])
     options = options_of(name, dtype, generator)
     check(path, random_qkv(packing.tokens, 2, head_dim, dtype, generator), packing, **options)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("name", RELATIVE)
+def test_relative_in_torch(name, head_dim, dtype, generator):
+    packing = Packing.from_lengths([37, 5, 66, 0, 1])
+    qkv = random_qkv(packing.tokens + 2, 2, head_dim, dtype, generator)
+    qkv[packing.tokens :] = torch.nan
+    options = options_of(name, dtype, generator)
+    assert (check("torch", qkv, packing, **options)[packing.tokens :] == 0).all()
+    check_gradients("torch", qkv, packing, generator, **options)
+
+
+def test_relative_is_the_bias_of_its_definition(generator):
+    packing = Packing.from_lengths([9, 1, 14])
+    qkv = random_qkv(24, 2, 16, torch.float64, generator)
+    table = random_relative(2, 15, torch.float64, generator)
+    bias = torch.tensor([[[[table[h, 14 + j - i] for j in range(14)] for i in range(14)] for h in range(2)]])
+    expected, _ = reference.attention(qkv, packing, bias=bias.double())
+    torch.testing.assert_close(reference.attention(qkv, packing, relative=table)[0], expected, rtol=0, atol=1e-14)
+    with backend.use_backend("torch"):
+        torch.testing.assert_close(attention(qkv, packing, relative=table), expected, rtol=0, atol=1e-12)
+
+
+def test_a_row_that_distances_hide_everything_from_is_zero(generator):
+    """As the only token of a sequence, where distance 0 is hidden."""
+    packing = Packing.from_lengths([20, 1])
+    relative = torch.randn(2, 39, generator=generator)
+    relative[:, 19] = -torch.inf
+    qkv = random_qkv(21, 2, 16, torch.float32, generator)
+    assert (check("torch", qkv, packing, relative=relative)[20] == 0).all()
+    check_gradients("torch", qkv, packing, generator, relative=relative)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -361,20 +419,19 @@ def backward_blocks(head_dim, dtype, max_seqlen, extras):
     return query.BLOCK_M, key.BLOCK_N
 
 
-def gradients(path, qkv, packing, dout, bias=None, **options):
-    """Gradients of qkv and of the bias (None without one) by one path."""
-    qkv = qkv.detach().clone().requires_grad_()
-    bias = None if bias is None else bias.detach().clone().requires_grad_()
+def gradients(path, qkv, packing, dout, bias=None, relative=None, **options):
+    """Gradients of qkv, of the bias and of the one of distances (None without them) by one path."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in (qkv, bias, relative)]
     with backend.use_backend(path):
-        attention(qkv, packing, bias=bias, **options).backward(dout)
-    return qkv.grad, None if bias is None else bias.grad
+        attention(leaves[0], packing, bias=leaves[1], relative=leaves[2], **options).backward(dout)
+    return [None if x is None else x.grad for x in leaves]
 
 
-def check_gradients(path, qkv, packing, generator, bias=None, what="", **options):
+def check_gradients(path, qkv, packing, generator, bias=None, relative=None, what="", **options):
     """Hold the gradients of one path to the error rule; slack must be NaN in `qkv` and gets gradient 0."""
     tokens = packing.tokens
     dout = torch.randn(len(qkv), *qkv.shape[2:], generator=generator).to(qkv.dtype)
-    got, got_bias = gradients(path, qkv, packing, dout, bias, **options)
+    got, *got_biases = gradients(path, qkv, packing, dout, bias, relative, **options)
     keep = None
     if options.get("dropout"):
         keep = reference.attention_keep_mask(
@@ -383,25 +440,27 @@ def check_gradients(path, qkv, packing, generator, bias=None, what="", **options
 
     def by_reference(dtype):
         x = qkv[:tokens].to(dtype, copy=True).requires_grad_()
-        b = None if bias is None else bias.to(dtype, copy=True).requires_grad_()
+        biases = [None if b is None else b.to(dtype, copy=True).requires_grad_() for b in (bias, relative)]
         out, _ = reference.attention(
             x,
             packing,
-            bias=b,
+            bias=biases[0],
+            relative=biases[1],
             alibi_slopes=options.get("alibi_slopes"),
             window=options.get("window"),
             keep=keep,
             dropout=options.get("dropout", 0.0),
         )
         out.backward(dout[:tokens].to(dtype))
-        return x.grad, None if b is None else b.grad
+        return x.grad, *(None if b is None else b.grad for b in biases)
 
-    plain, plain_bias = by_reference(qkv.dtype)
-    exact, exact_bias = by_reference(torch.float64)
+    plain, *plain_biases = by_reference(qkv.dtype)
+    exact, *exact_biases = by_reference(torch.float64)
     assert_close(got[:tokens], plain, exact, what=f"{what} dqkv")
     assert (got[tokens:] == 0).all(), "slack has a gradient"
-    if bias is not None:
-        assert_close(got_bias, plain_bias, exact_bias, what=f"{what} dbias")
+    for name, *three in zip(("dbias", "drelative"), got_biases, plain_biases, exact_biases, strict=True):
+        if three[0] is not None:
+            assert_close(*three, what=f"{what} {name}")
 
 
 def edges(*blocks):
@@ -569,7 +628,7 @@ def test_case_01_fully_masked_row_has_zero_gradient_by_either_path(path, generat
     qkv = random_qkv(27, 2, 16, torch.float32, generator)
     bias = torch.zeros(1, 1, 20, 20)
     bias[:, :, 3] = -torch.inf
-    dqkv, dbias = gradients(path, qkv, packing, torch.randn(27, 2, 16, generator=generator), bias)
+    dqkv, dbias, _ = gradients(path, qkv, packing, torch.randn(27, 2, 16, generator=generator), bias)
     assert dqkv.isfinite().all() and dbias.isfinite().all()
     assert (dqkv[3, 0] == 0).all() and (dbias[:, :, 3] == 0).all()
 
@@ -585,7 +644,7 @@ def test_case_16_ten_backward_runs_are_bit_equal(generator):
     first = gradients("triton", qkv, packing, dout, bias, **options)
     for _ in range(9):
         for a, b in zip(first, gradients("triton", qkv, packing, dout, bias, **options), strict=True):
-            assert torch.equal(a, b)
+            assert a is b is None or torch.equal(a, b)
 
 
 @pytest.mark.kernels
@@ -594,8 +653,8 @@ def test_case_17_both_paths_drop_the_same_weights_in_the_backward(generator):
     qkv = random_qkv(57, 2, 16, torch.float32, generator)
     dout = torch.randn(57, 2, 16, generator=generator)
     options = {"dropout": 0.5, "seed": torch.tensor([9])}
-    kernel, _ = gradients("triton", qkv, packing, dout, **options)
-    plain, _ = gradients("torch", qkv, packing, dout, **options)
+    kernel, *_ = gradients("triton", qkv, packing, dout, **options)
+    plain, *_ = gradients("torch", qkv, packing, dout, **options)
     torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -651,6 +710,21 @@ def test_case_23_compiles_without_graph_breaks(compiler, path, generator):
             torch.testing.assert_close(compiled(qkv, packing, bias), run(qkv, packing, bias))
 
 
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_case_23_relative_compiles_without_graph_breaks(compiler, generator):
+    def run(qkv, packing, relative):
+        return attention(qkv * 2, packing, relative=relative * 2).square().mean()
+
+    packing = Packing.from_lengths([5, 0, 9])
+    qkv = random_qkv(14, 2, 16, torch.float32, generator)
+    relative = random_relative(2, 9, torch.float32, generator).requires_grad_()
+    with backend.use_backend("torch"):
+        compiled = torch.compile(run, fullgraph=True, backend=compiler)
+        (got,) = torch.autograd.grad(compiled(qkv, packing, relative), relative)
+        (expected,) = torch.autograd.grad(run(qkv, packing, relative), relative)
+    torch.testing.assert_close(got, expected)
+
+
 QKV = torch.zeros(8, 3, 2, 16)
 PACKING = Packing.from_lengths([5, 3])
 
@@ -668,6 +742,12 @@ PACKING = Packing.from_lengths([5, 3])
         ("bias", lambda: attention(QKV, PACKING, bias=torch.zeros(5, 5))),
         ("bias", lambda: attention(QKV, PACKING, bias=torch.zeros(1, 1, 4, 4))),
         ("bias", lambda: attention(QKV, PACKING, bias=torch.zeros(1, 1, 5, 5, dtype=torch.bool))),
+        ("relative", lambda: attention(QKV, PACKING, relative=torch.zeros(2, 7))),
+        ("relative", lambda: attention(QKV, PACKING, relative=torch.zeros(2, 10))),
+        ("relative", lambda: attention(QKV, PACKING, relative=torch.zeros(1, 9))),
+        ("relative", lambda: attention(QKV, PACKING, relative=torch.zeros(1, 2, 9))),
+        ("relative", lambda: attention(QKV, PACKING, relative=torch.zeros(2, 9, dtype=torch.int64))),
+        ("relative", lambda: attention(QKV, PACKING, relative=torch.zeros(2, 9, device="meta"))),
         ("alibi_slopes", lambda: attention(QKV, PACKING, alibi_slopes=torch.zeros(3))),
         ("alibi_slopes", lambda: attention(QKV, PACKING, alibi_slopes=torch.zeros(1, 2))),
         ("alibi_slopes", lambda: attention(QKV, PACKING, alibi_slopes=torch.zeros(2, dtype=torch.float16))),

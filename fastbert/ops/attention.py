@@ -23,6 +23,7 @@ def attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
+    relative: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     dropout: float = 0.0,
@@ -38,6 +39,8 @@ def attention(
         scale: positive factor on the scores; `head_dim ** -0.5` by default.
         bias: floating, broadcastable to `[batch, heads, max_seqlen, max_seqlen]`; added to the scaled scores, indexed
             by a token's place in its sequence. -inf hides a key from a row.
+        relative: floating `[heads, 2 * places - 1]`, `places >= packing.max_seqlen`, on the device of `qkv`: a bias of
+            distances. `relative[h, places - 1 + column - row]` is added to the scaled scores of head h.
         alibi_slopes: float32 `[heads]`, finite, on the device of `qkv`, without gradient: `slope * |row - column|` is
             taken off the scaled scores of its head, the bidirectional form of ALiBi.
         window: only keys at most this many places away are seen.
@@ -52,12 +55,12 @@ def attention(
         ArgumentError: a shape, dtype, device or value is wrong.
         BackendError: the Triton path was forced and can't serve this call.
     """
-    extras = Extras(bias, alibi_slopes, window, dropout, seed)
+    extras = Extras(bias, relative, alibi_slopes, window, dropout, seed)
     _check(qkv, packing, scale, extras)
     (qkv,) = cast_states(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    gradient = wants_gradient(qkv, bias)
-    if _uses_triton(qkv, gradient=gradient):
+    gradient = wants_gradient(qkv, bias, relative)
+    if _uses_triton(qkv, extras, gradient=gradient):
         return attention_triton(qkv, packing, scale, extras, gradient=gradient)
     return attention_torch(qkv, packing, scale, extras)
 
@@ -69,11 +72,13 @@ def prepare_attention(qkv: Tensor, packing: Packing) -> Callable[[Tensor, Packin
         ArgumentError, BackendError: as `attention`.
     """
     _check(qkv, packing, None, Extras())
-    return prepare_attention_triton(qkv, packing) if _uses_triton(qkv, gradient=False) else None
+    return prepare_attention_triton(qkv, packing) if _uses_triton(qkv, Extras(), gradient=False) else None
 
 
-def _uses_triton(qkv: Tensor, *, gradient: bool) -> bool:
+def _uses_triton(qkv: Tensor, extras: Extras, *, gradient: bool) -> bool:
     unserved = attention_choices.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device), gradient=gradient)
+    if extras.relative is not None:
+        unserved = "a bias of distances"
     return backend.uses_triton("attention", qkv, unserved)
 
 

@@ -1,4 +1,4 @@
-"""What attention may be asked for besides: a bias, ALiBi's slopes, a window, dropout."""
+"""What attention may be asked for besides: a bias, one of distances, ALiBi's slopes, a window, dropout."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Extras(NamedTuple):
     """Each as `attention` takes it; by default none of them."""
 
     bias: Tensor | None = None
+    relative: Tensor | None = None
     alibi_slopes: Tensor | None = None
     window: int | None = None
     dropout: float = 0.0
@@ -23,13 +24,15 @@ class Extras(NamedTuple):
 
     def wanted(self) -> bool:
         """Whether there is any."""
-        bias, alibi_slopes, window, dropout, _ = self
-        return bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0
+        *values, dropout, _ = self
+        return dropout > 0.0 or any(value is not None for value in values)
 
     def check(self, qkv: Tensor, packing: Packing) -> None:
         """Raise ArgumentError unless they fit `[rows, 3, heads, head_dim]` of this packing."""
         if self.bias is not None:
             _check_bias(self.bias, qkv, packing)
+        if self.relative is not None:
+            _check_relative(self.relative, qkv, packing)
         if self.alibi_slopes is not None:
             _check_slopes(self.alibi_slopes, qkv)
         if self.window is not None and self.window < 0:
@@ -47,6 +50,18 @@ def _check_bias(bias: Tensor, qkv: Tensor, packing: Packing) -> None:
         )
     if bias.device != qkv.device:
         raise ArgumentError("bias", f"on {bias.device}", f"on {qkv.device}, the device of qkv")
+
+
+def _check_relative(relative: Tensor, qkv: Tensor, packing: Packing) -> None:
+    check_dense("relative", relative)
+    heads, longest = qkv.shape[2], packing.max_seqlen
+    fits = relative.dim() == 2 and relative.shape[0] == heads and relative.shape[1] % 2 == 1
+    if not fits or relative.shape[1] < 2 * longest - 1 or not relative.is_floating_point():
+        got = f"{relative.dtype} of shape {tuple(relative.shape)}"
+        wanted = f"a floating ({heads}, 2 * places - 1) tensor, places >= {longest}, the longest sequence"
+        raise ArgumentError("relative", got, wanted)
+    if relative.device != qkv.device:
+        raise ArgumentError("relative", f"on {relative.device}", f"on {qkv.device}, the device of qkv")
 
 
 def _check_slopes(alibi_slopes: Tensor, qkv: Tensor) -> None:

@@ -23,21 +23,22 @@ WIDEST_HEAD = 256
 
 def attention_torch(qkv: Tensor, packing: Packing, scale: float, extras: Extras) -> Tensor:
     """`attention`, of arguments that were checked."""
-    bias, alibi_slopes, window, dropout, seed = extras
+    bias, relative, alibi_slopes, window, dropout, seed = extras
     if bias is None and alibi_slopes is None and window is None and not torch.compiler.is_compiling():
-        if dropout > 0.0 and seed is not None:
+        if dropout == 0.0 and (relative is not None or wants_gradient(qkv)):
+            return _attention_exact(qkv, packing, scale, relative)
+        if dropout == 0.0:
+            out = qkv.new_empty(len(qkv), *qkv.shape[2:])
+            attend(qkv, packing, scale, out)
+            return out
+        if relative is None and seed is not None:
             return _DroppedAttention.apply(qkv, packing, scale, dropout, seed)  # type: ignore[no-untyped-call]
-        if wants_gradient(qkv):
-            return _attention_exact(qkv, packing, scale)
-        out = qkv.new_empty(len(qkv), *qkv.shape[2:])
-        attend(qkv, packing, scale, out)
-        return out
     keep = None
     if dropout > 0.0 and seed is not None:
         keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, dropout)
     out, _ = reference.attention(
         _exact(qkv), packing,
-        scale=scale, bias=bias, alibi_slopes=alibi_slopes, window=window, keep=keep, dropout=dropout,
+        scale=scale, bias=bias, relative=relative, alibi_slopes=alibi_slopes, window=window, keep=keep, dropout=dropout,
     )  # fmt: skip
     return out.to(qkv.dtype)
 
@@ -65,12 +66,18 @@ def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor) -> None:
         begin += count * length
 
 
-def _attention_exact(qkv: Tensor, packing: Packing, scale: float) -> Tensor:
-    """SDPA on each run of neighbours of one length: no padding, no gather, and few calls on a length-sorted batch."""
+def _attention_exact(qkv: Tensor, packing: Packing, scale: float, relative: Tensor | None) -> Tensor:
+    """SDPA on each run of neighbours of one length: no padding, no gather, and few calls on a length-sorted batch.
+
+    A bias of distances is spread once, over the places of the longest sequence.
+    """
+    spread = None if relative is None else reference.relative_bias(_exact(relative), packing.max_seqlen)
     pieces = []
     for run in _runs(qkv, packing):
         query, key, value = run.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        length = run.shape[1]
+        bias = None if spread is None else spread[None, :, :length, :length].to(qkv.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
         pieces.append(out.transpose(1, 2).flatten(0, 1))
     pieces.append(qkv.new_zeros(len(qkv) - packing.tokens, *qkv.shape[2:]))
     return torch.cat(pieces)

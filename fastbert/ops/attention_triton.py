@@ -35,7 +35,17 @@ def attention_triton(qkv: Tensor, packing: Packing, scale: float, extras: Extras
         )
         tiles += [tile_table(packing, by_query.BLOCK_M), tile_table(packing, by_key.BLOCK_N)]
     out, _ = launcher(attention_forward, filled, bias)(
-        filled, packing.cu_seqlens, tiles, max_seqlen, packing.tokens, scale, *extras
+        filled,
+        packing.cu_seqlens,
+        tiles,
+        max_seqlen,
+        packing.tokens,
+        scale,
+        extras.bias,
+        extras.alibi_slopes,
+        extras.window,
+        extras.dropout,
+        extras.seed,
     )
     return out if filled is qkv else out[..., : qkv.shape[-1]]
 
