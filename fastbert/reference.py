@@ -95,7 +95,7 @@ def attention(
 
 
 def relative_bias(relative: Tensor, width: int) -> Tensor:
-    """`relative[h, places - 1 + column - row]`, `[heads, 2 * places - 1]` -> `[heads, width, width]`; width <= places."""
+    """`relative[h, places - 1 + column - row]`, `[heads, width, width]`, of `[heads, 2 * places - 1]`."""
     place = torch.arange(width, device=relative.device)
     return relative[:, relative.shape[1] // 2 + place - place[:, None]]
 
