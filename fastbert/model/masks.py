@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_mask(
-    mask: Tensor | BlockMask | None, batch: int, seqlen: int, device: torch.device
+    mask: Tensor | BlockMask | None, batch: int, seqlen: int, device: torch.device, *, by_distance: bool = False
 ) -> tuple[Packing, Tensor | None]:
     """The packing of a `[batch, seqlen]` grid under `mask`, and an additive bias if padding is not all there is to it.
 
@@ -24,6 +24,8 @@ def read_mask(
             same without heads), bool or integer (0 hides a key) or floating (added to the scores; -inf or the dtype's
             minimum hides a key); or flex attention's BlockMask. A mask that only hides keys, the same for each row, is
             padding and gets packed. Any other keeps the whole grid and comes back as bias. One host sync on a GPU.
+        by_distance: attention depends on how far apart tokens are. Then a mask that hides a key between others keeps
+            the whole grid too, since without that key the others would be nearer.
 
     Raises:
         ArgumentError: the mask has another shape or device, or a 2-D mask holds values other than 0 and 1.
@@ -40,7 +42,10 @@ def read_mask(
     check_has_values("attention_mask", mask)
     if mask.dim() == 2:
         _check_shape(mask, (batch,), (seqlen,))
-        return Packing.from_mask(mask), None
+        packing = Packing.from_mask(mask)
+        if not by_distance or not _has_holes(mask != 0):
+            return packing, None
+        mask = mask[:, None, None] != 0
     if mask.dim() == 3:
         mask = mask.unsqueeze(1)
     if mask.dim() != 4:
@@ -54,12 +59,17 @@ def read_mask(
         only_hides = torch.ones((), dtype=torch.bool, device=mask.device)
     same_for_all = (hidden == hidden[:, :1, :1]).all()
     packing, (is_padding,) = Packing.from_kept(~hidden[:, 0, 0].expand(batch, seqlen), only_hides & same_for_all)
-    if is_padding:
+    if is_padding and not (by_distance and _has_holes(~hidden[:, 0, 0])):
         return packing, None
     bias = (mask if mask.is_floating_point() else torch.zeros_like(mask, dtype=torch.float32)).masked_fill(
         hidden, -torch.inf
     )
     return Packing.from_lengths([seqlen] * batch, seqlen=seqlen, device=device), bias.expand(-1, -1, seqlen, -1)
+
+
+def _has_holes(kept: Tensor) -> bool:
+    """Whether a row of bool `[batch, seqlen]` has a False between two True."""
+    return bool((kept[:, 1:] & ~kept[:, :-1]).sum(1).add(kept[:, :1].sum(1)).gt(1).any())
 
 
 def _refuse_recorders() -> None:

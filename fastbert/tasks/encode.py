@@ -21,7 +21,7 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import load
 from fastbert.checkpoints.sentence import Recipe, read_recipe
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.model.bert import BertModel
+from fastbert.model.body import EncoderModel
 from fastbert.model.quantization import in_int8
 from fastbert.model.sentence import Embedder, Mode
 from fastbert.packing import Packing
@@ -87,7 +87,7 @@ class TextEncoder:
         recipe: how texts become embeddings, where a call does not say.
     """
 
-    model: BertModel
+    model: EncoderModel
     tokenizer: Tokenizer
     recipe: Recipe = field(default_factory=Recipe)
 
