@@ -122,7 +122,8 @@ class Encoder(nn.Module):
             hf: further arguments that Hugging Face passes to an encoder; accepted where they change nothing.
 
         Returns:
-            The hidden states, 0 at padding (Hugging Face computes values there that nothing may rely on).
+            The hidden states, 0 at padding (Hugging Face computes values there that nothing may rely on). So a pooler
+            that reads column 0 reads 0 of a sequence that is padded on the left; a warning says so, once.
 
         Raises:
             ArgumentError: a wrong shape or mask, or a Hugging Face argument that asks for something else
@@ -136,7 +137,9 @@ class Encoder(nn.Module):
                 raise ArgumentError("hidden_states", f"shape {tuple(x.shape)}", "[batch, seqlen, hidden]")
             batch, seqlen = x.shape[:2]
             by_distance = self.config.by_distance
-            packing, bias = read_mask(attention_mask, batch, seqlen, x.device, by_distance=by_distance)
+            packing, bias = read_mask(
+                attention_mask, batch, seqlen, x.device, by_distance=by_distance, zeros_at_padding=True
+            )
             x = packing.pack(x)
         elif attention_mask is not None:
             raise ArgumentError("attention_mask", "a mask beside a packing", "one of the two")
