@@ -94,7 +94,9 @@ def exactly(
                 held[step.sum] = made
             if step.norm is not None:
                 norm = cast(nn.LayerNorm, parts[step.norm])
-                made = reference.layer_norm(made, norm.weight.to(dtype), norm.bias.to(dtype), eps=norm.eps)
+                weight, bias = norm.weight.to(dtype), cast("Tensor | None", norm.bias)
+                bias = torch.zeros_like(weight) if bias is None else bias.to(dtype)
+                made = reference.layer_norm(made, weight, bias, eps=norm.eps)
         held[step.into] = made
     return held
 

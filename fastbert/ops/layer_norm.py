@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -186,8 +186,9 @@ def _check(
 
 
 def in_float32(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    """Weight and bias of a LayerNorm in float32, and its eps, as the kernels of a CPU take them."""
-    return norm.weight.detach().float().contiguous(), norm.bias.detach().float().contiguous(), norm.eps
+    """Weight and bias of a LayerNorm in float32, and its eps, as the kernels of a CPU take them; no bias is 0."""
+    weight, bias = norm.weight.detach().float().contiguous(), cast("Tensor | None", norm.bias)
+    return weight, torch.zeros_like(weight) if bias is None else bias.detach().float().contiguous(), norm.eps
 
 
 def check_eps(eps: float) -> None:

@@ -123,11 +123,14 @@ class _Join(torch.autograd.Function):
         return None, *dwhole.chunk(len(parts))
 
 
-def is_plain(module: nn.Module | None) -> bool:
+def is_plain(module: nn.Module | None, *, without_bias: bool = False) -> bool:
     """Whether an op may read the parameters of `module` instead of calling it.
 
     It may for an nn.Linear or nn.LayerNorm on which nothing looks, and for a SelfAttention of such. Adapters (LoRA),
     quantized linears, parametrized and pruned modules, and those with hooks are called.
+
+    Args:
+        without_bias: whether an nn.LayerNorm may have none.
     """
     kind = type(module)
     if kind is not nn.Linear and kind is not nn.LayerNorm:
@@ -146,7 +149,9 @@ def is_plain(module: nn.Module | None) -> bool:
     return (
         "forward" not in module.__dict__
         and (type(weight) is nn.Parameter or type(weight) is Tensor)
-        and (type(bias) is nn.Parameter or type(bias) is Tensor or (bias is None and kind is nn.Linear))
+        and (
+            type(bias) is nn.Parameter or type(bias) is Tensor or (bias is None and (kind is nn.Linear or without_bias))
+        )
     )
 
 
