@@ -172,7 +172,9 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
     scores = queries + 4 * rows * blocks * lanes
     values = scores + width * (4 * rows)
     last = length - 1
-    slope = code.load(code["slopes"] + head * 4, F32) * -LOG2E if places.alibi else None
+    # What is added to a score before it is scaled; added after, it would be to one that is rounded once more.
+    unscaled = code.scalar(LOG2E) / code.float_of("scale") if places.added else None
+    slope = code.load(code["slopes"] + head * 4, F32) * unscaled if unscaled is not None and places.alibi else None
     turned_keys = keys  # of `lanes` keys, which will be transposed; there with rotary positions only
     if places.rotary:
         turned_keys = keys + code["worker_bytes"] - 4 * lanes * blocks * lanes
@@ -261,18 +263,16 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
             begin, middle, end = 0, pairs, width
 
         def placed(vector: Value, j: Value, r: int) -> Value:
-            """Scores of row `r` and keys from j on: with what is added, by powers of 2; -inf where none may be seen."""
+            """Scores of row `r` and keys from j on with what is added; -inf where there is none to be seen."""
             column = code.splat(to_int32(j)) + code.lane_numbers()
             away = to_float(column) - code.splat(to_float(to_int32(here[r])))
             there = column < code.splat(to_int32(length))
-            if places.added:
-                vector = vector * code.splat(code.float_of("scale"))
             if slope is not None:
-                vector = fma(absolute(away), code.splat(slope), vector)
-            if places.relative:
+                vector = fma(-absolute(away), code.splat(slope), vector)
+            if unscaled is not None and places.relative:
                 known = code["table_places"]
                 at = code["table"] + (head * (known * 2 - 1) + known - 1 + j - here[r]) * 4
-                vector = fma(code.load_where(at, F32, there), LOG2E, vector)
+                vector = fma(code.load_where(at, F32, there), code.splat(unscaled), vector)
             if places.window:
                 vector = select(code.splat(to_float(to_int32(code["window"]))) < absolute(away), -math.inf, vector)
             return select(there, vector, code.vector(-math.inf))
@@ -316,8 +316,7 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
             for r in range(rows):
                 place = scores + j * (4 * rows) + 4 * r * lanes
                 # The difference first: the rounding of a product of scores in the billions is more than 2^x can take.
-                exponent = code.load(place, F32, lanes) - shifts[r]
-                exponent = exponent if places.added else exponent * scale
+                exponent = (code.load(place, F32, lanes) - shifts[r]) * scale
                 power = exp2(code, exponent)
                 if places.scored:
                     power = select(exponent < -UNSEEN, 0.0, power)
