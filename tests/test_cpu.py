@@ -192,6 +192,18 @@ def test_what_a_window_does_not_see_is_not_visited(machine, dtype, value, genera
         assert torch.equal(out[far], clean[far])
 
 
+@pytest.mark.parametrize(("machine", "dtype"), EVERY_FORM)
+def test_what_is_hidden_weighs_nothing(machine, dtype, generator):
+    """Not even 2^-126 of the largest number that there is."""
+    packing, middle, window = Packing.from_lengths([60]), 30, 5
+    qkv = torch.randn(60, 3, 2, 26, generator=generator).to(dtype)
+    clean = attend(machine, qkv, packing, window=window)
+    qkv[middle, 2] = torch.finfo(dtype).max
+    out = attend(machine, qkv, packing, window=window)
+    for hidden in (slice(0, middle - window), slice(middle + window + 1, 60)):
+        assert torch.equal(out[hidden], clean[hidden])
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_time_of_a_window_grows_with_it_and_not_with_the_length(machine, generator):
     """By rounds in turns: 129 of 4,096 keys take a thirtieth, and all else that is done to each row some more."""
