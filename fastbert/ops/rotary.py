@@ -1,4 +1,7 @@
-"""rotary: rotary positions of queries and keys (Su et al. 2021, "RoFormer"), in plain torch so far, on every device."""
+"""rotary: rotary positions of queries and keys (Su et al. 2021, "RoFormer"), in plain torch on every device.
+
+The kernel of attention on a CPU turns queries and keys itself, by `angles_of_places`; see `run.cpu`.
+"""
 
 from __future__ import annotations
 
