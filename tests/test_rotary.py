@@ -7,7 +7,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastbert import reference
 from fastbert.errors import ArgumentError
-from fastbert.ops.rotary import rotary
+from fastbert.ops.rotary import angles_of_places, rotary
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
 
@@ -96,3 +96,16 @@ def test_what_is_kept_outlives_no_mode(generator: torch.Generator) -> None:
 def test_bases_that_are_none(base: object) -> None:
     with pytest.raises(ArgumentError, match="base: got"):
         rotary(torch.zeros(4, 3, 2, 4), Packing.from_lengths([4]), base)  # type: ignore[arg-type]
+
+
+def test_angles_of_places_are_made_once_and_those_of_the_op() -> None:
+    with torch.inference_mode():
+        angles = angles_of_places(300, 6, BASE)
+    assert angles.dtype == torch.float32 and angles.shape[0] >= 300 and not angles.is_inference()
+    exact = reference.rotary_angles(Packing.from_lengths([300]), 6, BASE, torch.float32)
+    torch.testing.assert_close(angles[:300].transpose(0, 1), exact, atol=0, rtol=0)
+    assert angles_of_places(301, 6, BASE) is angles
+    assert angles_of_places(len(angles) + 1, 6, BASE).shape == (2 * len(angles), 2, 3)
+    for base in (1.0, float("nan"), "10000"):
+        with pytest.raises(ArgumentError, match="base"):
+            angles_of_places(8, 6, base)  # type: ignore[arg-type]

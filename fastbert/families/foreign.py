@@ -135,7 +135,7 @@ class ForeignLayer(Layer):
     def computed(self) -> list[nn.Module]:
         """What is computed or called in its turn: linear layers and norms, or what stands in their places."""
         joined = (linear for _, part in self.joined for linear in part.linears())
-        return [*joined, *(place.get() for place in self.places.values())]
+        return [*joined, *(place.get() for name, place in self.places.items() if name != "relative")]
 
 
 class ForeignEncoder(Encoder):

@@ -34,11 +34,11 @@ def relative_table(weight: Tensor, packing: Packing) -> Tensor:
         got = f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise ArgumentError("weight", got, "a floating [buckets, heads] tensor, of a multiple of 4 buckets")
     places, rows = packing.max_seqlen, len(weight)
-    numbers = packing.kept(("relative", rows), lambda: _buckets(places, rows, weight.device))
+    numbers = packing.kept(("relative", rows), lambda: bucket_numbers(places, rows, weight.device))
     return weight.index_select(0, numbers).t().contiguous()
 
 
-def _buckets(places: int, buckets: int, device: torch.device) -> Tensor:
+def bucket_numbers(places: int, buckets: int, device: torch.device) -> Tensor:
     """int64 `[2 * places - 1]`: the bucket of each distance from `1 - places` to `places - 1`."""
     distance = torch.arange(1 - places, places, dtype=torch.int64, device=device)
     half = buckets // 2

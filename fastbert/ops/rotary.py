@@ -1,8 +1,12 @@
-"""rotary: rotary positions of queries and keys (Su et al. 2021, "RoFormer"), in plain torch so far, on every device."""
+"""rotary: rotary positions of queries and keys (Su et al. 2021, "RoFormer"), in plain torch on every device.
+
+The kernel of attention on a CPU turns queries and keys itself, by `angles_of_places`; see `run.cpu`.
+"""
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,8 +39,7 @@ def rotary(qkv: Tensor, packing: Packing, base: float) -> Tensor:
         got = f"{qkv.dtype} of shape {tuple(qkv.shape)}"
         raise ArgumentError("qkv", got, "a floating [rows, 3, heads, head_dim] tensor, head_dim even")
     packing.check_rows("qkv", qkv)
-    if not isinstance(base, int | float) or not 1.0 < base < math.inf:
-        raise ArgumentError("base", base, "a number above 1")
+    check_base(base)
     (qkv,) = cast_states(qkv)
     head_dim = qkv.shape[3]
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -44,3 +47,29 @@ def rotary(qkv: Tensor, packing: Packing, base: float) -> Tensor:
         ("rotary", head_dim, base, wide), lambda: reference.rotary_angles(packing, head_dim, base, wide)
     )
     return reference.rotary(qkv, angles)
+
+
+def check_base(base: float) -> None:
+    """Raise ArgumentError unless it is a number above 1."""
+    if not isinstance(base, int | float) or not 1.0 < base < math.inf:
+        raise ArgumentError("base", base, "a number above 1")
+
+
+def angles_of_places(places: int, head_dim: int, base: float) -> Tensor:
+    """float32 `[at least places, 2, head_dim / 2]` on the CPU: cosine and sine of each place, as its kernels read them.
+
+    They are made once for all that ask for as many places, up to the next power of two.
+
+    Raises:
+        ArgumentError: `base` is not above 1.
+    """
+    check_base(base)
+    return _angles(1 << max(places - 1, 0).bit_length(), head_dim, base)
+
+
+@lru_cache(maxsize=64)
+def _angles(places: int, head_dim: int, base: float) -> Tensor:
+    with torch.inference_mode(False):  # what is made inside could not be read where autograd records
+        line = Packing.from_lengths([places], device="cpu")
+        angles = reference.rotary_angles(line, head_dim, base, torch.float32)
+        return angles.transpose(0, 1).contiguous()

@@ -152,7 +152,7 @@ class _Layer:
         rows = part.quantize(floats[step.x]) if rows is None else rows
         dtype = made_dtype(self.steps, i, part, self.x)
         residual = None if step.add is None else floats[step.add]
-        if not step.gated and step.sum is None:
+        if not step.gated and step.sum is None and (norm is None or is_plain(norm)):
             out, quantized = formats(self.steps, i, self.parts)
             self.registers.write(step.into, *part(rows, dtype, After(step.activation, residual, norm, out, quantized)))
             return

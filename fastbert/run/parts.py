@@ -132,8 +132,8 @@ def is_plain(module: nn.Module | None) -> bool:
     """Whether an op may read the parameters of `module` instead of calling it.
 
     It may for an nn.Linear or nn.LayerNorm on which nothing looks, and for a SelfAttention of such, of which all have
-    a bias or none. Adapters (LoRA),
-    quantized linears, parametrized and pruned modules, and those with hooks are called.
+    a bias or none. Adapters (LoRA), quantized linears, parametrized and pruned modules, and those with hooks are
+    called.
     """
     kind = type(module)
     if kind is not nn.Linear and kind is not nn.LayerNorm:
