@@ -19,7 +19,7 @@ from torch import Tensor
 from fastbert.kernels import attention_choices, choices, precision, target
 from fastbert.kernels.dispatch import Prepared
 from fastbert.kernels.dropout import drop_scale, drop_threshold
-from fastbert.kernels.pieces import keep_mask, load_rows
+from fastbert.kernels.pieces import keep_mask, load_relative, load_rows
 
 LOG2E = math.log2(math.e)
 
@@ -64,18 +64,16 @@ def attend_block(
     value = load_rows(value_ptr + tile_offsets, mask_columns, MASKED, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if HAS_BIAS or HAS_RELATIVE:
+    if HAS_BIAS:
         mask_bias = (rows < seqlen)[:, None]
         if MASKED:
             mask_bias = mask_bias & mask_columns[None, :]
-    if HAS_BIAS:
         bias = tl.load(bias_ptr + bias_offsets, mask=mask_bias, other=0.0)  # [BLOCK_M, BLOCK_N]
         scores = tl.fma(scores, scale_log2e, bias.to(tl.float32) * 1.4426950408889634)  # [BLOCK_M, BLOCK_N]
     elif HAS_RELATIVE or HAS_ALIBI:
         scores = scores * scale_log2e
     if HAS_RELATIVE:
-        relative_ptrs = relative_ptr + columns[None, :] - rows[:, None]
-        relative = tl.load(relative_ptrs, mask=mask_bias, other=0.0)  # [BLOCK_M, BLOCK_N]
+        relative = load_relative(relative_ptr, rows[:, None], columns[None, :], seqlen)  # [BLOCK_M, BLOCK_N]
         scores = tl.fma(relative.to(tl.float32), 1.4426950408889634, scores)
     if HAS_ALIBI:  # in float32 from the start: a conversion of each distance would cost more than the rest
         distance = tl.abs(rows.to(tl.float32)[:, None] - columns.to(tl.float32)[None, :])

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastbert.kernels import attention_choices, choices, precision, target
 from fastbert.kernels.dispatch import dispatch
 from fastbert.kernels.dropout import drop_scale, drop_threshold
-from fastbert.kernels.pieces import keep_mask, load_rows
+from fastbert.kernels.pieces import keep_mask, load_relative, load_rows
 
 
 @triton.jit
@@ -50,9 +50,8 @@ def weights_from_lse(
         bias = tl.load(bias_ptr + bias_offsets, mask=(rows < seqlen) & (columns < seqlen), other=0.0).to(tl.float32)
         shift = tl.fma(bias, 1.4426950408889634, shift)
     if HAS_RELATIVE:
-        mask_relative = (rows < seqlen) & (columns < seqlen)
-        relative = tl.load(relative_ptr + columns - rows, mask=mask_relative, other=0.0).to(tl.float32)
-        shift = tl.fma(relative, 1.4426950408889634, shift)
+        relative = load_relative(relative_ptr, rows, columns, seqlen)
+        shift = tl.fma(relative.to(tl.float32), 1.4426950408889634, shift)
     if HAS_ALIBI:
         shift -= tl.abs(rows.to(tl.float32) - columns.to(tl.float32)) * (slope * 1.4426950408889634)
     weights = tl.exp2(tl.fma(scores, scale * 1.4426950408889634, shift))
