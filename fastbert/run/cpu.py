@@ -187,7 +187,7 @@ class CpuProgram:
         return out
 
     def table(self, part: nn.Module, max_seqlen: int) -> Tensor:
-        """float32 `[heads, 2 * places - 1]`, places >= max_seqlen: the part's biases by distance; see `ops.relative`."""
+        """float32 `[heads, 2 * places - 1]`, places >= max_seqlen: a part's biases by distance (`ops.relative`)."""
         places = -(-max_seqlen // PLACES_AT_ONCE) * PLACES_AT_ONCE
         made = self.tables.get((id(part), places))
         if made is None:
