@@ -48,6 +48,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qa_dropout": 0.0,
     },
     "Albert": {**SIZES, "embedding_size": 16, "num_hidden_groups": 2},
+    "ModernBert": {
+        **SIZES,
+        "num_hidden_layers": 4,
+        "local_attention": 6,
+        **{f"{name}_token_id": i for i, name in enumerate(("pad", "cls", "sep", "bos", "eos"))},
+    },
+        **SIZES,
+        "num_hidden_layers": 4,
+        "local_attention": 6,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "MPNet": {key: value for key, value in TYPELESS.items() if key != "type_vocab_size"},
 }
 HEADS = [
@@ -220,7 +235,7 @@ def test_shards_and_pickles(family: str, tmp_path: Path) -> None:
 def test_every_key_is_accounted_for(family: str, tmp_path: Path) -> None:
     ours_of(theirs_of(family), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    lost = next(key for key in state if "query" in key or "q_lin" in key or "attn.q" in key)
+    lost = next(key for key in state if any(name in key for name in ("query", "q_lin", "attn.q", "Wqkv", "q_proj")))
     save_file({key: value for key, value in state.items() if key != lost}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"missing keys: {lost.replace('.', chr(92) + '.')}"):
         fastbert.load(tmp_path)

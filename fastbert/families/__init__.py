@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fastbert.families.albert import ALBERT
 from fastbert.families.bert import BERT, ELECTRA
 from fastbert.families.distilbert import DISTILBERT
+from fastbert.families.modernbert import MODERNBERT
 from fastbert.families.mpnet import MPNET
 from fastbert.families.names import Family
 from fastbert.families.roberta import ROBERTA
@@ -14,6 +15,6 @@ from fastbert.families.roberta import ROBERTA
 # By what `model_type` in a config.json is.
 FAMILIES: Mapping[str, Family] = {
     model_type: family
-    for family in (BERT, ELECTRA, ROBERTA, DISTILBERT, ALBERT, MPNET)
+    for family in (BERT, ELECTRA, ROBERTA, DISTILBERT, ALBERT, MPNET, MODERNBERT)
     for model_type in family.model_types
 }

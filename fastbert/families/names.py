@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastbert.config import EncoderConfig
+from fastbert.errors import ArgumentError
 
 # A linear layer of the tables below may be several of theirs, one after the other, or a part of one of theirs.
 Spelled = str | tuple[str, ...]
@@ -26,6 +27,7 @@ class Names:
             number there.
         dropout_of_context, dropout_of_output: of attention's output and of the feed-forward's; None where the family
             has no such dropout.
+        other_dropout: one that a layer of ours has not; where it is on, transformers' code runs.
     """
 
     query: str
@@ -40,6 +42,7 @@ class Names:
     dropout_of_weights: str
     dropout_of_context: str | None
     dropout_of_output: str | None
+    other_dropout: str | None = None
 
     def weights(self) -> dict[str, Spelled]:
         """Of each module with weights what it is called in a layer of ours and in one of theirs."""
@@ -62,6 +65,32 @@ OURS = Names(
     dropout_of_context="attention.output.dropout",
     dropout_of_output="output.dropout",
 )
+
+
+def read_fields(given: Mapping[str, Any], names: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Fields of an EncoderConfig by their names in a config.json and what they are there by default.
+
+    Raises:
+        ArgumentError: it asks for a decoder.
+    """
+    for name in ("is_decoder", "add_cross_attention"):
+        if given.get(name):
+            raise ArgumentError(f"config.{name}", repr(given[name]), "False: this is a bidirectional encoder")
+    return {ours: given.get(theirs, usual) for ours, (theirs, usual) in names.items()}
+
+
+def rope_base(given: Mapping[str, Any], usual: float) -> float:
+    """The base of rotary positions by `rope_parameters`, or by `rope_theta`, its form before transformers 5.
+
+    Raises:
+        ArgumentError: positions are scaled, or turn part of a head.
+    """
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ArgumentError("config.rope_parameters", repr(rope), "rotary positions of whole heads that are not scaled")
+    base = rope.get("rope_theta") or given.get("rope_theta") or usual
+    return float(base)
 
 
 def own_hf(encoder: Any) -> Any:

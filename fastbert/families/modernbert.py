@@ -1,0 +1,120 @@
+"""ModernBERT: a LayerNorm before each half of a layer, rotary positions, gates, windows, and hardly a bias."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+from fastbert.config import HF_ACTIVATIONS, EncoderConfig, HeadShape
+from fastbert.errors import ArgumentError
+from fastbert.families.names import Family, Names, read_fields, rope_base
+
+WORD = "embeddings.tok_embeddings.weight"
+
+_FIELDS = {
+    "vocab_size": ("vocab_size", 50368),
+    "hidden_size": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 22),
+    "num_heads": ("num_attention_heads", 12),
+    "intermediate_size": ("intermediate_size", 1152),
+    "max_positions": ("max_position_embeddings", 8192),
+    "eps": ("norm_eps", 1e-5),
+    "attention_dropout": ("attention_dropout", 0.0),
+    "pad_token_id": ("pad_token_id", 50283),
+    "initializer_range": ("initializer_range", 0.02),
+    "norm_bias": ("norm_bias", False),
+}
+# Dropouts that the published models don't have, nor we.
+_DROPOUTS = ("attention_dropout", "embedding_dropout", "mlp_dropout")
+
+
+def config(given: Mapping[str, Any]) -> EncoderConfig:
+    """Of a transformers `ModernBertConfig`, or its form before version 5."""
+    fields = read_fields(given, _FIELDS)
+    layers = fields["num_layers"]
+    every = given.get("global_attn_every_n_layers", 3)
+    types = given.get("layer_types") or [("sliding" if i % every else "full") + "_attention" for i in range(layers)]
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= set(known):
+        raise ArgumentError("config.layer_types", repr(types), f"{' or '.join(known)}, for each of {layers} layers")
+    window = given.get("local_attention", 128)
+    if not isinstance(window, int) or window < 2:
+        raise ArgumentError("config.local_attention", repr(window), "a whole number, 2 or more")
+    dropped = [name for name in _DROPOUTS if given.get(name)]
+    if dropped:
+        warnings.warn(f"config.json: {', '.join(dropped)}: fastbert drops attention's weights only", stacklevel=2)
+    without = {"attention_bias": ("qkv", "attention_output"), "mlp_bias": ("intermediate", "output")}
+    activation = HF_ACTIVATIONS.get(given.get("classifier_activation", "gelu"))
+    if activation is None:
+        got = repr(given["classifier_activation"])
+        raise ArgumentError("config.classifier_activation", got, f"one of {', '.join(HF_ACTIVATIONS)}")
+    return EncoderConfig(
+        **fields,
+        activation=HF_ACTIVATIONS[given.get("hidden_activation", "gelu")],
+        type_vocab_size=0,
+        hidden_dropout=0.0,
+        positions="none",
+        norm_first=True,
+        gated=True,
+        no_bias=tuple(part for name, parts in without.items() if not given.get(name, False) for part in parts),
+        windows=tuple(window // 2 if kind == "sliding_attention" else None for kind in types),
+        rotary=_base(given, "full_attention", "global_rope_theta", 160_000.0),
+        rotary_in_windows=_base(given, "sliding_attention", "local_rope_theta", 10_000.0),
+        heads=HeadShape(
+            transformed=("text", "choice", "token", "answer"),
+            activation=activation,
+            bias=bool(given.get("classifier_bias", False)),
+            norm=True,
+            pooling=cast(Any, given.get("classifier_pooling", "cls")),
+            predict=activation,
+        ),
+    )
+
+
+def _base(given: Mapping[str, Any], kind: str, old: str, usual: float) -> float:
+    rope = given.get("rope_parameters")
+    of_kind = rope.get(kind) if isinstance(rope, dict) else None
+    return rope_base({"rope_parameters": of_kind, "rope_theta": given.get(old)}, usual)
+
+
+_HEAD = {"transform.dense": "head.dense", "transform.norm": "head.norm"}
+_CLASSIFIER = {**_HEAD, "classifier": "classifier"}
+
+MODERNBERT = Family(
+    model_types={"modernbert": "ModernBert"},
+    config=config,
+    names=Names(
+        query="attn.Wqkv",
+        key="attn.Wqkv",
+        value="attn.Wqkv",
+        attention_output="attn.Wo",
+        attention_norm="mlp_norm",
+        intermediate="mlp.Wi",
+        output="mlp.Wo",
+        output_norm="attn_norm",
+        activation="mlp.act",
+        dropout_of_weights="attn.attention_dropout",
+        dropout_of_context="attn.out_drop",
+        dropout_of_output=None,
+        other_dropout="mlp.drop",
+    ),
+    body={"embeddings.word": "embeddings.tok_embeddings", "embeddings.norm": "embeddings.norm"},
+    layer="layers.{}",
+    last_norm="final_norm",
+    prefix="model.",
+    heads={
+        "ForMaskedLM": {
+            "predictions.dense": "head.dense",
+            "predictions.norm": "head.norm",
+            "predictions.bias": "decoder.bias",
+        },
+        "ForSequenceClassification": _CLASSIFIER,
+        "ForMultipleChoice": _CLASSIFIER,
+        "ForTokenClassification": _CLASSIFIER,
+        "ForQuestionAnswering": {**_HEAD, "qa_outputs": "classifier"},
+    },
+    carried=("head.", "decoder.", "classifier."),
+    tied={"decoder.weight": WORD},
+    encoders=(),
+)
