@@ -54,15 +54,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "local_attention": 6,
         **{f"{name}_token_id": i for i, name in enumerate(("pad", "cls", "sep", "bos", "eos"))},
     },
-        **SIZES,
-        "num_hidden_layers": 4,
-        "local_attention": 6,
-        "pad_token_id": 0,
-        "cls_token_id": 1,
-        "sep_token_id": 2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
     "MPNet": {key: value for key, value in TYPELESS.items() if key != "type_vocab_size"},
 }
 HEADS = [
