@@ -164,8 +164,9 @@ def attention_backward(
         dropout=dropout,
         seed=seed,
     )
-    pairs = ((bias, dbias), (relative, drelative))
-    return dqkv, *(lse.new_empty(0) if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs)
+    dbias = lse.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype)
+    drelative = lse.new_empty(0) if relative is None or drelative is None else drelative.to(relative.dtype)
+    return dqkv, dbias, drelative
 
 
 @attention_backward.register_fake
@@ -180,10 +181,9 @@ def _(
     relative: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = ((bias, needs_dbias), (relative, needs_drelative))
-    return qkv.new_empty(qkv.shape), *(
-        x.new_empty(x.shape) if x is not None and needed else lse.new_empty(0) for x, needed in pairs
-    )
+    dbias = bias.new_empty(bias.shape) if bias is not None and needs_dbias else lse.new_empty(0)
+    drelative = relative.new_empty(relative.shape) if relative is not None and needs_drelative else lse.new_empty(0)
+    return qkv.new_empty(qkv.shape), dbias, drelative
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
