@@ -395,7 +395,7 @@ class AttentionCall:
         _, lse = reference.attention(qkv.float(), packing, bias=bias)
 
         def run() -> list[Tensor]:
-            dqkv, dbias = attention_backward(
+            dqkv, dbias, _ = attention_backward(
                 dout,
                 qkv,
                 out,

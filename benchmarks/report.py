@@ -56,6 +56,7 @@ PAGES = {
     "linear_gelu": "linear_gelu",
     "embedding": "embedding",
     "pooling": "pool",
+    "rotary": "rotary",
 }
 NOT_MEASURED = (
     "Not measured yet: nobody has run `make gpu` on a machine with a GPU. It measures all of the above there, beside "
@@ -303,6 +304,7 @@ def floors() -> dict[str, list[tuple[str, cost.Cost, int]]]:
             (f"{how}, {len(lengths)} sequences, 768 columns", cost.pool(lengths, 768, half, how=how), state)
             for how in ("cls", "mean", "max")
         ],
+        "rotary": [(f"{tokens} tokens, 12 heads of 64", cost.rotary(tokens, 12, 64, half), 3 * state)],
         "embedding": [
             ("forward, 1001 x 768", cost.embedding(tokens, 768, half, **entries), state),
             (

@@ -23,7 +23,7 @@ from torch import Tensor
 import fastbert
 from fastbert.backend import first_device, use_backend
 from fastbert.config import EncoderConfig
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
 

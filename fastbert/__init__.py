@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from fastbert.families.accelerated import accelerate as accelerate
     from fastbert.families.accelerated import restore as restore
     from fastbert.families.accelerated import verify as verify
-    from fastbert.model.bert import BertModel as BertModel
+    from fastbert.model.body import BertModel as BertModel
+    from fastbert.model.body import EncoderModel as EncoderModel
     from fastbert.model.encoder import Encoder as Encoder
     from fastbert.model.graphs import graphed as graphed
     from fastbert.model.heads import BertForMaskedLM as BertForMaskedLM
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
     from fastbert.model.heads import BertForQuestionAnswering as BertForQuestionAnswering
     from fastbert.model.heads import BertForSequenceClassification as BertForSequenceClassification
     from fastbert.model.heads import BertForTokenClassification as BertForTokenClassification
+    from fastbert.model.heads import EncoderForMaskedLM as EncoderForMaskedLM
+    from fastbert.model.heads import EncoderForMultipleChoice as EncoderForMultipleChoice
+    from fastbert.model.heads import EncoderForNextSentencePrediction as EncoderForNextSentencePrediction
+    from fastbert.model.heads import EncoderForPreTraining as EncoderForPreTraining
+    from fastbert.model.heads import EncoderForQuestionAnswering as EncoderForQuestionAnswering
+    from fastbert.model.heads import EncoderForSequenceClassification as EncoderForSequenceClassification
+    from fastbert.model.heads import EncoderForTokenClassification as EncoderForTokenClassification
     from fastbert.model.quantization import quantize as quantize
     from fastbert.ops.watch import weights_changed as weights_changed
     from fastbert.packing import Packing as Packing
@@ -63,10 +71,18 @@ _HOMES = {
     "BertForQuestionAnswering": "model.heads",
     "BertForSequenceClassification": "model.heads",
     "BertForTokenClassification": "model.heads",
-    "BertModel": "model.bert",
+    "BertModel": "model.body",
     "CheckpointError": "errors",
     "Encoder": "model.encoder",
     "EncoderConfig": "config",
+    "EncoderForMaskedLM": "model.heads",
+    "EncoderForMultipleChoice": "model.heads",
+    "EncoderForNextSentencePrediction": "model.heads",
+    "EncoderForPreTraining": "model.heads",
+    "EncoderForQuestionAnswering": "model.heads",
+    "EncoderForSequenceClassification": "model.heads",
+    "EncoderForTokenClassification": "model.heads",
+    "EncoderModel": "model.body",
     "FastbertError": "errors",
     "HeadConfig": "config",
     "Packing": "packing",

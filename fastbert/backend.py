@@ -178,11 +178,12 @@ def uses_triton(op: str, x: Tensor, unserved: str | None = None) -> bool:
     if _forced == "triton":
         raise BackendError(op, reason, "a call that the Triton kernels serve", "Leave use_backend to run plain torch.")
     if decision.path == "triton":
-        _say_once(f"fastbert.{op} runs plain torch on {x.device}: {unserved}")
+        say_once(f"fastbert.{op} runs plain torch on {x.device}: {unserved}")
     return False
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn, the first time in this process that there is this message."""
     if message not in _said:
         _said.add(message)
         warnings.warn(message, stacklevel=4)

@@ -135,6 +135,10 @@ def encode(
     prompt_name: Annotated[
         str | None, typer.Option(help="Which of the folder's prompts to put before each text.")
     ] = None,
+    truncate_dim: Annotated[
+        int | None,
+        typer.Option(help="How many columns of an embedding to keep; by default as the folder says, or all."),
+    ] = None,
     dtype: _DType = None,
     max_length: _MaxLength = None,
     batch_tokens: _BatchTokens = None,
@@ -174,12 +178,13 @@ def encode(
             max_length=max_length,
             prompt=prompt,
             prompt_name=prompt_name,
+            truncate_dim=truncate_dim,
             batch_tokens=batch_tokens,
             progress=sys.stderr.isatty(),
         )
         encoded = ((taken.popleft(), array) for array in arrays)
         if file_format == "npy":
-            _write_npy(file, encoder.width(pooling), encoded)
+            _write_npy(file, encoder.width(pooling, truncate_dim), encoded)
         else:
             _write_jsonl(file, encoded)
     _report(lines)

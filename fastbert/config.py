@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -11,6 +12,9 @@ from fastbert.errors import ArgumentError, shown
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+# What a classifier reads: the one row of a text or of a choice, or all rows.
+Read = Literal["text", "choice", "token", "answer"]
+Positions = Literal["columns", "tokens", "none"]
 
 MOST_LABELS = 2**20  # far more than anybody has, and still made at once
 
@@ -28,18 +32,62 @@ HF_ACTIVATIONS: dict[str, Activation] = {
 
 
 @dataclass(frozen=True)
+class HeadShape:
+    """What a family has between hidden states and a classifier or decoder; by default what BERT has.
+
+    Attributes:
+        transformed: what goes through a linear layer of the head's own before a classifier; for texts and choices that
+            is in the place of the body's pooler.
+        activation: of that linear layer.
+        bias: whether it has one, and the linear layer of masked-token prediction too.
+        norm: a LayerNorm follows it.
+        drop_first: a dropout comes before it as well.
+        pooling: what a text is classified by: its first token, or the mean of all.
+        predict: activation of masked-token prediction; None for the encoder's.
+    """
+
+    transformed: tuple[Read, ...] = ()
+    activation: Activation | Literal["tanh"] = "tanh"
+    bias: bool = True
+    norm: bool = False
+    drop_first: bool = False
+    pooling: Literal["cls", "mean"] = "cls"
+    predict: Activation | None = None
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
-    """Shape and arithmetic of a BERT encoder.
+    """Shape and arithmetic of an encoder; by default BERT's.
 
     Attributes:
         vocab_size, hidden_size, num_layers, num_heads, intermediate_size: sizes; `hidden_size` is a multiple of
             `num_heads`.
-        max_positions, type_vocab_size: rows of the position and token-type tables.
+        max_positions, type_vocab_size: rows of the position and token-type tables; without token types 0. Where there
+            is no position table `max_positions` is the longest sequence.
         activation: "gelu" is the exact (erf) form, "gelu_tanh" its tanh approximation.
         eps: LayerNorm epsilon.
         hidden_dropout, attention_dropout: probabilities, used in training mode only.
         pad_token_id: row of the word table that padding uses, which gets no gradient; None if there is none.
         initializer_range: standard deviation of freshly initialised weights.
+        embedding_size: columns of the embeddings' tables, where a linear layer makes hidden states of them; None where
+            they are `hidden_size` wide.
+        positions: which row of the position table a token has: "columns", its column in the padded grid; "tokens", how
+            many tokens of its sequence that are not `pad_token_id` come before it (RoBERTa), and a `pad_token_id` has
+            the row before the first; "none", there is no table.
+        first_position: the row of a sequence's first token.
+        layer_order: of each layer the number of its modules, which layers of one number share; None where each has its
+            own.
+        norm_first: a LayerNorm before each half of a layer, and not after its sum.
+        gated: the first product of the feed-forward has two halves; the activation of the first times the second.
+        no_bias: the products of a layer that have no bias, by their names in its steps.
+        norm_bias: whether a LayerNorm has a bias.
+        windows: of each layer how many places away a key is seen at most, None for all; None where all see all.
+        rotary: base of rotary positions; None for none.
+        rotary_in_windows: that of layers with a window, where it is another.
+        alibi: scores decrease with distance, by the slopes of Press et al. 2021.
+        relative_buckets: rows of a table of biases by distance, which all layers share (Raffel et al. 2020); None for
+            none.
+        heads: what heads have before their classifier or decoder.
 
     Raises:
         ArgumentError: a size is no positive int, or a number not in its range.
@@ -58,13 +106,41 @@ class EncoderConfig:
     attention_dropout: float = 0.1
     pad_token_id: int | None = 0
     initializer_range: float = 0.02
+    embedding_size: int | None = None
+    positions: Positions = "columns"
+    first_position: int = 0
+    layer_order: tuple[int, ...] | None = None
+    norm_first: bool = False
+    gated: bool = False
+    no_bias: tuple[str, ...] = ()
+    norm_bias: bool = True
+    windows: tuple[int | None, ...] | None = None
+    rotary: float | None = None
+    rotary_in_windows: float | None = None
+    alibi: bool = False
+    relative_buckets: int | None = None
+    heads: HeadShape = HeadShape()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_heads", "intermediate_size", "max_positions", "type_vocab_size"):
+        for name in ("vocab_size", "hidden_size", "num_heads", "intermediate_size", "max_positions"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ArgumentError(name, repr(getattr(self, name)), "a positive int")
-        if not _is_int(self.num_layers) or self.num_layers < 0:
-            raise ArgumentError("num_layers", repr(self.num_layers), "zero or more layers")
+        for name in ("num_layers", "type_vocab_size", "first_position"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
+                raise ArgumentError(name, repr(getattr(self, name)), "a whole number, zero or more")
+        for name in ("embedding_size", "relative_buckets"):
+            if getattr(self, name) is not None and (not _is_int(getattr(self, name)) or getattr(self, name) < 1):
+                raise ArgumentError(name, repr(getattr(self, name)), "a positive int, or None")
+        if self.positions not in get_args(Positions):
+            raise ArgumentError("positions", self.positions, f"one of {', '.join(get_args(Positions))}")
+        for name in ("rotary", "rotary_in_windows"):
+            base = getattr(self, name)
+            if base is not None and not (_is_number(base) and 1.0 < base < math.inf):
+                raise ArgumentError(name, repr(base), "a number above 1, or None")
+        for name in ("layer_order", "windows"):
+            of_layers = getattr(self, name)
+            if of_layers is not None and len(of_layers) != self.num_layers:
+                raise ArgumentError(name, f"{len(of_layers)} of them", f"one for each of the {self.num_layers} layers")
         if self.hidden_size % self.num_heads:
             raise ArgumentError("num_heads", self.num_heads, f"a divisor of hidden_size={self.hidden_size}")
         for name in ("hidden_dropout", "attention_dropout"):
@@ -78,6 +154,16 @@ class EncoderConfig:
         pad = self.pad_token_id
         if pad is not None and (not _is_int(pad) or not 0 <= pad < self.vocab_size):
             raise ArgumentError("pad_token_id", repr(pad), f"a row of the word table, from 0 to {self.vocab_size - 1}")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.max_positions - self.first_position
+
+    @property
+    def by_distance(self) -> bool:
+        """Whether attention depends on how far apart tokens are, other than by their columns."""
+        return self.windows is not None or self.alibi or self.relative_buckets is not None
 
     @property
     def head_dim(self) -> int:
@@ -101,6 +187,8 @@ class EncoderConfig:
             raise ArgumentError("config.position_embedding_type", repr(positions), "'absolute'")
         if given.get("embedding_size") not in (None, given.get("hidden_size")):
             raise ArgumentError("config.embedding_size", repr(given["embedding_size"]), "the same as hidden_size")
+        if given.get("type_vocab_size") == 0:
+            raise ArgumentError("config.type_vocab_size", "0", "a positive int")
         activation = given.get("hidden_act", "gelu")
         if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
             raise ArgumentError("config.hidden_act", repr(activation), f"one of {', '.join(HF_ACTIVATIONS)}")
@@ -136,7 +224,6 @@ HF_NAMES = {
     "pad_token_id": "pad_token_id",
     "initializer_range": "initializer_range",
 }
-assert set(HF_NAMES) | {"activation"} == {f.name for f in fields(EncoderConfig)}
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,17 @@ class Packing:
         Raises:
             ArgumentError: `mask` is not 2-D, or holds a value other than 0 and 1.
         """
+        return cls.from_mask_and(mask)[0]
+
+    @classmethod
+    def from_mask_and(cls, mask: Tensor, *facts: Callable[[Tensor], Tensor]) -> tuple[Packing, list[bool]]:
+        """`from_mask`, and bool scalars made of where it keeps, bool `[batch, seqlen]`, in the same one host sync."""
         check_dense("mask", mask)
         check_has_values("mask", mask)
         if mask.dim() != 2:
             raise ArgumentError("mask", f"shape {tuple(mask.shape)}", "a 2-D [batch, seqlen] tensor")
         kept = mask != 0
-        packing, (binary,) = cls.from_kept(kept, (~kept | (mask == 1)).all())
+        packing, (binary, *found) = cls.from_kept(kept, (~kept | (mask == 1)).all(), *(fact(kept) for fact in facts))
         if not binary:
             raise ArgumentError(
                 "mask",
@@ -97,7 +102,7 @@ class Packing:
                 "1 for a token, 0 for padding",
                 "An additive mask (0 and -inf) is 4-D; pass (mask == 0) to turn it around.",
             )
-        return packing
+        return packing, found
 
     @classmethod
     def from_kept(cls, kept: Tensor, *flags: Tensor) -> tuple[Packing, list[bool]]:

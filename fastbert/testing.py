@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastbert import reference
 from fastbert.ops.linear_activation import activated
+from fastbert.ops.relative import relative_table
 from fastbert.packing import Packing
-from fastbert.run.parts import weights
+from fastbert.run.parts import norm_weights, weights
 from fastbert.run.steps import Attend, Steps
 
 
@@ -81,8 +82,13 @@ def exactly(
             qkv = step.split(held[step.x])
             if step.rotary is not None:
                 qkv = reference.rotary(qkv, reference.rotary_angles(packing, qkv.shape[3], step.rotary, dtype))
-            slopes = step.slopes(qkv.device)
-            made = reference.attention(qkv, packing, bias=bias, alibi_slopes=slopes, window=step.window)[0].flatten(1)
+            slopes, relative = step.slopes(qkv.device), None
+            if step.relative is not None:
+                relative = relative_table(cast(nn.Embedding, parts[step.relative]).weight.to(dtype), packing)
+            made, _ = reference.attention(
+                qkv, packing, bias=bias, alibi_slopes=slopes, relative=relative, window=step.window
+            )
+            made = made.flatten(1)
         else:
             weight, x_bias = (None if x is None else x.to(dtype) for x in weights(parts[step.part]))
             assert weight is not None
@@ -94,7 +100,7 @@ def exactly(
                 held[step.sum] = made
             if step.norm is not None:
                 norm = cast(nn.LayerNorm, parts[step.norm])
-                made = reference.layer_norm(made, norm.weight.to(dtype), norm.bias.to(dtype), eps=norm.eps)
+                made = reference.layer_norm(made, *(x.to(dtype) for x in norm_weights(norm)), eps=norm.eps)
         held[step.into] = made
     return held
 

@@ -1,4 +1,4 @@
-"""Packed bidirectional attention: softmax(scale * Q K^T + bias - slope * distance) V inside each sequence.
+"""Packed bidirectional attention: softmax(scale * Q K^T + biases - slope * distance) V inside each sequence.
 
 One program owns BLOCK_M query rows of one head of one sequence and walks over that sequence's keys in blocks of
 BLOCK_N, keeping a running maximum and sum (Milakov & Gimelshein 2018; Dao et al. 2022). Scores are kept in units of
@@ -19,7 +19,7 @@ from torch import Tensor
 from fastbert.kernels import attention_choices, choices, precision, target
 from fastbert.kernels.dispatch import Prepared
 from fastbert.kernels.dropout import drop_scale, drop_threshold
-from fastbert.kernels.pieces import keep_mask, load_rows
+from fastbert.kernels.pieces import keep_mask, load_relative, load_rows
 
 LOG2E = math.log2(math.e)
 
@@ -45,11 +45,13 @@ def attend_block(
     head,
     sequence,
     drop_threshold,
+    relative_ptr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RELATIVE: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -68,8 +70,11 @@ def attend_block(
             mask_bias = mask_bias & mask_columns[None, :]
         bias = tl.load(bias_ptr + bias_offsets, mask=mask_bias, other=0.0)  # [BLOCK_M, BLOCK_N]
         scores = tl.fma(scores, scale_log2e, bias.to(tl.float32) * 1.4426950408889634)  # [BLOCK_M, BLOCK_N]
-    elif HAS_ALIBI:
+    elif HAS_RELATIVE or HAS_ALIBI:
         scores = scores * scale_log2e
+    if HAS_RELATIVE:
+        relative = load_relative(relative_ptr, rows[:, None], columns[None, :], seqlen)  # [BLOCK_M, BLOCK_N]
+        scores = tl.fma(relative.to(tl.float32), 1.4426950408889634, scores)
     if HAS_ALIBI:  # in float32 from the start: a conversion of each distance would cost more than the rest
         distance = tl.abs(rows.to(tl.float32)[:, None] - columns.to(tl.float32)[None, :])
         scores = tl.fma(distance, -slope_log2e, scores)  # [BLOCK_M, BLOCK_N]
@@ -79,15 +84,15 @@ def attend_block(
     if MASKED:
         scores = tl.where(mask_columns[None, :], scores, float("-inf"))
 
-    if HAS_BIAS or HAS_ALIBI:  # scores are in units of log2 already
+    if HAS_BIAS or HAS_RELATIVE or HAS_ALIBI:  # scores are in units of log2 already
         new_max = tl.maximum(row_max, tl.max(scores, 1))
     else:
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
-    if HAS_BIAS or HAS_WINDOW:  # a row may have seen no key yet: -inf - -inf must not become NaN
+    if HAS_BIAS or HAS_RELATIVE or HAS_WINDOW:  # a row may have seen no key yet: -inf - -inf must not become NaN
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     else:
         shift = new_max
-    if HAS_BIAS or HAS_ALIBI:
+    if HAS_BIAS or HAS_RELATIVE or HAS_ALIBI:
         weights = tl.exp2(scores - shift[:, None])
     else:
         weights = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None]))
@@ -125,12 +130,15 @@ def attention_forward_kernel(
     seed_ptr,
     drop_threshold,
     drop_scale,
+    relative_ptr,
+    relative_stride_head,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLIT_TAIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RELATIVE: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -182,6 +190,8 @@ def attention_forward_kernel(
         bias_offsets = lanes[:, None] * bias_stride_row + (
             tl.arange(0, BLOCK_N)[None, :] * bias_stride_column
         )  # [BLOCK_M, BLOCK_N]
+    if HAS_RELATIVE:  # to the middle of the head's line, which is of distance 0
+        relative_ptr += head.to(tl.int64) * relative_stride_head + relative_stride_head // 2
     slope_log2e = 0.0
     if HAS_ALIBI:
         slope_log2e = tl.load(slopes_ptr + head) * 1.4426950408889634
@@ -204,8 +214,8 @@ def attention_forward_kernel(
         for start in tl.range(begin_loop, end_loop, BLOCK_N, num_stages=1 if SPLIT_TAIL and masked else None):
             acc, row_max, row_sum = attend_block(
                 acc, row_max, row_sum, query, key_ptr, value_ptr, bias_ptr, tile_offsets, bias_offsets, start, seqlen,
-                rows, scale_log2e, slope_log2e, window, seed, head, sequence, drop_threshold, HEAD_DIM, BLOCK_N,
-                BLOCK_D, masked, HAS_BIAS, HAS_ALIBI, HAS_WINDOW, HAS_DROPOUT, PRECISION,
+                rows, scale_log2e, slope_log2e, window, seed, head, sequence, drop_threshold, relative_ptr, HEAD_DIM,
+                BLOCK_N, BLOCK_D, masked, HAS_BIAS, HAS_RELATIVE, HAS_ALIBI, HAS_WINDOW, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
             key_ptr += step
             value_ptr += step
@@ -213,7 +223,7 @@ def attention_forward_kernel(
                 bias_ptr += bias_step
 
     inverse = 1.0 / row_sum
-    if HAS_BIAS or HAS_WINDOW:  # a row that may attend nothing
+    if HAS_BIAS or HAS_RELATIVE or HAS_WINDOW:  # a row that may attend nothing
         inverse = tl.where(row_sum > 0.0, inverse, 0.0)
     if HAS_DROPOUT:
         inverse = inverse * drop_scale
@@ -228,7 +238,7 @@ def attention_forward_kernel(
     tl.store(out_ptr + out_offsets, out, mask=mask_query)  # [BLOCK_M, BLOCK_D]
     if STORE_LSE:
         lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453
-        if HAS_BIAS or HAS_WINDOW:
+        if HAS_BIAS or HAS_RELATIVE or HAS_WINDOW:
             lse = tl.where(row_sum > 0.0, lse, float("inf"))
         tl.store(lse_ptr + head.to(tl.int64) * lse_stride_head + begin + rows, lse, mask=mask_rows)  # [BLOCK_M]
 
@@ -241,6 +251,7 @@ def attention_forward(
     *,
     scale: float,
     bias: Tensor | None = None,
+    relative: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     dropout: float = 0.0,
@@ -256,6 +267,7 @@ def attention_forward(
         max_seqlen: length of the longest sequence.
         scale: positive factor on the scores.
         bias: `[batch, heads, max_seqlen, max_seqlen]`, expanded (strides may be 0).
+        relative: `[heads, 2 * places - 1]`, contiguous, `places >= max_seqlen`.
         alibi_slopes: float32 `[heads]`, contiguous.
         window, dropout, seed: as in `fastbert.ops.attention`.
         store_lse: whether the backward will need lse.
@@ -267,10 +279,10 @@ def attention_forward(
     if bias is not None and max(bias.stride()[2:]) >= 1 << 22:  # as `aligned`: offsets in a tile are 32-bit
         bias = bias.contiguous()
     run = prepare_attention_forward(
-        qkv, cu_seqlens, tiles, max_seqlen, scale=scale, bias=bias, alibi_slopes=alibi_slopes, window=window,
-        dropout=dropout, store_lse=store_lse,
+        qkv, cu_seqlens, tiles, max_seqlen, scale=scale, bias=bias, relative=relative, alibi_slopes=alibi_slopes,
+        window=window, dropout=dropout, store_lse=store_lse,
     )  # fmt: skip
-    return run(qkv, cu_seqlens, tiles, bias, alibi_slopes, seed)
+    return run(qkv, cu_seqlens, tiles, bias, relative, alibi_slopes, seed)
 
 
 def prepare_attention_forward(
@@ -281,6 +293,7 @@ def prepare_attention_forward(
     *,
     scale: float,
     bias: Tensor | None = None,
+    relative: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     dropout: float = 0.0,
@@ -288,12 +301,14 @@ def prepare_attention_forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """`attention_forward` as a function of tensors that are as these but for contents and rows, 16-byte aligned.
 
-    `attention_choices.attention_regime` must be the same for them. It takes qkv, cu_seqlens, tiles, bias, alibi_slopes
-    and seed; those left out at the end are None. An lse that it need not store is the same empty tensor each time.
+    `attention_choices.attention_regime` must be the same for them. It takes qkv, cu_seqlens, tiles, bias, relative,
+    alibi_slopes and seed; those left out at the end are None. An lse that it need not store is the same empty tensor
+    each time.
     """
     rows, _, heads, head_dim = qkv.shape
     strides = *qkv.stride()[:3], heads * head_dim, head_dim
     bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
+    relative_stride_head = 1 if relative is None else relative.shape[1]
     no_lse = None if store_lse else qkv.new_empty((heads, 0), dtype=torch.float32)
     options = 0 if window is None else window, drop_threshold(dropout), drop_scale(dropout)
     here = target.of(qkv.device)
@@ -303,8 +318,8 @@ def prepare_attention_forward(
         max_seqlen,
         rows=rows,
         batch=len(cu_seqlens) - 1,
-        extras=bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0,
-        bias=bias is not None,
+        extras=any(extra is not None for extra in (bias, relative, alibi_slopes, window)) or dropout > 0.0,
+        bias=bias is not None or relative is not None,
         target=here,
     )
     start = Prepared(
@@ -312,6 +327,7 @@ def prepare_attention_forward(
         HEAD_DIM=head_dim,
         BLOCK_D=attention_choices.attention_block_d(head_dim),
         HAS_BIAS=bias is not None,
+        HAS_RELATIVE=relative is not None,
         HAS_ALIBI=alibi_slopes is not None,
         HAS_WINDOW=window is not None,
         HAS_DROPOUT=dropout > 0.0,
@@ -326,6 +342,7 @@ def prepare_attention_forward(
         cu_seqlens: Tensor,
         tiles: Tensor,
         bias: Tensor | None = None,
+        relative: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -335,7 +352,8 @@ def prepare_attention_forward(
         if entries > 0:
             start(
                 (entries * heads, 1, 1), qkv, out, lse, cu_seqlens, tiles, *strides, rows if store_lse else 1, heads,
-                scale * LOG2E, bias, *bias_strides, alibi_slopes, options[0], seed, *options[1:],
+                scale * LOG2E, bias, *bias_strides, alibi_slopes, options[0], seed, *options[1:], relative,
+                relative_stride_head,
             )  # fmt: skip
         return out, lse
 

@@ -2,7 +2,7 @@
 
 The weights are made again from the forward's row sums (lse). Two kernels share the work: one owns a tile of queries
 and walks over the keys, the other owns a tile of keys and walks over the queries. Where a tile holds every key of a
-sequence, the second does both in one pass. A third sums the gradient of a bias.
+sequence, the second does both in one pass. A third sums the gradient of a bias, a fourth that of a bias of distances.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fastbert.kernels import attention_choices, choices, precision, target
 from fastbert.kernels.dispatch import dispatch
 from fastbert.kernels.dropout import drop_scale, drop_threshold
-from fastbert.kernels.pieces import keep_mask, load_rows
+from fastbert.kernels.pieces import keep_mask, load_relative, load_rows
 
 
 @triton.jit
@@ -32,21 +32,26 @@ def weights_from_lse(
     scale,
     window,
     slope,
+    relative_ptr,
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RELATIVE: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     """The forward's weights of a tile, made again from its row sums.
 
     `rows`, `columns` and `minus_lse`, -lse in units of log2, have a dimension of 1 each where the tile has the other,
-    so a tile may stand upright or transposed. Without MASKED the weight of a key beyond the end, which scores 0, is
-    exp2(minus_lse), and may be infinite.
+    so a tile may stand upright or transposed. `relative_ptr` points at distance 0 of the head's line. Without MASKED
+    the weight of a key beyond the end, which scores 0, is exp2(minus_lse), and may be infinite.
     """
     shift = minus_lse
     if HAS_BIAS:
         bias = tl.load(bias_ptr + bias_offsets, mask=(rows < seqlen) & (columns < seqlen), other=0.0).to(tl.float32)
         shift = tl.fma(bias, 1.4426950408889634, shift)
+    if HAS_RELATIVE:
+        relative = load_relative(relative_ptr, rows, columns, seqlen)
+        shift = tl.fma(relative.to(tl.float32), 1.4426950408889634, shift)
     if HAS_ALIBI:
         shift -= tl.abs(rows.to(tl.float32) - columns.to(tl.float32)) * (slope * 1.4426950408889634)
     weights = tl.exp2(tl.fma(scores, scale * 1.4426950408889634, shift))
@@ -87,12 +92,15 @@ def attention_backward_query_kernel(
     window,
     drop_threshold,
     drop_scale,
+    relative_ptr,
+    relative_stride_head,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLIT_TAIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RELATIVE: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -143,6 +151,8 @@ def attention_backward_query_kernel(
     pair_ptrs = row_pairs_ptr + row_base * 2 + lanes * 2
     tl.store(pair_ptrs, minus_lse, mask=mask_rows)  # [BLOCK_M]
     tl.store(pair_ptrs + 1, delta, mask=mask_rows)  # [BLOCK_M]
+    if HAS_RELATIVE:  # as in attention.py
+        relative_ptr += head.to(tl.int64) * relative_stride_head + relative_stride_head // 2
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(slopes_ptr + head)
@@ -180,7 +190,7 @@ def attention_backward_query_kernel(
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             weights = weights_from_lse(
                 scores, minus_lse[:, None], bias_ptr, bias_offsets, rows[:, None], columns[None, :], seqlen, scale,
-                window, slope, masked, HAS_BIAS, HAS_ALIBI, HAS_WINDOW,
+                window, slope, relative_ptr, masked, HAS_BIAS, HAS_RELATIVE, HAS_ALIBI, HAS_WINDOW,
             )  # fmt: skip
             dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if HAS_DROPOUT:
@@ -232,6 +242,8 @@ def attention_backward_key_kernel(
     window,
     drop_threshold,
     drop_scale,
+    relative_ptr,
+    relative_stride_head,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -239,6 +251,7 @@ def attention_backward_key_kernel(
     SPLIT_TAIL: tl.constexpr,
     ONE_PASS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RELATIVE: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -278,6 +291,8 @@ def attention_backward_key_kernel(
     key_offsets = lanes[:, None] * qkv_stride_row + dims[None, :]  # [BLOCK_N, BLOCK_D]
     key = load_rows(key_ptr + key_offsets, mask_columns, True, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     value = load_rows(key_ptr + qkv_stride_part + key_offsets, mask_columns, True, HEAD_DIM, BLOCK_D)
+    if HAS_RELATIVE:  # as in attention.py
+        relative_ptr += head.to(tl.int64) * relative_stride_head + relative_stride_head // 2
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(slopes_ptr + head)
@@ -349,7 +364,7 @@ def attention_backward_key_kernel(
             # stored. The gradient of a query is a sum over keys, so there those are masked.
             weights = weights_from_lse(
                 scores, minus_lse[None, :], bias_ptr, bias_offsets, rows[None, :], columns[:, None], seqlen, scale,
-                window, slope, ONE_PASS, HAS_BIAS, HAS_ALIBI, HAS_WINDOW,
+                window, slope, relative_ptr, ONE_PASS, HAS_BIAS, HAS_RELATIVE, HAS_ALIBI, HAS_WINDOW,
             )  # fmt: skip
             dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dropped = weights
@@ -391,6 +406,85 @@ def attention_backward_key_kernel(
 
 
 @triton.jit
+def score_gradients(
+    qkv_ptr,
+    dout_ptr,
+    row_pairs_ptr,
+    bias_ptr,
+    relative_ptr,
+    seed,
+    rows,
+    columns,
+    first_column,
+    begin,
+    seqlen,
+    sequence,
+    head,
+    qkv_stride_row,
+    qkv_stride_part,
+    qkv_stride_head,
+    out_stride_row,
+    out_stride_head,
+    lse_stride_head,
+    bias_stride_sequence,
+    bias_stride_head,
+    bias_stride_row,
+    bias_stride_column,
+    relative_stride_head,
+    scale,
+    window,
+    slope,
+    drop_threshold,
+    drop_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RELATIVE: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of a tile of one sequence's scaled scores, `[BLOCK_M, BLOCK_N]`; 0 beyond its end."""
+    dims = tl.arange(0, BLOCK_D)
+    mask_dims = dims < HEAD_DIM
+    mask_rows = rows < seqlen
+    mask_query = mask_rows[:, None] & mask_dims[None, :]
+    mask_key = (columns < seqlen)[:, None] & mask_dims[None, :]
+    sequence_ptr = qkv_ptr + begin.to(tl.int64) * qkv_stride_row + tl.cast(head, tl.int64) * qkv_stride_head
+    row_in_batch = (begin + rows).to(tl.int64)
+    query_ptrs = sequence_ptr + rows.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
+    key_ptrs = sequence_ptr + qkv_stride_part + columns.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
+    out_ptrs = dout_ptr + row_in_batch[:, None] * out_stride_row + tl.cast(head, tl.int64) * out_stride_head
+    query = tl.load(query_ptrs, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+    dout = tl.load(out_ptrs + dims[None, :], mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
+    key = tl.load(key_ptrs, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
+    value = tl.load(key_ptrs + qkv_stride_part, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
+    pair_ptrs = row_pairs_ptr + (tl.cast(head, tl.int64) * lse_stride_head + row_in_batch) * 2
+    minus_lse = tl.load(pair_ptrs, mask=mask_rows, other=-1e30)  # [BLOCK_M]
+    delta = tl.load(pair_ptrs + 1, mask=mask_rows, other=0.0)  # [BLOCK_M]
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    bias_offsets = 0
+    if HAS_BIAS:
+        bias_ptr += tl.cast(sequence, tl.int64) * bias_stride_sequence + tl.cast(head, tl.int64) * bias_stride_head
+        bias_rows = rows.to(tl.int64)[:, None] * bias_stride_row
+        bias_offsets = bias_rows + columns.to(tl.int64)[None, :] * bias_stride_column  # [BLOCK_M, BLOCK_N]
+    if HAS_RELATIVE:  # as in attention.py
+        relative_ptr += tl.cast(head, tl.int64) * relative_stride_head + relative_stride_head // 2
+    weights = weights_from_lse(
+        scores, minus_lse[:, None], bias_ptr, bias_offsets, rows[:, None], columns[None, :], seqlen, scale, window,
+        slope, relative_ptr, True, HAS_BIAS, HAS_RELATIVE, HAS_ALIBI, HAS_WINDOW,
+    )  # fmt: skip
+    dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if HAS_DROPOUT:
+        keep = keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK_N)
+        dweights = tl.where(keep, dweights * drop_scale, 0.0)
+        delta = delta * drop_scale
+    return weights * (dweights - delta[:, None])
+
+
+@triton.jit
 def attention_backward_bias_kernel(
     qkv_ptr,
     dout_ptr,
@@ -417,12 +511,15 @@ def attention_backward_bias_kernel(
     window,
     drop_threshold,
     drop_scale,
+    relative_ptr,
+    relative_stride_head,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ONE_SEQUENCE: tl.constexpr,
     ONE_HEAD: tl.constexpr,
+    HAS_RELATIVE: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -453,8 +550,6 @@ def attention_backward_bias_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
-    mask_dims = dims < HEAD_DIM
     seed = seed_ptr
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -468,39 +563,106 @@ def attention_backward_bias_kernel(
         if HAS_ALIBI:
             slope = tl.load(slopes_ptr + head)
         if first_row < seqlen and first_column < seqlen:
-            mask_rows = rows < seqlen
-            mask_query = mask_rows[:, None] & mask_dims[None, :]
-            mask_key = (columns < seqlen)[:, None] & mask_dims[None, :]
-            sequence_ptr = qkv_ptr + begin.to(tl.int64) * qkv_stride_row + tl.cast(head, tl.int64) * qkv_stride_head
-            row_in_batch = (begin + rows).to(tl.int64)
-            query_ptrs = sequence_ptr + rows.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
-            key_ptrs = sequence_ptr + qkv_stride_part + columns.to(tl.int64)[:, None] * qkv_stride_row + dims[None, :]
-            out_ptrs = dout_ptr + row_in_batch[:, None] * out_stride_row + tl.cast(head, tl.int64) * out_stride_head
-            query = tl.load(query_ptrs, mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-            dout = tl.load(out_ptrs + dims[None, :], mask=mask_query, other=0.0)  # [BLOCK_M, BLOCK_D]
-            key = tl.load(key_ptrs, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
-            value = tl.load(key_ptrs + qkv_stride_part, mask=mask_key, other=0.0)  # [BLOCK_N, BLOCK_D]
-            pair_ptrs = row_pairs_ptr + (tl.cast(head, tl.int64) * lse_stride_head + row_in_batch) * 2
-            minus_lse = tl.load(pair_ptrs, mask=mask_rows, other=-1e30)  # [BLOCK_M]
-            delta = tl.load(pair_ptrs + 1, mask=mask_rows, other=0.0)  # [BLOCK_M]
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            bias_base = tl.cast(sequence, tl.int64) * bias_stride_sequence + tl.cast(head, tl.int64) * bias_stride_head
-            bias_rows = rows.to(tl.int64)[:, None] * bias_stride_row
-            bias_offsets = bias_rows + columns.to(tl.int64)[None, :] * bias_stride_column  # [BLOCK_M, BLOCK_N]
-            weights = weights_from_lse(
-                scores, minus_lse[:, None], bias_ptr + bias_base, bias_offsets, rows[:, None], columns[None, :], seqlen,
-                scale, window, slope, True, True, HAS_ALIBI, HAS_WINDOW,
+            acc += score_gradients(
+                qkv_ptr, dout_ptr, row_pairs_ptr, bias_ptr, relative_ptr, seed, rows, columns, first_column, begin,
+                seqlen, sequence, head, qkv_stride_row, qkv_stride_part, qkv_stride_head, out_stride_row,
+                out_stride_head, lse_stride_head, bias_stride_sequence, bias_stride_head, bias_stride_row,
+                bias_stride_column, relative_stride_head, scale, window, slope, drop_threshold, drop_scale, HEAD_DIM,
+                BLOCK_N, BLOCK_D, True, HAS_RELATIVE, HAS_ALIBI, HAS_WINDOW, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
-            dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            if HAS_DROPOUT:
-                keep = keep_mask(seed, rows, first_column, head, sequence, drop_threshold, BLOCK_N)
-                dweights = tl.where(keep, dweights * drop_scale, 0.0)
-                delta = delta * drop_scale
-            acc += weights * (dweights - delta[:, None])
     mask = (rows < max_seqlen)[:, None] & (columns < max_seqlen)[None, :]
     grad_ptr = dbias_ptr + tl.cast(place, tl.int64) * max_seqlen * max_seqlen
     grad_ptrs = grad_ptr + rows.to(tl.int64)[:, None] * max_seqlen + columns[None, :]
     tl.store(grad_ptrs, acc, mask=mask)  # [BLOCK_M, BLOCK_N]
+
+
+@triton.jit
+def attention_backward_relative_kernel(
+    qkv_ptr,
+    dout_ptr,
+    row_pairs_ptr,
+    sums_ptr,
+    bias_ptr,
+    slopes_ptr,
+    seed_ptr,
+    cu_seqlens_ptr,
+    qkv_stride_row,
+    qkv_stride_part,
+    qkv_stride_head,
+    out_stride_row,
+    out_stride_head,
+    lse_stride_head,
+    bias_stride_sequence,
+    bias_stride_head,
+    bias_stride_row,
+    bias_stride_column,
+    batch,
+    heads,
+    parts,
+    blocks,
+    before,
+    scale,
+    window,
+    drop_threshold,
+    drop_scale,
+    relative_ptr,
+    relative_stride_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RELATIVE: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of the scores summed over all tiles that lie alike about the diagonal, for one head.
+
+    The tiles of a program begin `first_column - first_row` apart, the same for all of them, so that an element of the
+    sum has one distance, and nothing is turned or gathered in the loop. A program owns its sum, and the order is fixed.
+    `parts` programs share the sequences. The diagonals of the sums, `[parts, heads, BLOCK_M, blocks * BLOCK_N]`, are
+    added up by the launcher: they are long as the longest sequence, never as its square.
+    """
+    tl.static_assert(BLOCK_M % BLOCK_N == 0, "a tile must not begin before the first column, nor end after it")
+    if HEAD_DIM % 16 != 0:  # as in attention.py
+        qkv_stride_row = qkv_stride_row // VECTOR * VECTOR
+        qkv_stride_part = qkv_stride_part // VECTOR * VECTOR
+        qkv_stride_head = qkv_stride_head // VECTOR * VECTOR
+        out_stride_row = out_stride_row // VECTOR * VECTOR
+        out_stride_head = out_stride_head // VECTOR * VECTOR
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks % heads
+    part = tl.program_id(0) // blocks // heads
+    apart = (block - before) * BLOCK_N
+    lanes = tl.arange(0, BLOCK_M)
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(slopes_ptr + head)
+    seed = seed_ptr
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for sequence in tl.range(part, batch, parts):
+        begin = tl.load(cu_seqlens_ptr + sequence)
+        seqlen = tl.load(cu_seqlens_ptr + sequence + 1) - begin
+        begin_loop = tl.cdiv(tl.maximum(-apart, 0), BLOCK_M) * BLOCK_M
+        for first_row in tl.range(begin_loop, tl.minimum(seqlen, seqlen - apart), BLOCK_M):
+            rows = first_row + lanes
+            first_column = first_row + apart
+            columns = first_column + tl.arange(0, BLOCK_N)
+            acc += score_gradients(
+                qkv_ptr, dout_ptr, row_pairs_ptr, bias_ptr, relative_ptr, seed, rows, columns, first_column, begin,
+                seqlen, sequence, head, qkv_stride_row, qkv_stride_part, qkv_stride_head, out_stride_row,
+                out_stride_head, lse_stride_head, bias_stride_sequence, bias_stride_head, bias_stride_row,
+                bias_stride_column, relative_stride_head, scale, window, slope, drop_threshold, drop_scale, HEAD_DIM,
+                BLOCK_N, BLOCK_D, HAS_BIAS, HAS_RELATIVE, HAS_ALIBI, HAS_WINDOW, HAS_DROPOUT, PRECISION,
+            )  # fmt: skip
+    line = (part * heads + head).to(tl.int64) * BLOCK_M + lanes  # [BLOCK_M]
+    sums_ptrs = sums_ptr + line[:, None] * (blocks * BLOCK_N) + block * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(sums_ptrs, acc)  # [BLOCK_M, BLOCK_N]
 
 
 def attention_backward(
@@ -517,12 +679,14 @@ def attention_backward(
     scale: float,
     bias: Tensor | None = None,
     dbias_shape: Sequence[int] | None = None,
+    relative: Tensor | None = None,
+    needs_drelative: bool = False,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward kernels: two, or one where a tile holds every key of a sequence; one more for the bias.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Launch the backward kernels: two, or one where a tile holds every key of a sequence; one more for each bias.
 
     Args:
         dout: `[rows, heads, head_dim]`, upstream.
@@ -531,10 +695,12 @@ def attention_backward(
             BLOCK_N of `attention_choices.attention_backward_key`.
         tokens: rows beyond these are slack; their gradient is 0.
         dbias_shape: the shape that `bias` had before it was expanded; None where it needs no gradient.
+        relative: `[heads, 2 * places - 1]`, contiguous.
+        needs_drelative: whether that needs a gradient.
 
     Returns:
-        gradient of qkv `[rows, 3, heads, head_dim]` in its dtype, and of the bias, float32 `dbias_shape`, or None.
-        No atomics: the same inputs give the same bits.
+        gradient of qkv `[rows, 3, heads, head_dim]` in its dtype, of the bias, float32 `dbias_shape`, or None, and of
+        `relative`, float32, or None. No atomics: the same inputs give the same bits.
     """
     rows, _, heads, head_dim = qkv.shape
     qkv, out, dout = target.aligned(qkv), target.aligned(out), target.aligned(dout)
@@ -544,16 +710,20 @@ def attention_backward(
     dqkv = qkv.new_empty((rows, 3, heads, head_dim))
     dqkv[tokens:] = 0
     dbias = None if dbias_shape is None else torch.zeros(dbias_shape, dtype=torch.float32, device=qkv.device)
+    drelative = None
+    if relative is not None and needs_drelative:
+        drelative = torch.zeros(relative.shape, dtype=torch.float32, device=qkv.device)
     if tokens == 0:
-        return dqkv, dbias
-    extras = bias is not None or alibi_slopes is not None or window is not None or dropout > 0.0
+        return dqkv, dbias, drelative
+    extras = any(extra is not None for extra in (bias, relative, alibi_slopes, window)) or dropout > 0.0
     here = target.of(qkv.device)
     by_key = attention_choices.attention_backward_key(
-        head_dim, qkv.dtype, max_seqlen, dbias=dbias is not None, extras=extras, target=here
+        head_dim, qkv.dtype, max_seqlen, dbias=not (dbias is None and drelative is None), extras=extras, target=here
     )
     shape = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": attention_choices.attention_block_d(head_dim),
+        "HAS_RELATIVE": relative is not None,
         "HAS_ALIBI": alibi_slopes is not None,
         "HAS_WINDOW": window is not None,
         "HAS_DROPOUT": dropout > 0.0,
@@ -561,7 +731,10 @@ def attention_backward(
         "PRECISION": precision.float32_precision(qkv.dtype, precision.float32_asked(), here),
     }
     strides_bias = (0, 0, 0, 0) if bias is None else bias.stride()
-    scalars = (scale, 0 if window is None else window, drop_threshold(dropout), drop_scale(dropout))
+    scalars = (
+        scale, 0 if window is None else window, drop_threshold(dropout), drop_scale(dropout), relative,
+        1 if relative is None else relative.shape[1],
+    )  # fmt: skip
     row_pairs = None if by_key.ONE_PASS else lse.new_empty((*lse.shape, 2), dtype=torch.float32)
     if not by_key.ONE_PASS:
         by_query = attention_choices.attention_backward_query(head_dim, qkv.dtype, extras=extras, target=here)
@@ -589,4 +762,26 @@ def attention_backward(
             ONE_SEQUENCE=full.shape[0] > 1, ONE_HEAD=full.shape[1] > 1, **shape, **choices.arguments(by_bias),
         )  # fmt: skip
         dbias = full.sum_to_size(dbias.shape)
-    return dqkv, dbias
+    if drelative is not None:
+        by_distance = attention_choices.attention_backward_relative(head_dim, qkv.dtype, here)
+        block_m, block_n = by_distance.BLOCK_M, by_distance.BLOCK_N
+        farthest = min(max_seqlen - 1, max_seqlen if window is None else window)
+        before = -(-farthest // block_n)  # blocks of columns to the left of a tile's first row
+        blocks = before + (farthest + block_m - 1) // block_n + 1
+        batch = len(cu_seqlens) - 1
+        parts = attention_choices.attention_backward_relative_parts(heads * blocks, batch)
+        sums = qkv.new_empty((parts, heads, block_m, blocks * block_n), dtype=torch.float32)
+        dispatch(
+            attention_backward_relative_kernel, (parts * heads * blocks, 1, 1),
+            qkv, dout, row_pairs, sums, bias, alibi_slopes, seed, cu_seqlens,
+            *qkv.stride()[:3], *out.stride()[:2], lse.stride(0), *strides_bias, batch, heads, parts, blocks, before,
+            *scalars, HAS_BIAS=bias is not None, **shape, **choices.arguments(by_distance),
+        )  # fmt: skip
+        # Row i of a tile has distance d in column d + i of its line, so distances are the diagonals of `sums`.
+        part, head, row, column = sums.stride()
+        diagonals = sums.as_strided(
+            (parts, heads, 2 * farthest + 1, block_m), (part, head, column, row + column), before * block_n - farthest
+        )
+        middle = drelative.shape[1] // 2
+        torch.sum(diagonals, (0, 3), out=drelative[:, middle - farthest : middle + farthest + 1])
+    return dqkv, dbias, drelative

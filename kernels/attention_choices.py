@@ -340,7 +340,7 @@ def attention_forward(
     Args:
         rows, batch: tokens and sequences; together with `max_seqlen` they tell a ragged batch.
         extras: a bias, ALiBi, a window or dropout is on.
-        bias: a bias is.
+        bias: a bias is, by places or by distances.
     """
     short, aligned = attention_regime(max_seqlen, rows=rows, batch=batch)
     return _attention_forward(head_dim, dtype, bias, extras, short, aligned, target)
@@ -410,6 +410,21 @@ def attention_backward_bias(head_dim: int, dtype: torch.dtype, target: Target) -
     """The choice for the gradient of the bias."""
     choice = _of_family(ATTENTION_BACKWARD_BIAS, head_dim, dtype, target)
     return choice, target, f"head_dim={head_dim},dtype={DTYPE_NAMES[dtype]}"
+
+
+def attention_backward_relative(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBiasTile:
+    """The choice for the gradient of a bias of distances: that of a bias, of no more columns than rows."""
+    choice = attention_backward_bias(head_dim, dtype, target)
+    return replace(choice, BLOCK_N=min(choice.BLOCK_M, choice.BLOCK_N))
+
+
+def attention_backward_relative_parts(programs: int, batch: int) -> int:
+    """How many programs share the sequences of one sum of the gradient of a bias of distances, where it has so many.
+
+    Short sequences have few sums, and many of them would leave a GPU idle: there are a thousand programs, a few of each
+    multiprocessor of the largest, or one of each sequence.
+    """
+    return max(1, min(batch, 1024 // programs))
 
 
 def _needs_room(head_dim: int, dtype: torch.dtype, extras: bool) -> bool:

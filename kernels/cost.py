@@ -208,7 +208,7 @@ def attention(
     """softmax(scale * Q K^T + bias) V inside sequences of these lengths.
 
     Args:
-        bias_elements: elements of the bias as it is stored, in `dtype`; 0 for none.
+        bias_elements: elements of the bias, by places or by distances, as it is stored, in `dtype`; 0 for none.
         lse: whether it is written, float32.
     """
     tokens = sum(lengths)
@@ -226,19 +226,39 @@ def attention(
 
 
 def attention_backward(
-    lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype, *, dropout: bool = False
+    lengths: Sequence[int],
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    bias_elements: int = 0,
+    dropout: bool = False,
 ) -> Cost:
-    """Gradient of qkv, from qkv, the output, its gradient and lse."""
+    """Gradients of qkv and the bias, from qkv, the bias, the output, its gradient and lse.
+
+    Args:
+        bias_elements: as in `attention`; the gradient of each is written in float32.
+    """
     tokens = sum(lengths)
     scores = heads * sum(length * length for length in lengths)
     # A score: 2 for each of the five products' head_dim, scale and shift, exp, less delta, by the weight, scale.
-    per_score = 10 * head_dim + 6 + 2 * dropout
+    per_score = 10 * head_dim + 6 + 2 * (bias_elements > 0) + 2 * dropout
     return Cost(
         flops=scores * per_score + tokens * heads * 2 * head_dim,
         min_bytes=tokens * heads * head_dim * 8 * dtype.itemsize
         + (len(lengths) + 1) * 4
         + tokens * heads * 4
+        + bias_elements * (dtype.itemsize + 4)
         + (8 if dropout else 0),
+    )
+
+
+def rotary(rows: int, heads: int, head_dim: int, dtype: torch.dtype) -> Cost:
+    """Queries and keys of `[rows, 3, heads, head_dim]` turned, values copied; cosines and sines are float32."""
+    # An element of a query or key: two products and their sum.
+    return Cost(
+        flops=rows * 2 * heads * head_dim * 3,
+        min_bytes=rows * (2 * 3 * heads * head_dim * dtype.itemsize + head_dim * 4),
     )
 
 

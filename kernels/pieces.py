@@ -210,3 +210,14 @@ def load_rows(ptrs, mask_rows, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLO
     else:
         tile = tl.load(ptrs)
     return tile
+
+
+@triton.jit
+def load_relative(relative_ptr, rows, columns, seqlen):
+    """What a bias of distances has for a tile; `relative_ptr` points at distance 0 of the head's line.
+
+    `rows` and `columns` have a dimension of 1 each where the tile has the other. Those beyond the end get the value of
+    the last place: that costs an operation a row, and a mask of the tile one a score.
+    """
+    last = seqlen - 1
+    return tl.load(relative_ptr - tl.minimum(rows, last) + tl.minimum(columns, last))

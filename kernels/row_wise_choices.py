@@ -1,6 +1,6 @@
-"""Launch choices of the row-wise ops: layer_norm, embedding, pool and quantize_rows.
+"""Launch choices of the row-wise ops: layer_norm, embedding, pool, quantize_rows and rotary.
 
-`row_wise_unserved` must have said None before any is asked for.
+`row_wise_unserved`, of rotary `rotary_unserved`, must have said None before any is asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastbert.kernels.choices import (
 from fastbert.kernels.target import Target
 
 WIDEST_ROW = 8192
+WIDEST_HEAD = 1024  # of rotary
 
 BOTH_BLACKWELLS = ("sm_100", "sm_120")  # of two families of tiles, with one assembler's habits
 
@@ -37,6 +38,19 @@ def whole_rows(width: int, dtype: torch.dtype, target: Target) -> Rows:
     columns = row_block(width)
     rows = max(1, target.warp_size * 16 // dtype.itemsize // columns)
     return Rows(rows, num_warps=max(1, columns // 1024))
+
+
+def rotary_unserved(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the kernel that turns heads can't serve this shape, or None when it can."""
+    if head_dim > WIDEST_HEAD:
+        return f"head_dim {head_dim} is wider than {WIDEST_HEAD}"
+    return dtype_unserved(dtype)
+
+
+def rotary(head_dim: int, target: Target) -> Rows:
+    """The choice for what turns heads: 128 lanes, each with 8 columns, 16 bytes of half types."""
+    lanes = 128
+    return Rows(max(1, lanes * 8 // row_block(head_dim // 2)), num_warps=lanes // target.warp_size)
 
 
 def _strided_rows(width: int, dtype: torch.dtype, target: Target) -> StridedRows:

@@ -184,10 +184,10 @@ def code(target: Target, run: Callable[[], object]) -> list[str]:
 CONSTANT = r"c\[0x0\]\[(0x[0-9a-f]+)\]"
 
 ATTENTION = (
-    {"HAS_BIAS", "HAS_ALIBI", "HAS_WINDOW", "HAS_DROPOUT"},
+    {"HAS_BIAS", "HAS_RELATIVE", "HAS_ALIBI", "HAS_WINDOW", "HAS_DROPOUT"},
     {"bias_ptr", "bias_stride_sequence", "bias_stride_head", "bias_stride_row", "bias_stride_column"}
     | {"bias_offsets", "bias_step", "slopes_ptr", "slope_log2e", "window", "seed_ptr", "seed"}
-    | {"drop_threshold", "drop_scale"},
+    | {"drop_threshold", "drop_scale", "relative_ptr", "relative_stride_head"},
 )
 LAYER_NORM = (
     {"HAS_RESIDUAL", "HAS_X_BIAS", "HAS_DROPOUT", "STORE_STATS"},

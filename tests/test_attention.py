@@ -80,18 +80,16 @@ EXTRAS = {
     "dropout": {"dropout": 0.3},
     "all": {"bias": (3, 1), "alibi_slopes": [0.3, 0.0, 0.05, -0.1], "window": 20, "dropout": 0.1},
     "scale": {"scale": 0.7},
-}
-
-
-RELATIVE = {
     "relative": {"relative": 66},
-    "relative_wider": {"relative": 71},
+    "relative_window_dropout": {"relative": 71, "window": 9, "dropout": 0.3},
     "relative_and_all": {
-        "relative": 67, "bias": (1, 2), "alibi_slopes": [0.3, 0.0, 0.05, -0.1], "window": 20, "dropout": 0.1
+        "relative": 67,
+        "bias": (1, 2),
+        "alibi_slopes": [0.3, 0.0, 0.05, -0.1],
+        "window": 20,
+        "dropout": 0.1,
     },
-    "relative_and_dropout": {"relative": 66, "dropout": 0.3},
-    "relative_and_window": {"relative": 66, "window": 9},
-}  # fmt: skip
+}
 
 
 def random_relative(heads, places, dtype, generator):
@@ -100,11 +98,11 @@ def random_relative(heads, places, dtype, generator):
 
 
 def options_of(name, dtype, generator):
-    """EXTRAS[name] or RELATIVE[name] with tensors for sequences of [37, 5, 66] and 2 heads.
+    """EXTRAS[name] with tensors for sequences of [37, 5, 66] and 2 heads.
 
     The slopes are every other of a tensor.
     """
-    options = dict((EXTRAS | RELATIVE)[name])
+    options = dict(EXTRAS[name])
     if "bias" in options:
         options["bias"] = torch.randn(*options["bias"], 66, 66, generator=generator).to(dtype)
     if "relative" in options:
@@ -126,37 +124,45 @@ def test_options(name, head_dim, dtype, path, generator):
     check(path, random_qkv(packing.tokens, 2, head_dim, dtype, generator), packing, **options)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("head_dim", [24, 64])
-@pytest.mark.parametrize("name", RELATIVE)
-def test_relative_in_torch(name, head_dim, dtype, generator):
-    packing = Packing.from_lengths([37, 5, 66, 0, 1])
-    qkv = random_qkv(packing.tokens + 2, 2, head_dim, dtype, generator)
+@pytest.mark.parametrize("path", PATHS)
+def test_relative_beside_slack_empty_sequences_and_single_tokens(path, generator, nan_empty):
+    packing = Packing.from_lengths([37, 0, 1, 66, 1, 5])
+    qkv = random_qkv(packing.tokens + 2, 2, 20, torch.float16, generator)
     qkv[packing.tokens :] = torch.nan
-    options = options_of(name, dtype, generator)
-    assert (check("torch", qkv, packing, **options)[packing.tokens :] == 0).all()
-    check_gradients("torch", qkv, packing, generator, **options)
+    relative = random_relative(2, 80, torch.float32, generator)
+    check(path, qkv, packing, relative=relative)
+    check_gradients(path, qkv, packing, generator, relative=relative)
 
 
-def test_relative_is_the_bias_of_its_definition(generator):
+@pytest.mark.kernels
+def test_no_token_gives_distances_no_gradient(generator):
+    qkv, relative = random_qkv(2, 2, 16, torch.float32, generator), random_relative(2, 3, torch.float32, generator)
+    *_, nothing = gradients("triton", qkv, Packing.from_lengths([0]), torch.ones(2, 2, 16), relative=relative)
+    assert (nothing == 0).all()
+
+
+@pytest.mark.parametrize(("path", "dtype"), [("triton", torch.float32), ("torch", torch.float64)], ids=str)
+def test_relative_is_the_bias_of_its_definition(path, dtype, generator):
     packing = Packing.from_lengths([9, 1, 14])
     qkv = random_qkv(24, 2, 16, torch.float64, generator)
     table = random_relative(2, 15, torch.float64, generator)
     bias = torch.tensor([[[[table[h, 14 + j - i] for j in range(14)] for i in range(14)] for h in range(2)]])
     expected, _ = reference.attention(qkv, packing, bias=bias.double())
     torch.testing.assert_close(reference.attention(qkv, packing, relative=table)[0], expected, rtol=0, atol=1e-14)
-    with backend.use_backend("torch"):
-        torch.testing.assert_close(attention(qkv, packing, relative=table), expected, rtol=0, atol=1e-12)
+    with backend.use_backend(path):
+        out = attention(qkv.to(dtype), packing, relative=table)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
 
 
-def test_a_row_that_distances_hide_everything_from_is_zero(generator):
+@pytest.mark.parametrize("path", PATHS)
+def test_a_row_that_distances_hide_everything_from_is_zero(path, generator):
     """As the only token of a sequence, where distance 0 is hidden."""
     packing = Packing.from_lengths([20, 1])
     relative = torch.randn(2, 39, generator=generator)
     relative[:, 19] = -torch.inf
     qkv = random_qkv(21, 2, 16, torch.float32, generator)
-    assert (check("torch", qkv, packing, relative=relative)[20] == 0).all()
-    check_gradients("torch", qkv, packing, generator, relative=relative)
+    assert (check(path, qkv, packing, relative=relative)[20] == 0).all()
+    check_gradients(path, qkv, packing, generator, relative=relative)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -440,7 +446,10 @@ def check_gradients(path, qkv, packing, generator, bias=None, relative=None, wha
 
     def by_reference(dtype):
         x = qkv[:tokens].to(dtype, copy=True).requires_grad_()
-        biases = [None if b is None else b.to(dtype, copy=True).requires_grad_() for b in (bias, relative)]
+        biases = [
+            None if b is None else b.to(torch.promote_types(b.dtype, dtype), copy=True).requires_grad_()
+            for b in (bias, relative)
+        ]
         out, _ = reference.attention(
             x,
             packing,
@@ -553,6 +562,7 @@ def op_arguments(generator, **changes):
         "tokens": 8,
         "scale": 0.25,
         "bias": None,
+        "relative": None,
         "alibi_slopes": None,
         "window": None,
         "dropout": 0.0,
@@ -566,6 +576,7 @@ def op_arguments(generator, **changes):
 def test_opcheck(extras, generator):
     options = {
         "bias": torch.zeros(2, 2, 5, 5),
+        "relative": torch.zeros(2, 9),
         "alibi_slopes": torch.tensor([0.5, 0.25]),
         "dropout": 0.1,
         "seed": torch.tensor([3]),
@@ -580,10 +591,9 @@ def test_opcheck_with_gradients(generator):
     torch.library.opcheck(attention_forward, op_arguments(generator, qkv=qkv))
     bias = torch.zeros(1, 1, 5, 5, requires_grad=True)
     tiles = [tile_table(Packing.from_lengths([5, 3]), b) for b in (16, *backward_blocks(16, torch.float32, 5, True))]
-    slopes = torch.tensor([0.5, 0.25])
-    torch.library.opcheck(
-        attention_forward, op_arguments(generator, qkv=qkv, bias=bias, alibi_slopes=slopes, tiles=tiles)
-    )
+    slopes, relative = torch.tensor([0.5, 0.25]), torch.zeros(2, 11, requires_grad=True)
+    for options in ({"bias": bias, "alibi_slopes": slopes}, {"bias": bias, "relative": relative}):
+        torch.library.opcheck(attention_forward, op_arguments(generator, qkv=qkv, tiles=tiles, **options))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -640,11 +650,12 @@ def test_case_16_ten_backward_runs_are_bit_equal(generator):
     qkv = random_qkv(141, 2, 16, torch.float16, generator)
     bias = torch.randn(1, 1, 70, 70, generator=generator).half()
     dout = torch.randn(141, 2, 16, generator=generator).half()
-    options = {"dropout": 0.1, "seed": torch.tensor([9])}
+    relative = random_relative(2, 75, torch.float32, generator)
+    options = {"relative": relative, "dropout": 0.1, "seed": torch.tensor([9])}
     first = gradients("triton", qkv, packing, dout, bias, **options)
     for _ in range(9):
         for a, b in zip(first, gradients("triton", qkv, packing, dout, bias, **options), strict=True):
-            assert a is b is None or torch.equal(a, b)
+            assert torch.equal(a, b)
 
 
 @pytest.mark.kernels
@@ -710,15 +721,16 @@ def test_case_23_compiles_without_graph_breaks(compiler, path, generator):
             torch.testing.assert_close(compiled(qkv, packing, bias), run(qkv, packing, bias))
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_case_23_relative_compiles_without_graph_breaks(compiler, generator):
+def test_case_23_relative_compiles_without_graph_breaks(compiler, path, generator):
     def run(qkv, packing, relative):
         return attention(qkv * 2, packing, relative=relative * 2).square().mean()
 
     packing = Packing.from_lengths([5, 0, 9])
     qkv = random_qkv(14, 2, 16, torch.float32, generator)
     relative = random_relative(2, 9, torch.float32, generator).requires_grad_()
-    with backend.use_backend("torch"):
+    with backend.use_backend(path):
         compiled = torch.compile(run, fullgraph=True, backend=compiler)
         (got,) = torch.autograd.grad(compiled(qkv, packing, relative), relative)
         (expected,) = torch.autograd.grad(run(qkv, packing, relative), relative)

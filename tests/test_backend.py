@@ -11,7 +11,7 @@ from fastbert.config import EncoderConfig
 from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 
 pytestmark = pytest.mark.cpu
 

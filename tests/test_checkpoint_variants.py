@@ -20,7 +20,7 @@ import fastbert
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning
 from fastbert.model import heads
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 from fastbert.tasks import loading
 
 IDS = torch.tensor([[2, 10, 11, 12, 3]])
@@ -84,7 +84,7 @@ WRONG: dict[str, list[Any]] = {
     "hidden_act": ["mish", 3, ["gelu"], {"a": 1}],
     "pad_token_id": [WORDS, WORDS + 5, -WORDS - 1, "0", 1.5, 2**63],
     "initializer_range": [-1, "x", float("nan")],
-    "model_type": ["roberta", 3, ["bert"], {}],
+    "model_type": ["gpt2", 3, ["bert"], {}],
     "architectures": ["BertModel", 3, [3], {}],
     "position_embedding_type": ["relative_key", 3],
     "is_decoder": [True, "no"],
@@ -417,7 +417,7 @@ def test_user_case_17b_every_thread_is_warned(classifier: Path, folder: Path) ->
         warnings.simplefilter("always")
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(one, range(48)))
-    assert found == ["TextClassifier", "BertForSequenceClassification", "refused"] * 16
+    assert found == ["TextClassifier", "EncoderForSequenceClassification", "refused"] * 16
     assert [issubclass(one.category, UntrainedWarning) for one in caught] == [True] * 16
     assert warnings.filters == before
 

@@ -163,6 +163,19 @@ def test_attention_backward():
     )
 
 
+def test_attention_backward_of_a_bias():
+    table, gradient = torch.empty(2, 9, dtype=torch.float16), torch.empty(2, 9)
+    plain = cost.attention_backward([5, 3], 2, 16, torch.float16)
+    biased = cost.attention_backward([5, 3], 2, 16, torch.float16, bias_elements=table.numel())
+    assert biased.min_bytes == plain.min_bytes + nbytes(table, gradient)
+    assert biased.flops == plain.flops + 2 * (25 + 9) * 2
+
+
+def test_rotary():
+    qkv, angles = torch.empty(8, 3, 2, 16, dtype=torch.float16), torch.empty(2, 8, 8)
+    assert cost.rotary(8, 2, 16, torch.float16) == cost.Cost(8 * 2 * 2 * 16 * 3, nbytes(qkv, qkv, angles))
+
+
 def test_linear_gelu():
     x, weight, out = torch.empty(5, 48), torch.empty(16, 48), torch.empty(5, 16)
     bias = torch.empty(16)

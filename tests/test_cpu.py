@@ -1,11 +1,14 @@
 """The kernels of a CPU against float64, and the encoder that is laid out for them."""
 
 import copy
+import math
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import WIDE
 from tiny_bert import random_model
 
 from fastbert import backend, quantize, reference
@@ -25,6 +28,7 @@ from fastbert.ops import linear as ops_linear
 from fastbert.ops.attention import attention
 from fastbert.ops.attention_torch import WIDEST_HEAD
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
+from fastbert.ops.rotary import angles_of_places
 from fastbert.packing import Packing
 from fastbert.run import cpu
 from fastbert.testing import assert_close
@@ -38,6 +42,13 @@ if not isinstance(HOST, Machine):
 # Without AVX-512 the vectors are half as wide, and there are half as many.
 NARROW = Machine("x86-64-v3", "", AVX2)
 MACHINES = [pytest.param(HOST, id="host"), pytest.param(NARROW, id="AVX2")]
+# A machine of each width of vectors, and the dtypes that it multiplies, emulated where this CPU doesn't.
+EVERY_FORM = [
+    pytest.param(HOST, torch.float32, id="host"),
+    pytest.param(NARROW, torch.float32, id="AVX2"),
+    pytest.param(WIDE, torch.float32, id="wide"),
+    pytest.param(HOST if HOST.bfloat16 else WIDE, torch.bfloat16, id="bfloat16"),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -59,11 +70,11 @@ def quantized(machine, x):
     return made
 
 
-def attend(machine, qkv, packing, scale=None):
+def attend(machine, qkv, packing, scale=None, **places):
     """Native attention, into memory full of NaN."""
     out = torch.full((len(qkv), *qkv.shape[2:]), torch.nan).to(qkv.dtype)
     scale = scale or qkv.shape[-1] ** -0.5
-    native_attention.attention_forward(machine, qkv, packing.cu_seqlens, packing.max_seqlen, scale, out).run()
+    native_attention.attention_forward(machine, qkv, packing.cu_seqlens, packing.max_seqlen, scale, out, **places).run()
     return out
 
 
@@ -81,6 +92,129 @@ def test_attention(head_dim, dtype, machine, generator):
     qkv, out = qkv[: packing.tokens], out[: packing.tokens]
     exact, _ = reference.attention(qkv.double(), packing)
     assert_close(out, reference.attention(qkv, packing)[0], exact)
+
+
+BASE = 500.0
+
+
+def places_of(names, head_dim, longest, generator):
+    """Options of native attention of 2 heads by their names, "window 5" and the like; a table has 4 places too many."""
+    options = {}
+    for name in names.split(", "):
+        match name.split():
+            case ["window", size]:
+                options["window"] = int(size)
+            case ["ALiBi"]:
+                options["alibi_slopes"] = torch.tensor([0.3, -0.02])
+            case ["relative"]:
+                options["relative"] = torch.randn(2, 2 * (longest + 4) - 1, generator=generator) * 2
+            case ["rotary"]:
+                options["angles"] = angles_of_places(longest, head_dim, BASE)
+    return options
+
+
+def plain_places(qkv, packing, to, *, angles=None, **options):
+    """The same by the reference, computed in a dtype."""
+    qkv = qkv.to(to)
+    if angles is not None:
+        wide = torch.promote_types(to, torch.float32)
+        qkv = reference.rotary(qkv, reference.rotary_angles(packing, qkv.shape[3], BASE, wide))
+    return reference.attention(qkv, packing, **options)[0]
+
+
+@pytest.mark.parametrize(("machine", "dtype"), EVERY_FORM)
+@pytest.mark.parametrize(
+    ("names", "head_dim"),
+    [
+        ("window 0", 26),
+        ("window 5", 26),
+        ("window 33", 26),
+        ("window 1000", 26),
+        ("ALiBi", 40),
+        ("relative", 26),
+        ("rotary", 26),
+        ("rotary", 32),
+        ("window 20, ALiBi, relative, rotary", 40),
+    ],
+)
+@pytest.mark.parametrize("lengths", [[*range(1, 71), 0], [150, 0, 3, 97]], ids=["1 to 70", "long"])
+def test_attention_of_places(lengths, names, head_dim, machine, dtype, generator):
+    packing = Packing.from_lengths(lengths)
+    qkv = (torch.randn(packing.tokens + 3, 3, 2, head_dim, generator=generator) * 2).to(dtype)
+    qkv[packing.tokens :] = torch.nan
+    options = places_of(names, head_dim, packing.max_seqlen, generator)
+    out = attend(machine, qkv, packing, **options)
+    assert out[packing.tokens :].isnan().all()
+    qkv, out = qkv[: packing.tokens], out[: packing.tokens]
+    plain, exact = (plain_places(qkv, packing, to, **options) for to in (dtype, torch.float64))
+    assert_close(out, plain, exact)
+
+
+@pytest.mark.parametrize(("machine", "dtype"), EVERY_FORM)
+@pytest.mark.parametrize("scale", [0.01, 500.0, 1e10])
+def test_attention_of_places_of_large_and_small_scores(scale, machine, dtype, generator):
+    packing = Packing.from_lengths([40, 5])
+    qkv = torch.randn(45, 3, 2, 26, generator=generator).to(dtype)
+    for names in ("window 5", "ALiBi"):
+        options = places_of(names, 26, 40, generator)
+        plain, exact = (
+            reference.attention(qkv.to(to), packing, scale=scale, **options)[0] for to in (dtype, torch.float64)
+        )
+        assert_close(attend(machine, qkv, packing, scale, **options), plain, exact)
+
+
+@pytest.mark.parametrize(("machine", "dtype"), EVERY_FORM)
+def test_a_table_of_distances_hides_keys(machine, dtype, generator):
+    """-inf: all later keys of one head; and every key of the other, whose rows are 0 then."""
+    packing = Packing.from_lengths([40, 1, 9])
+    qkv = torch.randn(50, 3, 2, 26, generator=generator).to(dtype)
+    table = torch.randn(2, 79, generator=generator)
+    table[0, 40:] = -math.inf
+    table[1] = -math.inf
+    out = attend(machine, qkv, packing, relative=table)
+    assert (out[:, 1] == 0).all()
+    plain, exact = (plain_places(qkv, packing, to, relative=table) for to in (dtype, torch.float64))
+    assert_close(out, plain, exact)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("machine", "dtype"), EVERY_FORM)
+def test_what_a_window_does_not_see_is_not_visited(machine, dtype, value, generator):
+    """But for what lies in a vector with keys that are seen, by any of the queries made together."""
+    packing, middle, window = Packing.from_lengths([300]), 150, 5
+    qkv = torch.randn(300, 3, 2, 26, generator=generator).to(dtype)
+    clean = attend(machine, qkv, packing, window=window)
+    qkv[middle, 1:] = value
+    out = attend(machine, qkv, packing, window=window)
+    assert out[middle - window : middle + window + 1].isnan().all()
+    near = window + machine.vectors.queries + 2 * machine.vectors.lanes
+    for far in (slice(0, middle - near), slice(middle + near, 300)):
+        assert torch.equal(out[far], clean[far])
+
+
+@pytest.mark.parametrize(("machine", "dtype"), EVERY_FORM)
+def test_what_is_hidden_weighs_nothing(machine, dtype, generator):
+    """Not even 2^-126 of the largest number that there is."""
+    packing, middle, window = Packing.from_lengths([60]), 30, 5
+    qkv = torch.randn(60, 3, 2, 26, generator=generator).to(dtype)
+    clean = attend(machine, qkv, packing, window=window)
+    qkv[middle, 2] = torch.finfo(dtype).max
+    out = attend(machine, qkv, packing, window=window)
+    for hidden in (slice(0, middle - window), slice(middle + window + 1, 60)):
+        assert torch.equal(out[hidden], clean[hidden])
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_time_of_a_window_grows_with_it_and_not_with_the_length(machine, generator):
+    """By rounds in turns: 129 of 4,096 keys take a thirtieth, and all else that is done to each row some more."""
+    packing, times = Packing.from_lengths([4096]), {64: [], None: []}
+    qkv = torch.randn(4096, 3, 1, 64, generator=generator)
+    for _ in range(5):
+        for window, taken in times.items():
+            start = time.perf_counter()
+            attend(machine, qkv, packing, window=window)
+            taken.append(time.perf_counter() - start)
+    assert min(times[64]) < min(times[None]) / 4
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -109,7 +243,9 @@ def test_attention_as_an_op_takes_strides_and_is_watched_by_no_one(generator, mo
     """Through `attention`: a view, a long sequence, and plain torch where it is asked for or something records."""
     calls = []
     kernel = native_attention.attention_forward
-    monkeypatch.setattr(native_attention, "attention_forward", lambda *args: calls.append(1) or kernel(*args))
+    monkeypatch.setattr(
+        native_attention, "attention_forward", lambda *args, **on: calls.append(1) or kernel(*args, **on)
+    )
     packing = Packing.from_lengths([700, 3])
     qkv = torch.randn(703, 3, 4, 48, generator=generator)[:, :, ::2]
     exact, _ = reference.attention(qkv.double(), packing)
@@ -123,6 +259,41 @@ def test_attention_as_an_op_takes_strides_and_is_watched_by_no_one(generator, mo
     attention(qkv.double(), packing)
     attention(torch.randn(703, 3, 1, WIDEST_HEAD + 1), packing)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["window", "alibi_slopes", "relative"])
+def test_attention_as_an_op_gives_the_kernel_what_depends_on_places(name, generator, monkeypatch):
+    """Slopes and a table by strides, a table in bfloat16; where a gradient, a bias or dropout is asked for, torch."""
+    calls = []
+    kernel = native_attention.attention_forward
+    monkeypatch.setattr(
+        native_attention, "attention_forward", lambda *args, **on: calls.append(1) or kernel(*args, **on)
+    )
+    packing = Packing.from_lengths([70, 3])
+    qkv = torch.randn(75, 3, 2, 48, generator=generator)
+    given = {
+        "window": 9,
+        "alibi_slopes": torch.tensor([0.5, 0.0, 0.03, 0.0])[::2],
+        "relative": torch.randn(2, 2 * 149, generator=generator).bfloat16()[:, :-1][:, ::2],
+    }[name]
+    exact, _ = reference.attention(qkv.double(), packing, **{name: given})
+    plain, _ = reference.attention(qkv, packing, **{name: given})
+    out = attention(qkv, packing, **{name: given})
+    assert_close(out[:73], plain[:73], exact[:73])
+    assert (out[73:] == 0).all()
+    assert len(calls) == 1
+    with torch.no_grad():
+        attention(qkv.clone().requires_grad_(), packing, **{name: given})
+    assert len(calls) == 2
+    attention(qkv.clone().requires_grad_(), packing, **{name: given})
+    attention(qkv, packing, bias=torch.zeros(1, 1, 70, 70), **{name: given})
+    attention(qkv, packing, dropout=0.1, seed=torch.tensor([1]), **{name: given})
+    attention(qkv.double(), packing, **{name: given})
+    attention(torch.randn(73, 3, 2, WIDEST_HEAD + 1), packing, **{name: given})
+    torch.compile(lambda x: attention(x, packing, **{name: given}), backend="eager")(qkv)
+    if name == "relative":
+        attention(qkv, packing, relative=given.float().requires_grad_())
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -144,6 +315,31 @@ def test_row_wise(width, activation, dtype, machine, generator):
         out = torch.full_like(x, torch.nan)
         row_wise(machine, x, bias=bias, activation=activation, residual=residual, norm=norm, out=out).run()
         assert_close(out, compute(torch.float32, norm), compute(torch.float64, norm))
+
+
+@pytest.mark.parametrize(("machine", "dtype"), EVERY_FORM)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [7, 40])
+def test_row_wise_of_a_gate(width, activation, machine, dtype, generator):
+    """The activation of a half times the other, as floats and in int8; a residual and LayerNorm may follow."""
+    x = (torch.randn(37, 2 * width, generator=generator) * 3).to(dtype)
+    residual = torch.randn(37, width, generator=generator).to(dtype)
+    bias, weight, norm_bias = (torch.randn(n, generator=generator) for n in (2 * width, width, width))
+
+    def compute(to, whole):
+        first, gate = (x.to(to) + (bias.to(to) if whole else 0.0)).chunk(2, 1)
+        total = ACTIVATIONS[activation](first) * gate
+        if whole:
+            total = F.layer_norm(total + residual.to(to), (width,), weight.to(to), norm_bias.to(to), 1e-5)
+        return total if to == torch.float64 else total.to(dtype)
+
+    for whole in (False, True):
+        steps = {"bias": bias, "residual": residual, "norm": (weight, norm_bias, 1e-5)} if whole else {}
+        out, int8 = torch.full((37, width), torch.nan, dtype=dtype), Int8Rows.empty(37, width)
+        row_wise(machine, x, activation=activation, gated=True, out=out, out_int8=int8, **steps).run()
+        exact = compute(torch.float64, whole)
+        assert_close(out, compute(torch.float32, whole), exact)
+        assert ((int8.floats() - exact).abs() <= 0.51 * int8.scale[:, None] + 1e-5).all()
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -21,7 +21,7 @@ from processes import PYTHON
 
 from fastbert.checkpoints.load import save
 from fastbert.config import EncoderConfig
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", *(ROOT / "docs").rglob("*.md")]

@@ -17,7 +17,7 @@ from torch.nn.utils import prune as pruning
 import fastbert
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 from fastbert.model.encoder import Encoder
 from fastbert.packing import Packing
 from fastbert.run import parts

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.model import folded
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 from fastbert.model.heads import BertForSequenceClassification
 from fastbert.packing import Packing
 from fastbert.run.steps import shared

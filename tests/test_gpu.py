@@ -14,7 +14,7 @@ from fastbert import backend, reference
 from fastbert.config import EncoderConfig
 from fastbert.kernels.precision import fp8_sums_fast, fp8_unserved
 from fastbert.kernels.target import of
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 from fastbert.model.encoder import Encoder
 from fastbert.model.graphs import graphed
 from fastbert.ops.attention import attention

@@ -16,7 +16,7 @@ from fastbert.backend import use_backend
 from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.model import graphs
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 from fastbert.packing import Packing
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/test_gpu.py runs real graphs")

@@ -16,6 +16,7 @@ import guard_pages
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import WIDE
 from torch import Tensor
 
 from fastbert import reference
@@ -33,6 +34,7 @@ from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.cpu.machine import Machine, host
 from fastbert.cpu.program import Program
 from fastbert.cpu.row_wise import PARAMETERS, row_wise
+from fastbert.ops.rotary import angles_of_places
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
 
@@ -41,7 +43,7 @@ if not isinstance(HOST, Machine):
     pytest.skip(f"{HOST}: Linux on x86-64 with AVX2 runs this", allow_module_level=True)
 
 # Which is why no lane of a weaker CPU need run this: no mark `cpu`.
-MACHINES = {"host": HOST, "AVX2": Machine("x86-64-v3", "", AVX2)}
+MACHINES = {"host": HOST, "AVX2": Machine("x86-64-v3", "", AVX2), "wide": WIDE}
 
 ROWS = [1, 2, 5, 17, 33]
 WIDTHS = [1, 7, 8, 15, 16, 17, 26, 33, 64, 100, 312]
@@ -66,6 +68,30 @@ def attention(machine: Machine, place: Place) -> None:
                 native_attention.attention_forward(machine, qkv, cu_seqlens, packing.max_seqlen, scale, out).run()
                 exact, _ = reference.attention(qkv.double(), packing)
                 assert_close(out, reference.attention(qkv, packing)[0], exact)
+
+
+def attention_of_places(machine: Machine, place: Place) -> None:
+    """A table of as many distances as there are, angles of as many places."""
+    for dtype in machine.dtypes:
+        for head_dim in (26, 32):
+            for lengths in [*([rows] for rows in ROWS), [*ROWS, 0, 7, 1]]:
+                packing, longest = Packing.from_lengths(lengths), max(lengths)
+                qkv = place(randn(packing.tokens, 3, 2, head_dim).to(dtype))
+                out = place(torch.full((packing.tokens, 2, head_dim), torch.nan, dtype=dtype))
+                slopes, table = place(torch.tensor([0.3, -0.1])), place(randn(2, 2 * longest - 1))
+                angles = place(angles_of_places(longest, head_dim, 500.0)[:longest])
+                native_attention.attention_forward(
+                    machine, qkv, place(packing.cu_seqlens), longest, head_dim**-0.5, out,
+                    window=9, alibi_slopes=slopes, relative=table, angles=angles,
+                ).run()  # fmt: skip
+                plain, exact = (
+                    reference.attention(
+                        reference.rotary(qkv.to(to), reference.rotary_angles(packing, head_dim, 500.0, wide)),
+                        packing, window=9, alibi_slopes=slopes, relative=table,
+                    )[0]
+                    for to, wide in ((dtype, torch.float32), (torch.float64, torch.float64))
+                )  # fmt: skip
+                assert_close(out, plain, exact)
 
 
 def linear(machine: Machine, place: Place) -> None:
@@ -153,7 +179,12 @@ def rows_(machine: Machine, place: Place) -> None:
                     for to in (torch.float32, torch.float64)
                 )
                 assert_close(out, plain.to(dtype), exact)
-                for made, expected in ((int8, exact), (alone, x.double())):
+                gate, halved = place(randn(rows, width).to(dtype)), guarded_rows(Int8Rows.empty(rows, width), place)
+                halves = place(torch.cat([x, gate], 1))
+                row_wise(machine, halves, activation="gelu", gated=True, out=out, out_int8=halved).run()
+                gelu, exact_gelu = (F.gelu(x.to(to)) * gate.to(to) for to in (torch.float32, torch.float64))
+                assert_close(out, gelu.to(dtype), exact_gelu)
+                for made, expected in ((int8, exact), (alone, x.double()), (halved, exact_gelu)):
                     assert ((made.floats() - expected).abs() <= 0.51 * made.scale[:, None] + 1e-5).all()
 
 
@@ -225,6 +256,7 @@ def element_too_early(machine: Machine, place: Place) -> None:
 
 KERNELS = {
     "attention": attention,
+    "attention_of_places": attention_of_places,
     "linear": linear,
     "linear_int8": linear_int8,
     "row_wise": rows_,
@@ -254,7 +286,9 @@ def ended(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("machine", ["host", pytest.param("AVX2", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "machine", ["host", *(pytest.param(name, marks=pytest.mark.long) for name in ("AVX2", "wide"))]
+)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_touches_nothing_outside_of_its_memory(kernel: str, machine: str) -> None:
     if kernel == "linear_int8" and not MACHINES[machine].int8:

@@ -111,7 +111,7 @@ def gradients(model, out, upstream):
 def as_theirs(model, ours):
     dialect = model.origin.dialect
     assert isinstance(dialect, Dialect)
-    return to_theirs(ours, dialect.rules(model.config.num_layers, model.parts))
+    return to_theirs(ours, dialect.rules(model))
 
 
 def logits(out):
@@ -439,7 +439,7 @@ def test_initialised_as_transformers(name):
     theirs = getattr(transformers, name)(hf)
     ours = getattr(heads, name)(EncoderConfig.from_hf(hf), HeadConfig.from_hf(hf))
     dialect = Dialect("bert", "bert.", old_norms=False, pooler=ours.pooler)
-    got = to_theirs(ours.state_dict(), dialect.rules(ours.config.num_layers, ours.parts))
+    got = to_theirs(ours.state_dict(), dialect.rules(ours))
     assert got.keys() == dict(theirs.named_parameters()).keys()
     for key, expected in theirs.named_parameters():
         assert got[key].shape == expected.shape

@@ -7,8 +7,10 @@ from test_encoder import HOLES, LEFT, RIGHT, hf_bert, inputs
 from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
+from fastbert.families.bert import BERT
+from fastbert.families.keys import key_rules
 from fastbert.model import mapping
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
 
@@ -16,7 +18,7 @@ from fastbert.testing import assert_close
 def ours_from(model):
     config = EncoderConfig.from_hf(model.config)
     ours = BertModel(config).eval()
-    ours.load_state_dict(mapping.to_ours(model.state_dict(), mapping.bert_rules(config.num_layers, pooler=True)))
+    ours.load_state_dict(mapping.to_ours(model.state_dict(), key_rules(BERT, ours, str, str)))
     return ours
 
 

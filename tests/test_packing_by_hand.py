@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 from fastbert.model.encoder import Encoder
 from fastbert.ops.attention import attention
 from fastbert.ops.layer_norm import layer_norm

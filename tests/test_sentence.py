@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastbert
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.model.sentence import ACTIVATIONS, Dense, Embedder, Mode
+from fastbert.model.sentence import ACTIVATIONS, SIMILARITIES, Dense, Embedder, LayerNorm, Mode
 from fastbert.packing import Packing
 from fastbert.tasks.encode import TextEncoder
 from fastbert.testing import assert_close
@@ -76,6 +76,11 @@ def sentence_folder(
             if settings["bias"]:
                 tensors["linear.bias"] = torch.randn(out, generator=generator)
             save_file(tensors, folder / path / "model.safetensors")
+        if name == "LayerNorm":
+            write(folder / path / "config.json", {"dimension": 32})
+            generator = torch.Generator().manual_seed(4)
+            tensors = {f"norm.{part}": torch.randn(32, generator=generator) for part in ("weight", "bias")}
+            save_file(tensors, folder / path / "model.safetensors")
     return folder
 
 
@@ -124,14 +129,26 @@ def test_user_case_06_what_a_call_asks_for_comes_first(folder: Path) -> None:
     states = hidden(folder, TEXTS)
     sentence_folder(folder, "Normalize", pooling={"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
     encoder = TextEncoder.from_folder(folder)
-    assert near(encoder.encode(TEXTS, normalize=False), [one[0] for one in states])
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error"
+        )  # what any model may be asked for needs no word, and neither does its own pooling
+        assert near(encoder.encode(TEXTS, normalize=False), [one[0] for one in states])
+        assert near(encoder.encode(TEXTS, normalize=False, pooling="cls"), [one[0] for one in states])
     means = torch.stack([one.mean(0) for one in states])
-    assert near(encoder.encode(TEXTS, pooling="mean"), F.normalize(means))
-    # As the README writes it, with whatever a folder says.
-    assert near(
-        fastbert.encode(TEXTS, model=folder, dtype="fp32", pooling="mean", normalize=True, max_length=48),
-        F.normalize(means),
-    )
+    with pytest.warns(UserWarning, match="pooling='mean' is taken in place of the folder's 'cls'"):
+        assert near(encoder.encode(TEXTS, pooling="mean"), F.normalize(means))
+    with pytest.warns(UserWarning, match="in place of the folder's 'cls'"):  # as the README writes it
+        got = fastbert.encode(TEXTS, model=folder, dtype="fp32", pooling="mean", normalize=True, max_length=48)
+    assert near(got, F.normalize(means))
+
+
+def test_a_folder_that_says_nothing_of_pooling_has_none_to_differ_from(folder: Path) -> None:
+    states = hidden(folder, TEXTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = fastbert.encode(TEXTS, model=folder, pooling="cls", normalize=False)
+    assert near(got, [one[0] for one in states])
 
 
 @pytest.mark.parametrize(
@@ -159,13 +176,13 @@ def test_several_poolings_are_side_by_side(settings: dict[str, Any], expected: t
 def test_pooling_of_packed_rows(mode: Mode, dtype: torch.dtype) -> None:
     lengths = [5, 0, 1, 300, 2]
     states = torch.randn(320, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)  # slack
-    got = Embedder((mode,), (), False)(states, Packing.from_lengths(lengths))
+    got = Embedder((mode,))(states, Packing.from_lengths(lengths))
     parts = states[: sum(lengths)].double().split(lengths)
     exact = torch.stack([pooled(part, mode) if len(part) else torch.zeros(24, dtype=torch.float64) for part in parts])
     plain = [pooled(part.float(), mode).float() if len(part) else torch.zeros(24) for part in parts]
     assert got.dtype == torch.float32
     assert_close(got, torch.stack(plain), exact, factor=3, what=mode)
-    nothing = Embedder((mode,), (), True)(states[:0], Packing.from_lengths([0, 0]))
+    nothing = Embedder((mode,), (F.normalize,))(states[:0], Packing.from_lengths([0, 0]))
     assert torch.equal(nothing, torch.zeros(2, 24))
 
 
@@ -220,6 +237,108 @@ def test_pooling_that_does_not_fit_the_dense(folder: Path) -> None:
     write(folder / "1_Pooling/config.json", {"pooling_mode": "mean"})
     with pytest.raises(CheckpointError, match="pooling: got 32 columns"):
         TextEncoder.from_folder(folder)
+
+
+# LayerNorm
+
+
+@pytest.mark.parametrize("width", [1, 2, 33])
+def test_layer_norm_of_embeddings(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x, weight, bias = (torch.randn(*shape, width, generator=generator) for shape in ((5,), (), ()))
+    x[1] = 7.3  # constant: what is left is the bias
+    exact = x.double() - x.double().mean(1, keepdim=True)
+    exact = exact / (exact.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.double() + bias.double()
+    assert_close(LayerNorm(weight, bias)(x), F.layer_norm(x, (width,), weight, bias), exact, factor=3, what="LayerNorm")
+
+
+def test_layer_norm_is_part_of_the_embedding(folder: Path) -> None:
+    means = torch.stack([one.mean(0) for one in hidden(folder, TEXTS)])
+    sentence_folder(folder, "LayerNorm", "Normalize", "Dense")
+    from safetensors.torch import load_file
+
+    norm = {name: x.double() for name, x in load_file(folder / "2_LayerNorm/model.safetensors").items()}
+    x = F.layer_norm(means, (32,), norm["norm.weight"], norm["norm.bias"])
+    assert near(fastbert.encode(TEXTS, model=folder), dense(F.normalize(x), folder / "4_Dense", "Tanh"))
+    with pytest.raises(ArgumentError, match="pooling: got 64 columns; expected the 32 that the LayerNorm after it"):
+        Embedder(("cls", "mean"), (LayerNorm(torch.ones(32), torch.ones(32)),)).width(32)
+
+
+# Fewer columns
+
+
+@pytest.mark.parametrize("modules", [[], ["Normalize"], ["Dense"], ["Dense", "Normalize"]], ids=str)
+def test_columns_are_cut_off_after_the_folders_modules(modules: list[str], folder: Path) -> None:
+    encoder = TextEncoder.from_folder(sentence_folder(folder, *modules))
+    whole, bare = encoder.encode(TEXTS), encoder.encode(TEXTS, normalize=False)
+    got = encoder.encode(TEXTS, truncate_dim=7)
+    assert got.flags.c_contiguous and encoder.width(truncate_dim=7) == 7
+    assert np.array_equal(got, whole[:, :7])
+    first = bare[:, :7]
+    assert np.array_equal(encoder.encode(TEXTS, truncate_dim=7, normalize=False), first)
+    unit = first / np.linalg.norm(first, axis=1, keepdims=True)
+    assert np.allclose(encoder.encode(TEXTS, truncate_dim=7, normalize=True), unit, atol=1e-6)
+    assert np.array_equal(next(iter(encoder.encode_stream(TEXTS, truncate_dim=7))), got)
+    assert np.array_equal(fastbert.encode(TEXTS, model=encoder, truncate_dim=7), got)
+    assert np.array_equal(encoder.encode(TEXTS, truncate_dim=whole.shape[1]), whole)
+
+
+def test_fewer_columns_where_a_folder_has_no_modules_are_of_length_1(folder: Path) -> None:
+    first = fastbert.encode(TEXTS, model=folder, normalize=False)[:, :7]
+    got = fastbert.encode(TEXTS, model=folder, truncate_dim=7)
+    assert np.allclose(got, first / np.linalg.norm(first, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_a_folder_may_say_how_many_columns_are_kept(folder: Path) -> None:
+    whole = fastbert.encode(TEXTS, model=sentence_folder(folder, "Normalize"))
+    for says, kept in ((5, 5), (100, 32)):  # as in sentence-transformers, more than there are is all of them
+        write(folder / "config_sentence_transformers.json", {"truncate_dim": says})
+        encoder = TextEncoder.from_folder(folder)
+        assert np.array_equal(encoder.encode(TEXTS), whole[:, :kept])
+        assert encoder.width() == kept
+        assert np.array_equal(encoder.encode(TEXTS, truncate_dim=9), whole[:, :9])
+        assert np.array_equal(encoder.encode(TEXTS, truncate_dim=32), whole)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 33, 7.0, "7", True])
+def test_columns_that_there_are_not(wrong: Any, folder: Path) -> None:
+    encoder = TextEncoder.from_folder(sentence_folder(folder, "Normalize"))
+    with pytest.raises(ArgumentError, match="truncate_dim: got"):
+        encoder.encode(TEXTS, truncate_dim=wrong)
+
+
+# Similarity
+
+
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_similarity_is_the_folders(name: str, folder: Path) -> None:
+    write(sentence_folder(folder) / "config_sentence_transformers.json", {"similarity_fn_name": name})
+    encoder = TextEncoder.from_folder(folder)
+    a, b = np.random.default_rng(0).normal(size=(2, 40, 32)).astype(np.float32)
+    b[:20] = a[:20] + 1e-3  # near ones
+    x, y = torch.from_numpy(a).double(), torch.from_numpy(b).double()
+    exact = {
+        "cosine": F.normalize(x) @ F.normalize(y).T,
+        "dot": x @ y.T,
+        "euclidean": -(x[:, None] - y).square().sum(2).sqrt(),
+        "manhattan": -(x[:, None] - y).abs().sum(2),
+    }[name]
+    got = encoder.similarity(a, b)
+    assert got.dtype == np.float32 and got.shape == (40, 40)
+    assert np.allclose(got, exact.numpy(), rtol=1e-5, atol=1e-5)
+    assert np.allclose(encoder.similarity(a[0], b), got[:1], atol=1e-5)
+    assert np.allclose(encoder.similarity(a[::2], b[::-1]), got[::2, ::-1], atol=1e-5)
+    assert encoder.similarity(a[:0], b).shape == (0, 40)
+    wrongs: list[tuple[Any, Any, str]] = [
+        (a, b[:, :5], "b: got a width of 5; expected 32"),
+        (a.tolist(), b, "a: got a list"),
+        (a, b[None], "b: got float32 of shape"),
+        (a, np.zeros((2, 32), dtype=int), "b: got int64 of shape"),
+        (np.float32(3), b, "a: got a float32"),
+    ]
+    for one, other, message in wrongs:
+        with pytest.raises(ArgumentError, match=message):
+            encoder.similarity(one, other)
 
 
 # Lengths
@@ -334,6 +453,49 @@ def test_user_case_45_prompts(folder: Path) -> None:
         encoder.encode("was")
 
 
+def test_queries_and_documents(folder: Path) -> None:
+    plain = TextEncoder.from_folder(folder)
+    film, bare, story = (plain.encode([text]) for text in ("the film was", "was", "story was"))
+    sentence_folder(folder, "Normalize")
+    path = folder / "config_sentence_transformers.json"
+    write(path, {"prompts": {"query": "the film ", "document": "story "}, "default_prompt_name": "document"})
+    encoder = TextEncoder.from_folder(folder)
+    assert np.array_equal(encoder.encode_query(["was"]), film)
+    assert np.array_equal(encoder.encode_document(["was"]), story)
+    for one in (encoder.encode_query, encoder.encode_document):
+        assert np.array_equal(one(["was"], prompt="story "), story)
+        assert np.array_equal(one(["was"], prompt=""), bare)
+        assert np.array_equal(one(["was"], prompt_name="query"), film)
+        assert one(["was"], truncate_dim=5, normalize=False, pooling=None, max_length=9).shape == (1, 5)
+        with pytest.raises(ArgumentError, match="prompt_name"):
+            one(["was"], prompt_name="nope")
+    # A folder without them: nothing, and not the default prompt.
+    write(path, {"prompts": {"odd": "the film "}, "default_prompt_name": "odd"})
+    encoder = TextEncoder.from_folder(folder)
+    assert np.array_equal(encoder.encode(["was"]), film)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for own in (encoder, plain):
+            assert np.array_equal(own.encode_query(["was"]), bare)
+            assert np.array_equal(own.encode_document(["was"]), bare)
+
+
+@pytest.mark.parametrize("name", ["passage", "corpus"])
+def test_documents_by_another_name(name: str, folder: Path) -> None:
+    """sentence-transformers 6.2 means to take them, and does not; who has such a folder is told."""
+    path = sentence_folder(folder, "Normalize") / "config_sentence_transformers.json"
+    write(path, {"prompts": {"query": "the film ", name: "story "}})
+    encoder = TextEncoder.from_folder(folder)
+    with pytest.warns(UserWarning, match=f"It has '{name}': say prompt_name='{name}' for that one"):
+        assert np.array_equal(encoder.encode_document(["was"]), encoder.encode(["was"], prompt=""))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        story = encoder.encode(["story was"])
+        assert np.array_equal(encoder.encode_document(["was"], prompt_name=name), story)
+        write(path, {"prompts": {"document": "", name: "story "}})
+        TextEncoder.from_folder(folder).encode_document(["was"])
+
+
 def test_the_command_line_has_the_folders_defaults(folder: Path, tmp_path: Path) -> None:
     sentence_folder(folder, "Dense", pooling={"pooling_mode": "weightedmean"})
     write(folder / "config_sentence_transformers.json", {"prompts": {"query": "the film "}})
@@ -343,16 +505,19 @@ def test_the_command_line_has_the_folders_defaults(folder: Path, tmp_path: Path)
     for arguments, named in (
         ([], {}),
         (
-            ["--prompt-name", "query", "--pooling", "cls", "--normalize"],
-            {"prompt_name": "query", "pooling": "cls", "normalize": True},
+            ["--prompt-name", "query", "--pooling", "weightedmean", "--normalize"],
+            {"prompt_name": "query", "pooling": "weightedmean", "normalize": True},
         ),
-        (["--prompt", "a ", "--no-normalize"], {"prompt": "a ", "normalize": False}),
+        (
+            ["--prompt", "a ", "--no-normalize", "--truncate-dim", "5"],
+            {"prompt": "a ", "normalize": False, "truncate_dim": 5},
+        ),
     ):
         subprocess.run([*command, *arguments, "--output", str(out)], check=True, timeout=120)
         assert np.allclose(np.load(out), fastbert.encode(["was"], model=folder, **named), atol=1e-6)
     (tmp_path / "texts").write_text("")
-    subprocess.run([*command, "--output", str(out)], check=True, timeout=120)
-    assert np.load(out).shape == (0, 16)
+    subprocess.run([*command, "--truncate-dim", "9", "--output", str(out)], check=True, timeout=120)
+    assert np.load(out).shape == (0, 9)
 
 
 def test_save_gives_the_sentence_files_back(folder: Path, tmp_path: Path) -> None:
@@ -408,7 +573,9 @@ def test_save_takes_nothing_from_elsewhere(modules: Any, folder: Path, tmp_path:
         ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Softmax"}, "activation_function"),
         ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name"),
         ("2_Dense/config.json", {"use_residual": True}, "use_residual"),
-        ("3_Normalize/config.json", {"module_input_name": "token_embeddings"}, "module_input_name"),
+        ("3_LayerNorm/config.json", {"dimension": 31}, "tensors .* expected"),
+        ("3_LayerNorm/config.json", {}, "tensors"),
+        ("4_Normalize/config.json", {"module_input_name": "token_embeddings"}, "module_input_name"),
         ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length: got 0"),
         ("sentence_bert_config.json", {"max_seq_length": "8"}, "max_seq_length: got '8'"),
         ("sentence_bert_config.json", {"do_lower_case": "no"}, "do_lower_case: got 'no'"),
@@ -417,24 +584,35 @@ def test_save_takes_nothing_from_elsewhere(modules: Any, folder: Path, tmp_path:
         ("config_sentence_transformers.json", {"prompts": []}, "prompts"),
         ("config_sentence_transformers.json", {"prompts": {"a": 3}}, "prompts"),
         ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "default_prompt_name: got 'query'"),
+        ("config_sentence_transformers.json", {"truncate_dim": 0}, "truncate_dim: got 0"),
+        ("config_sentence_transformers.json", {"truncate_dim": "9"}, "truncate_dim: got '9'"),
+        ("config_sentence_transformers.json", {"similarity_fn_name": "maxsim"}, "similarity_fn_name: got 'maxsim'"),
         ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "model_type: got 'SparseEncoder'"),
     ],
 )
 def test_what_is_not_served_is_named(file: str, value: Any, message: str, folder: Path) -> None:
-    sentence_folder(folder, "Dense", "Normalize")
+    sentence_folder(folder, "Dense", "LayerNorm", "Normalize")
     write(folder / file, value)
     with pytest.raises(CheckpointError, match=message):
         TextEncoder.from_folder(folder)
 
 
 @pytest.mark.parametrize(
-    "name", ["CNN", "LSTM", "WeightedLayerPooling", "Router", "Asym", "BoW", "LayerNorm", "Pooling"]
+    "name", ["CNN", "LSTM", "WeightedLayerPooling", "Router", "Asym", "BoW", "WordEmbeddings", "CLIPModel", "Pooling"]
 )
 def test_other_modules_are_named(name: str, folder: Path) -> None:
     sentence_folder(folder, name)
     with pytest.raises(
         CheckpointError, match=rf"module 2: got sentence_transformers\.models\.{name}; expected Dense or"
     ):
+        TextEncoder.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["Router", "Asym", "WordEmbeddings", "CLIPModel", "StaticEmbedding", "BoW"])
+def test_other_first_modules_are_named(name: str, folder: Path) -> None:
+    write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": OLD + name}])
+    mend = "save the modules of one route as a folder of their own" if name in ("Router", "Asym") else "fastbert serves"
+    with pytest.raises(CheckpointError, match=rf"module 0: got sentence_transformers\.models\.{name}; .*{mend}"):
         TextEncoder.from_folder(folder)
 
 
@@ -454,6 +632,22 @@ def test_settings_that_are_not_read_are_named(folder: Path) -> None:
     assert sorted(str(one.message).split(": ")[1].split()[0] for one in caught) == ["model_args", "new"]
 
 
+@pytest.mark.parametrize(
+    "file",
+    ["1_Pooling/config.json", "2_Dense/config.json", "3_LayerNorm/config.json", "config_sentence_transformers.json"],
+)
+def test_settings_of_modules_that_are_not_read_are_named(file: str, folder: Path) -> None:
+    sentence_folder(folder, "Dense", "LayerNorm", dense={"out_features": 32})
+    path = folder / file
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TextEncoder.from_folder(folder)
+    write(path, settings | {"gated": True})
+    with pytest.warns(UserWarning, match="gated is not read by fastbert: True"):
+        TextEncoder.from_folder(folder)
+
+
 # Against sentence-transformers itself
 
 
@@ -471,9 +665,14 @@ RECIPES: list[dict[str, Any]] = [
     {"modules": ["Dense"], "dense": {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}},
     {"modules": ["Dense"], "dense": {"activation_function": "torch.nn.modules.activation.GELU"}},
     {"modules": ["Normalize", "Dense"]},
+    {"modules": ["LayerNorm"]},
+    {"modules": ["LayerNorm", "Dense", "Normalize"], "pooling": {"pooling_mode_cls_token": True}},
+    {"defaults": {"truncate_dim": 7}, "modules": ["Normalize"]},
     {"settings": {"max_seq_length": 8, "do_lower_case": False}, "modules": ["Normalize"]},
     {"settings": {"max_seq_length": 16, "do_lower_case": True}, "cased": True},
-    {"prompts": {"prompts": {"query": "the film "}, "default_prompt_name": "query"}},
+    {"defaults": {"prompts": {"query": "the film "}, "default_prompt_name": "query"}},
+    {"defaults": {"prompts": {"query": "the film ", "passage": "story "}, "default_prompt_name": "passage"}},
+    {"defaults": {"prompts": {"document": "story "}, "similarity_fn_name": "euclidean"}},
     {"transformer": "0_Transformer", "pooling": {"pooling_mode_weightedmean_tokens": True}},
 ]
 
@@ -488,33 +687,72 @@ def test_embeddings_are_those_of_sentence_transformers(recipe: dict[str, Any], t
     sentence_folder(root, *recipe.get("modules", []), **names)
     if "settings" in recipe:
         write(body / "sentence_bert_config.json", recipe["settings"])
-    if "prompts" in recipe:
-        write(root / "config_sentence_transformers.json", recipe["prompts"])
+    if "defaults" in recipe:
+        write(root / "config_sentence_transformers.json", recipe["defaults"])
     texts = [*TEXTS[:2], "The FILM was Fine", TEXTS[3]]  # theirs pads, and an empty text is one like any other
-    expected = theirs.SentenceTransformer(str(root), device="cpu").encode(texts)
+    model, encoder = theirs.SentenceTransformer(str(root), device="cpu"), TextEncoder.from_folder(root)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of cuts
-        got = fastbert.encode(texts, model=root)
-    assert got.shape == expected.shape
-    assert np.abs(got - expected).max() < 2e-5
+        warnings.simplefilter("ignore")  # of cuts, and of documents by another name
+        for method in ("encode", "encode_query", "encode_document"):
+            for ours, its in (({}, {}), ({"normalize": True, "truncate_dim": 5}, {"normalize_embeddings": True})):
+                options = {"truncate_dim": 5} if its else {}
+                expected = getattr(model, method)(texts, **its, **options)
+                got = getattr(encoder, method)(texts, **ours)
+                assert got.shape == expected.shape
+                assert np.abs(got - expected).max() < 2e-5
+        got = encoder.encode(texts, truncate_dim=5)
+        assert np.abs(got - model.encode(texts, truncate_dim=5)).max() < 2e-5
+    assert np.abs(encoder.similarity(got[:2], got) - model.similarity(got[:2], got).numpy()).max() < 2e-3
+
+
+def test_real_weights_as_in_sentence_transformers(minilm: Path, theirs: Any) -> None:
+    model, encoder = theirs.SentenceTransformer(str(minilm), device="cpu"), TextEncoder.from_folder(minilm)
+    texts = ["A man is eating food.", "", "Naïve café owners — 東京 — pay $3.50!", "word " * 300]
+    queries = ["who eats?", "Where is Tokyo?"]
+    with pytest.warns(UserWarning, match="1 text fills max_length=256 tokens"):
+        ours = encoder.encode_document(texts)
+    assert np.abs(ours - model.encode_document(texts)).max() < 1e-5
+    asked = encoder.encode_query(queries, truncate_dim=100, normalize=True)
+    expected = model.encode_query(queries, truncate_dim=100, normalize_embeddings=True)
+    assert np.abs(asked - expected).max() < 1e-5
+    asked = encoder.encode_query(queries)
+    assert np.abs(encoder.similarity(asked, ours) - model.similarity(asked, ours).numpy()).max() < 1e-5
 
 
 def test_a_folder_that_sentence_transformers_saved(folder: Path, tmp_path: Path, theirs: Any) -> None:
     from sentence_transformers.base.modules import Dense as TheirDense
     from sentence_transformers.base.modules import Normalize, Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
+    from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 
     modules = [
         Transformer(str(folder)),
         Pooling(32, pooling_mode=("cls", "weightedmean")),
         TheirDense(64, 16),
+        LayerNorm(16),
         Normalize(),
     ]
-    model = theirs.SentenceTransformer(modules=modules, device="cpu", prompts={"query": "the film "})
+    model = theirs.SentenceTransformer(
+        modules=modules,
+        device="cpu",
+        prompts={"query": "the film "},
+        truncate_dim=11,
+        similarity_fn_name="manhattan",
+    )
+    with torch.no_grad():
+        for parameter in model[3].parameters():
+            parameter.uniform_(0.5, 2)
+    model.max_seq_length = 9
     model.save(str(tmp_path / "saved"))
-    encoder = TextEncoder.from_folder(tmp_path / "saved")
-    assert np.abs(encoder.encode(TEXTS) - model.encode(TEXTS)).max() < 2e-5
-    ours = encoder.encode(TEXTS, prompt_name="query")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of settings that are not read
+        encoder = TextEncoder.from_folder(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="1 text fills max_length=9"):
+        ours = encoder.encode(TEXTS)
+    assert ours.shape == (4, 11)
+    assert np.abs(ours - model.encode(TEXTS)).max() < 2e-5
+    assert np.abs(encoder.similarity(ours, ours) - model.similarity(ours, ours).numpy()).max() < 1e-5
+    with pytest.warns(UserWarning, match="1 text fills"):
+        ours = encoder.encode(TEXTS, prompt_name="query")
     assert np.abs(ours - model.encode(TEXTS, prompt_name="query")).max() < 2e-5
 
 

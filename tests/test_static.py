@@ -130,7 +130,7 @@ def test_the_exhaustive_cases_reach_every_tile_of_attention(monkeypatch: pytest.
         return choice
 
     monkeypatch.setattr(choices, "TUNED", {})
-    backward_parts = [f"attention_backward_{part}" for part in ("query", "key", "bias")]
+    backward_parts = [f"attention_backward_{part}" for part in ("query", "key", "bias", "relative")]
     for module, names in ((attention, ["attention_forward"]), (attention_backward, backward_parts)):
         for name in names:
             monkeypatch.setattr(attention_choices, name, remember(getattr(attention_choices, name)))

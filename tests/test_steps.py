@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.cpu.machine import Machine, host
+from fastbert.errors import ArgumentError
 from fastbert.kernels.target import interpreted
 from fastbert.ops import common
 from fastbert.packing import Packing
@@ -36,12 +37,14 @@ def changed(i: int, **changes: Any) -> Steps:
     return Steps((*BERT.of[:i], replace(BERT.of[i], **changes), *BERT.of[i + 1 :]))
 
 
-def pre_norm(activation: Any = "gelu", *, gated: bool = False, rotary: float | None = None) -> Steps:
+def pre_norm(
+    activation: Any = "gelu", *, gated: bool = False, rotary: float | None = None, window: int | None = None
+) -> Steps:
     """A layer that normalises first: its residual is the sum before a LayerNorm. The last one is the next layer's."""
     return Steps(
         (
             Product("x", "qkv", into="qkv"),
-            Attend("qkv", into="context", heads=HEADS, rotary=rotary),
+            Attend("qkv", into="context", heads=HEADS, window=window, rotary=rotary),
             Product("context", "attention_output", into="x", add="sum", norm="attention_norm", sum="sum"),
             Product("x", "intermediate", into="wide", activation=activation, gated=gated),
             Product("wide", "output", into="x", add="sum", norm="output_norm", sum="sum"),
@@ -61,6 +64,8 @@ PLANS = {
     "ALiBi": changed(1, alibi=(0.5, 0.25, 0.125)),
     "rotary": changed(1, rotary=10_000.0),
     "rotary, gated, pre-norm": pre_norm("gelu", gated=True, rotary=500.0),
+    "ModernBERT's, gated, without any bias": pre_norm("gelu", gated=True, rotary=500.0, window=4),
+    "ALiBi, gated": Steps((BERT.of[0], replace(BERT.of[1], alibi=(0.5, 0.25, 0.125)), *changed(3, gated=True).of[2:])),
     "bias": BERT,
     "shared layers": BERT,
 }
@@ -69,21 +74,21 @@ GATED, PLACED = {plan for plan in PLANS if "gated" in plan}, {"window", "ALiBi",
 UNSERVED = {
     "eager": set[str](),
     "prepared": {"pre-norm", *GATED, *PLACED},
-    "cpu": {*GATED, *PLACED},
     "onednn": GATED,
 }
 LENGTHS = [7, 1, 0, 17]
 
 
 def parts_of(plan: str, generator: torch.Generator) -> dict[str, nn.Module]:
-    bias, gates = plan != "without biases", 2 if "gated" in plan else 1
+    bias, gates = plan != "without biases" and "without any bias" not in plan, 2 if "gated" in plan else 1
+    norm_bias = "without any bias" not in plan
     parts: dict[str, nn.Module] = {
         "qkv": nn.Linear(HIDDEN, 3 * HIDDEN, bias=bias),
         "attention_output": nn.Linear(HIDDEN, HIDDEN, bias=bias),
-        "attention_norm": nn.LayerNorm(HIDDEN, eps=1e-5),
+        "attention_norm": nn.LayerNorm(HIDDEN, eps=1e-5, bias=norm_bias),
         "intermediate": nn.Linear(HIDDEN, gates * WIDE, bias=bias),
         "output": nn.Linear(WIDE, HIDDEN, bias=bias),
-        "output_norm": nn.LayerNorm(HIDDEN, eps=1e-12),
+        "output_norm": nn.LayerNorm(HIDDEN, eps=1e-12, bias=norm_bias),
     }
     for part in parts.values():
         for parameter in part.parameters():
@@ -192,33 +197,68 @@ def test_prepared(plan: str, generator: torch.Generator) -> None:
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("read", [None, [0, 7, 24]], ids=str)
 @pytest.mark.parametrize("plan", PLANS)
-def test_cpu(plan: str, read: list[int] | None, int8: bool, generator: torch.Generator) -> None:
+def test_cpu(
+    plan: str, read: list[int] | None, form: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also slack, which is poisoned; a CPU that does not multiply what is asked for plays one that does."""
     machine = host()
-    if not isinstance(machine, Machine) or (int8 and not machine.int8):
-        pytest.skip("no such kernels here: a CPU with AVX2 runs this, for int8 with AVX512-VNNI; without FASTBERT_CPU")
+    if not isinstance(machine, Machine):
+        pytest.skip(f"{machine}: Linux on x86-64 with AVX2 runs this")
+    if form != "float32" and getattr(machine, form) is None:
+        from emulated import WIDE
+
+        monkeypatch.setattr(common, "host", lambda: WIDE)
     case = Case(plan, generator)
-    layers = [(case.steps, in_8_bits(parts, Int8Linear) if int8 else parts) for parts in case.layers]
-    x = case.registers["x"].detach()
+    if case.bias is not None:
+        pytest.skip("layers with a bias are not asked to be run so")
+    dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
+    for parts in case.layers:
+        for part in parts.values():
+            part.to(dtype)
+    layers = [(case.steps, in_8_bits(parts, Int8Linear) if form == "int8" else parts) for parts in case.layers]
+    case.registers = {name: x.detach().to(dtype) for name, x in case.registers.items()}
+    x, slack = case.registers["x"], torch.full((3, HIDDEN), torch.nan, dtype=dtype)
     with torch.no_grad(), backend.use_backend("native"):
-        if plan in UNSERVED["cpu"]:
-            assert cpu.unserved(layers, x)
-            return
-        if case.bias is not None:
-            pytest.skip("layers with a bias are not asked to be run so")
         assert cpu.unserved(layers, x) is None
         made = cpu.lay_out(layers, x)
         assert made is not None
         rows = torch.arange(len(x)) if read is None else torch.tensor(read)
-        for _ in range(2):
-            got = made.run(case.registers, case.packing, None if read is None else rows)
-            exact, plain = (case.judged(dtype)[0][rows] for dtype in (torch.float64, torch.float32))
-            if int8:
+        exact, plain = (case.judged(to)[0][rows] for to in (torch.float64, dtype))
+        loose = {name: torch.cat([held, slack]) for name, held in case.registers.items()}
+        for registers in (case.registers, case.registers, loose):
+            got = made.run(registers, case.packing, None if read is None else rows)[: len(rows)]
+            if form == "int8":
                 assert torch.nn.functional.cosine_similarity(got.double(), exact).min() > 0.99
             else:
                 assert_close(got, plain, exact, factor=3.0)
+
+
+@pytest.mark.cpu
+def test_what_the_kernels_of_a_cpu_leave_to_others(generator: torch.Generator) -> None:
+    """It is said why, and `eager` says what is wrong."""
+    if not isinstance(host(), Machine):
+        pytest.skip("no kernels here: Linux on x86-64 with AVX2 runs this")
+    parts, x = parts_of("post-norm", generator), torch.randn(25, HIDDEN, generator=generator)
+    packing = Packing.from_lengths(LENGTHS)
+    odd = {"attention_output": nn.Linear(HIDDEN, HIDDEN), "qkv": nn.Linear(HIDDEN, 3 * 9)}
+    wide = {"intermediate": nn.Linear(HIDDEN, WIDE + 1)}
+    with torch.no_grad(), backend.use_backend("native"):
+        for changes, other, reason in (
+            ({"window": -1}, {}, "window"),
+            ({"rotary": 10_000.0}, odd, "odd width"),
+        ):
+            layers = [(changed(1, **changes), parts | other)]
+            assert reason in str(cpu.unserved(layers, x))
+            with pytest.raises(ArgumentError):
+                eager.run(*layers[0], Registers({"x": x}), packing)
+        assert "half" in str(cpu.unserved([(changed(3, gated=True), parts | wide)], x))
+        made = cpu.lay_out([(changed(1, rotary=0.5), parts)], x)
+        assert made is not None
+        with pytest.raises(ArgumentError, match="base"):
+            made.run({"x": x}, packing)
 
 
 @pytest.mark.cpu

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -35,6 +36,18 @@ def test_csv(write: Write) -> None:
     assert read_classified(path) == (['two\nlines, and a "quote"', "\u2028", ""], ["pos", "neg", "pos"])
     long = "x" * 200_000  # beyond the csv module's own limit
     assert read_classified(write("b.csv", f"text,label\n{long},a\n")) == ([long], ["a"])
+
+
+def test_user_case_31_second_texts_are_not_passed_over_silently(write: Write) -> None:
+    one = '{"text": "a", "text_pair": "b", "label": "x"}\n{"text": "a", "text_pair": null, "label": "x"}\n'
+    for path, rows in ((write("a.csv", "text,text_pair,label\na,b,x\na,c,y\n"), 2), (write("a.jsonl", one), 1)):
+        with pytest.warns(
+            UserWarning, match=f"text_pair of {rows} rows is not read; classify learns from single texts"
+        ):
+            assert read_classified(path)[0] == ["a", "a"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_classified(write("b.csv", "text,text_pair,label\na,,x\n"))
 
 
 def test_json_lines(write: Write) -> None:

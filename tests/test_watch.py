@@ -14,7 +14,7 @@ import fastbert
 from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.model import folded
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 from fastbert.ops.watch import Watch, weights_changed
 
 TEXTS = ["a b c d e f", "g", "h i j a b c d"] * 8

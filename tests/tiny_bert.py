@@ -11,7 +11,7 @@ import torch
 
 from fastbert.checkpoints.load import save
 from fastbert.config import EncoderConfig
-from fastbert.model.bert import BertModel
+from fastbert.model.body import BertModel
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PLAIN = ["film", "plot", "actor", "scene", "music", "story", "the", "a", "was", "and", "with", "very"]

@@ -24,6 +24,7 @@ from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.kernels.pooling import pool_backward, pool_forward
 from fastbert.kernels.quantize_rows import quantize_rows
+from fastbert.kernels.rotary import rotary_forward
 from fastbert.kernels.target import Target
 from fastbert.kernels.tile_table import tile_table
 
@@ -68,15 +69,18 @@ def main(target: Target) -> Iterator[Case]:
     yield from attention(40, torch.float16, target, "ragged")  # its strides are multiples of 8 only
     yield from attention(64, torch.float16, target, "aligned", store_lse=True)
     yield from attention(64, torch.float32, target, "ragged")
-    for option in ("bias", "alibi", "window", "dropout"):
+    for option in ("bias", "relative", "alibi", "window", "dropout"):
         yield from attention(64, torch.float16, target, "ragged", **{option: True})
     for head_dim in (32, 64, 128):
         for lengths in ("ragged", "short"):
             yield from attention_gradient(head_dim, torch.float16, target, lengths)
     yield from attention_gradient(64, torch.float32, target, "ragged")
-    for option in ("bias", "alibi", "window", "dropout"):
+    for option in ("bias", "relative", "alibi", "window", "dropout"):
         yield from attention_gradient(64, torch.float16, target, "ragged", **{option: True})
     yield tiles(64)
+    yield rotary(64, torch.float16)
+    yield rotary(64, torch.float16, inverse=True)
+    yield rotary(64, torch.float32)
     for width in (384, 768, 1024):
         yield layer_norm(width, torch.float16, residual=True, x_bias=True)
     yield layer_norm(768, torch.float16, residual=True, x_bias=True, dropout=True)
@@ -109,7 +113,7 @@ def main(target: Target) -> Iterator[Case]:
 
 def exhaustive(target: Target) -> Iterator[Case]:
     """Every launch choice and every branch, in every dtype."""
-    every = {"bias", "alibi", "window", "dropout"}
+    every = {"bias", "relative", "alibi", "window", "dropout"}
     one = [{option} for option in sorted(every)]
     for block_m in (16, 32, 64, 128):
         yield tiles(block_m)
@@ -124,6 +128,8 @@ def exhaustive(target: Target) -> Iterator[Case]:
                 yield from attention_gradient(head_dim, dtype, target, lengths)
             for options in (*one, every):
                 yield from attention_gradient(head_dim, dtype, target, "ragged", **dict.fromkeys(options, True))
+            yield rotary(head_dim, dtype)
+            yield rotary(head_dim, dtype, inverse=True)
         for width in WIDTHS:
             yield layer_norm(width, dtype)
             yield layer_norm(width, dtype, residual=True, x_bias=True)
@@ -173,6 +179,7 @@ def attention(
     lengths: str,
     *,
     bias: bool = False,
+    relative: bool = False,
     alibi: bool = False,
     window: bool = False,
     dropout: bool = False,
@@ -189,10 +196,11 @@ def attention(
         torch.empty(BATCH, 2, dtype=torch.int32),
         max_seqlen,
         store_lse=store_lse,
-        **_attention_options(head_dim, dtype, max_seqlen, bias, alibi, window, dropout),
+        **_attention_options(head_dim, dtype, max_seqlen, bias, relative, alibi, window, dropout),
     )
-    options = {"bias": bias, "alibi": alibi, "window": window, "dropout": dropout, "lse": store_lse}
-    yield Case(_name(f"attention head_dim {head_dim} {lengths}", dtype, **options), run, _matrix(dtype, target))
+    options = {"bias": bias, "relative": relative, "alibi": alibi, "window": window, "dropout": dropout}
+    name = _name(f"attention head_dim {head_dim} {lengths}", dtype, **options, lse=store_lse)
+    yield Case(name, run, _matrix(dtype, target))
 
 
 def attention_gradient(
@@ -202,11 +210,12 @@ def attention_gradient(
     lengths: str,
     *,
     bias: bool = False,
+    relative: bool = False,
     alibi: bool = False,
     window: bool = False,
     dropout: bool = False,
 ) -> Iterator[Case]:
-    """The backward of `attention`, with the gradient of the bias where there is one."""
+    """The backward of `attention`, with the gradients of the biases where there are any."""
     if attention_choices.attention_unserved(head_dim, dtype, target, gradient=True) is not None:
         return
     rows, max_seqlen = LENGTHS[lengths]
@@ -223,13 +232,15 @@ def attention_gradient(
         max_seqlen,
         tokens=rows,
         dbias_shape=(1, HEADS, max_seqlen, max_seqlen) if bias else None,
-        **_attention_options(head_dim, dtype, max_seqlen, bias, alibi, window, dropout),
+        needs_drelative=relative,
+        **_attention_options(head_dim, dtype, max_seqlen, bias, relative, alibi, window, dropout),
     )
     name = f"attention backward head_dim {head_dim} {lengths}"
     matrix = _matrix(dtype, target)
     if head_dim == 256 and target.arch == "sm_90":  # the 64 rows of an HGMMA leave too few registers
         matrix += ("HMMA",)
-    yield Case(_name(name, dtype, bias=bias, alibi=alibi, window=window, dropout=dropout), run, matrix)
+    options = {"bias": bias, "relative": relative, "alibi": alibi, "window": window, "dropout": dropout}
+    yield Case(_name(name, dtype, **options), run, matrix)
 
 
 def _matrix(dtype: torch.dtype, target: Target) -> tuple[str, ...]:
@@ -237,13 +248,21 @@ def _matrix(dtype: torch.dtype, target: Target) -> tuple[str, ...]:
 
 
 def _attention_options(
-    head_dim: int, dtype: torch.dtype, max_seqlen: int, bias: bool, alibi: bool, window: bool, dropout: bool
+    head_dim: int,
+    dtype: torch.dtype,
+    max_seqlen: int,
+    bias: bool,
+    relative: bool,
+    alibi: bool,
+    window: bool,
+    dropout: bool,
 ) -> dict[str, Any]:
     """What forward and backward take alike; one bias for all sequences."""
     one_bias = torch.empty(1, HEADS, max_seqlen, max_seqlen, dtype=dtype)
     return {
         "scale": head_dim**-0.5,
         "bias": one_bias.expand(BATCH, -1, -1, -1) if bias else None,
+        "relative": torch.empty(HEADS, 2 * max_seqlen - 1, dtype=dtype) if relative else None,
         "alibi_slopes": torch.empty(HEADS) if alibi else None,
         "window": WINDOW if window else None,
         "dropout": DROPOUT if dropout else 0.0,
@@ -442,6 +461,13 @@ def tiles(block_m: int) -> Case:
     """The table of attention's tiles."""
     cu_seqlens = torch.empty(BATCH + 1, dtype=torch.int32)
     return Case(f"tile table {block_m}", partial(tile_table, cu_seqlens, 1001 // block_m + BATCH, block_m=block_m))
+
+
+def rotary(head_dim: int, dtype: torch.dtype, *, inverse: bool = False) -> Case:
+    """Heads turned; inverse is the backward."""
+    qkv, angles = torch.empty(1001, 3, HEADS, head_dim, dtype=dtype), torch.empty(2, 1001, head_dim // 2)
+    run = partial(rotary_forward, qkv, angles, inverse=inverse)
+    return Case(_name(f"rotary head_dim {head_dim}", dtype, inverse=inverse), run)
 
 
 def pool_gradient(width: int, dtype: torch.dtype, how: str, *, normalise: bool = False) -> Case:

@@ -50,6 +50,8 @@ def unit_of(launch: Launch) -> int:
         return constexprs["BLOCK_M"] * constexprs["BLOCK_N"]
     if launch.kernel.startswith("tile_table"):
         return constexprs["BLOCK"]
+    if launch.kernel.startswith("rotary"):
+        return constexprs["ROWS"] * 3 * constexprs["HEAD_DIM"]
     block = constexprs["BLOCK"]
     return constexprs["ROWS"] * min(block, constexprs.get("HIDDEN", block))
 

@@ -25,6 +25,7 @@ from fastbert.kernels.embedding import embedding_backward, embedding_forward
 from fastbert.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from fastbert.kernels.linear_gelu import linear_gelu_forward
 from fastbert.kernels.pooling import pool_backward, pool_forward
+from fastbert.kernels.rotary import rotary_forward
 from fastbert.ops.tile_table import tile_table
 from fastbert.packing import Packing
 
@@ -59,6 +60,8 @@ def calls() -> Iterator[Case]:
     """Each op, forward and backward."""
     for name, lengths in BATCHES.items():
         yield from attention(name, lengths)
+    yield from attention("long +relative", BATCHES["long"], relative=True)
+    yield rotary()
     tokens = sum(BATCHES["long"])
     for dropout in (0.0, DROPOUT):
         yield from layer_norm(tokens, dropout)
@@ -72,29 +75,46 @@ def calls() -> Iterator[Case]:
             yield from pool(how, normalise)
 
 
-def attention(name: str, lengths: tuple[int, ...], slack: int = SLACK) -> Iterator[Case]:
+def rotary() -> Case:
+    """Without rows behind the tokens, which would be copied."""
+    tokens = sum(BATCHES["long"])
+    qkv, angles = _states(tokens, 3, HEADS, HEAD_DIM), torch.ones(2, tokens, HEAD_DIM // 2)
+    minimum = cost.rotary(tokens, HEADS, HEAD_DIM, DTYPE).min_bytes
+    return Case("rotary", partial(rotary_forward, qkv, angles), tokens, tokens, minimum)
+
+
+def attention(name: str, lengths: tuple[int, ...], slack: int = SLACK, *, relative: bool = False) -> Iterator[Case]:
     """The forward as training runs it, and the backward; buffers go on behind the tokens by `slack` rows."""
     packing = Packing.from_lengths(torch.tensor(lengths))
     tokens, rows = packing.tokens, packing.tokens + slack
     qkv, dout = _states(rows, 3, HEADS, HEAD_DIM), _states(rows, HEADS, HEAD_DIM)
     forward = attention_choices.attention_forward(
-        HEAD_DIM, DTYPE, packing.max_seqlen, rows=rows, batch=packing.batch, extras=False, target=TARGET
+        HEAD_DIM,
+        DTYPE,
+        packing.max_seqlen,
+        rows=rows,
+        batch=packing.batch,
+        extras=relative,
+        bias=relative,
+        target=TARGET,
     )
-    by_query = attention_choices.attention_backward_query(HEAD_DIM, DTYPE, extras=False, target=TARGET)
+    by_query = attention_choices.attention_backward_query(HEAD_DIM, DTYPE, extras=relative, target=TARGET)
     by_key = attention_choices.attention_backward_key(
-        HEAD_DIM, DTYPE, packing.max_seqlen, dbias=False, extras=False, target=TARGET
+        HEAD_DIM, DTYPE, packing.max_seqlen, dbias=relative, extras=relative, target=TARGET
     )
     batch = (packing.cu_seqlens, tile_table(packing, forward.BLOCK_M), packing.max_seqlen)
-    run = partial(attention_forward, qkv, *batch, scale=HEAD_DIM**-0.5, store_lse=True)
-    minimum = cost.attention(lengths, HEADS, HEAD_DIM, DTYPE, lse=True).min_bytes
+    table = _states(HEADS, 2 * packing.max_seqlen - 1) if relative else None
+    elements = 0 if table is None else table.numel()
+    run = partial(attention_forward, qkv, *batch, scale=HEAD_DIM**-0.5, relative=table, store_lse=True)
+    minimum = cost.attention(lengths, HEADS, HEAD_DIM, DTYPE, bias_elements=elements, lse=True).min_bytes
     yield Case(f"attention {name}", run, tokens, rows, minimum)
     out, lse = _states(rows, HEADS, HEAD_DIM), torch.full((HEADS, rows), 8.0)
     tiles = (tile_table(packing, by_query.BLOCK_M), tile_table(packing, by_key.BLOCK_N))
     run = partial(
         attention_backward, dout, qkv, out, lse, packing.cu_seqlens, *tiles, packing.max_seqlen, tokens=tokens,
-        scale=HEAD_DIM**-0.5,
+        scale=HEAD_DIM**-0.5, relative=table, needs_drelative=relative,
     )  # fmt: skip
-    minimum = cost.attention_backward(lengths, HEADS, HEAD_DIM, DTYPE).min_bytes
+    minimum = cost.attention_backward(lengths, HEADS, HEAD_DIM, DTYPE, bias_elements=elements).min_bytes
     yield Case(f"attention backward {name}", run, tokens, rows, minimum)
 
 

@@ -320,6 +320,30 @@ def pooling() -> str:
     return picture.svg()
 
 
+def rotary() -> str:
+    """What a program owns, and one pair of columns."""
+    picture = Picture(900, 330)
+    picture.text(20, 32, "qkv [tokens, 3, heads, head_dim]", bold=True)
+    picture.text(20, 52, "a program: ROWS tokens of one head, and its query, key, value")
+    for part, name in enumerate(("query", "key", "value")):
+        picture.text(20 + 180 * part, 76, name)
+        grid(picture, 20 + 180 * part, 84, [26] * 5, [40] * 4, (".o.." * 2 + "...." * 3))
+    picture.text(20, 246, "The next program owns the next head of the same tokens, and finds their angles in a cache.")
+    picture.text(20, 270, "Rows that are no tokens are copied. The backward turns the other way.")
+    picture.steps(
+        600,
+        60,
+        270,
+        [
+            (READ, "cos, sin [tokens, head_dim / 2], float32"),
+            (READ, "two halves of a head, once"),
+            (OWNED, "query, key: turned in float32\nvalue: as it is"),
+            (WRITTEN, "out [tokens, 3, heads, head_dim]"),
+        ],
+    )
+    return picture.svg()
+
+
 def linear_gelu() -> str:
     """The order of tiles, and one tile."""
     picture = Picture(900, 360)
@@ -353,6 +377,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "linear_gelu": linear_gelu,
     "embedding": embedding,
     "pooling": pooling,
+    "rotary": rotary,
 }
 
 

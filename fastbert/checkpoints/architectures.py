@@ -3,76 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.checkpoints.fields import Fields
 from fastbert.checkpoints.files import CONFIG
-from fastbert.config import EncoderConfig
 from fastbert.errors import CheckpointError, shown
-from fastbert.model.mapping import KEYS_SHOWN, Rule, bert_rules, head_rules
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of model: how its checkpoints are written.
-
-    Attributes:
-        config: reads the dict of its config.json.
-        rules: `(num_layers, pooler=...)` -> the rules between our model and theirs, without a prefix.
-        prefix: what a model with a head puts before the keys of its body.
-        anchor: a key that every body has.
-        signature: keys without a prefix that together tell a body from those of other families.
-        pooler: how the keys of a body's pooler begin.
-        body: how the keys of a body begin, all of them, relative to its prefix.
-        carried: beginnings of keys that a model need not compute with, but saves as they came; those of the body are
-            relative to its prefix.
-        tied: keys of a head that a file may hold although they are the same tensor as another, and its key.
-    """
-
-    config: Callable[[Any], EncoderConfig]
-    rules: Callable[..., list[Rule]]
-    prefix: str
-    anchor: str
-    signature: tuple[str, ...]
-    pooler: str
-    body: tuple[str, ...]
-    carried: tuple[str, ...]
-    tied: Mapping[str, str]
-
-
-FAMILIES = {
-    "bert": Family(
-        config=EncoderConfig.from_hf,
-        rules=bert_rules,
-        prefix="bert.",
-        anchor="embeddings.word_embeddings.weight",
-        signature=(
-            "embeddings.word_embeddings.weight",
-            "embeddings.position_embeddings.weight",
-            "embeddings.token_type_embeddings.weight",
-            "encoder.layer.0.attention.self.query.weight",
-        ),
-        pooler="pooler.",
-        body=("embeddings.", "encoder.", "pooler."),
-        carried=(
-            "cls.predictions.",
-            "cls.seq_relationship.",
-            "classifier.",
-            "qa_outputs.",
-            "pooler.",
-            "embeddings.position_ids",
-            "embeddings.token_type_ids",
-        ),
-        tied={
-            "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
-            "cls.predictions.decoder.bias": "cls.predictions.bias",
-        },
-    ),
-}
+from fastbert.families import FAMILIES
+from fastbert.families.bert import BERT
+from fastbert.families.keys import key_rules
+from fastbert.families.names import Family
+from fastbert.model.body import EncoderModel
+from fastbert.model.heads import HeadModel
+from fastbert.model.mapping import KEYS_SHOWN, Rule
 
 
 @dataclass(frozen=True)
@@ -80,7 +26,7 @@ class Dialect:
     """How one checkpoint spells the keys of its body.
 
     Attributes:
-        family: a key of `FAMILIES`.
+        family: the model_type, a key of `FAMILIES`.
         prefix: before each key of the body; "" or the family's.
         old_norms: LayerNorm's weight and bias are called gamma and beta.
         pooler: there is a pooler.
@@ -97,21 +43,18 @@ class Dialect:
         """A standard key of the body as this dialect writes it."""
         return self.prefix + (_old(key) if self.old_norms else key)
 
-    def rules(self, num_layers: int, parts: Iterable[str] | None = None) -> list[Rule]:
-        """The rules between this checkpoint and our BertModel; or, given `parts`, a model with these parts of heads."""
-        body = "" if parts is None else "bert."
-        return [
-            Rule(body + rule.ours, tuple(self.spell(name) for name in rule.theirs))
-            for rule in FAMILIES[self.family].rules(num_layers, pooler=self.pooler)
-        ] + [
-            Rule(rule.ours, tuple(_old(name) if self.old_head_norms else name for name in rule.theirs))
-            for rule in head_rules(parts or ())
-        ]
+    def rules(self, model: EncoderModel | HeadModel) -> list[Rule]:
+        """The rules between this checkpoint and our model of it."""
+        return key_rules(FAMILIES[self.family], model, self.spell, _old if self.old_head_norms else str)
 
     def tied(self) -> dict[str, str]:
         """The family's `tied`, both keys as this dialect writes them."""
         family = FAMILIES[self.family]
         return {key: self.spell(to) if to == family.anchor else to for key, to in family.tied.items()}
+
+    def class_name(self, kind: type[nn.Module]) -> str:
+        """What transformers calls our class in this family."""
+        return FAMILIES[self.family].model_types[self.family] + kind.__name__.removeprefix("Encoder")
 
 
 def _old(key: str) -> str:
@@ -135,7 +78,7 @@ def recognise(config: Mapping[str, Any], keys: Iterable[str]) -> Dialect:
         if prefix + family.anchor in keys:
             old_norms = any(key.startswith(prefix) and key.endswith("LayerNorm.gamma") for key in keys)
             old_head_norms = any(key.startswith(family.carried) and key.endswith("LayerNorm.gamma") for key in keys)
-            pooler = any(key.startswith(prefix + family.pooler) for key in keys)
+            pooler = any(key.startswith(f"{prefix}{family.body.get('pooler')}.") for key in keys)
             return Dialect(name, prefix, old_norms, pooler, old_head_norms)
     some = ", ".join(sorted(keys)[:KEYS_SHOWN]) or "no keys"
     wrappers = {key[: -len(family.anchor)].removesuffix(family.prefix) for key in keys if key.endswith(family.anchor)}
@@ -165,7 +108,7 @@ class Parts:
 def split(state: Mapping[str, Tensor], dialect: Dialect, used: Collection[str]) -> Parts:
     """The tensors of a checkpoint, told apart; `used` are the keys that a model computes with."""
     family = FAMILIES[dialect.family]
-    body = dialect.prefix or family.body
+    body = dialect.prefix or tuple(f"{name}." for name in _beginnings(family))
     parts = Parts({}, {}, [])
     for key, tensor in state.items():
         if key in used:
@@ -189,16 +132,29 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
     return Fields(CONFIG, config).texts("architectures")
 
 
+def _beginnings(family: Family) -> set[str]:
+    """How the keys of a body begin, relative to its prefix."""
+    spelled = [one for names in family.body.values() for one in ((names,) if isinstance(names, str) else names)]
+    return {name.partition(".")[0] for name in (*spelled, family.layer, *filter(None, [family.last_norm]))}
+
+
+def _signature(family: Family) -> set[str]:
+    """Keys without a prefix that together tell a body from others."""
+    tables = [family.body[f"embeddings.{name}"] for name in ("word", "position", "token_type")]
+    return {f"{name}.weight" for name in (*tables, f"{family.layer.format(0)}.{family.names.query}")}
+
+
 def _family_name(config: Mapping[str, Any], keys: set[str]) -> str:
     model_type = config.get("model_type")
     if model_type is None:
         classes = architectures(config)
         for name, family in FAMILIES.items():
-            if any(one.lower().startswith(name) for one in classes[:1]) or family.prefix + family.anchor in keys:
+            begins = family.model_types[name]
+            if any(one.startswith(begins) for one in classes[:1]) or family.prefix + family.anchor in keys:
                 return name
-            if not classes and set(family.signature) <= keys:
-                warnings.warn(f"{CONFIG} names no model_type; by its keys it is read as {name}", stacklevel=2)
-                return name
+        if not classes and _signature(BERT) <= keys:
+            warnings.warn(f"{CONFIG} names no model_type; by its keys it is read as bert", stacklevel=2)
+            return "bert"
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             "config.model_type", shown(model_type), f"one of {', '.join(FAMILIES)}", "Other families are not read yet."

@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.backend import usable_device
 from fastbert.checkpoints import files
-from fastbert.checkpoints.architectures import FAMILIES, Dialect, architectures, recognise, split
+from fastbert.checkpoints.architectures import Dialect, architectures, recognise, split
 from fastbert.checkpoints.sentence import read_sentence_files
 from fastbert.config import HF_NAMES, EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning, shown
-from fastbert.model.bert import BertModel
+from fastbert.families import FAMILIES
+from fastbert.families.keys import head_names, names_once
+from fastbert.model.body import EncoderModel
 from fastbert.model.encoder import initialise
 from fastbert.model.heads import HeadModel, body_of
-from fastbert.model.mapping import KEYS_SHOWN, head_rules, to_ours, to_theirs
+from fastbert.model.mapping import KEYS_SHOWN, to_ours, to_theirs
 
 WithHead = TypeVar("WithHead", bound=HeadModel)
-Kind = TypeVar("Kind", bound=BertModel | HeadModel)
+Kind = TypeVar("Kind", bound=EncoderModel | HeadModel)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -59,7 +61,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     frozen: bool = False,
-) -> BertModel: ...
+) -> EncoderModel: ...
 
 
 @overload
@@ -76,19 +78,19 @@ def load(
 
 def load(
     folder: str | os.PathLike[str],
-    kind: type[BertModel] | type[HeadModel] = BertModel,
+    kind: type[EncoderModel] | type[HeadModel] = EncoderModel,
     *,
     head: HeadConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     frozen: bool = False,
-) -> BertModel | HeadModel:
+) -> EncoderModel | HeadModel:
     """The model in a Hugging Face checkpoint folder, in eval mode.
 
     Args:
         folder: holds config.json and the weights: model.safetensors or pytorch_model.bin, whole or in shards. Code in a
             pickle is refused, never run.
-        kind: BertModel, or a class of `fastbert.model.heads`.
+        kind: EncoderModel, or a class of `fastbert.model.heads`.
         head: labels and the like, for a model with a head; what config.json says by default.
         dtype: floating dtype of the parameters; what the checkpoint has by default. Where it has several, that is the
             one config.json names, else the widest, and a warning says so.
@@ -96,7 +98,7 @@ def load(
         frozen: it will never train. No parameter requires a gradient, and where kernels of this CPU compute the encoder
             its weights lie only as these read them, so that they take their memory once; `Encoder.freeze` says more.
 
-    A BertModel keeps the tensors of heads on `model.origin`, and `save` writes them back. A model with a head takes
+    A EncoderModel keeps the tensors of heads on `model.origin`, and `save` writes them back. A model with a head takes
     its head from the checkpoint. Parts that are not there begin untrained, and a warning names them; so does a
     classifier of another task or of other labels. Tensors that are of no BERT are kept like those of heads, and a
     warning names them.
@@ -112,7 +114,8 @@ def load(
         raise ArgumentError("frozen", repr(frozen), "True or False")
     model, untrained = read_model(folder, kind, head=head, dtype=dtype, device=device)
     if untrained:
-        message = f"{folder} has no trained {', '.join(untrained)} for {kind.__name__}: train the model before use"
+        name = model.origin.dialect.class_name(kind)
+        message = f"{folder} has no trained {', '.join(untrained)} for {name}: train the model before use"
         warnings.warn(message, UntrainedWarning, stacklevel=2)
     if frozen:
         model.requires_grad_(False)
@@ -132,12 +135,12 @@ def read_model(
     if dtype not in (None, *DTYPES):
         expected = "a floating torch.dtype of 16, 32 or 64 bits, or None for the checkpoint's own"
         raise ArgumentError("dtype", repr(dtype), expected, "Write torch.float32, say.")
-    if not (isinstance(kind, type) and issubclass(kind, (BertModel, HeadModel))):
-        raise ArgumentError("kind", shown(kind), "BertModel or one of fastbert.BertFor...: the class, not its name")
+    if not (isinstance(kind, type) and issubclass(kind, (EncoderModel, HeadModel))):
+        raise ArgumentError("kind", shown(kind), "EncoderModel or one of fastbert.BertFor...: the class, not its name")
     if device is not None:
         device = usable_device(device)
     if head is not None and not issubclass(kind, HeadModel):
-        raise ArgumentError("head", head, "None for a BertModel", "Name one of fastbert.BertFor... as kind.")
+        raise ArgumentError("head", head, "None for an EncoderModel", "Name one of fastbert.BertFor... as kind.")
     folder = files.checkpoint_folder(folder)
     raw_config = files.read_config(folder)
     state = files.read_tensors(folder)
@@ -152,27 +155,24 @@ def read_model(
         raise CheckpointError(f"{folder / files.CONFIG}: {name}", error.got, error.expected, error.mend) from error
     _check_sizes(config, state, folder / files.CONFIG)
 
-    taken: list[str] | None = None
     fresh: list[str] = []
     with torch.device("meta"):
         if issubclass(kind, HeadModel):
             assert known_head is not None
-            model: BertModel | HeadModel = kind(config, head or known_head)
-            taken = _trained_parts(
-                kind, raw_config, state, same_labels=head is None or head.labels == known_head.labels
-            )
-            fresh = [part for part in kind.parts if part not in taken]
-            if kind.pooler and not dialect.pooler:
+            with_head = kind(config, head or known_head)
+            model: EncoderModel | HeadModel = with_head
+            same_labels = head is None or head.labels == known_head.labels
+            taken = _trained_parts(dialect, kind, raw_config, state, same_labels=same_labels)
+            fresh = [part for part in with_head.own_parts() if part not in taken]
+            if with_head.bert.pooler is not None and not dialect.pooler:
                 fresh.append("bert.pooler")
-            body = replace(dialect, pooler=kind.pooler and dialect.pooler)
         else:
-            model = BertModel(config, pooler=dialect.pooler)
-            body = dialect
-    rules = body.rules(config.num_layers, taken)
+            model = EncoderModel(config, pooler=dialect.pooler)
+    rules = [rule for rule in dialect.rules(model) if not any(_is_in(rule.ours[0], part) for part in fresh)]
     parts = split(state, dialect, {name for rule in rules for name in rule.theirs})
     if parts.strangers:
         names = ", ".join(parts.strangers[:KEYS_SHOWN]) + (", ..." if len(parts.strangers) > KEYS_SHOWN else "")
-        warnings.warn(f"{folder} has tensors that no {kind.__name__} computes with: {names}", stacklevel=3)
+        warnings.warn(f"{folder} has tensors that no {dialect.class_name(kind)} computes with: {names}", stacklevel=3)
     _check_finite(parts.known, folder)
     dtypes = {tensor.dtype for tensor in parts.known.values()}
     if dtype is None and len(dtypes) > 1 and dtypes <= set(DTYPES):
@@ -181,13 +181,13 @@ def read_model(
         warnings.warn(f"{folder} has tensors of {names}; the model is {dtype_name(dtype)}", stacklevel=3)
     if dtype is not None:  # transformers loads in what the config names; its versions before 5 say torch_dtype
         raw_config |= {key: dtype_name(dtype) for key in ("dtype", "torch_dtype") if key in raw_config}
-        if len(dtypes) > 1:  # q, k and v are joined
+        if len(dtypes) > 1:  # several are joined
             parts.known.update({key: tensor.to(dtype) for key, tensor in parts.known.items() if tensor.dtype in DTYPES})
     ours = to_ours(parts.known, rules)
     _check_shapes(ours, model)
     # Copies, because tensors that were read may map the file or share memory.
     ours = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in ours.items()}
-    model.load_state_dict(ours, assign=True, strict=not fresh)
+    model.load_state_dict(_for_each_name(model, ours), assign=True, strict=not fresh)
     body_of(model).encoder.join()
     for part in fresh:
         module = model.get_submodule(part).to_empty(device="cpu")
@@ -203,14 +203,14 @@ def read_model(
     if isinstance(model, HeadModel) and "predictions" in model.parts:
         _check_tied(raw_config, dialect, carried, tied)
     others = files.read_tokenizer_files(folder)
-    if isinstance(model, BertModel):  # what makes embeddings of it; a head makes something else
+    if isinstance(model, EncoderModel):  # what makes embeddings of it; a head makes something else
         others |= read_sentence_files(folder)
-    same = not fresh and head in (None, known_head) and kind.__name__ in architectures(raw_config)
-    if same or isinstance(model, BertModel):
+    same = not fresh and head in (None, known_head) and dialect.class_name(kind) in architectures(raw_config)
+    if same or isinstance(model, EncoderModel):
         carried = {key: tensor.clone() for key, tensor in carried.items() if key not in tied}
-        model.origin = Origin(body, raw_config, carried, tied, others)
+        model.origin = Origin(dialect, raw_config, carried, tied, others)
     else:
-        standard = _standard_origin(model)
+        standard = _standard_origin(model, dialect.family)
         model.origin = replace(standard, config={**raw_config, **standard.config}, others=others)
     return cast(Kind, model.eval()), [part.removeprefix("bert.") for part in fresh]
 
@@ -223,12 +223,16 @@ def trained_head(folder: str | os.PathLike[str], kind: type[HeadModel]) -> HeadC
         ArgumentError: config.json does not say which labels there are.
     """
     folder = files.checkpoint_folder(folder)
-    config = files.read_config(folder)
-    taken = _trained_parts(kind, config, files.read_tensors(folder), same_labels=True)
-    return HeadConfig.from_hf(config) if set(kind.parts) <= set(taken) else None
+    config, state = files.read_config(folder), files.read_tensors(folder)
+    dialect = recognise(config, state)
+    if (names := FAMILIES[dialect.family].heads.get(kind.__name__.removeprefix("Encoder"))) is None:
+        return None
+    wanted = {part for part in kind.parts if any(_is_in(ours, part) for ours in names)}
+    taken = _trained_parts(dialect, kind, config, state, same_labels=True)
+    return HeadConfig.from_hf(config) if wanted <= set(taken) else None
 
 
-def save(model: BertModel | HeadModel, folder: str | os.PathLike[str]) -> None:
+def save(model: EncoderModel | HeadModel, folder: str | os.PathLike[str]) -> None:
     """Write a Hugging Face checkpoint folder: config.json, model.safetensors, and the tokenizer's files if known.
 
     A model that was loaded gives back the keys, dtypes and config it came with, tensors of other heads included;
@@ -240,21 +244,51 @@ def save(model: BertModel | HeadModel, folder: str | os.PathLike[str]) -> None:
             other than a file.
         CheckpointError: the parameters are not those of the model's class.
     """
-    if not isinstance(model, BertModel | HeadModel):
+    if not isinstance(model, EncoderModel | HeadModel):
         mend = "A model of transformers has save_pretrained, and a TextEncoder has its model as `model`."
-        raise ArgumentError("model", f"a {type(model).__name__}", "a BertModel of fastbert, or one with a head", mend)
+        raise ArgumentError(
+            "model", f"a {type(model).__name__}", "an EncoderModel of fastbert, or one with a head", mend
+        )
     path = files.path_of(folder)
-    origin: Origin = model.origin or _standard_origin(model)
-    parts = model.parts if isinstance(model, HeadModel) else None
-    layers = len(body_of(model).encoder.layer)
-    tensors = to_theirs(model.state_dict(), origin.dialect.rules(layers, parts))
+    origin: Origin = model.origin or _standard_origin(model, _family_of(model))
+    state = model.state_dict()
+    tensors = to_theirs({name: state[name] for name in names_once(model)}, origin.dialect.rules(model))
     tensors |= origin.carried
     copies = {key: tensors[to].clone() for key, to in origin.tied.items()}
-    files.write(path, {**origin.config, "num_hidden_layers": layers}, tensors | copies, origin.others)
+    layers = {FAMILIES[origin.dialect.family].num_layers: len(body_of(model).encoder.layer)}
+    files.write(path, {**origin.config, **layers}, tensors | copies, origin.others)
+
+
+def _for_each_name(model: nn.Module, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`ours` under all names: of parameters that several layers share each layer has one."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first.setdefault(id(parameter), name)
+    names = ((name, first[id(parameter)]) for name, parameter in model.named_parameters(remove_duplicate=False))
+    return {name: ours[given] for name, given in names if given in ours}
+
+
+def _is_in(name: str, part: str) -> bool:
+    """Whether a parameter or module is in a module."""
+    return f"{name}.".startswith(f"{part}.")
+
+
+def _family_of(model: EncoderModel | HeadModel) -> str:
+    """Of a model that was not loaded."""
+    config = model.config
+    if not config.type_vocab_size or config != EncoderConfig.from_hf(config.to_hf()):
+        mend = "Load a checkpoint of its family, and change that."
+        raise ArgumentError("model", "a new model of another shape than BERT's", "one that BERT's config can say", mend)
+    return "bert"
 
 
 def _trained_parts(
-    kind: type[HeadModel], config: Mapping[str, Any], state: Mapping[str, Tensor], *, same_labels: bool
+    dialect: Dialect,
+    kind: type[HeadModel],
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    same_labels: bool,
 ) -> list[str]:
     """The parts of `kind` that the checkpoint has.
 
@@ -263,13 +297,17 @@ def _trained_parts(
     """
     others = tuple(task for task in CLASSIFIERS if not kind.__name__.endswith(task))
     named = architectures(config)
-    same_task = kind.__name__ in named or not any(name.endswith(others) for name in named)
-    return [
-        part
-        for part in kind.parts
-        if any(rule.theirs[0] in state for rule in head_rules([part]))
-        and (part != "classifier" or (same_labels and same_task))
-    ]
+    same_task = dialect.class_name(kind) in named or not any(name.endswith(others) for name in named)
+    names = head_names(FAMILIES[dialect.family], kind)
+    held = {
+        part for part in kind.parts for ours, theirs in names.items() if _is_in(ours, part) and _holds(state, theirs)
+    }
+    return [part for part in kind.parts if part in held and (part != "classifier" or (same_labels and same_task))]
+
+
+def _holds(state: Mapping[str, Tensor], module: str) -> bool:
+    """Whether a checkpoint has the parameter or the module of this name."""
+    return any(key in state for key in (module, f"{module}.weight", f"{module}.gamma", f"{module}.bias"))
 
 
 def _one_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -290,10 +328,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _check_sizes(config: EncoderConfig, state: Mapping[str, Tensor], path: Path) -> None:
     """Raise CheckpointError for sizes that the tensors can't have: a model of them might never be built."""
     largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
+    positions = () if config.positions == "none" else ("max_positions",)
     bounds = {
         "num_layers": (len(state), f"fewer layers than the {len(state)} tensors of the weights"),
         **dict.fromkeys(
-            ("vocab_size", "hidden_size", "intermediate_size", "max_positions", "type_vocab_size"),
+            ("vocab_size", "hidden_size", "intermediate_size", "type_vocab_size", *positions),
             (largest, f"at most {largest}, the largest size of a tensor of the weights"),
         ),
     }
@@ -325,17 +364,21 @@ def _check_tied(
             )
 
 
-def _standard_origin(model: BertModel | HeadModel) -> Origin:
-    """Of a model that was not loaded: as transformers writes it."""
-    body, prefix, fields = (
-        (model.bert, "bert.", model.head_config.to_hf()) if isinstance(model, HeadModel) else (model, "", {})
-    )
+def _standard_origin(model: EncoderModel | HeadModel, family: str) -> Origin:
+    """Of a model that was not loaded, or with another head than its checkpoint: as transformers writes it."""
+    body, has_head = body_of(model), isinstance(model, HeadModel)
+    prefix = FAMILIES[family].prefix if has_head else ""
+    dialect = Dialect(family, prefix, old_norms=False, pooler=body.pooler is not None)
     dtype = dtype_name(body.embeddings.word.weight.dtype)
-    config = {"architectures": [type(model).__name__], "dtype": dtype, **model.config.to_hf(), **fields}
-    return Origin(Dialect("bert", prefix, old_norms=False, pooler=body.pooler is not None), config)
+    config: dict[str, Any] = {"architectures": [dialect.class_name(type(model))], "dtype": dtype}
+    if family == "bert":
+        config |= model.config.to_hf()
+    if isinstance(model, HeadModel):
+        config |= model.head_config.to_hf()
+    return Origin(dialect, config)
 
 
-def _check_shapes(ours: Mapping[str, Tensor], model: BertModel | HeadModel) -> None:
+def _check_shapes(ours: Mapping[str, Tensor], model: EncoderModel | HeadModel) -> None:
     parameters = model.state_dict()
     for name in ours:
         parameter = parameters[name]

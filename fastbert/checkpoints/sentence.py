@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastbert.checkpoints import files
 from fastbert.checkpoints.fields import Fields
 from fastbert.errors import CheckpointError, shown
-from fastbert.model.sentence import ACTIVATIONS, Dense, Embedder, Mode
+from fastbert.model.sentence import ACTIVATIONS, SIMILARITIES, Dense, Embedder, LayerNorm, Mode
 
 MODULES = "modules.json"
 # The transformer's settings; the first of these that is there, whatever the transformer.
@@ -35,8 +35,11 @@ _MODES: Mapping[str, Mode] = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# Classes of the first module, of the second, and of those after it.
+_KNOWN = ("Transformer", "BERT"), ("Pooling",), ("Dense", "LayerNorm", "Normalize", "Dropout")
 _IN_FOLDER = re.compile(r"\w[\w.-]*")
 _SENTENCE = "sentence_embedding"  # what a module reads and writes, where its config names it
+_INPUTS = ("module_input_name", "module_output_name")
 # What the transformer's settings may say beside the two that are read: what they say by default.
 _USUAL: Mapping[str, Any] = {
     "transformer_task": "feature-extraction",
@@ -47,21 +50,25 @@ _USUAL: Mapping[str, Any] = {
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How texts become embeddings, as a folder has it; without sentence-transformers' files the mean, of length 1.
+    """How texts become embeddings, as a folder has it.
 
     Attributes:
-        embedder: what makes embeddings of hidden states.
+        embedder: what makes embeddings of hidden states; None where the folder has no modules to say it.
         max_length: most tokens of a text, special ones included; None where the folder sets no limit here.
         lower_case: texts are lowercased before the tokenizer gets them.
         prompts: what may be put before texts, by name.
         prompt_name: of the prompt that is put there by default; None for none.
+        truncate_dim: how many columns of an embedding are kept; None for all.
+        similarity: how alike embeddings are, a key of `SIMILARITIES`.
     """
 
-    embedder: Embedder = field(default_factory=Embedder)
+    embedder: Embedder | None = None
     max_length: int | None = None
     lower_case: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
     prompt_name: str | None = None
+    truncate_dim: int | None = None
+    similarity: str = "cosine"
 
 
 def read_recipe(folder: Path, device: torch.device | str) -> tuple[Path, Recipe]:
@@ -75,13 +82,16 @@ def read_recipe(folder: Path, device: torch.device | str) -> tuple[Path, Recipe]
     names, places = _modules(folder)
     transformer = places[0]
     settings = _settings(transformer)
-    prompts, prompt_name = _prompts(folder / PROMPTS)
+    defaults = _defaults(folder / PROMPTS)
+    prompts, prompt_name = _prompts(defaults)
     return transformer, Recipe(
         _embedder(names[1:], places[1:], device),
         settings.whole("max_seq_length", 0, least=1) or None,
         settings.flag("do_lower_case", False),
         prompts,
         prompt_name,
+        defaults.whole("truncate_dim", 0, least=1) or None,
+        defaults.text("similarity_fn_name", "cosine", SIMILARITIES),
     )
 
 
@@ -138,9 +148,13 @@ def _modules(folder: Path) -> tuple[list[str], list[Path]]:
         if place.is_absolute() or ".." in place.parts or "\\" in str(place):
             raise fields.error("path", "a folder in this one")
         name = kind.rpartition(".")[2]
-        known = ("Transformer", "BERT") if i == 0 else ("Pooling",) if i == 1 else ("Dense", "Normalize", "Dropout")
+        known = _KNOWN[min(i, 2)]
         if not kind.startswith("sentence_transformers.") or name not in known:
-            mend = "fastbert serves a Transformer, a Pooling, and then Dense and Normalize."
+            mend = "fastbert serves a Transformer, a Pooling, and then Dense, LayerNorm and Normalize."
+            if name in ("Router", "Asym"):
+                mend = (
+                    "It has an encoder for each kind of text: save the modules of one route as a folder of their own."
+                )
             raise CheckpointError(f"{path}: module {i}", kind or "no type", " or ".join(known), mend)
         names.append(name)
         places.append(folder / place)
@@ -150,18 +164,22 @@ def _modules(folder: Path) -> tuple[list[str], list[Path]]:
 
 
 def _embedder(names: list[str], places: list[Path], device: torch.device | str) -> Embedder:
-    pooling = _pooling(places[0])
+    read: Mapping[str, Callable[[Path, torch.device | str], Callable[[Tensor], Tensor]]] = {
+        "Dense": _dense,
+        "LayerNorm": _layer_norm,
+        "Normalize": _normalise,
+    }
     layers = [
-        _dense(place, device) if name == "Dense" else _normalise(place)
+        read[name](place, device)
         for name, place in zip(names[1:], places[1:], strict=True)
         if name != "Dropout"  # which does nothing but in training
     ]
-    normalise = bool(layers) and layers[-1] is F.normalize
-    return Embedder(pooling, tuple(layers[:-1] if normalise else layers), normalise)
+    return Embedder(_pooling(places[0]), tuple(layers))
 
 
 def _pooling(folder: Path) -> tuple[Mode, ...]:
-    fields = Fields(str(folder / files.CONFIG), files.read_config(folder))
+    sizes = ("embedding_dimension", "word_embedding_dimension")  # told by the model itself
+    fields = _module(folder, ("pooling_mode", "include_prompt", *_MODES, *sizes))
     if not fields.flag("include_prompt", True):
         raise fields.error("include_prompt", "true: a prompt is pooled like the rest of a text")
     given = fields.values.get("pooling_mode")
@@ -174,20 +192,45 @@ def _pooling(folder: Path) -> tuple[Mode, ...]:
 
 
 def _dense(folder: Path, device: torch.device | str) -> Dense:
-    fields = Fields(str(folder / files.CONFIG), files.read_config(folder))
+    sizes = ("in_features", "out_features")
+    fields = _module(folder, (*sizes, "bias", "activation_function", "use_residual", *_INPUTS))
     _check_input(fields)
     if fields.flag("use_residual", False):
         raise fields.error("use_residual", "false: a residual is not served")
     activation = _activation(fields, "activation_function", "torch.nn.Tanh")
-    tensors = files.read_tensors(folder)
     biased = fields.flag("bias", True)
     shape = (fields.whole("out_features", 0, least=1), fields.whole("in_features", 0, least=1))
     expected = {"linear.weight": shape} | ({"linear.bias": shape[:1]} if biased else {})
+    tensors = _tensors(folder, expected, device)
+    return Dense(tensors["linear.weight"], tensors.get("linear.bias"), activation)
+
+
+def _layer_norm(folder: Path, device: torch.device | str) -> LayerNorm:
+    shape = (_module(folder, ("dimension",)).whole("dimension", 0, least=1),)
+    tensors = _tensors(folder, {"norm.weight": shape, "norm.bias": shape}, device)
+    return LayerNorm(tensors["norm.weight"], tensors["norm.bias"])
+
+
+def _tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], device: torch.device | str) -> dict[str, Tensor]:
+    """The tensors of a module, float32 on `device`; CheckpointError where they have other names or shapes."""
+    tensors = files.read_tensors(folder)
     got = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if got != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise CheckpointError(str(folder), f"tensors {shown(got)}", f"floating {expected}, as {files.CONFIG} says")
-    copies = {key: tensor.to(device, torch.float32, copy=True) for key, tensor in tensors.items()}
-    return Dense(copies["linear.weight"], copies.get("linear.bias"), activation)
+    return {key: tensor.to(device, torch.float32, copy=True) for key, tensor in tensors.items()}
+
+
+def _module(folder: Path, known: Collection[str]) -> Fields:
+    """The settings of a module, with a warning about those that are not `known`."""
+    fields = Fields(str(folder / files.CONFIG), files.read_config(folder))
+    _warn_of_unread(fields, known)
+    return fields
+
+
+def _warn_of_unread(fields: Fields, known: Collection[str]) -> None:
+    for name, value in fields.values.items():
+        if name not in known and value not in (None, {}, []):
+            warnings.warn(f"{fields.source}: {name} is not read by fastbert: {shown(value)}", stacklevel=2)
 
 
 def _activation(fields: Fields, name: str, default: str) -> str:
@@ -198,14 +241,14 @@ def _activation(fields: Fields, name: str, default: str) -> str:
     return activation
 
 
-def _normalise(folder: Path) -> Callable[[Tensor], Tensor]:
+def _normalise(folder: Path, _: torch.device | str) -> Callable[[Tensor], Tensor]:
     if files.has(folder / files.CONFIG):  # versions before 5.2 write none, and no folder
-        _check_input(Fields(str(folder / files.CONFIG), files.read_config(folder)))
+        _check_input(_module(folder, _INPUTS))
     return F.normalize
 
 
 def _check_input(fields: Fields) -> None:
-    for name in ("module_input_name", "module_output_name"):
+    for name in _INPUTS:
         if fields.text(name, _SENTENCE) != _SENTENCE:
             raise fields.error(name, repr(_SENTENCE))
 
@@ -216,17 +259,20 @@ def _settings(folder: Path) -> Fields:
     for name, value in fields.values.items():
         if name in _USUAL and value not in (None, _USUAL[name]):
             raise fields.error(name, shown(_USUAL[name]))
-        if name not in ("max_seq_length", "do_lower_case", "unpad_inputs", *_USUAL) and value not in (None, {}, []):
-            warnings.warn(f"{path}: {name} is not read by fastbert: {shown(value)}", stacklevel=3)
+    _warn_of_unread(fields, ("max_seq_length", "do_lower_case", "unpad_inputs", *_USUAL))
     return fields
 
 
-def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
-    if not files.has(path):
-        return {}, None
-    fields = Fields(str(path), files.read_json(path))
+def _defaults(path: Path) -> Fields:
+    fields = Fields(str(path), files.read_json(path) if files.has(path) else {})
     if fields.text("model_type", "SentenceTransformer") != "SentenceTransformer":
         raise fields.error("model_type", "'SentenceTransformer': one embedding for each text")
+    read = ("prompts", "default_prompt_name", "truncate_dim", "similarity_fn_name")
+    _warn_of_unread(fields, ("__version__", "model_type", *read))
+    return fields
+
+
+def _prompts(fields: Fields) -> tuple[dict[str, str], str | None]:
     prompts = {name: "" if prompt is None else prompt for name, prompt in fields.mapping("prompts").items()}
     if not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise fields.error("prompts", "strings by their names")

@@ -1,8 +1,11 @@
-"""attention of packed sequences on a CPU: forward, without bias, window or dropout.
+"""attention of packed sequences on a CPU: forward, without bias or dropout.
 
 A task is a head of a sequence. Its keys are transposed once, so that scores are made for a vector of keys at a time;
 then `Vectors.queries` queries after as many go through scores, softmax and the sum of values, all of it in the nearest
 cache. bfloat16 is multiplied by pairs: two neighbours of a head for the scores, two keys for the sum of values.
+
+What else a score depends on is compiled in where it is asked for: `Places`. Keys that no query of a block sees through
+a window are not visited. Queries and keys are turned by rotary positions as they are copied.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache, partial, reduce
+from typing import NamedTuple
 
 import torch
 from llvmlite import ir
@@ -18,14 +22,17 @@ from torch import Tensor
 from fastbert.cpu.code import Code
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.maths import exp2
-from fastbert.cpu.memory import INT32, PerWorker
+from fastbert.cpu.memory import FLOAT32, INT32, Argument, PerWorker
 from fastbert.cpu.program import Call, Kernel, compiled, float_bits
 from fastbert.cpu.values import (
     F32,
     I16,
     I32,
     Value,
+    absolute,
     bitcast,
+    fma,
+    from_bfloat16,
     greatest_lane,
     interleaved,
     maximum,
@@ -33,23 +40,75 @@ from fastbert.cpu.values import (
     select,
     sum_of_lanes,
     to_bfloat16,
+    to_float,
     to_int32,
     transposed,
     widened,
 )
 
 PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
+LOG2E = math.log2(math.e)
+# Powers of 2 from which on down a weight beside the greatest is 0, and so are those of keys that may not be seen.
+UNSEEN = 126.0
+
+
+class Places(NamedTuple):
+    """What the kernel is compiled for beside content: in which ways a score depends on where its query and key are."""
+
+    window: bool = False
+    alibi: bool = False
+    relative: bool = False
+    rotary: bool = False
+
+    @property
+    def added(self) -> bool:
+        """Whether something is added to the scaled scores."""
+        return self.alibi or self.relative
+
+    @property
+    def scored(self) -> bool:
+        """Whether a score is other than its query and key make it."""
+        return self.window or self.added
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the arguments that are read for them."""
+        read = {
+            "window": self.window,
+            "slopes": self.alibi,
+            "table": self.relative,
+            "table_places": self.relative,
+            "angles": self.rotary,
+        }
+        return tuple(name for name, wanted in read.items() if wanted)
 
 
 def attention_forward(
-    machine: Machine, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor
+    machine: Machine,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    out: Tensor,
+    *,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative: Tensor | None = None,
+    angles: Tensor | None = None,
 ) -> Call:
     """Softmax(q k^T scale) v of each head of each sequence.
 
     Args:
         qkv: contiguous `[rows, 3, heads, head_dim]`, float32, or bfloat16 where the machine multiplies it.
         cu_seqlens: int32 `[batch + 1]`.
+        scale: positive.
         out: contiguous `[rows, heads, head_dim]` <- the result; rows past the last sequence are not written.
+        window: only keys at most this many places away are seen, 0 or more.
+        alibi_slopes: contiguous float32 `[heads]`; `slope * |row - column|` is taken off the scaled scores of its head.
+        relative: contiguous float32 `[heads, 2 * places - 1]`, places >= max_seqlen; its number
+            `places - 1 + column - row` is added to the scaled score of a row and a column. -inf hides a key from a row.
+        angles: contiguous float32 `[places, 2, head_dim / 2]`, places >= max_seqlen, head_dim even; queries and keys
+            are turned by them first, see `ops.rotary.angles_of_places`.
     """
     heads, head_dim = qkv.shape[2:]
     lanes = machine.vectors.lanes
@@ -57,8 +116,20 @@ def attention_forward(
     columns = -(-head_dim // lanes) * lanes
     # the transposed keys, the values, the queries and the scores
     worker_bytes = 4 * (2 * width * columns + machine.vectors.queries * (columns + width))
+    places = Places(window is not None, alibi_slopes is not None, relative is not None, angles is not None)
+    given: dict[str, Argument] = {}
+    if window is not None:
+        given["window"] = min(window, max_seqlen)
+    if alibi_slopes is not None:
+        given["slopes"] = (alibi_slopes, FLOAT32, heads)
+    if relative is not None:
+        given["table_places"] = known = (relative.shape[1] + 1) // 2
+        given["table"] = (relative, FLOAT32, heads * (2 * max(known, max_seqlen) - 1))
+    if angles is not None:
+        given["angles"] = (angles, FLOAT32, max_seqlen * head_dim)
+        worker_bytes += 4 * lanes * columns  # keys that are turned and not yet transposed
     batch = len(cu_seqlens) - 1
-    return _kernel(machine, head_dim, qkv.dtype)(
+    return _kernel(machine, head_dim, qkv.dtype, places)(
         batch * heads,
         qkv=(qkv, machine.dtypes, qkv.numel()),
         out=(out, (qkv.dtype,), qkv.numel() // 3),
@@ -66,16 +137,18 @@ def attention_forward(
         scratch=PerWorker(worker_bytes),
         worker_bytes=worker_bytes,
         heads=heads,
-        scale=float_bits(scale * math.log2(math.e)),
+        scale=float_bits(scale * LOG2E),
+        **given,
     )
 
 
 @cache
-def _kernel(machine: Machine, head_dim: int, dtype: torch.dtype) -> Kernel:
-    return compiled(machine, "attention_forward", PARAMETERS, partial(_attend, head_dim=head_dim, dtype=dtype))
+def _kernel(machine: Machine, head_dim: int, dtype: torch.dtype, places: Places) -> Kernel:
+    body = partial(_attend, head_dim=head_dim, dtype=dtype, places=places)
+    return compiled(machine, "attention_forward", PARAMETERS + places.parameters, body)
 
 
-def _attend(code: Code, head_dim: int, dtype: torch.dtype) -> None:
+def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> None:
     lanes, rows, dot = code.lanes, code.machine.vectors.queries, code.dot(dtype)
     bfloat16, size = dtype == torch.bfloat16, dtype.itemsize
     depth = -(-head_dim // 2) if bfloat16 else head_dim  # 32-bit words of a head
@@ -99,6 +172,12 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype) -> None:
     scores = queries + 4 * rows * blocks * lanes
     values = scores + width * (4 * rows)
     last = length - 1
+    # What is added to a score before it is scaled; added after, it would be to one that is rounded once more.
+    unscaled = code.scalar(LOG2E) / code.float_of("scale") if places.added else None
+    slope = code.load(code["slopes"] + head * 4, F32) * unscaled if unscaled is not None and places.alibi else None
+    turned_keys = keys  # of `lanes` keys, which will be transposed; there with rotary positions only
+    if places.rotary:
+        turned_keys = keys + code["worker_bytes"] - 4 * lanes * blocks * lanes
 
     def words_of(start: Value, block: int) -> Value:
         """Words `[lanes]` of the head that begins at an address; past its end 0."""
@@ -109,12 +188,33 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype) -> None:
         halves = code.load_first(place, I16, min(2 * lanes, head_dim - 2 * block * lanes), 2 * lanes)
         return bitcast(halves, ir.VectorType(I32, lanes))
 
+    def turn(head_at: Value, place: Value, turned_at: Value) -> None:
+        """A query or key, as rotary positions turn it at its place in the sequence, rounded once -> at an address."""
+        half = head_dim // 2
+        for c in range(0, half, lanes):
+            count = min(lanes, half - c)
+            at = [c, c + half]  # which columns turn together
+            cos, sin = (code.load_first(code["angles"] + place * (8 * half) + 4 * n, F32, count, lanes) for n in at)
+            if bfloat16:
+                one, other = (from_bfloat16(code.load_first(head_at + 2 * n, I16, count, lanes)) for n in at)
+            else:
+                one, other = (code.load_first(head_at + 4 * n, F32, count, lanes) for n in at)
+            for n, x in zip(at, (fma(-other, sin, one * cos), fma(one, sin, other * cos)), strict=True):
+                code.store(to_bfloat16(x) if bfloat16 else x, turned_at + size * n, count)
+
     def transpose(j: Value) -> None:
         """Words `[lanes keys, depth]` -> `[j / (2 lanes), depth, 2 lanes]` of all keys."""
         tile = keys + (j // (2 * lanes)) * (4 * blocks * lanes * 2 * lanes) + (j % (2 * lanes)) * 4
+        if places.rotary:
+            for i in range(lanes):
+                place = minimum(j + i, last)
+                turn(key + place * row_bytes, place, turned_keys + 4 * i * blocks * lanes)
         for block in range(blocks):
             count = min(lanes, depth - block * lanes)
-            words = [words_of(key + minimum(j + i, last) * row_bytes, block) for i in range(lanes)]  # [lanes, count]
+            if places.rotary:
+                words = [words_of(turned_keys + 4 * i * blocks * lanes, block) for i in range(lanes)]  # [lanes, count]
+            else:
+                words = [words_of(key + minimum(j + i, last) * row_bytes, block) for i in range(lanes)]
             for i, column in enumerate(transposed(words)[:count]):
                 code.store(column, tile + 4 * 2 * lanes * (block * lanes + i))
 
@@ -144,11 +244,38 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype) -> None:
         code.loop(0, length, 1, copy)
 
     def attend_rows(i: Value) -> None:
-        places = [minimum(i + r, last) for r in range(rows)]  # the last row again where there are no more
-        for r, place in enumerate(places):
+        here = [minimum(i + r, last) for r in range(rows)]  # the last row again where there are no more
+        for r, place in enumerate(here):
+            if places.rotary:
+                turn(query + place * row_bytes, place, queries + 4 * r * blocks * lanes)
+                continue
             for block in range(blocks):
                 words = words_of(query + place * row_bytes, block)
                 code.store(words, queries + 4 * (r * blocks + block) * lanes)
+
+        begin: Value | int
+        if places.window:
+            window = code["window"]
+            begin = select(i < window, code.number(0), i - window) // (2 * lanes) * (2 * lanes)
+            end = minimum((i + window + (rows + lanes - 1)) // lanes * lanes, width)
+            middle = begin + (end - begin) // (2 * lanes) * (2 * lanes)
+        else:
+            begin, middle, end = 0, pairs, width
+
+        def placed(vector: Value, j: Value, r: int) -> Value:
+            """Scores of row `r` and keys from j on with what is added; -inf where there is none to be seen."""
+            column = code.splat(to_int32(j)) + code.lane_numbers()
+            away = to_float(column) - code.splat(to_float(to_int32(here[r])))
+            there = column < code.splat(to_int32(length))
+            if slope is not None:
+                vector = fma(-absolute(away), code.splat(slope), vector)
+            if unscaled is not None and places.relative:
+                known = code["table_places"]
+                at = code["table"] + (head * (known * 2 - 1) + known - 1 + j - here[r]) * 4
+                vector = fma(code.load_where(at, F32, there), code.splat(unscaled), vector)
+            if places.window:
+                vector = select(code.splat(to_float(to_int32(code["window"]))) < absolute(away), -math.inf, vector)
+            return select(there, vector, code.vector(-math.inf))
 
         def score(j: Value, *greatest: Value, halves: int) -> Sequence[Value]:
             """Scores of so many vectors of keys, `[j / lanes, rows, lanes]`, and the greatest in each lane of a row."""
@@ -166,18 +293,22 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype) -> None:
             following = []
             for r in range(rows):
                 row = totals[halves * r : halves * r + halves]
+                if places.scored:
+                    row = [placed(vector, j + half * lanes, r) for half, vector in enumerate(row)]
                 for half, vector in enumerate(row):
                     code.store(vector, scores + j * (4 * rows) + 4 * (half * rows + r) * lanes)
                 following.append(reduce(maximum, row, greatest[r]))
             return following
 
-        # keys past the last are copies of it, so that they change no row's greatest score
+        # keys past the last are copies of it, so that they change no row's greatest score; `placed` makes them -inf
         lowest = [code.vector(-math.inf)] * rows
-        greatest = code.loop(0, pairs, 2 * lanes, partial(score, halves=2), *lowest)
-        greatest = code.loop(pairs, width, lanes, partial(score, halves=1), *greatest)
+        greatest = code.loop(begin, middle, 2 * lanes, partial(score, halves=2), *lowest)
+        greatest = code.loop(middle, end, lanes, partial(score, halves=1), *greatest)
         scale = code.splat(code.float_of("scale"))
         numbers = code.lane_numbers()
         shifts = [code.splat(greatest_lane(row)) for row in greatest]
+        if places.scored:  # a row that may attend nothing: 0, not NaN, everywhere
+            shifts = [maximum(shift, -3e38) for shift in shifts]
 
         def exponentials(j: Value, *totals: Value, masked: bool) -> Sequence[Value]:
             """Of `lanes` keys of each row, in the place of their scores; 0 past the last key, if there are such."""
@@ -185,16 +316,24 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype) -> None:
             for r in range(rows):
                 place = scores + j * (4 * rows) + 4 * r * lanes
                 # The difference first: the rounding of a product of scores in the billions is more than 2^x can take.
-                power = exp2(code, (code.load(place, F32, lanes) - shifts[r]) * scale)
-                if masked:
+                exponent = (code.load(place, F32, lanes) - shifts[r]) * scale
+                power = exp2(code, exponent)
+                if places.scored:
+                    power = select(exponent < -UNSEEN, 0.0, power)
+                elif masked:
                     power = select(numbers < code.splat(to_int32(length - j)), power, code.vector())
                 code.store(to_bfloat16(power) if bfloat16 else power, place)
                 following.append(totals[r] + power)
             return following
 
-        whole = length // lanes * lanes
-        totals = code.loop(0, whole, lanes, partial(exponentials, masked=False), *[code.vector()] * rows)
-        sums = code.loop(whole, width, lanes, partial(exponentials, masked=True), *totals)
+        zeros = [code.vector()] * rows
+        if places.scored:
+            sums = code.loop(begin, end, lanes, partial(exponentials, masked=False), *zeros)
+            beyond = minimum(end, length)
+        else:
+            whole, beyond = length // lanes * lanes, length
+            totals = code.loop(0, whole, lanes, partial(exponentials, masked=False), *zeros)
+            sums = code.loop(whole, width, lanes, partial(exponentials, masked=True), *totals)
 
         for c in range(0, columns, 2):
             group = range(c, min(c + 2, columns))
@@ -215,9 +354,11 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype) -> None:
                 count = minimum(length - j, lanes)
                 return code.loop(0, (count + 1) // 2 if bfloat16 else count, 1, multiply, *totals)
 
-            totals = code.loop(0, length, lanes, sum_values, *[code.vector()] * (rows * len(group)))
-            for r, place in enumerate(places):
-                factor = code.splat(code.scalar(1.0) / sum_of_lanes(sums[r]))
+            totals = code.loop(begin, beyond, lanes, sum_values, *[code.vector()] * (rows * len(group)))
+            for r, place in enumerate(here):
+                total = sum_of_lanes(sums[r])
+                factor = code.scalar(1.0) / total
+                factor = code.splat(select(total < 0.5, 0.0, factor) if places.scored else factor)
                 for n, column in enumerate(group):
                     result = totals[r * len(group) + n] * factor
                     if bfloat16:

@@ -131,9 +131,15 @@ class Code:
         """A vector of `lanes`, of which the first `count` are read and the others are 0."""
         if count == lanes:
             return self.load(address, type_, lanes)
-        vector = ir.VectorType(type_, lanes)
         mask = ir.Constant(ir.VectorType(ir.IntType(1), lanes), [i < count for i in range(lanes)])
-        alignment, zeros = ir.Constant(I32, _size(type_)), ir.Constant(vector, [0] * lanes)
+        return self._load_masked(address, ir.VectorType(type_, lanes), mask)
+
+    def load_where(self, address: Value, type_: Any, mask: Value) -> Value:
+        """A vector of as many lanes as the mask has: those where it holds are read and the others are 0."""
+        return self._load_masked(address, ir.VectorType(type_, mask.type.count), mask.raw)
+
+    def _load_masked(self, address: Value, vector: Any, mask: Any) -> Value:
+        alignment, zeros = ir.Constant(I32, _size(vector.element)), ir.Constant(vector, [0] * vector.count)
         return intrinsic(
             "llvm.masked.load", vector, Value(self.builder, self._pointer(address)), alignment, mask, zeros
         )

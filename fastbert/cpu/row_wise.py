@@ -1,8 +1,9 @@
 """row_wise: all that happens to a row in one pass over it, on a CPU.
 
-    x  ->  + bias  ->  activation  ->  + residual  ->  LayerNorm  ->  as floats, as int8, or as both
+    x  ->  + bias  ->  activation  ->  times a gate  ->  + residual  ->  LayerNorm  ->  as floats, as int8, or as both
 
-Each step is there or not. A row is read once and kept as float32 in the nearest cache until it is written.
+Each step is there or not. A gate is the second half of x, which is twice as wide where there is one. A row is read once
+and kept as float32 in the nearest cache until it is written.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Steps(NamedTuple):
     x: torch.dtype
     bias: bool
     activation: Activation | None
+    gated: bool
     residual: torch.dtype | None
     finish: Finish
 
@@ -101,6 +103,7 @@ def row_wise(
     *,
     bias: Tensor | None = None,
     activation: Activation | None = None,
+    gated: bool = False,
     residual: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
@@ -109,21 +112,24 @@ def row_wise(
     """The steps that are asked for, row by row.
 
     Args:
-        x: contiguous `[rows, width]`, of a dtype of `machine.dtypes`.
-        bias: float32 `[width]`.
+        x: contiguous `[rows, width]`, where `gated` `[rows, 2 * width]`, of a dtype of `machine.dtypes`.
+        bias: float32, as wide as x.
+        activation, gated: of x, or of its first half, which is multiplied by the second.
         residual: contiguous `[rows, width]`, of a dtype of `machine.dtypes`.
         norm: LayerNorm's weight and bias, float32 `[width]`, and its eps.
-        out: contiguous `[rows, width]` <- the result, if it is wanted; may be `x` or `residual` itself.
+        out: contiguous `[rows, width]` <- the result, if it is wanted; may be `residual` itself, and `x` if not gated.
         out_int8: `[rows, width]` <- the result in 255 steps that span each row and 0, quantized before it is rounded.
     """
-    rows, width = x.shape
+    rows, halves = len(x), 2 if gated else 1
+    width = x.shape[1] // halves
     parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
-    steps = Steps(x.dtype, bias is not None, activation, None if residual is None else residual.dtype, parts)
+    added = None if residual is None else residual.dtype
+    steps = Steps(x.dtype, bias is not None, activation, gated, added, parts)
     return _kernel(machine, steps)(
         -(-rows // ROWS),
-        x=(x, machine.dtypes, rows * width),
+        x=(x, machine.dtypes, rows * halves * width),
         rows=rows,
-        bias=(bias, FLOAT32, width),
+        bias=(bias, FLOAT32, halves * width),
         residual=(residual, machine.dtypes, rows * width),
         scratch=PerWorker(parts.scratch_width * 4),
         **parts.arguments(rows, norm, out),
@@ -137,16 +143,21 @@ def _kernel(machine: Machine, steps: Steps) -> Kernel:
 
 
 def _rows(code: Code, steps: Steps) -> None:
+    width = steps.finish.width
+
+    def read_x(row: Value, column: Value, count: int) -> Value:
+        x = load_states(code, "x", steps.x, row * (2 * width if steps.gated else width) + column, count)
+        return x + code.load_first(code["bias"] + column * 4, F32, count, code.lanes) if steps.bias else x
+
     def reader(row: Value) -> Reader:
         def read(column: Value, count: int) -> Value:
-            place = row * steps.finish.width + column
-            x = load_states(code, "x", steps.x, place, count)
-            if steps.bias:
-                x = x + code.load_first(code["bias"] + column * 4, F32, count, code.lanes)
+            x = read_x(row, column, count)
             if steps.activation is not None:
                 x = activated(code, x, steps.activation)
+            if steps.gated:
+                x = x * read_x(row, column + width, count)
             if steps.residual is not None:
-                x = x + load_states(code, "residual", steps.residual, place, count)
+                x = x + load_states(code, "residual", steps.residual, row * width + column, count)
             return x
 
         return read

@@ -133,6 +133,11 @@ def fma(a: Value, b: Value | float, c: Value | float) -> Value:
     return intrinsic("llvm.fma", a.type, a, a.like(b), a.like(c))
 
 
+def absolute(x: Value) -> Value:
+    """Floats without their sign."""
+    return intrinsic("llvm.fabs", x.type, x)
+
+
 def sqrt(x: Value) -> Value:
     """The square root of floats."""
     return intrinsic("llvm.sqrt", x.type, x)

@@ -6,6 +6,7 @@ An encoder's `forward` is another function; all else of a model stays what and w
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.errors import ArgumentError, BackendError, FastbertError
-from fastbert.families.albert import ALBERT
-from fastbert.families.bert import BERT
-from fastbert.families.distilbert import DISTILBERT
+from fastbert.families import FAMILIES
 from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
 from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
@@ -27,7 +26,8 @@ from fastbert.run.parts import is_hooked
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FAMILIES = {name: family for family in (BERT, DISTILBERT, ALBERT) for name in family.encoders}
+# By the names of the classes that they compute.
+ENCODERS = {name: family for family in FAMILIES.values() for name in family.encoders}
 
 # Whose hooks gather hidden states, which it is told by us.
 TOLD = "transformers.utils.output_capturing"
@@ -77,9 +77,11 @@ class Forward:
 
         theirs, family = self.theirs, self.family
         self.output = getattr(modeling_outputs, family.output)
+        asked = inspect.signature(type(theirs).forward).parameters.get("return_dict")
+        self.return_dict = None if asked is None else asked.default
         tree = _Tree(theirs)
         self.hf = family.hf(theirs)
-        self.ours = ForeignEncoder(theirs, family.layers(theirs), family.names, family.config(self.hf))
+        self.ours = ForeignEncoder(theirs, family)
         self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
         computed = {id(part) for layer in self.layers for whole in layer.computed() for part in whole.modules()}
         entry = [] if family.entry is None else list(theirs.get_submodule(family.entry).modules())
@@ -107,7 +109,7 @@ class Forward:
         for layer in self.layers:
             if type(layer.theirs[0].get_submodule(self.family.names.activation)) is not asked:
                 return "an activation other than the config's"
-            scaling = getattr(layer.weights_dropout.parent, "scaling", None)
+            scaling = getattr(layer.attention(), "scaling", None)
             if scaling is not None and abs(scaling - self.ours.config.head_dim**-0.5) > 1e-6:
                 return "another scaling of attention's scores"
         return None
@@ -122,7 +124,7 @@ class Forward:
         if self.family.entry is not None:
             hidden_states = self.theirs.get_submodule(self.family.entry)(hidden_states)
         out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=kwargs.get("output_hidden_states"))
-        if kwargs.get("return_dict") is False:
+        if kwargs.get("return_dict", self.return_dict) is False:
             return out.to_tuple()
         return self.output(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
 
@@ -212,7 +214,7 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
     made: list[tuple[nn.Module, Forward]] = []
     for name, module in model.named_modules():
-        if (family := FAMILIES.get(_class_name(module))) is not None:
+        if (family := ENCODERS.get(_class_name(module))) is not None:
             argument = f"model.{name}" if name else "model"
             if "forward" in module.__dict__ and MARK not in module.__dict__:
                 raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
@@ -221,7 +223,7 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
             except (FastbertError, AttributeError) as error:
                 raise ArgumentError(argument, str(error), "an encoder that fastbert computes") from error
     if not made:
-        known = ", ".join(sorted(name.rpartition(".")[2] for name in FAMILIES))
+        known = ", ".join(sorted(name.rpartition(".")[2] for name in ENCODERS))
         raise ArgumentError("model", type(model).__name__, f"a model with one of these in it: {known}")
     for module, forward in made:
         if MARK in module.__dict__:  # it stays where it is, with what was wrapped around it
@@ -304,7 +306,7 @@ def _results(encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor) -> dict[
     dtype = next(encoder.parameters()).dtype
     encoder.requires_grad_(True)
     mask = torch.zeros(kept.shape, dtype=dtype, device=x.device).masked_fill(~kept, torch.finfo(dtype).min)
-    out = encoder(x.to(dtype), attention_mask=mask[:, None, None]).last_hidden_state
+    out = encoder(x.to(dtype), attention_mask=mask[:, None, None])[0]
     names, parameters = zip(*encoder.named_parameters(), strict=True)
     grads = torch.autograd.grad(out, parameters, dout.to(dtype), allow_unused=True)
     given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}

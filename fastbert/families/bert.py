@@ -1,30 +1,93 @@
-"""BERT, and the families whose encoder is the same: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA."""
+"""BERT, and ELECTRA, whose embeddings may be narrower and which has no pooler."""
 
 from __future__ import annotations
 
-from fastbert.families.names import Family, Names
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fastbert.config import EncoderConfig, HeadShape
+from fastbert.families.names import OURS, Family
+
+BODY = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "pooler": "pooler.dense",
+}
+# What transformers once wrote beside weights, and reads no more.
+NUMBERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+CLASSIFIER = {"classifier": "classifier"}
+ANSWERS = {"qa_outputs": "qa_outputs"}
+WORD = "embeddings.word_embeddings.weight"
+
+_PREDICTIONS = {
+    "predictions.dense": "cls.predictions.transform.dense",
+    "predictions.norm": "cls.predictions.transform.LayerNorm",
+    "predictions": "cls.predictions",
+}
+_NEXT = {"next_sentence": "cls.seq_relationship"}
 
 BERT = Family(
-    encoders=(
-        "bert.modeling_bert.BertEncoder",
-        "roberta.modeling_roberta.RobertaEncoder",
-        "xlm_roberta.modeling_xlm_roberta.XLMRobertaEncoder",
-        "camembert.modeling_camembert.CamembertEncoder",
-        "electra.modeling_electra.ElectraEncoder",
-    ),
+    model_types={"bert": "Bert"},
+    config=EncoderConfig.from_hf,
+    names=OURS,
+    body=BODY,
+    layer="encoder.layer.{}",
+    prefix="bert.",
+    heads={
+        "ForMaskedLM": _PREDICTIONS,
+        "ForPreTraining": {**_PREDICTIONS, **_NEXT},
+        "ForNextSentencePrediction": _NEXT,
+        "ForSequenceClassification": CLASSIFIER,
+        "ForMultipleChoice": CLASSIFIER,
+        "ForTokenClassification": CLASSIFIER,
+        "ForQuestionAnswering": ANSWERS,
+    },
+    carried=("cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.", "pooler.", *NUMBERS),
+    tied={"cls.predictions.decoder.weight": WORD, "cls.predictions.decoder.bias": "cls.predictions.bias"},
+    encoders=("bert.modeling_bert.BertEncoder",),
     output="BaseModelOutputWithPastAndCrossAttentions",
-    names=Names(
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
-        attention_output="attention.output.dense",
-        attention_norm="attention.output.LayerNorm",
-        intermediate="intermediate.dense",
-        output="output.dense",
-        output_norm="output.LayerNorm",
-        activation="intermediate.intermediate_act_fn",
-        dropout_of_weights="attention.self.dropout",
-        dropout_of_context="attention.output.dropout",
-        dropout_of_output="output.dropout",
+)
+
+
+def electra_config(given: Mapping[str, Any]) -> EncoderConfig:
+    """Of a transformers `ElectraConfig`."""
+    usual = {"hidden_size": 256, "embedding_size": 128, "num_attention_heads": 4, "intermediate_size": 1024}
+    given = {**usual, **given}
+    width = given["embedding_size"]
+    config = EncoderConfig.from_hf({**given, "embedding_size": None})
+    heads = HeadShape(transformed=("text", "choice"), activation="gelu", drop_first=True, predict="gelu")
+    return replace(config, embedding_size=None if width == config.hidden_size else width, heads=heads)
+
+
+ELECTRA = replace(
+    BERT,
+    model_types={"electra": "Electra"},
+    config=electra_config,
+    body={**BODY, "embeddings.project": "embeddings_project"},
+    prefix="electra.",
+    heads={
+        "ForMaskedLM": {
+            "predictions.dense": "generator_predictions.dense",
+            "predictions.norm": "generator_predictions.LayerNorm",
+            "predictions.bias": "generator_lm_head.bias",
+        },
+        "ForSequenceClassification": {"transform.dense": "classifier.dense", "classifier": "classifier.out_proj"},
+        "ForMultipleChoice": {"transform.dense": "sequence_summary.summary", "classifier": "classifier"},
+        "ForTokenClassification": CLASSIFIER,
+        "ForQuestionAnswering": ANSWERS,
+    },
+    carried=(
+        "generator_predictions.",
+        "generator_lm_head.",
+        "discriminator_predictions.",
+        "sequence_summary.",
+        "classifier.",
+        "qa_outputs.",
+        *NUMBERS,
     ),
+    tied={"generator_lm_head.weight": WORD},
+    encoders=("electra.modeling_electra.ElectraEncoder",),
 )

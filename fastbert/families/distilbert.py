@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from fastbert.config import EncoderConfig
+from fastbert.config import EncoderConfig, HeadShape
+from fastbert.families.bert import ANSWERS, CLASSIFIER, NUMBERS, WORD
 from fastbert.families.names import Family, Names
 
 
@@ -13,25 +16,32 @@ def hf(encoder: Any) -> Any:
     return encoder.layer[0].attention.config
 
 
-def config(hf: Any) -> EncoderConfig:
-    """Of a transformers `DistilBertConfig`, which has names of its own."""
-    given = hf.to_dict()
-    named = {
-        "hidden_size": given["dim"],
-        "num_hidden_layers": given["n_layers"],
-        "num_attention_heads": given["n_heads"],
-        "intermediate_size": given["hidden_dim"],
-        "hidden_act": given["activation"],
-        "layer_norm_eps": 1e-12,
-        "hidden_dropout_prob": given["dropout"],
-        "attention_probs_dropout_prob": given["attention_dropout"],
-    }
-    same = ("vocab_size", "max_position_embeddings", "pad_token_id", "initializer_range")
-    return EncoderConfig.from_hf({**named, **{name: given[name] for name in same if name in given}})
+# Its names of BERT's fields, and their values by default.
+_FIELDS = {
+    "dim": ("hidden_size", 768),
+    "n_layers": ("num_hidden_layers", 6),
+    "n_heads": ("num_attention_heads", 12),
+    "hidden_dim": ("intermediate_size", 3072),
+    "activation": ("hidden_act", "gelu"),
+    "dropout": ("hidden_dropout_prob", 0.1),
+    "attention_dropout": ("attention_probs_dropout_prob", 0.1),
+}
 
+
+def config(given: Mapping[str, Any]) -> EncoderConfig:
+    """Of a transformers `DistilBertConfig`."""
+    named = {theirs: given.get(name, usual) for name, (theirs, usual) in _FIELDS.items()}
+    same = ("vocab_size", "max_position_embeddings", "pad_token_id", "initializer_range")
+    read = EncoderConfig.from_hf({**named, **{name: given[name] for name in same if name in given}})
+    heads = HeadShape(transformed=("text", "choice"), activation="relu")
+    return replace(read, type_vocab_size=0, heads=heads)
+
+
+_TRANSFORMED = {"transform.dense": "pre_classifier", "classifier": "classifier"}
 
 DISTILBERT = Family(
-    encoders=("distilbert.modeling_distilbert.Transformer",),
+    model_types={"distilbert": "DistilBert"},
+    config=config,
     names=Names(
         query="attention.q_lin",
         key="attention.k_lin",
@@ -46,6 +56,27 @@ DISTILBERT = Family(
         dropout_of_context=None,
         dropout_of_output="ffn.dropout",
     ),
+    body={
+        "embeddings.word": "embeddings.word_embeddings",
+        "embeddings.position": "embeddings.position_embeddings",
+        "embeddings.norm": "embeddings.LayerNorm",
+    },
+    layer="transformer.layer.{}",
+    prefix="distilbert.",
+    heads={
+        "ForMaskedLM": {
+            "predictions.dense": "vocab_transform",
+            "predictions.norm": "vocab_layer_norm",
+            "predictions": "vocab_projector",
+        },
+        "ForSequenceClassification": _TRANSFORMED,
+        "ForMultipleChoice": _TRANSFORMED,
+        "ForTokenClassification": CLASSIFIER,
+        "ForQuestionAnswering": ANSWERS,
+    },
+    carried=("vocab_", "pre_classifier.", "classifier.", "qa_outputs.", *NUMBERS),
+    tied={"vocab_projector.weight": WORD},
+    num_layers="n_layers",
+    encoders=("distilbert.modeling_distilbert.Transformer",),
     hf=hf,
-    config=config,
 )

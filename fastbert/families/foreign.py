@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fastbert.config import EncoderConfig
-from fastbert.families.names import Names
+from fastbert.families.names import Family, Names
 from fastbert.model.encoder import Encoder
 from fastbert.model.layer import Layer, probability
 from fastbert.ops.common import observed
@@ -46,8 +46,8 @@ class Place(NamedTuple):
         return found
 
 
-class ForeignAttention(SelfAttention):
-    """Queries, keys and values at these places; see `SelfAttention`."""
+class ForeignLinears(SelfAttention):
+    """The linear layers at these places as one product: queries, keys and values, or a gate; see `SelfAttention`."""
 
     def __init__(self, places: Sequence[Place]) -> None:
         Group.__init__(self)
@@ -59,7 +59,7 @@ class ForeignAttention(SelfAttention):
         """See SelfAttention."""
         return [place.get() for place in self.places]
 
-    def _copied(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _copied(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """What was moved or cast since is moved together again, and no copy; see SelfAttention."""
         if not observed():
             self.join()
@@ -68,7 +68,7 @@ class ForeignAttention(SelfAttention):
         return self.joined()
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
-        """Those of the three."""
+        """Those of them all."""
         for linear in self.linears():
             yield from linear.parameters(recurse)
 
@@ -78,17 +78,39 @@ class ForeignAttention(SelfAttention):
 
 
 class ForeignLayer(Layer):
-    """A layer of someone else's; see `Names`."""
+    """Layer `i` of someone else's; see `Names`.
 
-    def __init__(self, theirs: nn.Module, names: Names, config: EncoderConfig) -> None:
-        super().__init__(layer_steps(config))
+    Args:
+        theirs: their layer.
+        shared: what all layers read, by its name in the steps.
+        following: where the LayerNorm after the layer is, if it is not in it.
+    """
+
+    def __init__(
+        self,
+        theirs: nn.Module,
+        i: int,
+        names: Names,
+        config: EncoderConfig,
+        shared: dict[str, Place],
+        following: Place | None,
+    ) -> None:
+        super().__init__(layer_steps(config, i))
         self.theirs = (theirs,)  # in a tuple, for a module would become a child
-        self.qkv = (ForeignAttention([Place.of(theirs, path) for path in (names.query, names.key, names.value)]),)
         self.places = {
-            part: Place.of(theirs, getattr(names, part))
-            for part in ("attention_output", "attention_norm", "intermediate", "output", "output_norm")
+            part: Place.of(theirs, getattr(names, part)) for part in ("attention_output", "attention_norm", "output")
         }
-        self.weights_dropout = Place.of(theirs, names.dropout_of_weights)
+        self.places["output_norm"] = Place.of(theirs, names.output_norm) if following is None else following
+        self.places |= shared
+        self.joined: tuple[tuple[str, ForeignLinears], ...] = ()
+        several = names.intermediate if isinstance(names.intermediate, tuple) else (names.intermediate,)
+        for part, paths in (("qkv", (names.query, names.key, names.value)), ("intermediate", several)):
+            places = [Place.of(theirs, path) for path in dict.fromkeys(paths)]
+            if len(places) == 1:
+                self.places[part] = places[0]
+            else:
+                self.joined += ((part, ForeignLinears(places)),)
+        self.dropout_of_weights = names.dropout_of_weights
         self.other_dropouts = [
             None if path is None else Place.of(theirs, path)
             for path in (names.dropout_of_context, names.dropout_of_output)
@@ -96,18 +118,24 @@ class ForeignLayer(Layer):
 
     def parts(self) -> dict[str, nn.Module]:
         """See Layer."""
-        return {"qkv": self.qkv[0], **{part: place.get() for part, place in self.places.items()}}
+        return {**dict(self.joined), **{part: place.get() for part, place in self.places.items()}}
 
     def dropouts(self) -> tuple[float, ...]:
         """See Layer."""
         others = (0.0 if place is None else probability(place.get()) for place in self.other_dropouts)
-        drop, attention = self.weights_dropout.get(), self.weights_dropout.parent
-        of_weights = drop.p if type(drop) is nn.Dropout and attention.training else 0.0
-        return of_weights, *others
+        attention = self.attention()
+        drop = getattr(attention, self.dropout_of_weights.rpartition(".")[2])
+        p = drop.p if type(drop) is nn.Dropout else drop if isinstance(drop, float | int) else 0.0
+        return p if attention.training else 0.0, *others
+
+    def attention(self) -> nn.Module:
+        """Their module of attention."""
+        return self.theirs[0].get_submodule(self.dropout_of_weights.rpartition(".")[0])
 
     def computed(self) -> list[nn.Module]:
         """What is computed or called in its turn: linear layers and norms, or what stands in their places."""
-        return [*self.qkv[0].linears(), *(place.get() for place in self.places.values())]
+        joined = (linear for _, part in self.joined for linear in part.linears())
+        return [*joined, *(place.get() for name, place in self.places.items() if name != "relative")]
 
 
 class ForeignEncoder(Encoder):
@@ -115,13 +143,24 @@ class ForeignEncoder(Encoder):
 
     Args:
         theirs: their encoder.
-        layers: of it, in the order in which they run.
+        family: which it is of.
     """
 
-    def __init__(self, theirs: nn.Module, layers: Sequence[nn.Module], names: Names, config: EncoderConfig) -> None:
+    def __init__(self, theirs: nn.Module, family: Family) -> None:
         nn.Module.__init__(self)
-        self.config, self.kept, self.theirs = config, Kept(), (theirs,)
-        made = {id(layer): ForeignLayer(layer, names, config) for layer in layers}
+        self.config, self.kept, self.theirs = family.config(family.hf(theirs).to_dict()), Kept(), (theirs,)
+        layers = family.layers(theirs)
+        shared = {} if family.relative is None else {"relative": Place.of(theirs, family.relative)}
+        made: dict[int, ForeignLayer] = {}
+        for i, layer in enumerate(layers):
+            following = None
+            if family.last_norm is not None:
+                last = i + 1 == len(layers)
+                following = (
+                    Place.of(theirs, family.last_norm) if last else Place.of(layers[i + 1], family.names.output_norm)
+                )
+            if id(layer) not in made:
+                made[id(layer)] = ForeignLayer(layer, i, family.names, self.config, shared, following)
         self.layer = nn.ModuleList([made[id(layer)] for layer in layers])
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:

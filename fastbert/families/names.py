@@ -1,23 +1,29 @@
-"""What a family's file says."""
+"""What a family's file says: how its checkpoints and its models in transformers are spelled, and what they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from fastbert.config import EncoderConfig
 
+# A linear layer of the tables below may be several of theirs, one after the other, or a part of one of theirs.
+Spelled = str | tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Names:
-    """Where a layer that normalises after each sum has its modules: dotted names below the layer.
+    """Where a layer has its modules: dotted names below the layer.
 
     Attributes:
+        query, key, value: one name for all three where they are one linear layer.
+        output_norm: of a layer that normalises first that of the next layer, see `Family.last_norm`.
         activation: of the feed-forward.
-        dropout_of_weights: of attention's, which are dropped where the module above it is in training mode.
+        dropout_of_weights: of attention's, which are dropped where the module above it is in training mode; may be a
+            number there.
         dropout_of_context, dropout_of_output: of attention's output and of the feed-forward's; None where the family
             has no such dropout.
     """
@@ -27,7 +33,7 @@ class Names:
     value: str
     attention_output: str
     attention_norm: str
-    intermediate: str
+    intermediate: Spelled
     output: str
     output_norm: str
     activation: str
@@ -35,15 +41,32 @@ class Names:
     dropout_of_context: str | None
     dropout_of_output: str | None
 
+    def weights(self) -> dict[str, Spelled]:
+        """Of each module with weights what it is called in a layer of ours and in one of theirs."""
+        ours = OURS
+        parts = ("query", "key", "value", "attention_output", "attention_norm", "intermediate", "output", "output_norm")
+        return {getattr(ours, part): getattr(self, part) for part in parts}
+
+
+OURS = Names(
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    attention_output="attention.output.dense",
+    attention_norm="attention.output.LayerNorm",
+    intermediate="intermediate.dense",
+    output="output.dense",
+    output_norm="output.LayerNorm",
+    activation="intermediate.intermediate_act_fn",
+    dropout_of_weights="attention.self.dropout",
+    dropout_of_context="attention.output.dropout",
+    dropout_of_output="output.dropout",
+)
+
 
 def own_hf(encoder: Any) -> Any:
     """An encoder's `config`."""
     return encoder.config
-
-
-def layers_config(hf: Any) -> EncoderConfig:
-    """The layers of a model of this config; how wide the embeddings are is nothing to them."""
-    return EncoderConfig.from_hf({**hf.to_dict(), "embedding_size": None})
 
 
 def own_layers(encoder: Any) -> Sequence[nn.Module]:
@@ -53,23 +76,49 @@ def own_layers(encoder: Any) -> Sequence[nn.Module]:
 
 @dataclass(frozen=True)
 class Family:
-    """How the encoders of some classes of transformers are computed.
+    """One kind of model.
 
     Attributes:
-        encoders: names of the classes, `MODULE.CLASS` below `transformers.models.`.
+        model_types: what `model_type` in config.json is, and how the names of transformers' classes then begin.
+        config: reads the dict of a config.json.
         names: of the modules of a layer.
-        hf: transformers' config of an encoder.
-        config: of its layers, by that.
-        layers: of an encoder, in the order in which they run; a layer may come several times.
-        entry: dotted name of a module that the hidden states go through before the first layer; None where there is
+        body: of each module outside the layers what it is called in our model and in theirs.
+        layer: what layer `{}` is called in theirs.
+        prefix: what a model with a head puts before the keys of its body.
+        heads: by the end of a class's name, of each module of a head what it is called in our model and in theirs.
+        carried: beginnings of keys that a model need not compute with, but saves as they came; those of the body are
+            relative to its prefix.
+        tied: keys of a head that a file may hold although they are the same tensor as another, and its key.
+        num_layers: the field of config.json that says how many there are.
+        last_norm: the LayerNorm after the last layer, where layers normalise first; None where they do not.
+        encoders: transformers' classes that `accelerate` computes, `MODULE.CLASS` below `transformers.models.`.
+        hf: transformers' config of such an encoder.
+        layers: of such an encoder, in the order in which they run; a layer may come several times.
+        relative: of such an encoder the module with the table of biases by distance; None where there is none.
+        entry: of such an encoder the module that hidden states go through before the first layer; None where there is
             none.
-        output: the class of what an encoder returns, in `transformers.modeling_outputs`.
+        output: the class of what such an encoder returns, in `transformers.modeling_outputs`.
     """
 
-    encoders: tuple[str, ...]
+    model_types: Mapping[str, str]
+    config: Callable[[Mapping[str, Any]], EncoderConfig]
     names: Names
+    body: Mapping[str, Spelled]
+    layer: str
+    prefix: str
+    heads: Mapping[str, Mapping[str, str]]
+    carried: tuple[str, ...]
+    encoders: tuple[str, ...]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    num_layers: str = "num_hidden_layers"
+    last_norm: str | None = None
     hf: Callable[[nn.Module], Any] = own_hf
-    config: Callable[[Any], EncoderConfig] = layers_config
     layers: Callable[[nn.Module], Sequence[nn.Module]] = own_layers
+    relative: str | None = None
     entry: str | None = None
     output: str = "BaseModelOutput"
+
+    @property
+    def anchor(self) -> str:
+        """A key that every body has: the word table."""
+        return f"{self.body['embeddings.word']}.weight"

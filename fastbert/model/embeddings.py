@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig
+from fastbert.errors import ArgumentError
 from fastbert.model.encoder import initialise
 from fastbert.ops.dropout import drop
 from fastbert.ops.embedding import embedding
 from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.linear import Linear
+from fastbert.run.parts import norm_weights
 
 
 class Embeddings(nn.Module):
-    """BERT's embeddings over packed ids."""
+    """Embeddings over packed ids. Tables that a config has not are None, and so is `project` where nothing is wider."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position = nn.Embedding(config.max_positions, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        hidden, width = config.hidden_size, config.embedding_size or config.hidden_size
+        types = config.type_vocab_size
+        self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position = None if config.positions == "none" else nn.Embedding(config.max_positions, width)
+        self.token_type = nn.Embedding(types, width) if types else None
+        self.norm = nn.LayerNorm(width, eps=config.eps, bias=config.norm_bias)
+        self.project = Linear(width, hidden) if config.embedding_size else None
         initialise(self, config.initializer_range)
 
     def forward(
@@ -33,28 +40,38 @@ class Embeddings(nn.Module):
     ) -> Tensor:
         """int64 `[tokens]` each -> `[tokens, hidden]`; no token types means type 0.
 
-        `inputs_embeds`, floating `[tokens, hidden]`, come in the place of `input_ids`: what the word table would give.
+        `inputs_embeds`, floating `[tokens, width]`, come in the place of `input_ids`: what the word table would give.
+
+        Raises:
+            ArgumentError: an id outside its table, or token types where there is no table of them.
         """
         dropout = self.config.hidden_dropout if self.training else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=position_ids.device) if dropout else None
+        if token_type_ids is not None and self.token_type is None:
+            raise ArgumentError("token_type_ids", "token types", "None: this model has none")
+        none = self.word.weight.new_zeros((1, self.word.weight.shape[1]))  # a table that adds nothing
+        position = none if self.position is None else self.position.weight
+        types = none if self.token_type is None else self.token_type.weight
+        position_ids = torch.zeros_like(position_ids) if self.position is None else position_ids
+        norm = norm_weights(self.norm)
         if inputs_embeds is not None:
-            types = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids
-            x = inputs_embeds + self.position(position_ids) + self.token_type(types)
-            x = layer_norm(x, self.norm.weight, self.norm.bias, eps=self.norm.eps)
-            return x if seed is None else drop(x, seed, dropout)
-        assert input_ids is not None
-        return embedding(
-            input_ids,
-            position_ids,
-            token_type_ids,
-            self.word.weight,
-            self.position.weight,
-            self.token_type.weight,
-            self.norm.weight,
-            self.norm.bias,
-            dropout=dropout,
-            seed=seed,
-            eps=self.norm.eps,
-            padding_idx=self.config.pad_token_id,
-            sparse=self.word.sparse,
-        )
+            row = types[0] if token_type_ids is None else F.embedding(token_type_ids, types)
+            x = layer_norm(inputs_embeds + F.embedding(position_ids, position) + row, *norm, eps=self.norm.eps)
+            x = x if seed is None else drop(x, seed, dropout)
+        else:
+            assert input_ids is not None
+            x = embedding(
+                input_ids,
+                position_ids,
+                token_type_ids,
+                self.word.weight,
+                position,
+                types,
+                *norm,
+                dropout=dropout,
+                seed=seed,
+                eps=self.norm.eps,
+                padding_idx=self.config.pad_token_id,
+                sparse=self.word.sparse,
+            )
+        return x if self.project is None else self.project(x)

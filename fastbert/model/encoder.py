@@ -41,7 +41,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.kept = Kept()
-        self.layer = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        buckets = config.relative_buckets
+        self.relative = None if buckets is None else nn.Embedding(buckets, config.num_heads)
+        order = range(config.num_layers) if config.layer_order is None else config.layer_order
+        made = {i: EncoderLayer(config, i, self.relative) for i in dict.fromkeys(order)}
+        self.layer = nn.ModuleList(made[i] for i in order)
         initialise(self, config.initializer_range)
 
     @classmethod
@@ -118,7 +122,8 @@ class Encoder(nn.Module):
             hf: further arguments that Hugging Face passes to an encoder; accepted where they change nothing.
 
         Returns:
-            The hidden states, 0 at padding (Hugging Face computes values there that nothing may rely on).
+            The hidden states, 0 at padding (Hugging Face computes values there that nothing may rely on). So a pooler
+            that reads column 0 reads 0 of a sequence that is padded on the left; a warning says so, once.
 
         Raises:
             ArgumentError: a wrong shape or mask, or a Hugging Face argument that asks for something else
@@ -130,7 +135,11 @@ class Encoder(nn.Module):
         if packing is None:
             if x.dim() != 3:
                 raise ArgumentError("hidden_states", f"shape {tuple(x.shape)}", "[batch, seqlen, hidden]")
-            packing, bias = read_mask(attention_mask, x.shape[0], x.shape[1], x.device)
+            batch, seqlen = x.shape[:2]
+            by_distance = self.config.by_distance
+            packing, bias = read_mask(
+                attention_mask, batch, seqlen, x.device, by_distance=by_distance, zeros_at_padding=True
+            )
             x = packing.pack(x)
         elif attention_mask is not None:
             raise ArgumentError("attention_mask", "a mask beside a packing", "one of the two")
@@ -168,7 +177,7 @@ class Encoder(nn.Module):
         if not every and bias is None and (program := self._program(x)) is not None:
             backend.take(program.name)
             with torch.no_grad():
-                made = program.run({"x": x.contiguous()}, packing, read)
+                made = program.run(self.registers(x.contiguous()), packing, read)
             return [packing.unpack(made) if unpack else made]
         layers = cast(list[Layer], list(self.layer))
         seeds = torch.randint(2**63 - 1, (len(layers), 3), device=x.device) if self.drops() else None
@@ -183,21 +192,31 @@ class Encoder(nn.Module):
         if slack:  # once for all products, which would each do it
             x = with_slack(x, slack)
         last_unpacks = unpack and not slack and not is_hooked(layers[-1])
-        registers = Registers({"x": x}, {} if first is None else {"x": first.quantize(x)})
+        floats = self.registers(x)
+        x = floats["x"]
+        registers = Registers(floats, {} if first is None else {"x": first.quantize(x)})
         for i, layer in enumerate(layers):
             last = i + 1 == len(layers)
             seed = None if seeds is None else seeds[i]
             if is_hooked(layer):  # by one who knows transformers' padded layout
+                if layer.steps.carried != ("x",):
+                    mend = "Register them on the encoder, or on a linear layer or norm in it."
+                    raise ArgumentError(f"layer {i}", "hooks on a layer that normalises first", "none", mend)
                 x = packing.pack(layer(packing.unpack(x), packing, bias, seed), len(x))
                 registers = Registers({"x": x})
                 x = x.index_select(0, read) if last and read is not None else x
             else:
                 x = layer(x, packing, bias, seed, read if last else None, last_unpacks and last, registers)
-            state = x[:rows] if slack and not (last and read is not None) else x
+            state = x if last else registers.floats[layer.steps.state]
+            state = state[:rows] if slack and not (last and read is not None) else state
             states = [*states, state] if every else [state]
         if unpack and not last_unpacks:
             states[-1] = packing.unpack(states[-1])
         return states
+
+    def registers(self, x: Tensor) -> dict[str, Tensor]:
+        """What the first layer reads, of the rows that come in; see `steps.layer_steps`."""
+        return dict.fromkeys(cast(Layer, self.layer[0]).steps.carried, x)
 
     def _program(self, x: Tensor) -> cpu.CpuProgram | onednn.OneDnnProgram | None:
         """What was made of the layers for inputs as `x`, where that is faster than layer by layer."""

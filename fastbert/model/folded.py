@@ -56,8 +56,13 @@ def unserved(encoder: Encoder, x: Tensor) -> str | None:
         return "products that another path makes faster"
     if encoder.training or not len(encoder.layer) or encoder.in_eight_bits() is not None or not encoder.is_plain():
         return "training, products in 8 bits, or a part that is not an nn.Linear or nn.LayerNorm without hooks"
-    if any(steps is not layer_steps(encoder.config) for steps, _ in encoder.layers()):
+    config = encoder.config
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "num_heads", "activation")}
+    usual = layer_steps(EncoderConfig(**sizes))
+    if any(steps is not usual for steps, _ in encoder.layers()):
         return "other steps than those of BERT's layer"
+    if config.no_bias or not config.norm_bias:
+        return "parts without a bias"
     return None
 
 
@@ -113,7 +118,7 @@ def fold(encoder: Encoder, norm: nn.LayerNorm) -> FoldedEncoder | None:
     their magnitudes must not add up to more than 4, which is two bits. They are at 1.0 to 1.3 in MiniLM and in a BERT.
     """
     layers = [cast(dict[str, Any], cast(EncoderLayer, layer).parts()) for layer in encoder.layer]
-    joined = [cast(EncoderLayer, layer).attention.self.joined() for layer in encoder.layer]
+    joined = [cast(tuple[Tensor, Tensor], cast(EncoderLayer, layer).attention.self.joined()) for layer in encoder.layer]
     norms = [norm]  # the last of them makes the rows that come out, which are not shifted
     for layer in layers:
         norms += [layer["attention_norm"], layer["output_norm"]]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError
-from fastbert.model.bert import BertModel, Inputs
+from fastbert.model.body import EncoderModel, Inputs
 from fastbert.packing import Packing
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,24 +42,24 @@ def graphed(model: Model, *, most: int = 32) -> Model:
     one stream, because graphs share their memory. Results are copies: a later call does not change them.
 
     Args:
-        model: a BertModel, or a model with a head; changed in place. Weights may be changed in place; after they were
-            moved or cast, graphs are captured again. Weights replaced one by one are not noticed.
+        model: an EncoderModel, or a model with a head; changed in place. Weights may be changed in place; after they
+            were moved or cast, graphs are captured again. Weights replaced one by one are not noticed.
         most: how many graphs are kept, at least 1; the least recently used is dropped.
 
     Returns:
         `model`.
 
     Raises:
-        ArgumentError: there is no BertModel in `model`, or `most` is below 1. In a later call: training mode, gradient,
-            autocast, hidden states asked for, or a mask that is more than padding.
+        ArgumentError: there is no EncoderModel in `model`, or `most` is below 1. In a later call: training mode,
+            gradient, autocast, hidden states asked for, or a mask that is more than padding.
         BackendError: in a later call, where it would not run the Triton kernels.
     """
     if most < 1:
         raise ArgumentError("most", most, "at least 1 graph")
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    trunks = [module for module in modules if isinstance(module, BertModel)]
+    trunks = [module for module in modules if isinstance(module, EncoderModel)]
     if not trunks:
-        raise ArgumentError("model", f"a {type(model).__name__}", "a BertModel, or a model of fastbert with a head")
+        raise ArgumentError("model", f"a {type(model).__name__}", "an EncoderModel, or a model of fastbert with a head")
     for trunk in trunks:
         trunk.graphs = Graphs(most)
     return model
@@ -104,7 +104,7 @@ class _Captured:
 
 
 class Graphs:
-    """The graphs of one BertModel, by bucket.
+    """The graphs of one EncoderModel, by bucket.
 
     All are captured on one stream: graphs that share their memory must be, and each stream has a workspace of cuBLAS,
     32 MiB on sm_90 (pytorch/docs/source/notes/cuda.rst).
@@ -121,7 +121,7 @@ class Graphs:
         """To another process, or to a copy, goes no graph: they are captured anew there."""
         return Graphs, (self.most,)
 
-    def run(self, model: BertModel, inputs: Inputs) -> Tensor:
+    def run(self, model: EncoderModel, inputs: Inputs) -> Tensor:
         """The last hidden states of packed inputs, `[rows, hidden]`; those of slack rows are 0.
 
         Raises:
@@ -154,7 +154,7 @@ class Graphs:
             out[packing.tokens :] = 0
             return out
 
-    def _capture(self, model: BertModel, key: Bucket, device: torch.device) -> _Captured:
+    def _capture(self, model: EncoderModel, key: Bucket, device: torch.device) -> _Captured:
         tokens, max_seqlen, batch = key
         while len(self._captured) >= self.most:
             self._captured.popitem(last=False)
@@ -167,7 +167,8 @@ class Graphs:
         def run() -> Tensor:
             # A fresh packing each time: its table of tiles must be made inside the graph, from the lengths of a replay.
             packing = Packing.made_right(cu_seqlens, max_seqlen, indices, (batch, max_seqlen))
-            x = model.embeddings(input_ids, position_ids, token_type_ids)
+            types = None if model.embeddings.token_type is None else token_type_ids
+            x = model.embeddings(input_ids, position_ids, types)
             return model.encoder.run(x, packing, every=False)[-1]
 
         if self._stream is None:
@@ -177,7 +178,7 @@ class Graphs:
         return _Captured(graph, input_ids, position_ids, token_type_ids, cu_seqlens, out)
 
 
-def _check(model: BertModel, inputs: Inputs) -> None:
+def _check(model: EncoderModel, inputs: Inputs) -> None:
     device = inputs.position_ids.device
     if inputs.inputs_embeds is not None:
         raise ArgumentError("inputs_embeds", "embeddings for a graphed model", "input_ids")

@@ -1,4 +1,4 @@
-"""BERT with its heads, called as Hugging Face's: the tasks it is pretrained and fine-tuned for.
+"""Models with heads, called as Hugging Face's: the tasks it is pretrained and fine-tuned for.
 
 Only what a head reads goes through the last layer's feed-forward: the class tokens, the masked tokens. Padding has no
 logits and counts in no loss, whatever its labels say (Hugging Face computes values there, and counts them).
@@ -7,23 +7,25 @@ logits and counts in no loss, whatever its labels say (Hugging Face computes val
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.config import EncoderConfig, HeadConfig
+from fastbert.config import EncoderConfig, HeadConfig, Read
 from fastbert.errors import ArgumentError
-from fastbert.model.bert import BertModel, Inputs
+from fastbert.model.body import EncoderModel, Inputs
 from fastbert.model.encoder import initialise
 from fastbert.model.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import Linear, linear
 from fastbert.ops.linear_activation import activated
-from fastbert.ops.pooling import first_rows, first_tokens
+from fastbert.ops.pooling import first_rows, first_tokens, pool
 from fastbert.packing import Packing
+from fastbert.run.parts import norm_weights
 from fastbert.transfer import send
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ _LABELS = HeadConfig()
 Out = TypeVar("Out", HeadOutput, PreTrainingOutput, QuestionAnsweringOutput)
 
 
-def body_of(model: BertModel | HeadModel) -> BertModel:
+def body_of(model: EncoderModel | HeadModel) -> EncoderModel:
     """A model without its head."""
     return model.bert if isinstance(model, HeadModel) else model
 
@@ -42,7 +44,7 @@ class HeadModel(nn.Module):
     """What the models with heads share. The arguments of every `forward`, beside its labels:
 
     input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing, return_dict, hf: as
-        `BertModel.forward`.
+        `EncoderModel.forward`.
     output_hidden_states: also return the embeddings and the output of every layer, all tokens of it.
 
     Every loss is the mean over the labels that count, in float32 (float64 for a float64 model); 0 where none counts.
@@ -51,22 +53,31 @@ class HeadModel(nn.Module):
 
     Attributes:
         bert: the body.
-        parts: names of the modules that make the head; a checkpoint has each of them wholly or not at all.
-        pooler: whether the head reads the body's pooler.
+        parts: names of the modules that make the head; a checkpoint has each of them wholly or not at all. A family
+            need not have a `transform`.
+        pooler: whether the head reads the body's pooler, where the family has no `transform` in its place.
+        reads: what its classifier reads; None where there is none.
+        transform: what is before the classifier; None where there is nothing.
     """
 
     parts: ClassVar[tuple[str, ...]]
     pooler: ClassVar[bool]
-    origin: Any = None  # as BertModel's
+    reads: ClassVar[Read | None] = None
+    origin: Any = None  # as EncoderModel's
 
     def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
         super().__init__()
         self.config = config
         self.head_config = head
-        self.bert = BertModel(config, pooler=self.pooler)
+        self.bert = EncoderModel(config, pooler=self.pooler and self.reads not in config.heads.transformed)
+        self.transform = Transform(config) if self.reads in config.heads.transformed else None
+
+    def own_parts(self) -> list[str]:
+        """Those of `parts` that it has."""
+        return [part for part in self.parts if getattr(self, part) is not None]
 
     def train(self, mode: bool = True) -> HeadModel:
-        """See `BertModel.train`."""
+        """See `EncoderModel.train`."""
         self.bert.encoder.check_mode(mode)
         return super().train(mode)
 
@@ -95,9 +106,22 @@ class HeadModel(nn.Module):
         return at_rows, tuple(map(inputs.layout, states)) if output_hidden_states else None
 
     def _pooled(self, inputs: Inputs, output_hidden_states: bool | None) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """The pooler's output, `[batch, hidden]`; and all hidden states, if asked for."""
-        first, hidden_states = self._states_at(inputs, first_rows(inputs.packing), output_hidden_states)
-        return self.bert.pool(_zero_where_empty(first, inputs.packing)), hidden_states
+        """The pooler's or the transform's output, `[batch, hidden]`; and all hidden states, if asked for."""
+        shape = self.config.heads
+        if shape.pooling == "mean":
+            x, hidden_states = self._all_states(inputs, output_hidden_states)
+            pooled = pool(x, inputs.packing, "mean")
+        else:
+            first, hidden_states = self._states_at(inputs, first_rows(inputs.packing), output_hidden_states)
+            pooled = _zero_where_empty(first, inputs.packing)
+        return self.bert.pool(pooled) if self.transform is None else self.transform(pooled, self._drop), hidden_states
+
+    def _token_states(
+        self, inputs: Inputs, output_hidden_states: bool | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """What a classifier of tokens reads, `[tokens, hidden]`; and all hidden states, if asked for."""
+        x, hidden_states = self._all_states(inputs, output_hidden_states)
+        return x if self.transform is None else self.transform(x, self._drop), hidden_states
 
     def _all_states(
         self, inputs: Inputs, output_hidden_states: bool | None
@@ -133,24 +157,44 @@ class LabelledModel(HeadModel, ABC):
         """Loss, logits and hidden states of a batch."""
 
 
+class Transform(nn.Module):
+    """What a family has between hidden states and a classifier; see `HeadShape`."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.shape = config.heads
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias=self.shape.bias)
+        norm = nn.LayerNorm(config.hidden_size, eps=config.eps, bias=config.norm_bias)
+        self.norm = norm if self.shape.norm else None
+        initialise(self, config.initializer_range)
+
+    def forward(self, x: Tensor, dropout: Callable[[Tensor], Tensor]) -> Tensor:
+        """`[rows, hidden]` -> `[rows, hidden]`."""
+        x = self.dense(dropout(x) if self.shape.drop_first else x)
+        activation = self.shape.activation
+        x = torch.tanh(x) if activation == "tanh" else activated(x, activation)
+        return x if self.norm is None else layer_norm(x, *norm_weights(self.norm), eps=self.norm.eps)
+
+
 class PredictionHead(nn.Module):
     """Masked-token prediction up to the decoder, whose weight is the word table, and the decoder's bias."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        width, shape = config.embedding_size or config.hidden_size, config.heads
+        self.dense = Linear(config.hidden_size, width, bias=shape.bias)
+        self.norm = nn.LayerNorm(width, eps=config.eps, bias=config.norm_bias)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
         initialise(self, config.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[rows, hidden]` -> `[rows, hidden]`: what the decoder multiplies."""
-        x = activated(self.dense(x), self.config.activation)
-        return layer_norm(x, self.norm.weight, self.norm.bias, eps=self.norm.eps)
+        """`[rows, hidden]` -> `[rows, width]`, as wide as the word table: what the decoder multiplies."""
+        x = activated(self.dense(x), self.config.heads.predict or self.config.activation)
+        return layer_norm(x, *norm_weights(self.norm), eps=self.norm.eps)
 
     def logits(self, x: Tensor, word: Tensor) -> Tensor:
-        """`[rows, hidden]` and the word table `[vocab, hidden]` -> `[rows, vocab]`."""
+        """`[rows, hidden]` and the word table `[vocab, width]` -> `[rows, vocab]`."""
         return linear(self(x), word, self.bias)
 
     def loss(self, x: Tensor, word: Tensor, labels: Tensor) -> Tensor:
@@ -158,7 +202,7 @@ class PredictionHead(nn.Module):
         return linear_cross_entropy(self(x), word, self.bias, labels)
 
 
-class BertForMaskedLM(LabelledModel):
+class EncoderForMaskedLM(LabelledModel):
     """Masked-token prediction. The decoder's weight is the word table.
 
     Without labels the logits of every token, `[batch, seqlen, vocab]` (packed: `[tokens, vocab]`).
@@ -185,7 +229,7 @@ class BertForMaskedLM(LabelledModel):
         return HeadOutput(self.predictions.loss(x, word, labels), None, hidden_states)
 
 
-class BertForPreTraining(HeadModel):
+class EncoderForPreTraining(HeadModel):
     """Masked-token and next-sentence prediction: BERT as it is pretrained."""
 
     parts = ("predictions", "next_sentence")
@@ -211,13 +255,13 @@ class BertForPreTraining(HeadModel):
         return_dict: bool | None = None,
         **hf: Any,
     ) -> PreTrainingOutput | tuple[Any, ...]:
-        """`prediction_logits` as BertForMaskedLM's, `seq_relationship_logits` as BertForNextSentencePrediction's.
+        """`prediction_logits` as EncoderForMaskedLM's, `seq_relationship_logits` as EncoderForNextSentencePrediction's.
 
         The loss is the sum of those of the labels that are given (Hugging Face gives none unless both are).
 
         Args:
             labels: int64 as `input_ids`, -100 where a token is not to be predicted; with them no `prediction_logits`.
-                See BertForMaskedLM.
+                See EncoderForMaskedLM.
             next_sentence_label: int64 `[batch]`; 0 where the second text follows the first, 1 where it does not.
         """
         refuse_what_asks(hf, "fastbert's model")
@@ -245,7 +289,7 @@ class BertForPreTraining(HeadModel):
         )
 
 
-class BertForNextSentencePrediction(LabelledModel):
+class EncoderForNextSentencePrediction(LabelledModel):
     """Whether the second text of a pair follows the first.
 
     Logits `[batch, 2]`; `labels` int64 `[batch]`: 0 where the second text follows the first, 1 where not.
@@ -265,15 +309,16 @@ class BertForNextSentencePrediction(LabelledModel):
         return HeadOutput(loss, logits, hidden_states)
 
 
-class BertForSequenceClassification(LabelledModel):
+class EncoderForSequenceClassification(LabelledModel):
     """One label, several labels or numbers for each sequence; see `HeadConfig.problem_type`.
 
     Logits `[batch, classes]`; `labels` integers `[batch]` for a single label; `[batch, classes]` of 0 and 1 for
     several; numbers `[batch, classes]` (or `[batch]`, for one class) for regression.
     """
 
-    parts = ("classifier",)
+    parts = ("transform", "classifier")
     pooler = True
+    reads = "text"
 
     def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
         super().__init__(config, head)
@@ -303,22 +348,23 @@ class BertForSequenceClassification(LabelledModel):
         return total / max(logits.numel(), 1)
 
 
-class BertForTokenClassification(LabelledModel):
+class EncoderForTokenClassification(LabelledModel):
     """A label for each token: named entities, parts of speech.
 
     Logits `[batch, seqlen, classes]`, 0 at padding (packed: `[tokens, classes]`); `labels` int64 as `input_ids`, -100
     where a token has none.
     """
 
-    parts = ("classifier",)
+    parts = ("transform", "classifier")
     pooler = False
+    reads = "token"
 
     def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
         super().__init__(config, head)
         self.classifier = self._linear(len(head.labels))
 
     def _answer(self, inputs: Inputs, labels: Tensor | None, output_hidden_states: bool | None) -> HeadOutput:
-        x, hidden_states = self._all_states(inputs, output_hidden_states)
+        x, hidden_states = self._token_states(inputs, output_hidden_states)
         logits = self.classifier(self._drop(x))
         loss = None
         if labels is not None:
@@ -327,11 +373,12 @@ class BertForTokenClassification(LabelledModel):
         return HeadOutput(loss, inputs.layout(logits), hidden_states)
 
 
-class BertForQuestionAnswering(HeadModel):
+class EncoderForQuestionAnswering(HeadModel):
     """Where in a text the answer begins and where it ends."""
 
-    parts = ("qa_outputs",)
+    parts = ("transform", "qa_outputs")
     pooler = False
+    reads = "answer"
 
     def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
         super().__init__(config, head)
@@ -362,7 +409,7 @@ class BertForQuestionAnswering(HeadModel):
         """
         refuse_what_asks(hf, "fastbert's model")
         inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
-        x, hidden_states = self._all_states(inputs, output_hidden_states)
+        x, hidden_states = self._token_states(inputs, output_hidden_states)
         both = self.qa_outputs(x)
         on_grid = inputs.packing.unpack(both, fill=-torch.inf).unbind(-1)
         loss = None
@@ -374,11 +421,12 @@ class BertForQuestionAnswering(HeadModel):
         return _as_asked(QuestionAnsweringOutput(loss, start, end, hidden_states), return_dict)
 
 
-class BertForMultipleChoice(HeadModel):
+class EncoderForMultipleChoice(HeadModel):
     """Which of several texts fits."""
 
-    parts = ("classifier",)
+    parts = ("transform", "classifier")
     pooler = True
+    reads = "choice"
 
     def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
         super().__init__(config, head)
@@ -462,3 +510,12 @@ def _position_loss(logits: Tensor, positions: Tensor, name: str) -> Tensor:
     positions = positions.reshape(batch, 1).clamp(0, seqlen)
     is_token = logits.gather(1, positions) > -torch.inf
     return cross_entropy(logits, positions.where(is_token, IGNORED).flatten(), name)
+
+
+BertForMaskedLM = EncoderForMaskedLM
+BertForMultipleChoice = EncoderForMultipleChoice
+BertForNextSentencePrediction = EncoderForNextSentencePrediction
+BertForPreTraining = EncoderForPreTraining
+BertForQuestionAnswering = EncoderForQuestionAnswering
+BertForSequenceClassification = EncoderForSequenceClassification
+BertForTokenClassification = EncoderForTokenClassification

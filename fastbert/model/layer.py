@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,10 @@ from fastbert.run.steps import Steps, layer_steps
 class Output(Group):
     """The modules of a product that ends in a residual sum and a LayerNorm."""
 
-    def __init__(self, inputs: int, config: EncoderConfig) -> None:
+    def __init__(self, inputs: int, config: EncoderConfig, *, bias: bool) -> None:
         super().__init__()
-        self.dense = nn.Linear(inputs, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        self.dense = nn.Linear(inputs, config.hidden_size, bias=bias)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.eps, bias=config.norm_bias)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
 
@@ -41,7 +41,7 @@ class Attention(Group):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.self = SelfAttention(config)
-        self.output = Output(config.hidden_size, config)
+        self.output = Output(config.hidden_size, config, bias="attention_output" not in config.no_bias)
 
 
 class Intermediate(Group):
@@ -49,7 +49,8 @@ class Intermediate(Group):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        columns = config.intermediate_size * (2 if config.gated else 1)
+        self.dense = nn.Linear(config.hidden_size, columns, bias="intermediate" not in config.no_bias)
 
 
 class Layer(nn.Module, ABC):
@@ -121,9 +122,30 @@ class Layer(nn.Module, ABC):
             x, unpack = packing.pack(x), True
         if not isinstance(packing, Packing):
             raise ArgumentError("attention_mask", type(packing).__name__, "the Packing of these packed rows")
+        registers = Registers({}) if registers is None else registers
+        registers.floats["x"] = x  # which a hook of torch.distributed's may have replaced
+        if any(name not in registers.floats for name in self.steps.carried):
+            raise ArgumentError("registers", "none", f"{', '.join(self.steps.carried)}: its encoder calls this layer")
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return cast(Tensor, self._checkpoint()(self._run, x, packing, bias, seeds, read, unpack))
-        return self._run(x, packing, bias, seeds, read, unpack, registers)
+            carried = [registers.floats[name] for name in self.steps.carried]
+            made = self._checkpoint()(self._run_again, packing, bias, seeds, read, unpack, *carried)
+            registers.floats = dict(zip(self.steps.carried, made, strict=True))
+            return registers.floats["x"]
+        return self._run(registers, packing, bias, seeds, read, unpack)
+
+    def _run_again(
+        self,
+        packing: Packing,
+        bias: Tensor | None,
+        seeds: Tensor | None,
+        read: Tensor | None,
+        unpack: bool,
+        *carried: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """As `_run`, of and to tensors, which those look at that compute it again."""
+        registers = Registers(dict(zip(self.steps.carried, carried, strict=True)))
+        self._run(registers, packing, bias, seeds, read, unpack)
+        return tuple(registers.floats[name] for name in self.steps.carried)
 
     def _checkpoint(self) -> Callable[..., Any]:
         if self._gradient_checkpointing_func is not None:
@@ -136,17 +158,14 @@ class Layer(nn.Module, ABC):
 
     def _run(
         self,
-        x: Tensor,
+        registers: Registers,
         packing: Packing,
         bias: Tensor | None,
         seeds: Tensor | None,
         read: Tensor | None,
         unpack: bool,
-        registers: Registers | None = None,
     ) -> Tensor:
         steps, parts = self.steps, self.parts()
-        registers = Registers({}) if registers is None else registers
-        registers.floats["x"] = x  # which a hook of torch.distributed's may have replaced
         bare = bias is None and seeds is None and read is None and not unpack
         if bare and prepared.run(steps, parts, registers, packing):
             backend.take("prepared")
@@ -157,20 +176,31 @@ class Layer(nn.Module, ABC):
 
 
 class EncoderLayer(Layer):
-    """One layer: attention, then the feed-forward, each followed by residual + LayerNorm."""
+    """One layer: attention, then the feed-forward, each followed by residual + LayerNorm.
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(layer_steps(config))
+    Where a LayerNorm comes first, those of this layer are that before the feed-forward and that before what follows.
+
+    Args:
+        config: of the encoder.
+        i: its number.
+        relative: holds the table of `Attend.relative`, which all layers share.
+    """
+
+    def __init__(self, config: EncoderConfig, i: int = 0, relative: nn.Module | None = None) -> None:
+        super().__init__(layer_steps(config, i))
         self.config = config
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
-        self.output = Output(config.intermediate_size, config)
+        self.output = Output(config.intermediate_size, config, bias="output" not in config.no_bias)
+        if relative is not None:
+            self.relative = relative
 
     def parts(self) -> dict[str, nn.Module]:
         """Its modules by their names in the steps, without nn.Module's slow way to an attribute."""
         modules: dict[str, Any] = self._modules
         attention, output = modules["attention"]._modules, modules["output"]._modules
         projected = attention["output"]._modules
+        relative = modules.get("relative")
         return {
             "qkv": attention["self"],
             "attention_output": projected["dense"],
@@ -178,6 +208,7 @@ class EncoderLayer(Layer):
             "intermediate": modules["intermediate"]._modules["dense"],
             "output": output["dense"],
             "output_norm": output["LayerNorm"],
+            **({} if relative is None else {"relative": relative}),
         }
 
     def dropouts(self) -> tuple[float, ...]:

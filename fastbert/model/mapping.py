@@ -15,9 +15,12 @@ KEYS_SHOWN = 10
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter of ours and the parameters of theirs that it is made of, concatenated on dimension 0."""
+    """Parameters of ours and those of theirs that are the same numbers, concatenated on dimension 0.
 
-    ours: str
+    On one side there is one, the whole of those on the other.
+    """
+
+    ours: tuple[str, ...]
     theirs: tuple[str, ...]
 
 
@@ -49,48 +52,8 @@ def from_names_of_0_1(state: dict[str, Tensor], prefix: str) -> None:
         number, *name = key.removeprefix(f"{prefix}layers.").split(".")
         if len(name) == 2 and name[0] in _LAYER_OF_0_1:
             names = _LAYER_OF_0_1[name[0]]
-            rule = Rule(key, tuple(f"{prefix}layer.{number}.{one}.{name[1]}" for one in names))
-            state.update(zip(rule.theirs, _split(rule, state.pop(key)), strict=True))
-
-
-def encoder_rules(num_layers: int) -> list[Rule]:
-    """Rules between an `Encoder` and a transformers `BertEncoder`: they have the same names."""
-    names = [f"layer.{i}.{name}.{part}" for i in range(num_layers) for name in _LAYER for part in ("weight", "bias")]
-    return [Rule(name, (name,)) for name in names]
-
-
-def bert_rules(num_layers: int, *, pooler: bool) -> list[Rule]:
-    """Rules between our `BertModel` and transformers' `BertModel`."""
-    embeddings = [
-        Rule("embeddings.word.weight", ("embeddings.word_embeddings.weight",)),
-        Rule("embeddings.position.weight", ("embeddings.position_embeddings.weight",)),
-        Rule("embeddings.token_type.weight", ("embeddings.token_type_embeddings.weight",)),
-        Rule("embeddings.norm.weight", ("embeddings.LayerNorm.weight",)),
-        Rule("embeddings.norm.bias", ("embeddings.LayerNorm.bias",)),
-    ]
-    encoder = [Rule(f"encoder.{rule.ours}", (f"encoder.{rule.ours}",)) for rule in encoder_rules(num_layers)]
-    poolers = [Rule(f"pooler.{part}", (f"pooler.dense.{part}",)) for part in ("weight", "bias")]
-    return embeddings + encoder + (poolers if pooler else [])
-
-
-# The parts of heads, modules and single parameters: ours, and theirs.
-_HEADS = {
-    "predictions": {
-        "dense.weight": "cls.predictions.transform.dense.weight",
-        "dense.bias": "cls.predictions.transform.dense.bias",
-        "norm.weight": "cls.predictions.transform.LayerNorm.weight",
-        "norm.bias": "cls.predictions.transform.LayerNorm.bias",
-        "bias": "cls.predictions.bias",
-    },
-    "next_sentence": {"weight": "cls.seq_relationship.weight", "bias": "cls.seq_relationship.bias"},
-    "classifier": {"weight": "classifier.weight", "bias": "classifier.bias"},
-    "qa_outputs": {"weight": "qa_outputs.weight", "bias": "qa_outputs.bias"},
-}
-
-
-def head_rules(parts: Iterable[str]) -> list[Rule]:
-    """Rules between these parts of our models with heads and those of transformers."""
-    return [Rule(f"{part}.{ours}", (theirs,)) for part in parts for ours, theirs in _HEADS[part].items()]
+            new = tuple(f"{prefix}layer.{number}.{one}.{name[1]}" for one in names)
+            state.update(zip(new, _split(key, state.pop(key), len(new)), strict=True))
 
 
 def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
@@ -100,7 +63,7 @@ def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Ten
         CheckpointError: a key is missing or unexpected, or the parts of one parameter differ in shape or dtype.
     """
     _account_for(state, [name for rule in rules for name in rule.theirs])
-    return {rule.ours: _join(rule, [state[name] for name in rule.theirs]) for rule in rules}
+    return _across(state, [(rule.theirs, rule.ours) for rule in rules])
 
 
 def to_theirs(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
@@ -109,10 +72,16 @@ def to_theirs(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, T
     Raises:
         CheckpointError: a key is missing or unexpected, or a parameter does not split into equal parts.
     """
-    _account_for(state, [rule.ours for rule in rules])
-    return {
-        name: part for rule in rules for name, part in zip(rule.theirs, _split(rule, state[rule.ours]), strict=True)
-    }
+    _account_for(state, [name for rule in rules for name in rule.ours])
+    return _across(state, [(rule.ours, rule.theirs) for rule in rules])
+
+
+def _across(state: Mapping[str, Tensor], pairs: Iterable[tuple[tuple[str, ...], tuple[str, ...]]]) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    for have, want in pairs:
+        whole = _join(have, [state[name] for name in have])
+        made.update(zip(want, _split(have[0], whole, len(want)), strict=True))
+    return made
 
 
 def _account_for(state: Iterable[str], expected: list[str]) -> None:
@@ -125,20 +94,19 @@ def _account_for(state: Iterable[str], expected: list[str]) -> None:
             )
 
 
-def _join(rule: Rule, parts: list[Tensor]) -> Tensor:
+def _join(names: tuple[str, ...], parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     kinds = {(tuple(part.shape), part.dtype) for part in parts}
     if len(kinds) > 1 or parts[0].dim() == 0:
         got = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in parts)
-        raise CheckpointError(", ".join(rule.theirs), got, "one shape and one dtype")
+        raise CheckpointError(", ".join(names), got, "one shape and one dtype")
     return torch.cat(parts)
 
 
-def _split(rule: Rule, whole: Tensor) -> Sequence[Tensor]:
-    parts = len(rule.theirs)
+def _split(name: str, whole: Tensor, parts: int) -> Sequence[Tensor]:
     if parts == 1:
         return [whole]
     if whole.dim() == 0 or whole.shape[0] % parts:
-        raise CheckpointError(rule.ours, f"shape {tuple(whole.shape)}", f"a first dimension that {parts} divides")
+        raise CheckpointError(name, f"shape {tuple(whole.shape)}", f"a first dimension that {parts} divides")
     return whole.chunk(parts)

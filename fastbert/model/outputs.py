@@ -79,7 +79,7 @@ class HeadOutput(_Output):
 
 @dataclass
 class PreTrainingOutput(_Output):
-    """Output of BertForPreTraining: as HeadOutput, with logits of both heads."""
+    """Output of EncoderForPreTraining: as HeadOutput, with logits of both heads."""
 
     loss: Tensor | None
     prediction_logits: Tensor | None
@@ -89,7 +89,7 @@ class PreTrainingOutput(_Output):
 
 @dataclass
 class QuestionAnsweringOutput(_Output):
-    """Output of BertForQuestionAnswering: as HeadOutput, with logits of the first and the last token of the answer."""
+    """Of EncoderForQuestionAnswering: as HeadOutput, with logits of the first and the last token of the answer."""
 
     loss: Tensor | None
     start_logits: Tensor

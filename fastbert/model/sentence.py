@@ -31,6 +31,15 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Hardtanh": F.hardtanh,
 }
 
+# How alike embeddings float32 [n, width] and [m, width] are, float32 [n, m]: by sentence-transformers' names.
+SIMILARITIES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda a, b: F.normalize(a) @ F.normalize(b).T,
+    "dot": lambda a, b: a @ b.T,
+    # by a product of matrices the distance of near ones would be lost in rounding
+    "euclidean": lambda a, b: -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist"),
+    "manhattan": lambda a, b: -torch.cdist(a, b, p=1.0),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Dense:
@@ -52,18 +61,49 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """Each row less its mean, over its deviation, scaled and shifted; eps is that of torch's module, 1e-5.
+
+    Attributes:
+        weight: float32 `[width]`.
+        bias: float32 `[width]`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 `[batch, width]` -> the same shape."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Truncate:
+    """The first columns.
+
+    Attributes:
+        columns: how many; an embedding of fewer stays as it is.
+    """
+
+    columns: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 `[batch, width]` -> `[batch, min(width, columns)]`."""
+        return x[:, : self.columns]
+
+
+@dataclass(frozen=True, eq=False)
 class Embedder:
     """What makes embeddings of a model's last hidden states.
 
     Attributes:
         pooling: how the rows of a text become one; several are put side by side.
-        layers: what follows, float32 `[batch, width]` -> `[batch, width']` each: `Dense`, or `F.normalize`.
-        normalise: whether embeddings are divided by their length in the end; one of zeros stays so.
+        layers: what follows, float32 `[batch, width]` -> `[batch, width']` each: `Dense`, `LayerNorm`, `Truncate`, or
+            `F.normalize`, which divides each row by its length; one of zeros stays so.
     """
 
     pooling: tuple[Mode, ...] = ("mean",)
     layers: tuple[Callable[[Tensor], Tensor], ...] = ()
-    normalise: bool = True
 
     def width(self, hidden_size: int) -> int:
         """Columns of an embedding.
@@ -73,22 +113,28 @@ class Embedder:
         """
         width = hidden_size * len(self.pooling)
         for layer in self.layers:
-            if isinstance(layer, Dense):
-                out, reads = layer.weight.shape
+            if isinstance(layer, Dense | LayerNorm):
+                reads = layer.weight.shape[-1]
                 if reads != width:
-                    raise ArgumentError("pooling", f"{width} columns", f"the {reads} that the Dense after it reads")
-                width = out
+                    after = f"the {reads} that the {type(layer).__name__} after it reads"
+                    raise ArgumentError("pooling", f"{width} columns", after)
+                width = len(layer.weight)
+            elif isinstance(layer, Truncate):
+                width = min(width, layer.columns)
         return width
 
     def __call__(self, states: Tensor, packing: Packing) -> Tensor:
         """Packed rows `[tokens, hidden]` -> float32 `[batch, width]`."""
-        first = self.pooling[0]
-        if len(self.pooling) == 1 and not self.layers and first in ("cls", "max", "mean"):
-            return pool(states, packing, first, normalise=self.normalise).float()  # in one kernel
-        x = torch.cat([_pooled(states, packing, mode) for mode in self.pooling], dim=1)
-        for layer in self.layers:
+        first, layers = self.pooling[0], self.layers
+        if len(self.pooling) == 1 and first in ("cls", "max", "mean"):
+            normalise = layers[:1] == (F.normalize,)
+            x = pool(states, packing, first, normalise=normalise).float()  # in one kernel
+            layers = layers[1:] if normalise else layers
+        else:
+            x = torch.cat([_pooled(states, packing, mode) for mode in self.pooling], dim=1)
+        for layer in layers:
             x = layer(x)
-        return F.normalize(x) if self.normalise else x
+        return x
 
 
 def _pooled(states: Tensor, packing: Packing, mode: Mode) -> Tensor:

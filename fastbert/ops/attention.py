@@ -60,7 +60,7 @@ def attention(
     (qkv,) = cast_states(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     gradient = wants_gradient(qkv, bias, relative)
-    if _uses_triton(qkv, extras, gradient=gradient):
+    if _uses_triton(qkv, gradient=gradient):
         return attention_triton(qkv, packing, scale, extras, gradient=gradient)
     return attention_torch(qkv, packing, scale, extras)
 
@@ -72,13 +72,11 @@ def prepare_attention(qkv: Tensor, packing: Packing) -> Callable[[Tensor, Packin
         ArgumentError, BackendError: as `attention`.
     """
     _check(qkv, packing, None, Extras())
-    return prepare_attention_triton(qkv, packing) if _uses_triton(qkv, Extras(), gradient=False) else None
+    return prepare_attention_triton(qkv, packing) if _uses_triton(qkv, gradient=False) else None
 
 
-def _uses_triton(qkv: Tensor, extras: Extras, *, gradient: bool) -> bool:
+def _uses_triton(qkv: Tensor, *, gradient: bool) -> bool:
     unserved = attention_choices.attention_unserved(qkv.shape[-1], qkv.dtype, target.of(qkv.device), gradient=gradient)
-    if extras.relative is not None:
-        unserved = "a bias of distances"
     return backend.uses_triton("attention", qkv, unserved)
 
 

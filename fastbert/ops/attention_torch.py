@@ -1,4 +1,4 @@
-"""attention in torch; and on a CPU by its own kernel, where no more is asked for than attention itself."""
+"""attention in torch; and on a CPU by its own kernel, where no gradient, bias of pairs or dropout is asked for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbert import reference
+from fastbert.cpu.machine import Machine
 from fastbert.kernels.dropout import drop_scale
 from fastbert.ops.attention_extras import Extras
 from fastbert.ops.common import native_machine, wants_gradient
@@ -20,18 +21,22 @@ from fastbert.packing import Block, Packing
 # The kernel of a CPU is written out for each width of a head: wider ones would take seconds to compile.
 WIDEST_HEAD = 256
 
+PLAIN = Extras()
+
 
 def attention_torch(qkv: Tensor, packing: Packing, scale: float, extras: Extras) -> Tensor:
     """`attention`, of arguments that were checked."""
     bias, relative, alibi_slopes, window, dropout, seed = extras
-    if bias is None and alibi_slopes is None and window is None and not torch.compiler.is_compiling():
-        if dropout == 0.0 and (relative is not None or wants_gradient(qkv)):
-            return _attention_exact(qkv, packing, scale, relative)
-        if dropout == 0.0:
+    if bias is None and not torch.compiler.is_compiling():
+        recorded = wants_gradient(qkv, relative)
+        if dropout == 0.0 and not recorded and (not extras.wanted() or _kernel_machine(qkv, extras) is not None):
             out = qkv.new_empty(len(qkv), *qkv.shape[2:])
-            attend(qkv, packing, scale, out)
+            attend(qkv, packing, scale, out, extras)
             return out
-        if relative is None and seed is not None:
+        plain = alibi_slopes is None and window is None
+        if plain and dropout == 0.0:
+            return _attention_exact(qkv, packing, scale, relative)
+        if plain and relative is None and seed is not None:
             return _DroppedAttention.apply(qkv, packing, scale, dropout, seed)  # type: ignore[no-untyped-call]
     keep = None
     if dropout > 0.0 and seed is not None:
@@ -43,20 +48,30 @@ def attention_torch(qkv: Tensor, packing: Packing, scale: float, extras: Extras)
     return out.to(qkv.dtype)
 
 
-def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor) -> None:
-    """Attention on a CPU without gradient, bias, window or dropout, by a kernel where there is one for it.
+def _kernel_machine(qkv: Tensor, extras: Extras) -> Machine | None:
+    """The CPU whose kernel serves these heads; None where none does."""
+    return native_machine(qkv, extras.relative, extras.alibi_slopes) if qkv.shape[-1] <= WIDEST_HEAD else None
+
+
+def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor, extras: Extras = PLAIN) -> None:
+    """Attention on a CPU without gradient, bias of pairs or dropout, by a kernel where there is one for it.
 
     Args:
         qkv, packing, scale: as in `attention`.
         out: contiguous `[rows, heads, head_dim]` <- the result.
+        extras: any of `relative`, `alibi_slopes` and `window`, where there is a kernel.
     """
     out[packing.tokens :] = 0
-    machine = native_machine(qkv)
-    if machine is not None and qkv.shape[-1] <= WIDEST_HEAD:
+    machine, relative, alibi_slopes = _kernel_machine(qkv, extras), extras.relative, extras.alibi_slopes
+    if machine is not None:
         from fastbert.cpu import attention as kernel
 
-        qkv, longest = qkv.contiguous(), packing.max_seqlen
-        kernel.attention_forward(machine, qkv, packing.cu_seqlens, longest, scale, out).run()
+        kernel.attention_forward(
+            machine, qkv.contiguous(), packing.cu_seqlens, packing.max_seqlen, scale, out,
+            window=extras.window,
+            alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
+            relative=None if relative is None else relative.float().contiguous(),
+        ).run()  # fmt: skip
         return
     begin = 0
     for (count, length), run in zip(packing.runs, _runs(qkv, packing), strict=True):

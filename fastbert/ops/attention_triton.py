@@ -19,33 +19,24 @@ from fastbert.packing import Packing
 
 def attention_triton(qkv: Tensor, packing: Packing, scale: float, extras: Extras, *, gradient: bool) -> Tensor:
     """`attention`, of arguments that were checked; `gradient`: whether one is wanted."""
-    bias, more, dtype, here = extras.bias, extras.wanted(), qkv.dtype, target.of(qkv.device)
+    bias, relative, more, dtype, here = extras.bias, extras.relative, extras.wanted(), qkv.dtype, target.of(qkv.device)
+    biased = bias is not None or relative is not None
     filled, max_seqlen = _filled(qkv), packing.max_seqlen
     rows, _, _, head_dim = filled.shape
     forward = attention_choices.attention_forward(
         head_dim, dtype, max_seqlen,
-        rows=rows, batch=packing.batch, extras=more, bias=bias is not None, target=here,
+        rows=rows, batch=packing.batch, extras=more, bias=biased, target=here,
     )  # fmt: skip
     tiles = [tile_table(packing, forward.BLOCK_M)]
     if gradient:
-        dbias = bias is not None and bias.requires_grad
+        dbias = any(x is not None and x.requires_grad for x in (bias, relative))
         by_query = attention_choices.attention_backward_query(head_dim, dtype, extras=more, target=here)
         by_key = attention_choices.attention_backward_key(
             head_dim, dtype, max_seqlen, dbias=dbias, extras=more, target=here
         )
         tiles += [tile_table(packing, by_query.BLOCK_M), tile_table(packing, by_key.BLOCK_N)]
-    out, _ = launcher(attention_forward, filled, bias)(
-        filled,
-        packing.cu_seqlens,
-        tiles,
-        max_seqlen,
-        packing.tokens,
-        scale,
-        extras.bias,
-        extras.alibi_slopes,
-        extras.window,
-        extras.dropout,
-        extras.seed,
+    out, _ = launcher(attention_forward, filled, bias, relative)(
+        filled, packing.cu_seqlens, tiles, max_seqlen, packing.tokens, scale, *extras
     )
     return out if filled is qkv else out[..., : qkv.shape[-1]]
 
@@ -90,6 +81,7 @@ def attention_forward(
     tokens: int,
     scale: float,
     bias: Tensor | None,
+    relative: Tensor | None,
     alibi_slopes: Tensor | None,
     window: int | None,
     dropout: float,
@@ -109,6 +101,7 @@ def attention_forward(
         max_seqlen,
         scale=scale,
         bias=_expanded(bias, cu_seqlens, qkv.shape[2], max_seqlen),
+        relative=None if relative is None else relative.contiguous(),
         alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
         window=window,
         dropout=dropout,
@@ -128,10 +121,12 @@ def _(qkv: Tensor, cu_seqlens: Tensor, tiles: Sequence[Tensor], *_: Any) -> tupl
 def attention_backward(
     dout: Tensor,
     needs_dbias: bool,
+    needs_drelative: bool,
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
     bias: Tensor | None,
+    relative: Tensor | None,
     alibi_slopes: Tensor | None,
     seed: Tensor | None,
     cu_seqlens: Tensor,
@@ -142,11 +137,14 @@ def attention_backward(
     scale: float,
     window: int | None,
     dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """The Triton kernels; see `fastbert.kernels.attention_backward`. Returns (dqkv, dbias or `[0]`)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton kernels; see `fastbert.kernels.attention_backward`.
+
+    Returns (dqkv, dbias or `[0]`, drelative or `[0]`).
+    """
     from fastbert.kernels import attention_backward as kernel
 
-    dqkv, dbias = kernel.attention_backward(
+    dqkv, dbias, drelative = kernel.attention_backward(
         dout,
         qkv,
         out,
@@ -159,44 +157,58 @@ def attention_backward(
         scale=scale,
         bias=_expanded(bias, cu_seqlens, qkv.shape[2], max_seqlen),
         dbias_shape=bias.shape if bias is not None and needs_dbias else None,
+        relative=None if relative is None else relative.contiguous(),
+        needs_drelative=needs_drelative,
         alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
         window=window,
         dropout=dropout,
         seed=seed,
     )
-    return dqkv, lse.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype)
+    pairs = ((bias, dbias), (relative, drelative))
+    return dqkv, *(lse.new_empty(0) if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs)
 
 
 @attention_backward.register_fake
 def _(
-    dout: Tensor, needs_dbias: bool, qkv: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
-    dbias = bias.new_empty(bias.shape) if bias is not None and needs_dbias else lse.new_empty(0)
-    return qkv.new_empty(qkv.shape), dbias
+    dout: Tensor,
+    needs_dbias: bool,
+    needs_drelative: bool,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    relative: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = ((bias, needs_dbias), (relative, needs_drelative))
+    return qkv.new_empty(qkv.shape), *(
+        x.new_empty(x.shape) if x is not None and needed else lse.new_empty(0) for x, needed in pairs
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, tiles, max_seqlen, tokens, scale, bias, alibi_slopes, window, dropout, seed = inputs
+    qkv, cu_seqlens, tiles, max_seqlen, tokens, scale, bias, relative, alibi_slopes, window, dropout, seed = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # no zeros for the gradient of lse
     ctx.tables = len(tiles)
     # both as `attention_backward` takes them
-    ctx.save_for_backward(qkv, out, lse, bias, alibi_slopes, seed, cu_seqlens, *tiles[1:])
+    ctx.save_for_backward(qkv, out, lse, bias, relative, alibi_slopes, seed, cu_seqlens, *tiles[1:])
     ctx.options = max_seqlen, tokens, scale, window, dropout
 
 
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
     no_tables = [None] * ctx.tables
     if dout is None:
-        return None, None, no_tables, None, None, None, None, None, None, None, None
+        return None, None, no_tables, None, None, None, None, None, None, None, None, None
     if ctx.tables == 1:
         raise BackendError(
             "attention_forward", "a gradient asked for with one table of tiles", "the backward's tables in the forward"
         )
-    needs_dbias = ctx.needs_input_grad[6]
-    dqkv, dbias = attention_backward(dout, needs_dbias, *ctx.saved_tensors, *ctx.options)
-    return dqkv, None, no_tables, None, None, None, dbias if needs_dbias else None, None, None, None, None
+    needs = ctx.needs_input_grad[6:8]
+    dqkv, *found = attention_backward(dout, *needs, *ctx.saved_tensors, *ctx.options)
+    biases = (dx if needed else None for dx, needed in zip(found, needs, strict=True))
+    return dqkv, None, no_tables, None, None, None, *biases, None, None, None, None
 
 
 attention_forward.register_autograd(_backward, setup_context=_save)

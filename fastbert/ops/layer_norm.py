@@ -187,7 +187,9 @@ def _check(
 
 def in_float32(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     """Weight and bias of a LayerNorm in float32, and its eps, as the kernels of a CPU take them."""
-    return norm.weight.detach().float().contiguous(), norm.bias.detach().float().contiguous(), norm.eps
+    weight = norm.weight.detach().float().contiguous()
+    bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach().float().contiguous()
+    return weight, bias, norm.eps
 
 
 def check_eps(eps: float) -> None:

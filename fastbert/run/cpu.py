@@ -7,12 +7,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import backend
+from fastbert.config import Activation
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.cpu.layout import in_blocks_together
 from fastbert.cpu.machine import Machine
@@ -21,6 +22,8 @@ from fastbert.ops.attention_torch import WIDEST_HEAD
 from fastbert.ops.common import multiplies_bare, native_machine
 from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
+from fastbert.ops.relative import bucket_numbers
+from fastbert.ops.rotary import angles_of_places
 from fastbert.packing import Packing
 from fastbert.run.eager import formats, made_dtype
 from fastbert.run.eight_bits import Int8Linear
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 # Tokens up to which a run is worth being kept: there Python would take a twentieth of its time or more.
 SHORT = 256
+# Tables of biases by distance are made for multiples of so many places.
+PLACES_AT_ONCE = 64
 # So many sizes are; each holds its input and its result.
 KEPT_RUNS = 32
 
@@ -57,14 +62,16 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
     widths = dict.fromkeys(steps.carried, x.shape[1])
     for step in steps.of:
         if isinstance(step, Attend):
-            if not step.plain:
-                return "a window, ALiBi or rotary positions"
             if widths[step.x] > 3 * step.heads * WIDEST_HEAD:
                 return f"heads wider than {WIDEST_HEAD}"
+            if step.rotary is not None and widths[step.x] // (3 * step.heads) % 2:
+                return "rotary positions of heads of odd width"
+            if step.window is not None and step.window < 0:
+                return "a window of less than 0 places"
+            if step.relative is not None and type(parts[step.relative]) is not nn.Embedding:
+                return f"{step.relative} that is not an nn.Embedding"
             widths[step.into] = widths[step.x] // 3
             continue
-        if step.gated:
-            return "a gated product"
         part = parts[step.part]
         if step.norm is not None and not is_plain(parts[step.norm]):
             return f"{step.norm} that is not an nn.LayerNorm on which nothing looks"
@@ -73,7 +80,7 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
                 return f"no products of int8 on {machine.cpu}"
             if part.depth % 4:
                 return f"{step.part} of depth {part.depth}, which is no multiple of 4"
-            widths[step.into] = len(part.scale)
+            width = len(part.scale)
         elif not is_plain(part) and not is_frozen(part):
             return f"{step.part} that is not an nn.Linear on which nothing looks"
         elif not backend.multiplies_well():
@@ -84,7 +91,9 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
                 return f"{step.part} of depth {depth} in {dtype}, which is not that of its rows"
             if depth * x.itemsize % 4:
                 return f"{step.part} of depth {depth}, which fills no words of 4 bytes"
-            widths[step.into] = width
+        if step.gated and width % 2:
+            return f"{step.part} of {width} outputs, half of which would be gates"
+        widths[step.into] = width // 2 if step.gated else width
     return None
 
 
@@ -133,6 +142,13 @@ class _Weights(NamedTuple):
     norm: tuple[Tensor, Tensor, float] | None
 
 
+class _After(TypedDict):
+    """What follows a product, as its kernel takes it or the one for its halves."""
+
+    activation: Activation | None
+    residual: Tensor | None
+
+
 class _Rows(NamedTuple):
     """What a register holds: floats, int8, or both."""
 
@@ -149,6 +165,8 @@ class CpuProgram:
         self.machine, self.layers = machine, layers
         self.buffers, self.runs = Buffers(), _Runs()
         self.weights = _kernel_weights(machine, layers)
+        self.tables: dict[tuple[int, int], Tensor] = {}
+        self.added = [{step: _added(step) for step in steps.of if isinstance(step, Attend)} for steps, _ in layers]
 
     def run(self, registers: Mapping[str, Tensor], packing: Packing, read: Tensor | None = None) -> Tensor:
         """What "x" holds after all layers, of these registers before the first; those rows of it that are `read`."""
@@ -167,6 +185,16 @@ class CpuProgram:
         run.record(out=out)
         Program(run.calls).run()
         return out
+
+    def table(self, part: nn.Module, max_seqlen: int) -> Tensor:
+        """float32 `[heads, 2 * places - 1]`, places >= max_seqlen: a part's biases by distance (`ops.relative`)."""
+        places = -(-max_seqlen // PLACES_AT_ONCE) * PLACES_AT_ONCE
+        made = self.tables.get((id(part), places))
+        if made is None:
+            weight = cast(Tensor, part.weight).detach()
+            numbers = bucket_numbers(places, len(weight), weight.device)
+            made = self.tables[id(part), places] = weight.index_select(0, numbers).t().float().contiguous()
+        return made
 
     def _run_again(self, registers: Mapping[str, Tensor], packing: Packing) -> Tensor:
         """`run` of little text: what was prepared for the same sizes is a single call."""
@@ -217,7 +245,7 @@ class _Recorded:
             steps, parts = layers[layer]
             step = steps.of[i]
             if isinstance(step, Attend):
-                self._attend(step)
+                self._attend(step, parts, self.program.added[layer][step])
             else:
                 self._product(steps, i, parts, self.program.weights[layer][step.part], None if self.todo else out)
             if until_last_attend and (layer, i) == last:
@@ -232,17 +260,22 @@ class _Recorded:
             self.registers[name] = _Rows(floats.index_select(0, read), None)
         self.rows, self.calls = len(read), []
 
-    def _attend(self, step: Attend) -> None:
+    def _attend(self, step: Attend, parts: Parts, added: Mapping[str, Tensor]) -> None:
         from fastbert.cpu.attention import attention_forward
 
         qkv = self.registers[step.x].floats
         assert qkv is not None
-        heads = step.split(qkv)
-        context = self._room(step.into, qkv.shape[1] // 3, qkv.dtype)
+        heads, longest = step.split(qkv), self.max_seqlen
+        context = self._room(step.into, qkv.shape[1] // 3, qkv.dtype, qkv)
         context[self.tokens :] = 0
-        scale = heads.shape[-1] ** -0.5
-        contexts = context.view(self.rows, *heads.shape[2:])
-        self.calls.append(attention_forward(self.machine, heads, self.cu_seqlens, self.max_seqlen, scale, contexts))
+        head_dim = heads.shape[-1]
+        angles = None if step.rotary is None else angles_of_places(longest, head_dim, step.rotary)
+        relative = None if step.relative is None else self.program.table(parts[step.relative], longest)
+        call = attention_forward(
+            self.machine, heads, self.cu_seqlens, longest, head_dim**-0.5, context.view(self.rows, *heads.shape[2:]),
+            window=step.window, angles=angles, relative=relative, **added,
+        )  # fmt: skip
+        self.calls.append(call)
         self.registers[step.into] = _Rows(context, None)
 
     def _product(self, steps: Steps, i: int, parts: Parts, given: _Weights, out: Tensor | None) -> None:
@@ -262,9 +295,15 @@ class _Recorded:
 
         x, machine = self.registers[step.x].floats, self.machine
         assert x is not None
-        name, width = step.into if step.sum is None else step.sum, len(given.bias)
-        total = self._room(name, width, self.x.dtype, beside=residual) if out is None or step.sum is not None else out
-        self.calls.append(linear(machine, x, matrix, given.bias, total, activation=step.activation, residual=residual))
+        name, width = step.into if step.sum is None else step.sum, len(given.bias) // (2 if step.gated else 1)
+        total = self._room(name, width, self.x.dtype, x, residual) if out is None or step.sum is not None else out
+        after: _After = {"activation": step.activation, "residual": residual}
+        if step.gated:
+            halves = self._room(f"halves of {step.into}", 2 * width, self.x.dtype)
+            self.calls.append(linear(machine, x, matrix, given.bias, halves))
+            self.calls.append(row_wise(machine, halves, gated=True, out=total, **after))
+        else:
+            self.calls.append(linear(machine, x, matrix, given.bias, total, **after))
         if step.sum is not None:
             self.registers[step.sum] = _Rows(total, None)
         if given.norm is None:
@@ -297,33 +336,37 @@ class _Recorded:
             self.registers[step.x] = _Rows(x, x_int8)
         wants_floats, wants_int8 = formats(steps, i, parts)
         dtype = made_dtype(steps, i, parts[step.part], self.x)
-        width, keeps = len(given.bias), step.sum is not None
-        floats, int8 = out, self._int8_room(step.into, width) if wants_int8 and out is None else None
+        width, keeps = len(given.bias) // (2 if step.gated else 1), step.sum is not None
+        floats, int8 = out, self._int8_room(step.into, width, x_int8) if wants_int8 and out is None else None
         if floats is None and wants_floats:
-            floats = self._room(step.into, width, dtype, beside=residual)
-        total = self._room(step.sum, width, dtype, beside=residual) if step.sum is not None else floats
-        self.calls += linear_int8(
-            machine, x_int8, matrix, given.bias,
-            activation=step.activation, residual=residual, norm=None if keeps else given.norm,
-            out=total, out_int8=None if keeps else int8,
-        )  # fmt: skip
+            floats = self._room(step.into, width, dtype, residual)
+        total = self._room(step.sum, width, dtype, residual) if step.sum is not None else floats
+        after: _After = {"activation": step.activation, "residual": residual}
+        norm, total_int8 = (None, None) if keeps else (given.norm, int8)
+        if step.gated:
+            halves = self._room(f"halves of {step.into}", 2 * width, dtype)
+            self.calls += linear_int8(machine, x_int8, matrix, given.bias, out=halves)
+            self.calls.append(row_wise(machine, halves, gated=True, norm=norm, out=total, out_int8=total_int8, **after))
+        else:
+            self.calls += linear_int8(
+                machine, x_int8, matrix, given.bias, norm=norm, out=total, out_int8=total_int8, **after
+            )
         if step.sum is not None:
             assert total is not None
             self.registers[step.sum] = _Rows(total, None)
             self.calls.append(row_wise(machine, total, norm=given.norm, out=floats, out_int8=int8))
         return _Rows(floats, int8)
 
-    def _room(self, name: str, width: int, dtype: torch.dtype, beside: Tensor | None = None) -> Tensor:
-        """Memory for a register, other than `beside`, which it may have held so far."""
-        buffers = self.program.buffers
-        made = buffers.room(name, self.rows, width, dtype)
-        if beside is not None and made.data_ptr() == beside.data_ptr():
-            made = buffers.room(f"{name}, again", self.rows, width, dtype)
+    def _room(self, name: str, width: int, dtype: torch.dtype, *beside: Tensor | None) -> Tensor:
+        """Memory for a register, other than that of `beside`, which it may have held so far."""
+        held = {x.data_ptr() for x in beside if x is not None}
+        while (made := self.program.buffers.room(name, self.rows, width, dtype)).data_ptr() in held:
+            name = f"{name}, again"
         return made
 
-    def _int8_room(self, name: str, width: int) -> Int8Rows:
+    def _int8_room(self, name: str, width: int, beside: Int8Rows | None = None) -> Int8Rows:
         values, scale, zero = (
-            self._room(f"{name} in int8: {part}", columns, dtype)
+            self._room(f"{name} in int8: {part}", columns, dtype, None if beside is None else getattr(beside, part))
             for part, columns, dtype in (
                 ("values", width, torch.uint8),
                 ("scale", 1, torch.float32),
@@ -356,6 +399,12 @@ def _kernel_weights(machine: Machine, layers: Layers) -> list[dict[str, _Weights
                     bias = whole.new_zeros(_shape(part)[0]) if bias is None else bias.detach().contiguous()
                     made[-1][step.part] = _Weights(whole, bias, norm)
     return made
+
+
+def _added(step: Attend) -> dict[str, Tensor]:
+    """What is added to the scores of a step, by the kernel's names for it."""
+    slopes = step.slopes(torch.device("cpu"))
+    return {} if slopes is None else {"alibi_slopes": slopes}
 
 
 def lay_out(layers: Layers, x: Tensor) -> CpuProgram | None:

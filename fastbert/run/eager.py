@@ -16,10 +16,11 @@ from fastbert.ops.attention import attention
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import layer_norm, linear_layer_norm
 from fastbert.ops.linear_activation import activated, linear_activation
+from fastbert.ops.relative import relative_table
 from fastbert.ops.rotary import rotary
 from fastbert.packing import Packing
 from fastbert.run.eight_bits import After, EightBitLinear, Rows, attention_dtype
-from fastbert.run.parts import call, is_hooked, is_plain, weights
+from fastbert.run.parts import call, is_hooked, is_plain, norm_weights, weights
 from fastbert.run.steps import Attend, Parts, Product, Steps, drops, readers, writes
 
 
@@ -102,7 +103,8 @@ class _Layer:
         self.x = registers.floats["x"]  # whose dtype all have
 
     def attend(self, step: Attend, bias: Tensor | None, dropout: Dropout) -> None:
-        self.registers.write(step.into, attend(step, self.registers.floats[step.x], self.packing, bias, dropout))
+        qkv = self.registers.floats[step.x]
+        self.registers.write(step.into, attend(step, self.parts, qkv, self.packing, bias, dropout))
 
     def product(self, i: int, step: Product, dropout: Dropout, layout: Packing | None) -> None:
         """Step `i`; with a layout the result is unpacked."""
@@ -115,7 +117,7 @@ class _Layer:
             floats, (weight, x_bias), plain = self.registers.floats, weights(part), cast(nn.LayerNorm, norm)
             probability, seed = dropout
             made = linear_layer_norm(
-                floats[step.x], weight, x_bias, floats[step.add], plain.weight, plain.bias,
+                floats[step.x], weight, x_bias, floats[step.add], *norm_weights(plain),
                 dropout=probability, seed=seed, eps=plain.eps, unpack=layout,
             )  # fmt: skip
             self.registers.write(step.into, made)
@@ -142,7 +144,7 @@ class _Layer:
         if not is_plain(norm):
             return call(norm, total, self.packing)
         plain = cast(nn.LayerNorm, norm)
-        return layer_norm(total, plain.weight, plain.bias, eps=plain.eps)
+        return layer_norm(total, *norm_weights(plain), eps=plain.eps)
 
     def _in_eight_bits(self, i: int, step: Product, part: EightBitLinear, norm: nn.LayerNorm | None) -> None:
         floats = self.registers.floats
@@ -150,7 +152,7 @@ class _Layer:
         rows = part.quantize(floats[step.x]) if rows is None else rows
         dtype = made_dtype(self.steps, i, part, self.x)
         residual = None if step.add is None else floats[step.add]
-        if not step.gated and step.sum is None:
+        if not step.gated and step.sum is None and (norm is None or is_plain(norm)):
             out, quantized = formats(self.steps, i, self.parts)
             self.registers.write(step.into, *part(rows, dtype, After(step.activation, residual, norm, out, quantized)))
             return
@@ -163,15 +165,25 @@ class _Layer:
 
 
 def attend(
-    step: Attend, qkv: Tensor, packing: Packing, bias: Tensor | None = None, dropout: Dropout = NO_DROPOUT
+    step: Attend,
+    parts: Parts,
+    qkv: Tensor,
+    packing: Packing,
+    bias: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
 ) -> Tensor:
     """`[rows, 3 * heads * head_dim]` -> `[rows, heads * head_dim]`."""
     heads, (probability, seed) = step.split(qkv), dropout
     turned = heads if step.rotary is None else rotary(heads, packing, step.rotary)
+    relative = None if step.relative is None else _relative(parts[step.relative], packing)
     return attention(
-        turned, packing, bias=bias, alibi_slopes=step.slopes(qkv.device), window=step.window,
+        turned, packing, bias=bias, alibi_slopes=step.slopes(qkv.device), relative=relative, window=step.window,
         dropout=probability, seed=seed,
     ).flatten(1)  # fmt: skip
+
+
+def _relative(part: nn.Module, packing: Packing) -> Tensor:
+    return relative_table(cast(Tensor, part._parameters["weight"]), packing)
 
 
 def made_dtype(steps: Steps, i: int, part: nn.Module, x: Tensor) -> torch.dtype:

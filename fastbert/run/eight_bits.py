@@ -28,6 +28,7 @@ from fastbert.ops.quantize_rows import (
     linear_quantized,
     quantize_rows,
 )
+from fastbert.run.parts import norm_weights
 
 # Rows of 8 bits.
 Rows: TypeAlias = QuantizedRows | Int8Rows
@@ -126,7 +127,7 @@ class Fp8Linear(EightBitLinear):
         if plain and quantized and norm is not None and residual is not None:
             product = self.product(x, dtype, add_bias=False)
             return layer_norm_quantize(
-                product, norm.weight, norm.bias, residual=residual, x_bias=cast(Tensor, self.bias), eps=norm.eps
+                product, *norm_weights(norm), residual=residual, x_bias=cast(Tensor, self.bias), eps=norm.eps
             )
         gelu = activation in APPROXIMATE and self.bias is not None and residual is None and norm is None
         if gelu and quantized and not out:
@@ -135,7 +136,7 @@ class Fp8Linear(EightBitLinear):
             return None, bias_gelu_quantize(product, cast(Tensor, self.bias), approximate=approximate)
         made = activated(self.product(x, dtype, add_bias=True), activation)
         if norm is not None:
-            made = layer_norm(made, norm.weight, norm.bias, residual=residual, eps=norm.eps)
+            made = layer_norm(made, *norm_weights(norm), residual=residual, eps=norm.eps)
         elif residual is not None:
             made = made + residual
         return made if out else None, quantize_rows(made) if quantized else None

@@ -15,7 +15,7 @@ from fastbert.ops.linear import by_onednn, with_slack
 from fastbert.ops.linear_activation import APPROXIMATE, activated
 from fastbert.packing import Packing
 from fastbert.run.eager import attend
-from fastbert.run.parts import is_plain, weights
+from fastbert.run.parts import is_plain, norm_weights, weights
 from fastbert.run.steps import Attend, Layers, Product
 
 
@@ -71,7 +71,7 @@ class OneDnnProgram:
         for layer, (steps, parts) in enumerate(self.layers):
             for i, step in enumerate(steps.of):
                 if isinstance(step, Attend):
-                    held[step.into] = attend(step, held[step.x], packing)
+                    held[step.into] = attend(step, parts, held[step.x], packing)
                 else:
                     self._product(step, self.linears[layer][step.part], parts, held)
                 if read is not None and layer + 1 == len(self.layers) and i == steps.last_attend:
@@ -87,5 +87,5 @@ class OneDnnProgram:
             held[step.sum] = total
         if step.norm is not None:
             norm = cast(nn.LayerNorm, parts[step.norm])
-            total = layer_norm(total, norm.weight, norm.bias, eps=norm.eps)
+            total = layer_norm(total, *norm_weights(norm), eps=norm.eps)
         held[step.into] = total

@@ -42,10 +42,10 @@ class SelfAttention(Group):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        hidden = config.hidden_size
-        self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden)
-        self.value = nn.Linear(hidden, hidden)
+        hidden, bias = config.hidden_size, "qkv" not in config.no_bias
+        self.query = nn.Linear(hidden, hidden, bias=bias)
+        self.key = nn.Linear(hidden, hidden, bias=bias)
+        self.value = nn.Linear(hidden, hidden, bias=bias)
         self.dropout = nn.Dropout(config.attention_dropout)
         self._forget()
         self.join()
@@ -56,7 +56,7 @@ class SelfAttention(Group):
         return [modules["query"], modules["key"], modules["value"]]
 
     def _forget(self) -> None:
-        self._joined: tuple[Tensor, Tensor] | None = None
+        self._joined: tuple[Tensor, Tensor | None] | None = None
         self._places: tuple[Any, ...] = ()
 
     def join(self) -> None:
@@ -70,30 +70,35 @@ class SelfAttention(Group):
             self._forget()
             return
         weights, biases = ([one._parameters[name] for one in linears] for name in ("weight", "bias"))
+        biases = [] if biases[0] is None else biases
         if self._joined is not None and _places(cast(list[Tensor], weights + biases)) == self._places:
             return  # a second move would be for nothing, and a CUDA graph may hold the addresses
         self._forget()
-        if _movable(weights) and _movable(biases):
-            self._joined = _moved(cast(list[Tensor], weights)), _moved(cast(list[Tensor], biases))
+        if _movable(weights) and (not biases or _movable(biases)):
+            bias = _moved(cast(list[Tensor], biases)) if biases else None
+            self._joined = _moved(cast(list[Tensor], weights)), bias
             self._places = _places(cast(list[Tensor], weights + biases))
 
-    def joined(self) -> tuple[Tensor, Tensor]:
-        """Weight `[3 * hidden, hidden]` and bias `[3 * hidden]` of all three, which are plain; see `is_plain`.
+    def joined(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[3 * hidden, hidden]` and bias `[3 * hidden]` or None of all three, which are plain; see `is_plain`.
 
         They are the parameters' own memory where it still lies as `join` left it, else a copy.
         """
         linears: list[Any] = self.linears()
         query, key, value = linears[0]._parameters, linears[1]._parameters, linears[2]._parameters
         weights, biases = [query["weight"], key["weight"], value["weight"]], [query["bias"], key["bias"], value["bias"]]
+        if biases[0] is None:
+            biases = []
         if self._joined is None or observed() or _places(weights + biases) != self._places:
             return self._copied(weights, biases)
         if not torch.is_grad_enabled():
             return self._joined
         weight, bias = self._joined
-        return _Join.apply(weight, *weights), _Join.apply(bias, *biases)  # type: ignore[no-untyped-call]
+        whole = _Join.apply(weight, *weights)  # type: ignore[no-untyped-call]
+        return whole, None if bias is None else _Join.apply(bias, *biases)  # type: ignore[no-untyped-call]
 
-    def _copied(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return torch.cat(weights), torch.cat(biases)
+    def _copied(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return torch.cat(weights), torch.cat(biases) if biases else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> SelfAttention:
         """What moves or casts a module moves its parameters one by one."""
@@ -126,15 +131,18 @@ class _Join(torch.autograd.Function):
 def is_plain(module: nn.Module | None) -> bool:
     """Whether an op may read the parameters of `module` instead of calling it.
 
-    It may for an nn.Linear or nn.LayerNorm on which nothing looks, and for a SelfAttention of such. Adapters (LoRA),
-    quantized linears, parametrized and pruned modules, and those with hooks are called.
+    It may for an nn.Linear or nn.LayerNorm on which nothing looks, and for a SelfAttention of such, of which all have
+    a bias or none. Adapters (LoRA), quantized linears, parametrized and pruned modules, and those with hooks are
+    called.
     """
     kind = type(module)
     if kind is not nn.Linear and kind is not nn.LayerNorm:
         if not isinstance(module, SelfAttention):
             return False
-        for linear in module.linears():  # noqa: SIM110 - a generator takes twice the time
-            if not is_plain(linear) or linear._parameters["bias"] is None:
+        linears = module.linears()
+        biased = linears[0]._parameters.get("bias") is not None
+        for linear in linears:
+            if not is_plain(linear) or (linear._parameters["bias"] is not None) is not biased:
                 return False
         return True
     assert module is not None
@@ -146,7 +154,7 @@ def is_plain(module: nn.Module | None) -> bool:
     return (
         "forward" not in module.__dict__
         and (type(weight) is nn.Parameter or type(weight) is Tensor)
-        and (type(bias) is nn.Parameter or type(bias) is Tensor or (bias is None and kind is nn.Linear))
+        and (type(bias) is nn.Parameter or type(bias) is Tensor or bias is None)
     )
 
 
@@ -183,6 +191,13 @@ def weights(part: nn.Module) -> tuple[Tensor, Tensor | None]:
         return part.joined()
     parameters: dict[str, Any] = part._parameters
     return parameters["weight"], parameters["bias"]
+
+
+def norm_weights(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a plain LayerNorm; a bias of zeros where it has none."""
+    parameters: dict[str, Any] = norm._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    return weight, torch.zeros_like(weight, requires_grad=False) if bias is None else bias
 
 
 def call(part: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:

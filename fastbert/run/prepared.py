@@ -155,6 +155,8 @@ def _weights(step: Step, parts: Parts) -> tuple[list[Any], Hashable] | str:
     if not is_plain(norm):
         return f"{step.norm} that is not an nn.LayerNorm on which nothing looks"
     parameters = norm._parameters
+    if parameters["bias"] is None:
+        return f"{step.norm} without a bias"
     said = kind, tensors[-1] is None, cast(nn.LayerNorm, norm).eps
     return [*tensors, parameters["weight"], parameters["bias"]], said
 

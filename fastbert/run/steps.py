@@ -53,6 +53,8 @@ class Attend:
         window: only keys at most this many places away are seen.
         alibi: of each head the slope that times `|row - column|` is taken off its scores.
         rotary: the base of rotary positions, which queries and keys are turned by first.
+        relative: the part whose weight `[buckets, heads]` is added to the scores, by how far apart two tokens are; see
+            `ops.relative`.
     """
 
     x: str
@@ -61,11 +63,12 @@ class Attend:
     window: int | None = None
     alibi: tuple[float, ...] | None = None
     rotary: float | None = None
+    relative: str | None = None
 
     @property
     def plain(self) -> bool:
         """Whether every key is seen, by its content alone."""
-        return self.window is None and self.alibi is None and self.rotary is None
+        return self.window is None and self.alibi is None and self.rotary is None and self.relative is None
 
     def split(self, qkv: Tensor) -> Tensor:
         """`[rows, 3 * heads * head_dim]` as `[rows, 3, heads, head_dim]`."""
@@ -87,18 +90,22 @@ class Steps:
         carried: the registers that a layer reads of the one before.
         last_attend: the number of the step after which no row looks at another.
         late: the registers that are read after it.
+        state: the register whose rows are the layer's hidden states.
     """
 
     of: tuple[Step, ...]
     carried: tuple[str, ...] = field(init=False)
     last_attend: int = field(init=False)
     late: tuple[str, ...] = field(init=False)
+    state: str = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "carried", live(self.of, -1))
         attends = [i for i, step in enumerate(self.of) if isinstance(step, Attend)]
         object.__setattr__(self, "last_attend", attends[-1])
         object.__setattr__(self, "late", live(self.of, attends[-1]))
+        kept = self.of[-1].sum if isinstance(self.of[-1], Product) else None
+        object.__setattr__(self, "state", kept or "x")
 
     def __reduce__(self) -> tuple[Callable[..., Steps], tuple[tuple[Step, ...]]]:
         """Copies of a layer, and those in another process, share one object too."""
@@ -118,17 +125,44 @@ Layers: TypeAlias = Sequence[tuple[Steps, Parts]]
 
 
 @cache
-def layer_steps(config: EncoderConfig) -> Steps:
-    """A layer of BERT: attention, then the feed-forward, each with a residual sum and a LayerNorm after it."""
+def layer_steps(config: EncoderConfig, i: int = 0) -> Steps:
+    """Layer `i`: attention, then the feed-forward, each with a residual sum and a LayerNorm after it.
+
+    With `config.norm_first` the residual is the sum as it was before the LayerNorm, which is that before the next half
+    of a layer.
+    """
+    window = None if config.windows is None else config.windows[i]
+    in_window = window is not None and config.rotary_in_windows is not None
+    attend = Attend(
+        "qkv",
+        into="context",
+        heads=config.num_heads,
+        window=window,
+        alibi=alibi_slopes(config.num_heads) if config.alibi else None,
+        rotary=config.rotary_in_windows if in_window else config.rotary,
+        relative=None if config.relative_buckets is None else "relative",
+    )
+    kept = "sum" if config.norm_first else None
+    residual = kept or "x"
     return shared(
         (
             Product("x", "qkv", into="qkv"),
-            Attend("qkv", into="context", heads=config.num_heads),
-            Product("context", "attention_output", into="x", add="x", norm="attention_norm"),
-            Product("x", "intermediate", into="wide", activation=config.activation),
-            Product("wide", "output", into="x", add="x", norm="output_norm"),
+            attend,
+            Product("context", "attention_output", into="x", add=residual, norm="attention_norm", sum=kept),
+            Product("x", "intermediate", into="wide", activation=config.activation, gated=config.gated),
+            Product("wide", "output", into="x", add=residual, norm="output_norm", sum=kept),
         )
     )
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """Of each head, as Press et al. 2021 have them: 2^(-8/n), 2^(-16/n) and so on for n = a power of two of heads.
+
+    Other numbers take those of the next lower power, and then every second one of the next higher.
+    """
+    lower = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
+    return (*slopes, *(2.0 ** (-4.0 * (i + 1) / lower) for i in range(0, 2 * (heads - lower), 2)))
 
 
 def readers(steps: tuple[Step, ...], i: int) -> tuple[Step, ...]:

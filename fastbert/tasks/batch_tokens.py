@@ -6,7 +6,7 @@ import torch
 
 from fastbert.config import EncoderConfig
 from fastbert.cpu.machine import last_cache
-from fastbert.model.bert import BertModel
+from fastbert.model.body import EncoderModel
 from fastbert.model.heads import HeadModel, body_of
 from fastbert.model.quantization import in_int8
 
@@ -17,7 +17,7 @@ LEAST_TOKENS, MOST_TOKENS = 1024, 8192
 LEAST_GPU_TOKENS, HOST_SECONDS, GPU_RATE = 32768, 110e-6, 400e12
 
 
-def default_batch_tokens(model: BertModel | HeadModel, device: torch.device) -> int:
+def default_batch_tokens(model: EncoderModel | HeadModel, device: torch.device) -> int:
     """Tokens of a batch for this model on this device."""
     size = 2 if in_int8(body_of(model).encoder) else next(model.parameters()).itemsize
     if device.type == "cuda":

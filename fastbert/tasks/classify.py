@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from fastbert.errors import CheckpointError
-from fastbert.model.heads import BertForSequenceClassification
+from fastbert.model.heads import EncoderForSequenceClassification
 from fastbert.tasks.loading import DTypeName, with_trained_head
 from fastbert.tasks.results import answers
 from fastbert.text.checks import Text
@@ -61,7 +61,7 @@ class TextClassifier:
         tokenizer: of the same checkpoint.
     """
 
-    model: BertForSequenceClassification
+    model: EncoderForSequenceClassification
     tokenizer: Tokenizer
 
     @classmethod
@@ -78,7 +78,7 @@ class TextClassifier:
             ArgumentError: `dtype` is none of these, or torch can't use `device` here.
             CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier of several labels.
         """
-        model = with_trained_head(BertForSequenceClassification, folder, dtype, device)
+        model = with_trained_head(EncoderForSequenceClassification, folder, dtype, device)
         problem, outputs = model.head_config.problem_type, len(model.head_config.labels)
         if problem == "regression" or outputs < 2:
             mend = "fastbert.score gives the number of a model with one output." if outputs == 1 else ""

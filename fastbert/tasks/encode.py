@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -14,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import first_device, usable_device
@@ -21,9 +23,9 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import load
 from fastbert.checkpoints.sentence import Recipe, read_recipe
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.model.bert import BertModel
+from fastbert.model.body import EncoderModel
 from fastbert.model.quantization import in_int8
-from fastbert.model.sentence import Embedder, Mode
+from fastbert.model.sentence import SIMILARITIES, Embedder, Mode, Truncate
 from fastbert.packing import Packing
 from fastbert.tasks.loading import DTYPES, DTypeName, parameter_dtype, quantized
 from fastbert.tasks.max_length import tokens_at_most, warn_of_cuts
@@ -43,6 +45,7 @@ def encode(
     max_length: int | None = None,
     prompt: str | None = None,
     prompt_name: str | None = None,
+    truncate_dim: int | None = None,
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> npt.NDArray[np.float32]:
@@ -72,6 +75,7 @@ def encode(
         max_length=max_length,
         prompt=prompt,
         prompt_name=prompt_name,
+        truncate_dim=truncate_dim,
         batch_tokens=batch_tokens,
         progress=progress,
     )
@@ -87,7 +91,7 @@ class TextEncoder:
         recipe: how texts become embeddings, where a call does not say.
     """
 
-    model: BertModel
+    model: EncoderModel
     tokenizer: Tokenizer
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -103,7 +107,7 @@ class TextEncoder:
 
         Args:
             folder: holds config.json, weights, and tokenizer.json or vocab.txt; or modules.json, which names the
-                folders of a transformer, its pooling, and the Dense and Normalize behind it.
+                folders of a transformer, its pooling, and the Dense, LayerNorm and Normalize behind it.
             dtype: "fp32", "bf16", "fp16", or "int8" on a CPU: `fastbert.quantize` of the model in float32. By default
                 "fp16" on a GPU and "fp32" on a CPU. On a CPU "fp16" is float32, with a warning, and so is "bf16" where
                 the CPU has no instructions for it.
@@ -118,7 +122,7 @@ class TextEncoder:
         transformer, recipe = read_recipe(checkpoint_folder(folder), device)
         model = load(transformer, dtype=parameter_dtype(dtype, device), device=device)
         try:
-            recipe.embedder.width(model.config.hidden_size)
+            (recipe.embedder or Embedder()).width(model.config.hidden_size)
         except ArgumentError as error:
             raise CheckpointError(f"{folder}: {error.argument}", error.got, error.expected) from error
         tokenizer = Tokenizer.from_folder(transformer)
@@ -140,6 +144,7 @@ class TextEncoder:
         max_length: int | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
+        truncate_dim: int | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> npt.NDArray[np.float32]:
@@ -148,14 +153,17 @@ class TextEncoder:
         Args:
             texts: strings, or pairs of strings.
             pooling: how the rows of a text become one: their mean, their maximum, the first one ("cls"), or what else
-                sentence-transformers has. By default what the folder says, and the mean where it says nothing. The
-                folder's Dense layers follow in any case.
-            normalize: scale each embedding to length 1 (a zero embedding stays zero). By default what the folder's
-                modules do, and True where it has none.
+                sentence-transformers has. By default what the folder says, and the mean where it says nothing; another
+                than the folder's is taken, with a warning. The folder's Dense and LayerNorm follow in any case.
+            normalize: scale each embedding to length 1 in the end (a zero embedding stays zero), or don't. By default
+                what the folder's modules do, and True where it has none.
             max_length: most tokens of a text, special ones included; the rest is cut off, and a warning counts the
                 texts that were this long. By default what the folder says, and at most the model's positions.
             prompt: what is put before each text (before the first one of a pair).
             prompt_name: the name of one of the folder's prompts. Without it and `prompt`, the folder's default one.
+            truncate_dim: how many columns of an embedding to keep, the first ones, for models that were trained for it
+                (Matryoshka). As in sentence-transformers they are cut off after the folder's modules, so that after
+                its Normalize they have no length of 1 unless `normalize` is True. By default what the folder says.
             batch_tokens: most tokens of a batch (a longer text is a batch of its own); by default as many as the last
                 cache of a CPU holds the activations of.
             progress: show a bar on stderr, if the work is long.
@@ -164,10 +172,101 @@ class TextEncoder:
             ArgumentError: an argument is not as described; `texts[i]` names the item.
             BackendError: a result is NaN or infinite; `texts[i]` names the text.
         """
-        how = self._how(pooling, normalize, max_length, prompt, prompt_name)
+        how = self._how(pooling, normalize, max_length, prompt, prompt_name, truncate_dim)
         tokens = self._tokens(texts, how)
         warn_of_cuts(tokens.full(how.max_length), how.max_length)
         return self._embed(tokens, how.embedder, batch_tokens, "encoding" if progress else None)
+
+    def encode_query(
+        self,
+        texts: Iterable[Text],
+        *,
+        pooling: Mode | None = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate_dim: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """`encode` of what is searched for, as sentence-transformers does it: by the folder's prompt "query".
+
+        Where the folder has none, and a call names none, nothing is put before the texts; not the default prompt.
+        """
+        return self.encode(
+            texts,
+            pooling=pooling,
+            normalize=normalize,
+            max_length=max_length,
+            prompt=self._prompt_of("query", prompt, prompt_name),
+            prompt_name=prompt_name,
+            truncate_dim=truncate_dim,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+
+    def encode_document(
+        self,
+        texts: Iterable[Text],
+        *,
+        pooling: Mode | None = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate_dim: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """`encode` of what is searched in, as sentence-transformers does it: by the folder's prompt "document".
+
+        Where the folder has none, and a call names none, nothing is put before the texts; not the default prompt. A
+        folder may have "passage" or "corpus" in its place. sentence-transformers means to take them then, and up to
+        6.2 does not, because it adds an empty "document" to every folder's prompts. So it is here, and a warning says
+        which one to name.
+        """
+        prompts = self.recipe.prompts
+        other = next((name for name in ("passage", "corpus") if prompts.get(name)), None)
+        if other is not None and "document" not in prompts and prompt is None and prompt_name is None:
+            warnings.warn(
+                f"encode_document puts nothing before the texts, because the folder has no prompt 'document'. It has "
+                f"{other!r}: say prompt_name={other!r} for that one, or prompt='' for none.",
+                stacklevel=2,
+            )
+        return self.encode(
+            texts,
+            pooling=pooling,
+            normalize=normalize,
+            max_length=max_length,
+            prompt=self._prompt_of("document", prompt, prompt_name),
+            prompt_name=prompt_name,
+            truncate_dim=truncate_dim,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+
+    def similarity(self, a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """How alike embeddings are, float32 `[n, m]`: more is more alike.
+
+        It is the folder's `similarity_fn_name`: the cosine (by default), the dot product, or the euclidean or manhattan
+        distance with a minus before it.
+
+        Args:
+            a: embeddings `[n, width]`, or one `[width]`.
+            b: embeddings `[m, width]`, or one `[width]`.
+
+        Raises:
+            ArgumentError: one of them is no such array, or they differ in their width.
+        """
+        for name, x in (("a", a), ("b", b)):
+            if not isinstance(x, np.ndarray) or x.ndim not in (1, 2) or x.dtype.kind != "f":
+                got = f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+                raise ArgumentError(name, got, "an array of embeddings, floating [texts, width] or [width]")
+        if a.shape[-1] != b.shape[-1]:
+            raise ArgumentError("b", f"a width of {b.shape[-1]}", f"{a.shape[-1]}, the width of a")
+        rows = [torch.from_numpy(np.atleast_2d(x).astype(np.float32)) for x in (a, b)]
+        return SIMILARITIES[self.recipe.similarity](*rows).numpy()
 
     def encode_stream(
         self,
@@ -179,6 +278,7 @@ class TextEncoder:
         max_length: int | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
+        truncate_dim: int | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> Iterator[npt.NDArray[np.float32]]:
@@ -204,6 +304,7 @@ class TextEncoder:
             max_length=max_length,
             prompt=prompt,
             prompt_name=prompt_name,
+            truncate_dim=truncate_dim,
             batch_tokens=batch_tokens,
             progress=progress,
         )
@@ -217,6 +318,7 @@ class TextEncoder:
         max_length: int | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
+        truncate_dim: int | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> Iterator[npt.NDArray[np.float32]]:
@@ -228,12 +330,12 @@ class TextEncoder:
         Raises:
             ArgumentError: as `encode`, where `texts[i]` counts from the first of a part.
         """
-        how = self._how(pooling, normalize, max_length, prompt, prompt_name)
+        how = self._how(pooling, normalize, max_length, prompt, prompt_name, truncate_dim)
         return self._stream(parts, how, batch_tokens, "encoding" if progress else None)
 
-    def width(self, pooling: Mode | None = None) -> int:
-        """Columns of an embedding."""
-        return self._embedder(pooling, None).width(self.model.config.hidden_size)
+    def width(self, pooling: Mode | None = None, truncate_dim: int | None = None) -> int:
+        """Columns of an embedding, where `encode` is given these arguments."""
+        return self._embedder(pooling, None, truncate_dim).width(self.model.config.hidden_size)
 
     def _stream(
         self,
@@ -261,6 +363,7 @@ class TextEncoder:
         max_length: int | None,
         prompt: str | None,
         prompt_name: str | None,
+        truncate_dim: int | None,
     ) -> _How:
         """What a call asks for, and the folder's where it does not; checked before the work."""
         prompts = self.recipe.prompts
@@ -275,22 +378,39 @@ class TextEncoder:
                 known = ", ".join(prompts) or "(it has none)"
                 raise ArgumentError("prompt_name", repr(name), f"one of the folder's prompts: {known}")
             prompt = prompts[name]
-        embedder = self._embedder(pooling, normalize)
-        embedder.width(self.model.config.hidden_size)
+        embedder = self._embedder(pooling, normalize, truncate_dim)
+        own = self.recipe.embedder
+        if own is not None and embedder.pooling != own.pooling:
+            folders = ", ".join(map(repr, own.pooling))
+            warnings.warn(f"pooling={pooling!r} is taken in place of the folder's {folders}", stacklevel=3)
         longest = tokens_at_most(max_length, self.tokenizer, self.model.config, self.recipe.max_length)
         return _How(embedder, longest, prompt or "")
 
-    def _embedder(self, pooling: Mode | None, normalize: bool | None) -> Embedder:
+    def _embedder(self, pooling: Mode | None, normalize: bool | None, truncate_dim: int | None) -> Embedder:
         if pooling is not None and pooling not in get_args(Mode):
             raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Mode))}")
         if normalize is not None and not isinstance(normalize, bool | np.bool_):
             raise ArgumentError("normalize", repr(normalize), "True, False, or None for what the folder says")
-        own = self.recipe.embedder
-        return replace(
-            own,
-            pooling=own.pooling if pooling is None else (pooling,),
-            normalise=own.normalise if normalize is None else normalize,
-        )
+        own = self.recipe.embedder or Embedder()
+        layers = own.layers
+        if normalize is not None and not normalize and layers[-1:] == (F.normalize,):
+            layers = layers[:-1]
+        embedder = Embedder(own.pooling if pooling is None else (pooling,), layers)
+        width = embedder.width(self.model.config.hidden_size)
+        if truncate_dim is not None:
+            check_whole("truncate_dim", truncate_dim)
+            if not 1 <= truncate_dim <= width:
+                raise ArgumentError("truncate_dim", truncate_dim, f"1 to {width}, the columns of an embedding")
+        columns = self.recipe.truncate_dim if truncate_dim is None else truncate_dim
+        if columns is not None:
+            layers = (*layers, Truncate(columns))
+        if (self.recipe.embedder is None if normalize is None else normalize) and layers[-1:] != (F.normalize,):
+            layers = (*layers, F.normalize)
+        return replace(embedder, layers=layers)
+
+    def _prompt_of(self, name: str, prompt: str | None, prompt_name: str | None) -> str | None:
+        """What a call says, and where it says nothing the folder's prompt of this name, or an empty one."""
+        return self.recipe.prompts.get(name, "") if prompt is None and prompt_name is None else prompt
 
     def _tokens(self, texts: Iterable[Text], how: _How) -> Tokens:
         check_texts(texts)

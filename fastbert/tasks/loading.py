@@ -65,6 +65,6 @@ def with_trained_head(
     device = first_device() if device is None else usable_device(device)
     model, untrained = read_model(folder, kind, dtype=parameter_dtype(dtype, device), device=device)
     if untrained:
-        got = f"no trained {kind.__name__}: it lacks {', '.join(untrained)}"
+        got = f"no trained {model.origin.dialect.class_name(kind)}: it lacks {', '.join(untrained)}"
         raise CheckpointError(str(folder), got, "a checkpoint with its head", "Train one: fastbert train --help")
     return quantized(model, dtype)

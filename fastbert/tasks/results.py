@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastbert.errors import BackendError
-from fastbert.model.bert import BertModel
-from fastbert.model.heads import BertForSequenceClassification, HeadModel
+from fastbert.model.body import EncoderModel
+from fastbert.model.heads import EncoderForSequenceClassification, HeadModel
 from fastbert.packing import Packing
 from fastbert.tasks.batch_tokens import default_batch_tokens
 from fastbert.tasks.max_length import tokens_at_most, warn_of_cuts
@@ -25,7 +25,7 @@ LONG_WORK = 16  # batches; less is done before a progress bar could be read
 
 
 def answers(
-    model: BertForSequenceClassification,
+    model: EncoderForSequenceClassification,
     tokenizer: Tokenizer,
     texts: Iterable[Text],
     activation: Callable[[Tensor], Tensor],
@@ -48,7 +48,7 @@ def answers(
 
 
 def text_results(
-    model: BertModel | HeadModel,
+    model: EncoderModel | HeadModel,
     tokens: Tokens,
     result: Callable[[Any, Packing], Tensor],
     width: int,
@@ -69,7 +69,7 @@ def text_results(
 
 
 def results(
-    model: BertModel | HeadModel,
+    model: EncoderModel | HeadModel,
     tokens: Tokens,
     result: Callable[[Any, Packing], Tensor],
     shape: tuple[int, int],
@@ -103,7 +103,7 @@ def results(
     return order, gathered.cpu().numpy()
 
 
-def not_finite(text: int, model: BertModel | HeadModel) -> BackendError:
+def not_finite(text: int, model: EncoderModel | HeadModel) -> BackendError:
     """The error of a text, by its number, whose result is NaN or infinite."""
     dtype = next(model.parameters()).dtype
     return BackendError(
@@ -115,7 +115,7 @@ def not_finite(text: int, model: BertModel | HeadModel) -> BackendError:
 
 
 def _of_texts(
-    order: list[int], found: npt.NDArray[np.float32], model: BertModel | HeadModel
+    order: list[int], found: npt.NDArray[np.float32], model: EncoderModel | HeadModel
 ) -> npt.NDArray[np.float32]:
     """Of rows in this order those in the order of the texts, none of which is NaN or infinite."""
     results = np.empty_like(found)

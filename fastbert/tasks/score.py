@@ -13,7 +13,7 @@ import torch
 from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.sentence import read_score_activation
 from fastbert.errors import CheckpointError
-from fastbert.model.heads import BertForSequenceClassification
+from fastbert.model.heads import EncoderForSequenceClassification
 from fastbert.model.sentence import ACTIVATIONS
 from fastbert.tasks.loading import DTypeName, with_trained_head
 from fastbert.tasks.results import answers
@@ -52,7 +52,7 @@ class TextScorer:
         activation: what is applied to the output, a key of `sentence.ACTIVATIONS`.
     """
 
-    model: BertForSequenceClassification
+    model: EncoderForSequenceClassification
     tokenizer: Tokenizer
     activation: str
 
@@ -73,7 +73,7 @@ class TextScorer:
             ArgumentError: `dtype` is none of these, or torch can't use `device` here.
             CheckpointError: the folder is not a checkpoint fastbert reads, or has no head of one output.
         """
-        model = with_trained_head(BertForSequenceClassification, folder, dtype, device)
+        model = with_trained_head(EncoderForSequenceClassification, folder, dtype, device)
         if (outputs := len(model.head_config.labels)) > 1:
             raise CheckpointError(str(folder), f"{outputs} outputs", "a head of one output", "Use fastbert.classify.")
         return cls(model, Tokenizer.from_folder(folder), read_score_activation(checkpoint_folder(folder)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.model.heads import BertForTokenClassification
+from fastbert.model.heads import EncoderForTokenClassification
 from fastbert.packing import Packing
 from fastbert.tasks.loading import DTypeName, with_trained_head
 from fastbert.tasks.max_length import tokens_at_most
@@ -77,7 +77,7 @@ class TextTagger:
         rule: how it cuts texts into words; a folder that `train` wrote remembers how its training file was cut.
     """
 
-    model: BertForTokenClassification
+    model: EncoderForTokenClassification
     tokenizer: Tokenizer
     rule: WordRule = DEFAULT
 
@@ -96,7 +96,7 @@ class TextTagger:
             CheckpointError: the folder is not a checkpoint fastbert reads, or has no classifier of tags that go
                 together (`training.metrics.odd_tag`).
         """
-        model = with_trained_head(BertForTokenClassification, folder, dtype, device)
+        model = with_trained_head(EncoderForTokenClassification, folder, dtype, device)
         if (odd := odd_tag(model.head_config.labels)) is not None:
             raise CheckpointError(str(folder), f"the tag {odd!r}", TAGS)
         return cls(model, Tokenizer.from_folder(folder), WordRule.from_folder(Path(folder)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -25,18 +26,22 @@ _Sentence = list[tuple[str, str, str]]  # of each word its place, for errors; th
 def read_classified(path: Path) -> tuple[list[str], list[str]]:
     """`(texts, labels)`: the columns text and label of a .csv or .tsv, or these keys of JSON.
 
-    Other columns and keys are ignored. A label may be a string or an int; spaces around it are no part of it.
+    Other columns and keys are ignored, text_pair with a warning. A label may be a string or an int; spaces around it
+    are no part of it.
 
     Raises:
         ArgumentError: the file is missing or not UTF-8, has another ending, or a row lacks a text or a label.
     """
-    texts, labels = [], []
+    texts, labels, pairs = [], [], 0
     for place, record in read_records(path):
+        pairs += bool(record.get("text_pair"))
         texts.append(_field(place, record, "text", str))
         label = str(_field(place, record, "label", (str, int))).strip()
         if not label:
             raise ArgumentError(place, "an empty label", "a label in each row", "Fill it in, or leave the row out.")
         labels.append(label)
+    if pairs:
+        warnings.warn(f"{path}: text_pair of {pairs} rows is not read; classify learns from single texts", stacklevel=2)
     return _some(path, texts), labels
 
 

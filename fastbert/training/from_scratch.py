@@ -18,8 +18,8 @@ from fastbert.checkpoints.load import save
 from fastbert.checkpoints.special_tokens import BERT_NAMES
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
-from fastbert.model.bert import BertModel
-from fastbert.model.heads import BertForPreTraining, HeadModel, body_of
+from fastbert.model.body import EncoderModel
+from fastbert.model.heads import EncoderForPreTraining, HeadModel, body_of
 from fastbert.text.tokenizer import Tokenizer
 
 
@@ -32,7 +32,7 @@ def scratch(
     word_vectors: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> int:
-    """Write a checkpoint folder of an untrained BertForPreTraining, for `train` to start from.
+    """Write a checkpoint folder of an untrained EncoderForPreTraining, for `train` to start from.
 
     Args:
         folder: where to; made if missing. After an error it is as it was.
@@ -72,7 +72,7 @@ def scratch(
             raise ArgumentError("folder", f"{folder} with a {name}", "a folder without one", "It would be read.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = BertForPreTraining(config)
+        model = EncoderForPreTraining(config)
     found = 0
     if word_vectors is not None:
         with tempfile.TemporaryDirectory() as draft:  # an error in the vectors leaves nothing in the folder
@@ -84,7 +84,7 @@ def scratch(
     return found
 
 
-def initialise_embedding(model: BertModel | HeadModel, tokenizer: Tokenizer, path: str | os.PathLike[str]) -> int:
+def initialise_embedding(model: EncoderModel | HeadModel, tokenizer: Tokenizer, path: str | os.PathLike[str]) -> int:
     """Put word vectors into the word table; tokens without one keep their row, and so do special tokens.
 
     A word of the file is normalised as the tokenizer normalises text (lower case, accents). Of words that then are one,

@@ -21,10 +21,10 @@ from fastbert.checkpoints.load import Origin, load, read_model, trained_head
 from fastbert.config import EncoderConfig, HeadConfig, ProblemType
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.model.heads import (
-    BertForMaskedLM,
-    BertForPreTraining,
-    BertForSequenceClassification,
-    BertForTokenClassification,
+    EncoderForMaskedLM,
+    EncoderForPreTraining,
+    EncoderForSequenceClassification,
+    EncoderForTokenClassification,
     HeadModel,
 )
 from fastbert.ops.cross_entropy import IGNORED, cross_entropy
@@ -219,7 +219,7 @@ class Classify(Objective):
         found = set(labels)
         if len(found) < 2:
             raise ArgumentError(str(path), f"one label, {labels[0]!r}", "at least two different labels")
-        self._names = self._name_labels(path, BertForSequenceClassification, found)
+        self._names = self._name_labels(path, EncoderForSequenceClassification, found)
         return self._examples(path, texts, labels)
 
     def read_validation(self, path: Path) -> Examples:
@@ -231,7 +231,7 @@ class Classify(Objective):
 
     def model(self) -> HeadModel:
         """A sequence classifier; the checkpoint's own head if it has these labels."""
-        return self._with_classifier(BertForSequenceClassification, "single_label_classification")
+        return self._with_classifier(EncoderForSequenceClassification, "single_label_classification")
 
     def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
         """A label a row."""
@@ -279,7 +279,7 @@ class Tag(Objective):
         found = {tag for sentence in tags for tag in sentence}
         if len(found) < 2:
             raise ArgumentError(str(path), f"one tag, {tags[0][0]!r}", "at least two different tags")
-        self._names = self._name_labels(path, BertForTokenClassification, found)
+        self._names = self._name_labels(path, EncoderForTokenClassification, found)
         self._rule = WordRule.learned(sentences)
         examples = self._examples(sentences, tags)
         numbers = {label: i for i, label in enumerate(self.labels)}
@@ -300,7 +300,7 @@ class Tag(Objective):
 
     def model(self) -> HeadModel:
         """A token classifier; the checkpoint's own head if it has these tags."""
-        return self._with_classifier(BertForTokenClassification, None)
+        return self._with_classifier(EncoderForTokenClassification, None)
 
     def remembered(self, origin: Origin) -> Origin:
         """Also how the training file was cut into words."""
@@ -370,7 +370,7 @@ class MaskedLM(Objective):
 
     def model(self) -> HeadModel:
         """A masked language model."""
-        return load(self.folder, BertForMaskedLM, dtype=torch.float32, device=self.device)
+        return load(self.folder, EncoderForMaskedLM, dtype=torch.float32, device=self.device)
 
     def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
         """Tokens masked by `random`."""
@@ -439,7 +439,7 @@ class Pretrain(MaskedLM):
 
     def model(self) -> HeadModel:
         """A masked language model that also predicts the next sentence."""
-        return load(self.folder, BertForPreTraining, dtype=torch.float32, device=self.device)
+        return load(self.folder, EncoderForPreTraining, dtype=torch.float32, device=self.device)
 
     def batch(self, examples: Examples, rows: list[int], random: np.random.Generator) -> Batch:
         """Pairs cut and masked by `random`, at most as long as their rows."""

@@ -1,4 +1,4 @@
-"""BertModel: embeddings, encoder, pooler; called as Hugging Face's."""
+"""EncoderModel: embeddings, encoder, pooler; called as Hugging Face's models are."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Inputs:
     layout: Callable[[Tensor], Tensor]
 
 
-class BertModel(nn.Module):
-    """BERT without a task head."""
+class EncoderModel(nn.Module):
+    """A model without a task head: embeddings, encoder and, where there is one, a pooler of the first token."""
 
     origin: Any = (
         None  # what `fastbert.load` learned of the checkpoint, so that `fastbert.save` gives the same one back
@@ -94,14 +94,15 @@ class BertModel(nn.Module):
             input_ids: integers `[batch, seqlen]`; or packed `[tokens]` together with `packing`.
             attention_mask: any form in `masks.read_mask`; not together with `packing`.
             token_type_ids: as `input_ids`; type 0 by default.
-            position_ids: as `input_ids`; by default the column in the padded grid, as in Hugging Face's BERT.
+            position_ids: as `input_ids`; by default those of the family, see `EncoderConfig.positions`: for BERT the
+                column in the padded grid.
             inputs_embeds: floating `[batch, seqlen, hidden]` (packed: `[tokens, hidden]`), in the place of `input_ids`:
                 what the word table would give for them.
             packing: the layout of packed ids; the hidden states are then packed too.
             output_hidden_states: also return the embeddings and the output of every layer.
             output_pooled: False leaves `pooler_output` None, which saves its product where nobody reads it.
             return_dict: False gives a plain tuple of what is not None.
-            hf: further arguments of Hugging Face's BertModel; accepted where they ask for nothing.
+            hf: further arguments of Hugging Face's EncoderModel; accepted where they ask for nothing.
 
         Returns:
             Hidden states, 0 at padding. `pooler_output` is tanh(W x + b) of each sequence's first kept token.
@@ -110,7 +111,7 @@ class BertModel(nn.Module):
             ArgumentError: a wrong shape, mask or id, a sequence longer than the position table, or an argument of
                 Hugging Face that asks for something else (attention weights, cross-attention, a cache).
         """
-        refuse_what_asks(hf, "fastbert.BertModel")
+        refuse_what_asks(hf, "fastbert.EncoderModel")
         inputs = self.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         states = self.run(inputs, every=bool(output_hidden_states))
         pooled = None
@@ -143,7 +144,12 @@ class BertModel(nn.Module):
             if len(shape) != 2:
                 raise ArgumentError(name, f"shape {tuple(shape)}", "[batch, seqlen]")
             batch, seqlen = shape
-            packing, bias = read_mask(attention_mask, batch, seqlen, device)
+            packing, bias = read_mask(attention_mask, batch, seqlen, device, by_distance=self.config.by_distance)
+            if position_ids is None and input_ids is not None and self.config.positions == "tokens":
+                # of all tokens, since those that the mask hides are counted too
+                self._check_longest(name, packing)
+                columns = torch.arange(seqlen, dtype=torch.int64, device=device).repeat(batch)
+                position_ids = self._token_positions(input_ids.flatten(), columns).view(batch, seqlen)
             input_ids, inputs_embeds = (None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds))
             token_type_ids, position_ids = (
                 None if ids is None else packing.pack(_expanded(name, ids, batch, seqlen))
@@ -152,18 +158,34 @@ class BertModel(nn.Module):
         elif attention_mask is not None:
             raise ArgumentError("attention_mask", "a mask beside a packing", "one of the two")
         if position_ids is None:
-            if packing.padded_shape[1] > self.config.max_positions:
-                raise ArgumentError(
-                    name,
-                    f"sequences of {packing.padded_shape[1]} tokens",
-                    f"at most the model's {self.config.max_positions} positions",
-                    "Truncate the texts.",
-                )
-            position_ids = packing.columns
+            position_ids = self._positions(name, input_ids, packing)
         pack, layout = (packing.pack, packing.unpack) if given is None else (_as_it_is, _as_it_is)
         return Inputs(
             input_ids, position_ids, token_type_ids, inputs_embeds, shape, packing, bias, pack, layout
         )  # fmt: skip
+
+    def _positions(self, name: str, input_ids: Tensor | None, packing: Packing) -> Tensor:
+        """int64 `[tokens]`: the row of the position table that each token has by default."""
+        self._check_longest(name, packing)
+        first = self.config.first_position
+        if self.config.positions == "tokens" and input_ids is not None:
+            return self._token_positions(input_ids, packing.columns)
+        return packing.columns + first if first else packing.columns
+
+    def _check_longest(self, name: str, packing: Packing) -> None:
+        by_tokens, most = self.config.positions == "tokens", self.config.longest
+        longest = packing.max_seqlen if by_tokens else packing.padded_shape[1]
+        if longest > most:
+            expected = f"at most the model's {most} positions"
+            raise ArgumentError(name, f"sequences of {longest} tokens", expected, "Truncate the texts.")
+
+    def _token_positions(self, input_ids: Tensor, columns: Tensor) -> Tensor:
+        """`positions="tokens"`, see EncoderConfig: int64 `[n]` of ids `[n]` in these columns of their sequences."""
+        is_word = input_ids.ne(-1 if self.config.pad_token_id is None else self.config.pad_token_id).long()
+        counted = is_word.cumsum(0)
+        starts = torch.arange(len(input_ids), dtype=torch.int64, device=input_ids.device) - columns
+        before = (counted - is_word).index_select(0, starts)
+        return (counted - before) * is_word + (self.config.first_position - 1)
 
     def _described(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None
@@ -194,7 +216,8 @@ class BertModel(nn.Module):
             last = self.graphs.run(self, inputs)
             return [last if read is None else last.index_select(0, read)]
         x = self.embeddings(inputs.input_ids, inputs.position_ids, inputs.token_type_ids, inputs.inputs_embeds)
-        if not every and inputs.bias is None and folded.unserved(self.encoder, x) is None:
+        normalised = self.embeddings.project is None
+        if not every and inputs.bias is None and normalised and folded.unserved(self.encoder, x) is None:
             norm = self.embeddings.norm  # whose rows come in
             made = self.kept.get([norm, self.encoder], "folded", lambda: folded.fold(self.encoder, norm))
             if made is not None:
@@ -209,7 +232,7 @@ class BertModel(nn.Module):
         with torch.no_grad():
             return {"folded": folded.unserved(self.encoder, x), **self.encoder.executors()}
 
-    def train(self, mode: bool = True) -> BertModel:
+    def train(self, mode: bool = True) -> EncoderModel:
         """See `torch.nn.Module.train`; an encoder that can't be trained says so before anything is changed."""
         self.encoder.check_mode(mode)
         return super().train(mode)
@@ -238,3 +261,6 @@ def _expanded(name: str, ids: Tensor, batch: int, seqlen: int) -> Tensor:
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
+
+
+BertModel = EncoderModel
