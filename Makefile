@@ -18,7 +18,7 @@ INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
 MINUTES ?= 20
 
-.PHONY: demo test test-long test-as-gpu check fuzz static bench gate gpu report clean
+.PHONY: demo test test-long test-as-gpu test-transformers check fuzz static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
@@ -37,6 +37,12 @@ test-long: $(INSTALLED)
 # is left out, because torch.compile can't see through the stand-in. See tests/stand_in.py.
 test-as-gpu: $(INSTALLED)
 	OMP_NUM_THREADS=1 FASTBERT_STAND_IN=1 .venv/bin/pytest -n auto --dist worksteal -m 'kernels and not long' -k 'not compil'
+
+# transformers' own tests of its models, asked of accelerated ones: FOLDER is a checkout of it at the installed version,
+# FAMILIES are by default all. Takes half an hour; see tests/transformers_tests.py.
+test-transformers: $(INSTALLED)
+	.venv/bin/python -m pip install --disable-pip-version-check parameterized httpx
+	.venv/bin/python tests/transformers_tests.py $(or $(FOLDER),$(error FOLDER: a checkout of transformers)) $(FAMILIES)
 
 # Draw arguments and states of torch for the public API, others each time, for so many minutes; see tests/test_fuzz.py.
 fuzz: $(INSTALLED)

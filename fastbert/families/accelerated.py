@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,12 @@ ENCODERS = {name: family for family in FAMILIES.values() for name in family.enco
 # Whose hooks gather hidden states, which it is told by us.
 TOLD = "transformers.utils.output_capturing"
 
+# Whose functions a model is made of.
+THEIRS = ("transformers.", "torch.")
+
+# The attribute of an encoder that says what computes it, also where somebody wraps a function around its `forward`.
+MARK = "_fastbert_forward"
+
 # Where random inputs end, of three sequences; a batch with much padding, and a sequence of one token.
 LENGTHS = (17, 9, 1)
 
@@ -51,7 +58,13 @@ class Difference:
 
 
 class Forward:
-    """What stands in the place of an encoder's `forward`."""
+    """What stands in the place of an encoder's `forward`.
+
+    Attributes:
+        on: False where it was taken back, and only a function that somebody wrapped around it still calls it.
+    """
+
+    on = True
 
     def __init__(self, theirs: nn.Module, family: Family, *, strict: bool) -> None:
         self.theirs, self.family, self.strict = theirs, family, strict
@@ -81,10 +94,15 @@ class Forward:
         """What in their modules is not as transformers has it; None where nothing is."""
         from transformers.activations import ACT2FN
 
-        for module in self.silent:
-            kind = type(module)
+        for kind in {type(module) for module in self.silent}:
             if not kind.__module__.startswith(("transformers.", "torch.nn.")):
                 return f"a module of another class, {kind.__name__}"
+        for kind in {type(module) for module in [self.theirs, *self.silent]}:
+            methods = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
+            if not all(str(method.__module__).startswith(THEIRS) for method in methods):
+                return f"the class {kind.__name__}, one of whose methods was replaced"
+        for module in self.silent:
+            kind = type(module)
             if any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items()):
                 return f"a {kind.__name__} one of whose methods was replaced"
         asked = type(ACT2FN[getattr(self.hf, "hidden_act", None) or self.hf.activation])
@@ -98,9 +116,10 @@ class Forward:
 
     def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own arguments and result."""
-        reason = self._unserved(hidden_states, args, kwargs)
+        reason = self._unserved(hidden_states, args, kwargs) if self.on else None
         if reason is not None:
             self._say(reason)
+        if reason is not None or not self.on:
             return type(self.theirs).forward(self.theirs, hidden_states, attention_mask, *args, **kwargs)
         if self.family.entry is not None:
             hidden_states = self.theirs.get_submodule(self.family.entry)(hidden_states)
@@ -111,6 +130,8 @@ class Forward:
 
     def _unserved(self, hidden_states: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why the model's own code has to run; None where it has not."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "it is recorded for other batches"
         if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3 or not hidden_states.numel():
@@ -132,7 +153,9 @@ class Forward:
         except AttributeError as error:
             return f"a module that is gone: {error}"
         attention = getattr(self.hf, "_attn_implementation", None) or "eager"
-        if not attention.startswith(("eager", "sdpa", "flex_attention", "flash_attention")):
+        registered = ALL_ATTENTION_FUNCTIONS.get(attention)  # eager attention is not
+        known_name = attention.startswith(("eager", "sdpa", "flex_attention", "flash_attention"))
+        if not known_name or not (registered is None or registered.__module__.startswith(THEIRS)):
             return f"the attention implementation {attention!r}"
         if self.foreign is not None:
             return self.foreign
@@ -150,15 +173,18 @@ class Forward:
 
 
 class _Tree:
-    """The modules below an encoder, and their classes, when it was made."""
+    """The modules below an encoder, their classes and how attention scales, when it was made."""
 
     def __init__(self, top: nn.Module) -> None:
         self.groups = [module for module in top.modules() if module._modules]
+        self.kinds = list({type(module) for module in self.groups})
+        self.scaled = [module.__dict__ for module in self.groups if "scaling" in module.__dict__]
         self.members = Members(module._modules for module in self.groups)
         self.marks = self._current()
 
     def _current(self) -> list[Any]:
-        return [*[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
+        forwards, scaling = [kind.forward for kind in self.kinds], [module.get("scaling") for module in self.scaled]
+        return [forwards, scaling, *[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
 
     def same(self) -> bool:
         """Whether they are what they were."""
@@ -190,7 +216,7 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     for name, module in model.named_modules():
         if (family := ENCODERS.get(_class_name(module))) is not None:
             argument = f"model.{name}" if name else "model"
-            if not isinstance(module.__dict__.get("forward"), Forward | None):
+            if "forward" in module.__dict__ and MARK not in module.__dict__:
                 raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
             try:
                 made.append((module, Forward(module, family, strict=strict)))
@@ -200,18 +226,28 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
         known = ", ".join(sorted(name.rpartition(".")[2] for name in ENCODERS))
         raise ArgumentError("model", type(model).__name__, f"a model with one of these in it: {known}")
     for module, forward in made:
-        module.forward = forward
+        if MARK in module.__dict__:  # it stays where it is, with what was wrapped around it
+            vars(module.__dict__[MARK]).update(vars(forward))
+        else:
+            module.forward = forward
+            setattr(module, MARK, forward)
     return model
 
 
 def restore(model: Model) -> Model:
     """Take back what `accelerate` did; gives `model` itself.
 
+    A function that was wrapped around an encoder's `forward` since stays, and calls the model's own code.
+
     Raises:
         ArgumentError: it is no module.
     """
-    for module, _ in list(accelerated(model)):
-        del module.__dict__["forward"]
+    for module, forward in list(accelerated(model)):
+        del module.__dict__[MARK]
+        if module.__dict__.get("forward") is forward:
+            del module.__dict__["forward"]
+        else:
+            forward.on = False
     return model
 
 
@@ -220,8 +256,7 @@ def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, Forward):
+        if (forward := module.__dict__.get(MARK)) is not None:
             yield module, forward
 
 
@@ -242,7 +277,8 @@ def verify(model: nn.Module) -> list[Difference]:
     for module, forward in accelerated(model):
         name, config = type(module).__name__, forward.ours.config
         own = copy.deepcopy(module).eval()
-        del own.__dict__["forward"]
+        for attribute in ("forward", MARK):
+            own.__dict__.pop(attribute, None)
         exact = copy.deepcopy(own).double()
         fast = copy.deepcopy(own)
         accelerate(fast, strict=True)

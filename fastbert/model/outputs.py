@@ -98,7 +98,7 @@ class QuestionAnsweringOutput(_Output):
 
 
 # Arguments that Hugging Face passes on, and that change nothing here.
-_HARMLESS = {"position_ids", "cache_position", "num_items_in_batch", "use_cache"}
+_HARMLESS = {"position_ids", "cache_position", "num_items_in_batch", "shift_labels", "use_cache"}
 
 
 def refuse_what_asks(hf: dict[str, Any], where: str) -> None:
