@@ -20,6 +20,7 @@ from fastbert.errors import ArgumentError, BackendError, FastbertError
 from fastbert.families import FAMILIES
 from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
+from fastbert.families.whole import ModelForward
 from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
 from fastbert.ops.watch import Members
 from fastbert.run.parts import is_hooked
@@ -28,6 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # By the names of the classes that they compute.
 ENCODERS = {name: family for family in FAMILIES.values() for name in family.encoders}
+MODELS = {name: family for family in FAMILIES.values() for name in family.models}
 
 # Whose hooks gather hidden states, which it is told by us.
 TOLD = "transformers.utils.output_capturing"
@@ -84,7 +86,8 @@ class Forward:
         self.ours = ForeignEncoder(theirs, family)
         self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
         computed = {id(part) for layer in self.layers for whole in layer.computed() for part in whole.modules()}
-        entry = [] if family.entry is None else list(theirs.get_submodule(family.entry).modules())
+        called = [family.entry, *(["embeddings"] if not family.within else [])]
+        entry = [part for path in filter(None, called) for part in theirs.get_submodule(path).modules()]
         apart = computed | {id(theirs), *map(id, entry)}
         self.silent = [module for module in theirs.modules() if id(module) not in apart]  # these are never called
         self.foreign = self._foreign()
@@ -105,7 +108,8 @@ class Forward:
             kind = type(module)
             if any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items()):
                 return f"a {kind.__name__} one of whose methods was replaced"
-        asked = type(ACT2FN[getattr(self.hf, "hidden_act", None) or self.hf.activation])
+        names = ("hidden_act", "hidden_activation", "activation")
+        asked = type(ACT2FN[next(getattr(self.hf, name) for name in names if hasattr(self.hf, name))])
         for layer in self.layers:
             if type(layer.theirs[0].get_submodule(self.family.names.activation)) is not asked:
                 return "an activation other than the config's"
@@ -116,38 +120,45 @@ class Forward:
 
     def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own arguments and result."""
-        reason = self._unserved(hidden_states, args, kwargs) if self.on else None
+        reason = None
+        if self.on:
+            padded = isinstance(hidden_states, Tensor) and hidden_states.dim() == 3 and hidden_states.numel() > 0
+            asked = {name: kwargs[name] for name in kwargs if name not in ("output_hidden_states", "return_dict")}
+            reason = self.unserved(hidden_states, asked, *args) if padded else "other than [batch, seqlen, hidden]"
         if reason is not None:
-            self._say(reason)
+            self.say(reason)
         if reason is not None or not self.on:
             return type(self.theirs).forward(self.theirs, hidden_states, attention_mask, *args, **kwargs)
-        if self.family.entry is not None:
-            hidden_states = self.theirs.get_submodule(self.family.entry)(hidden_states)
+        hidden_states = self.entered(hidden_states)
         out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=kwargs.get("output_hidden_states"))
         if kwargs.get("return_dict", self.return_dict) is False:
             return out.to_tuple()
         return self.output(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
 
-    def _unserved(self, hidden_states: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why the model's own code has to run; None where it has not."""
+    def entered(self, x: Tensor) -> Tensor:
+        """What the first layer gets of what the encoder is given."""
+        return x if self.family.entry is None else self.theirs.get_submodule(self.family.entry)(x)
+
+    def unserved(self, inputs: Tensor, asked: dict[str, Any], *args: Any) -> str | None:
+        """Why the model's own code has to run, given such inputs and further arguments; None where it has not."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "it is recorded for other batches"
-        if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3 or not hidden_states.numel():
-            return "hidden states that are not [batch, seqlen, hidden], or none"
-        if hidden_states.device.type == "meta":
+        if inputs.device.type == "meta":
             return "tensors without numbers"
-        if any(value is not None for value in args) or "attentions" in collected_by_transformers():
+        given = (*args, asked.get("output_attentions") or None)
+        if any(value is not None for value in given) or "attentions" in collected_by_transformers():
             return "attention weights or cross-attention are asked for"
-        known = {"output_hidden_states", "return_dict"}
         try:
-            refuse_what_asks({name: value for name, value in kwargs.items() if name not in known}, "fastbert")
+            refuse_what_asks(asked, "fastbert")
             if not torch.compiler.is_compiling() and not self.tree.same():  # a compiler has guards of its own
                 self._build()
             self.ours.follow()
             if any(p >= 1.0 for layer in self.layers for p in layer.dropouts()):
                 return "a dropout of everything"
+            if any(layer.drops_otherwise() for layer in self.layers):
+                return "a dropout that fastbert's layers have not"
         except FastbertError as error:
             return f"{error.argument}: {error.got}"
         except AttributeError as error:
@@ -163,7 +174,8 @@ class Forward:
             return "a hook on a module that is never called by itself: put it on the model, a linear layer or a norm"
         return None
 
-    def _say(self, reason: str) -> None:
+    def say(self, reason: str) -> None:
+        """Say, once, why the model's own code runs; or raise BackendError, if it must not."""
         name = type(self.theirs).__name__
         if self.strict:
             raise BackendError(name, reason, "a call that fastbert serves", "Or accelerate without strict=True.")
@@ -212,18 +224,30 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
-    made: list[tuple[nn.Module, Forward]] = []
+    made: list[tuple[nn.Module, Forward | ModelForward]] = []
+    encoders: dict[int, Forward] = {}
+    wholes: list[tuple[nn.Module, Family]] = []
     for name, module in model.named_modules():
-        if (family := ENCODERS.get(_class_name(module))) is not None:
-            argument = f"model.{name}" if name else "model"
-            if "forward" in module.__dict__ and MARK not in module.__dict__:
-                raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
+        kind = Family.class_name(module)
+        encodes, whole = ENCODERS.get(kind), MODELS.get(kind)
+        if encodes is None and whole is None:
+            continue
+        argument = f"model.{name}" if name else "model"
+        if "forward" in module.__dict__ and MARK not in module.__dict__:
+            raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
+        if whole is not None:
+            wholes.append((module, whole))
+        family = encodes or whole
+        if family is not None and (encodes or not family.within):
             try:
-                made.append((module, Forward(module, family, strict=strict)))
+                encoders[id(module)] = Forward(module, family, strict=strict)
             except (FastbertError, AttributeError) as error:
                 raise ArgumentError(argument, str(error), "an encoder that fastbert computes") from error
+            if encodes:
+                made.append((module, encoders[id(module)]))
+    made += [(whole, ModelForward(whole, encoders[id(whole.get_submodule(of.within))])) for whole, of in wholes]
     if not made:
-        known = ", ".join(sorted(name.rpartition(".")[2] for name in ENCODERS))
+        known = ", ".join(sorted(name.rpartition(".")[2] for name in {**ENCODERS, **MODELS}))
         raise ArgumentError("model", type(model).__name__, f"a model with one of these in it: {known}")
     for module, forward in made:
         if MARK in module.__dict__:  # it stays where it is, with what was wrapped around it
@@ -251,8 +275,8 @@ def restore(model: Model) -> Model:
     return model
 
 
-def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
-    """The encoders in `model` that `accelerate` found, and what computes each."""
+def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Forward | ModelForward]]:
+    """The encoders and whole models in `model` that `accelerate` found, and what computes each."""
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
     for module in model.modules():
@@ -275,23 +299,32 @@ def verify(model: nn.Module) -> list[Difference]:
     found: list[Difference] = []
     generator = torch.Generator().manual_seed(0)
     for module, forward in accelerated(model):
-        name, config = type(module).__name__, forward.ours.config
+        whole = isinstance(forward, ModelForward)
+        encoder = forward.encoder if isinstance(forward, ModelForward) else forward
+        name = type(module).__name__
         own = copy.deepcopy(module).eval()
-        for attribute in ("forward", MARK):
-            own.__dict__.pop(attribute, None)
+        for part in own.modules():
+            for attribute in ("forward", MARK):
+                part.__dict__.pop(attribute, None)
         exact = copy.deepcopy(own).double()
         fast = copy.deepcopy(own)
         accelerate(fast, strict=True)
         like = next(own.parameters())
-        entry: Any = None if forward.family.entry is None else own.get_submodule(forward.family.entry)
-        width, batch, seqlen = config.hidden_size, len(LENGTHS), max(LENGTHS)
-        shapes = (batch, seqlen, width if entry is None else entry.in_features), (batch, seqlen, width)
-        drawn = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
+        batch, seqlen, width = len(LENGTHS), max(LENGTHS), encoder.ours.config.hidden_size
+        given: Any = own
+        if whole:
+            taken = given.get_input_embeddings().embedding_dim
+        else:
+            taken = width if encoder.family.entry is None else own.get_submodule(encoder.family.entry).in_features
+        drawn = (
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            for shape in ((batch, seqlen, taken), (batch, seqlen, width))
+        )
         x, dout = (numbers.to(like) for numbers in drawn)
         kept = torch.arange(seqlen, device="cpu") < torch.tensor(LENGTHS, dtype=torch.int64, device="cpu")[:, None]
         kept = kept.to(like.device)
         dout *= kept[..., None]
-        results = [_results(one, x, kept, dout) for one in (fast, own, exact)]
+        results = [_results(one, x, kept, dout, whole=whole) for one in (fast, own, exact)]
         for key in results[0]:
             got, plain, wanted = (result[key].double() for result in results)
             rounding, difference = (float((x - y).abs().max()) for x, y in ((plain, wanted), (got, plain)))
@@ -301,12 +334,15 @@ def verify(model: nn.Module) -> list[Difference]:
     return found
 
 
-def _results(encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor) -> dict[str, Tensor]:
+def _results(encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor, *, whole: bool) -> dict[str, Tensor]:
     """The output where it is no padding, and the gradient of each parameter."""
     dtype = next(encoder.parameters()).dtype
     encoder.requires_grad_(True)
-    mask = torch.zeros(kept.shape, dtype=dtype, device=x.device).masked_fill(~kept, torch.finfo(dtype).min)
-    out = encoder(x.to(dtype), attention_mask=mask[:, None, None])[0]
+    if whole:
+        out = encoder(inputs_embeds=x.to(dtype), attention_mask=kept.long())[0]
+    else:
+        mask = torch.zeros(kept.shape, dtype=dtype, device=x.device).masked_fill(~kept, torch.finfo(dtype).min)
+        out = encoder(x.to(dtype), attention_mask=mask[:, None, None])[0]
     names, parameters = zip(*encoder.named_parameters(), strict=True)
     grads = torch.autograd.grad(out, parameters, dout.to(dtype), allow_unused=True)
     given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
@@ -317,8 +353,3 @@ def _global_hooks() -> bool:
     """Whether functions are called beside every module's forward pass or gradient."""
     of = nn.modules.module
     return bool(of._global_forward_hooks or of._global_forward_pre_hooks or of._global_backward_hooks)
-
-
-def _class_name(module: nn.Module) -> str:
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__name__}".removeprefix("transformers.models.")
