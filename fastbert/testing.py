@@ -81,7 +81,8 @@ def exactly(
         if isinstance(step, Attend):
             qkv = step.split(held[step.x])
             if step.rotary is not None:
-                qkv = reference.rotary(qkv, reference.rotary_angles(packing, qkv.shape[3], step.rotary, dtype))
+                angles = reference.rotary_angles(packing, qkv.shape[3], step.rotary, dtype, step.rotary_scale)
+                qkv = reference.rotary(qkv, angles)
             slopes, relative = step.slopes(qkv.device), None
             if step.relative is not None:
                 relative = relative_table(cast(nn.Embedding, parts[step.relative]).weight.to(dtype), packing)

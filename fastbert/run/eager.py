@@ -174,7 +174,7 @@ def attend(
 ) -> Tensor:
     """`[rows, 3 * heads * head_dim]` -> `[rows, heads * head_dim]`."""
     heads, (probability, seed) = step.split(qkv), dropout
-    turned = heads if step.rotary is None else rotary(heads, packing, step.rotary)
+    turned = heads if step.rotary is None else rotary(heads, packing, step.rotary, step.rotary_scale)
     relative = None if step.relative is None else _relative(parts[step.relative], packing)
     return attention(
         turned, packing, bias=bias, alibi_slopes=step.slopes(qkv.device), relative=relative, window=step.window,

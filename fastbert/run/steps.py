@@ -53,6 +53,7 @@ class Attend:
         window: only keys at most this many places away are seen.
         alibi: of each head the slope that times `|row - column|` is taken off its scores.
         rotary: the base of rotary positions, which queries and keys are turned by first.
+        rotary_scale: what their angles are multiplied by.
         relative: the part whose weight `[buckets, heads]` is added to the scores, by how far apart two tokens are; see
             `ops.relative`.
     """
@@ -63,6 +64,7 @@ class Attend:
     window: int | None = None
     alibi: tuple[float, ...] | None = None
     rotary: float | None = None
+    rotary_scale: float = 1.0
     relative: str | None = None
 
     @property
@@ -140,6 +142,7 @@ def layer_steps(config: EncoderConfig, i: int = 0) -> Steps:
         window=window,
         alibi=alibi_slopes(config.num_heads) if config.alibi else None,
         rotary=config.rotary_in_windows if in_window else config.rotary,
+        rotary_scale=config.rotary_scale,
         relative=None if config.relative_buckets is None else "relative",
     )
     kept = "sum" if config.norm_first else None
