@@ -73,6 +73,8 @@ def recognise(config: Mapping[str, Any], keys: Iterable[str]) -> Dialect:
     """
     keys = set(keys)
     name = _family_name(config, keys)
+    variant = FAMILIES[name].variant
+    name = name if variant is None else variant(config)
     family = FAMILIES[name]
     for prefix in ("", family.prefix):
         if prefix + family.anchor in keys:

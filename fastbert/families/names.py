@@ -27,6 +27,7 @@ class Names:
             number there.
         dropout_of_context, dropout_of_output: of attention's output and of the feed-forward's; None where the family
             has no such dropout.
+        position_key, position_query, dropout_of_positions: of `EncoderConfig.disentangled`.
         other_dropout: one that a layer of ours has not; where it is on, transformers' code runs.
     """
 
@@ -42,13 +43,17 @@ class Names:
     dropout_of_weights: str
     dropout_of_context: str | None
     dropout_of_output: str | None
+    position_key: str = "attention.position_key"
+    position_query: str = "attention.position_query"
+    dropout_of_positions: str = "attention.position_dropout"
     other_dropout: str | None = None
 
     def weights(self) -> dict[str, Spelled]:
         """Of each module with weights what it is called in a layer of ours and in one of theirs."""
         ours = OURS
         parts = ("query", "key", "value", "attention_output", "attention_norm", "intermediate", "output", "output_norm")
-        return {getattr(ours, part): getattr(self, part) for part in parts}
+        of_positions = ("position_key", "position_query")
+        return {getattr(ours, part): getattr(self, part) for part in (*parts, *of_positions)}
 
 
 OURS = Names(
@@ -118,6 +123,7 @@ class Family:
         carried: beginnings of keys that a model need not compute with, but saves as they came; those of the body are
             relative to its prefix.
         tied: keys of a head that a file may hold although they are the same tensor as another, and its key.
+        variant: of the dict of a config.json the key of the family in `FAMILIES`, where `model_type` does not tell it.
         num_layers: the field of config.json that says how many there are.
         last_norm: the LayerNorm after the last layer, where layers normalise first; None where they do not.
         encoders: transformers' classes that `accelerate` computes, `MODULE.CLASS` below `transformers.models.`.
@@ -126,9 +132,12 @@ class Family:
         within: where such a model has its encoder; "" where it is that itself.
         hf: transformers' config of such an encoder.
         layers: of such an encoder, in the order in which they run; a layer may come several times.
-        relative: of such an encoder the module with the table of biases by distance; None where there is none.
+        relative: of such an encoder the module with the table of distances; None where there is none.
+        relative_norm: of such an encoder the LayerNorm that goes over that table; None where there is none.
         entry: of such an encoder the module that hidden states go through before the first layer; None where there is
             none.
+        only_padding: such an encoder's mask is `[batch, seqlen]`, 1 for a token; other forms of a mask mean something
+            else there than in `masks.read_mask`.
         output: the class of what such an encoder returns, in `transformers.modeling_outputs`.
     """
 
@@ -144,12 +153,15 @@ class Family:
     models: Mapping[str, str] = field(default_factory=dict)
     within: str = "encoder"
     tied: Mapping[str, str] = field(default_factory=dict)
+    variant: Callable[[Mapping[str, Any]], str] | None = None
     num_layers: str = "num_hidden_layers"
     last_norm: str | None = None
     hf: Callable[[nn.Module], Any] = own_hf
     layers: Callable[[nn.Module], Sequence[nn.Module]] = own_layers
     relative: str | None = None
+    relative_norm: str | None = None
     entry: str | None = None
+    only_padding: bool = False
     output: str = "BaseModelOutput"
 
     @property
