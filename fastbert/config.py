@@ -15,6 +15,7 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 # What a classifier reads: the one row of a text or of a choice, or all rows.
 Read = Literal["text", "choice", "token", "answer"]
 Positions = Literal["columns", "tokens", "none"]
+Term = Literal["c2p", "p2c"]
 
 MOST_LABELS = 2**20  # far more than anybody has, and still made at once
 
@@ -42,8 +43,12 @@ class HeadShape:
         bias: whether it has one, and the linear layer of masked-token prediction too.
         norm: a LayerNorm follows it.
         drop_first: a dropout comes before it as well.
+        first_dropout: the probability of that dropout; None for that of the one before the classifier.
         pooling: what a text is classified by: its first token, or the mean of all.
         predict: activation of masked-token prediction; None for the encoder's.
+
+    Raises:
+        ArgumentError: `first_dropout` is no probability.
     """
 
     transformed: tuple[Read, ...] = ()
@@ -51,8 +56,55 @@ class HeadShape:
     bias: bool = True
     norm: bool = False
     drop_first: bool = False
+    first_dropout: float | None = None
     pooling: Literal["cls", "mean"] = "cls"
     predict: Activation | None = None
+
+    def __post_init__(self) -> None:
+        if self.first_dropout is not None and not _is_probability(self.first_dropout):
+            raise ArgumentError("first_dropout", repr(self.first_dropout), "a probability in [0, 1), or None")
+
+
+@dataclass(frozen=True)
+class Disentangled:
+    """What attention's scores have besides the product of query and key (He et al. 2021, "DeBERTa").
+
+    A table has a row for each distance, or bucket of distances, before and after a token. Products of its rows are
+    added to the scores, and all are divided by `sqrt(head_dim * (1 + len(terms)))`.
+
+    Attributes:
+        terms: "c2p", the query times the key of the other token's distance; "p2c", the key times the query of it.
+        farthest: the distance from which on all share a row; the last that has a bucket of its own, with `buckets`.
+        buckets: half the rows of the table. Distances up to half of them have one each, farther ones share them by
+            their logarithm. None where each distance has a row.
+        shared: keys and queries of distances are made by the layer's own products, not by others of their own.
+        normalised: a LayerNorm goes over the table.
+
+    Raises:
+        ArgumentError: a number is not in its range.
+    """
+
+    terms: tuple[Term, ...]
+    farthest: int
+    buckets: int | None = None
+    shared: bool = False
+    normalised: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.terms or len(set(self.terms)) < len(self.terms) or not set(self.terms) <= set(get_args(Term)):
+            raise ArgumentError("terms", self.terms, f"one or more of {', '.join(get_args(Term))}")
+        if not _is_int(self.farthest) or self.farthest < 1:
+            raise ArgumentError("farthest", repr(self.farthest), "a positive int")
+        if self.buckets is not None:
+            if not _is_int(self.buckets) or self.buckets < 2:
+                raise ArgumentError("buckets", repr(self.buckets), "an int of 2 or more, or None")
+            if self.farthest - 1 <= self.buckets // 2:
+                raise ArgumentError("farthest", self.farthest, f"more than half of the {self.buckets} buckets, and 1")
+
+    @property
+    def span(self) -> int:
+        """Half the rows of the table: that of distance d, or of its bucket, is row `span + d`."""
+        return self.farthest if self.buckets is None else self.buckets
 
 
 @dataclass(frozen=True)
@@ -88,6 +140,7 @@ class EncoderConfig:
         alibi: scores decrease with distance, by the slopes of Press et al. 2021.
         relative_buckets: rows of a table of biases by distance, which all layers share (Raffel et al. 2020); None for
             none.
+        disentangled: attention's scores have terms of relative positions; None for none.
         heads: what heads have before their classifier or decoder.
 
     Raises:
@@ -121,6 +174,7 @@ class EncoderConfig:
     rotary_scale: float = 1.0
     alibi: bool = False
     relative_buckets: int | None = None
+    disentangled: Disentangled | None = None
     heads: HeadShape = HeadShape()
 
     def __post_init__(self) -> None:
@@ -167,7 +221,7 @@ class EncoderConfig:
     @property
     def by_distance(self) -> bool:
         """Whether attention depends on how far apart tokens are, other than by their columns."""
-        placed = (self.windows, self.rotary, self.relative_buckets)
+        placed = (self.windows, self.rotary, self.relative_buckets, self.disentangled)
         return self.alibi or any(one is not None for one in placed)
 
     @property
@@ -283,7 +337,8 @@ class HeadConfig:
                 warnings.warn(message, stacklevel=2)
             labels = _unnamed(number)
         try:
-            return cls(labels, given.get("problem_type"), given.get("classifier_dropout"))
+            dropout = given.get("classifier_dropout", given.get("cls_dropout"))  # the latter is DeBERTa's
+            return cls(labels, given.get("problem_type"), dropout)
         except ArgumentError as error:
             name = "id2label" if error.argument == "labels" else error.argument
             raise ArgumentError(f"config.{name}", error.got, error.expected, error.mend) from error

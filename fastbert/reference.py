@@ -100,6 +100,35 @@ def relative_bias(relative: Tensor, width: int) -> Tensor:
     return relative[:, relative.shape[1] // 2 + place - place[:, None]]
 
 
+def disentangled_bias(
+    qkv: Tensor,
+    packing: Packing,
+    position_key: Tensor | None,
+    position_query: Tensor | None,
+    index: Tensor,
+    scale: float,
+) -> Tensor:
+    """`scale * (query[i] . position_key[index[i, j]] + key[j] . position_query[index[i, j]])` (He et al. 2021).
+
+    Args:
+        qkv: `[rows, 3, heads, head_dim]`, rows >= tokens.
+        position_key, position_query: `[number, heads, head_dim]`; None for a term that is left out.
+        index: int64 `[max_seqlen, max_seqlen]`.
+
+    Returns:
+        `[batch, heads, max_seqlen, max_seqlen]`, 0 where the row or the column of a term is no token.
+    """
+    batch, width, tokens = packing.batch, packing.max_seqlen, packing.tokens
+    padded = qkv.new_zeros(batch * width, *qkv.shape[1:]).index_copy(0, packing.grid, qkv[:tokens])
+    query, key, _ = padded.view(batch, width, *qkv.shape[1:]).unbind(2)
+    bias = qkv.new_zeros(batch, qkv.shape[2], width, width)
+    if position_key is not None:
+        bias = bias + torch.einsum("bihd,ijhd->bhij", query, position_key[index]) * scale
+    if position_query is not None:
+        bias = bias + torch.einsum("bjhd,ijhd->bhij", key, position_query[index]) * scale
+    return bias
+
+
 def rotary_angles(packing: Packing, head_dim: int, base: float, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """`[2, tokens, head_dim / 2]`: cosine and sine of `scale * column * base ** (-2 i / head_dim)` (Su et al. 2021).
 

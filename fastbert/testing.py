@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import reference
+from fastbert.config import Disentangled
+from fastbert.ops.disentangled import rows_of_pairs
 from fastbert.ops.linear_activation import activated
 from fastbert.ops.relative import relative_table
 from fastbert.packing import Packing
 from fastbert.run.parts import norm_weights, weights
-from fastbert.run.steps import Attend, Steps
+from fastbert.run.steps import PROJECTIONS, Attend, Steps
 
 
 def assert_close(
@@ -83,11 +85,15 @@ def exactly(
             if step.rotary is not None:
                 angles = reference.rotary_angles(packing, qkv.shape[3], step.rotary, dtype, step.rotary_scale)
                 qkv = reference.rotary(qkv, angles)
-            slopes, relative = step.slopes(qkv.device), None
+            slopes, relative, scale, terms = step.slopes(qkv.device), None, None, bias
+            if step.disentangled is not None:
+                scale = step.scale(qkv.shape[3])
+                of_positions = _of_positions(step.disentangled, parts, qkv, packing, scale)
+                terms = of_positions if bias is None else bias + of_positions
             if step.relative is not None:
                 relative = relative_table(cast(nn.Embedding, parts[step.relative]).weight.to(dtype), packing)
             made, _ = reference.attention(
-                qkv, packing, bias=bias, alibi_slopes=slopes, relative=relative, window=step.window
+                qkv, packing, scale=scale, bias=terms, alibi_slopes=slopes, relative=relative, window=step.window
             )
             made = made.flatten(1)
         else:
@@ -104,6 +110,24 @@ def exactly(
                 made = reference.layer_norm(made, *(x.to(dtype) for x in norm_weights(norm)), eps=norm.eps)
         held[step.into] = made
     return held
+
+
+def _of_positions(
+    asked: Disentangled, parts: Mapping[str, nn.Module], qkv: Tensor, packing: Packing, scale: float
+) -> Tensor:
+    """The terms of relative positions, in the dtype of `qkv`."""
+    rows = cast(nn.Embedding, parts["relative"]).weight.to(qkv.dtype)
+    if asked.normalised:
+        norm = cast(nn.LayerNorm, parts["relative_norm"])
+        rows = reference.layer_norm(rows, *(x.to(qkv.dtype) for x in norm_weights(norm)), eps=norm.eps)
+    made = {}
+    for term in asked.terms:
+        weight, bias = (None if x is None else x.to(qkv.dtype) for x in weights(parts[PROJECTIONS[term]]))
+        assert weight is not None
+        columns = rows @ weight.t() if bias is None else rows @ weight.t() + bias
+        made[term] = columns.unflatten(1, qkv.shape[2:])
+    index = rows_of_pairs(packing.max_seqlen, asked, qkv.device)
+    return reference.disentangled_bias(qkv, packing, made.get("c2p"), made.get("p2c"), index, scale)
 
 
 def random_lengths(batch: int, longest: int, generator: torch.Generator) -> list[int]:

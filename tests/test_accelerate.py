@@ -38,6 +38,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DistilBert": DISTILBERT,
     "Albert": {**SIZES, "embedding_size": 16, "num_hidden_groups": 2, "inner_group_num": 1},
     "MPNet": SIZES,
+    "DebertaV2": {
+        **SIZES,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "max_relative_positions": 12,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+    },
     "ModernBert": {
         **SIZES,
         "local_attention": 4,

@@ -57,7 +57,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "MPNet": {key: value for key, value in TYPELESS.items() if key != "type_vocab_size"},
     "NomicBert": {**SIZES, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 1.3}},
     "Gte": {**SIZES, "type_vocab_size": 0, "pad_token_id": 1},
+    "DebertaV2": {
+        **SIZES,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "max_relative_positions": 12,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+    },
 }
+# DeBERTa's other shapes, as changes of the one above.
+DEBERTAS: dict[str, dict[str, Any]] = {
+    "projections of its own": {"share_att_key": False, "position_biased_input": True, "type_vocab_size": 2},
+    "c2p": {"pos_att_type": "c2p", "norm_rel_ebd": "none"},
+    "p2c": {"pos_att_type": "p2c", "share_att_key": False},
+    "a row for each distance": {"position_buckets": -1, "max_relative_positions": 5},
+    "as many rows as positions": {"position_buckets": -1, "max_relative_positions": -1},
+    "an odd number of buckets": {"position_buckets": 5, "max_relative_positions": 40},
+    "two buckets": {"position_buckets": 2, "max_relative_positions": 3},
+    "no relative positions": {
+        "relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none", "position_biased_input": True
+    },
+}  # fmt: skip
 HEADS = [
     "Model",
     "ForMaskedLM",
@@ -318,3 +341,106 @@ def test_token_types_of_a_model_without_them(tmp_path: Path) -> None:
     ours = ours_of(theirs_of("DistilBert"), tmp_path)
     with pytest.raises(ArgumentError, match="token_type_ids"):
         ours(torch.full((1, 3), 7), token_type_ids=torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("changes", DEBERTAS)
+def test_shapes_of_deberta(changes: str, tmp_path: Path) -> None:
+    """Forward and gradient, with padding on either side and with a token hidden between others."""
+    theirs = theirs_of("DebertaV2", **DEBERTAS[changes])
+    ours = ours_of(theirs, tmp_path)
+    own = copy.deepcopy(theirs).double()
+    generator = torch.Generator().manual_seed(4)
+    for side in ("right", "left", "holes"):
+        batch = batch_of(theirs, "Model", "right" if side == "holes" else side)
+        if side == "holes":
+            batch["attention_mask"][0, 3:5] = 0
+        mask = batch["attention_mask"].bool()
+        dout = torch.randn(int(mask.sum()), 48, generator=generator)
+        made = []
+        for model in (ours, theirs, own):
+            out = model(**batch).last_hidden_state[mask]
+            named = dict(model.named_parameters())
+            grads = torch.autograd.grad(out, list(named.values()), dout.to(out.dtype))
+            made.append((out, dict(zip(named, grads, strict=True))))
+        (got, grads), (plain, plain_grads), (exact, exact_grads) = made
+        assert_close(got, plain, exact, factor=3.0)
+        for key, grad in to_theirs(grads, ours.origin.dialect.rules(ours)).items():
+            if exact_grads[key].abs().max() < 1e-12:
+                assert grad.abs().max() < 1e-5
+            else:
+                assert_close(grad, plain_grads[key], exact_grads[key], factor=3.0, what=key)
+    fastbert.save(ours, tmp_path / "saved")
+    before, after = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_text_longer_than_all_buckets_of_deberta(tmp_path: Path) -> None:
+    """Far tokens share the last rows of the table, and a short text needs the middle of it alone."""
+    theirs = theirs_of("DebertaV2", max_position_embeddings=300)
+    ours = ours_of(theirs, tmp_path)
+    for seqlen in (300, 1):
+        ids = torch.randint(5, 70, (1, seqlen), generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            plain, got = (model(ids).last_hidden_state for model in (theirs, ours))
+            exact = copy.deepcopy(theirs).double()(ids).last_hidden_state
+        assert_close(got, plain, exact, factor=3.0)
+
+
+def test_the_other_head_of_deberta(tmp_path: Path) -> None:
+    """That of its authors, which `legacy: false` asks for: loaded, saved, and put on a body."""
+    theirs = theirs_of("DebertaV2", "ForMaskedLM", legacy=False)
+    ours = ours_of(theirs, tmp_path / "a", "ForMaskedLM")
+    batch = batch_of(theirs, "ForMaskedLM")
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        plain, got = (model(**batch).logits[mask] for model in (theirs, ours))
+        assert_close(got, plain, copy.deepcopy(theirs).double()(**batch).logits[mask], factor=3.0)
+    fastbert.save(ours, tmp_path / "b")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    theirs.deberta.save_pretrained(tmp_path / "body")
+    with pytest.warns(fastbert.errors.UntrainedWarning, match="predictions for DebertaV2ForMaskedLM"):
+        fresh = fastbert.load(tmp_path / "body", fastbert.EncoderForMaskedLM)
+    fastbert.save(fresh, tmp_path / "c")
+    back = T.AutoModelForMaskedLM.from_pretrained(tmp_path / "c").eval()
+    with torch.no_grad():
+        assert torch.allclose(back(**batch).logits[mask], fresh(**batch).logits[mask], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"conv_kernel_size": 3}, "conv_kernel_size: got 3; expected 0"),
+        ({"pos_att_type": "p2p|c2p"}, "pos_att_type"),
+        ({"relative_attention": False}, "pos_att_type: got 'p2c.c2p'; expected .* none without"),
+        ({"position_buckets": 1}, "position_buckets: got 1; expected an int of 2 or more"),
+        ({"max_relative_positions": 4}, "max_relative_positions: got 4; expected more than half of the 8 buckets"),
+        ({"attention_head_size": 8}, "attention_head_size: got 8; expected 16"),
+        ({"pooler_dropout": 1.5}, "pooler_dropout: got 1.5; expected a probability"),
+    ],
+)
+def test_what_of_deberta_is_refused(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    theirs_of("DebertaV2").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pos_att_type": "p2c|c2p", **changes}))
+    with pytest.raises(CheckpointError, match=match):
+        fastbert.load(tmp_path)
+
+
+def test_dropouts_of_a_deberta(tmp_path: Path) -> None:
+    """That of the table of positions is one more, and the pooler has its own."""
+    theirs_of("DebertaV2", "ForSequenceClassification", pooler_dropout=0.4, cls_dropout=0.3).save_pretrained(tmp_path)
+    ours = fastbert.load(tmp_path, fastbert.EncoderForSequenceClassification).train()
+    assert ours.config.heads.first_dropout == 0.4 and ours.head_config.classifier_dropout == 0.3
+    batch = batch_of(ours, "Model")
+    layer = ours.bert.encoder.layer[0]
+    assert layer.dropouts() == (0.1, 0.1, 0.1, 0.1)
+    for part in ours.bert.modules():
+        if isinstance(part, torch.nn.Dropout) and part is not layer.attention.position_dropout:
+            part.p = 0.0
+    ours.bert.embeddings.eval()
+    states = [ours.bert(**batch).last_hidden_state for _ in range(2)]
+    assert not torch.equal(*states)
+    layer.attention.position_dropout.p = 0.0
+    states = [ours.bert(**batch).last_hidden_state for _ in range(2)]
+    assert torch.equal(*states)

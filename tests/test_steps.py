@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.config import EncoderConfig
+from fastbert.config import Disentangled, EncoderConfig
 from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError
 from fastbert.kernels.target import interpreted
@@ -24,7 +24,7 @@ from fastbert.run import cpu, eager, onednn, prepared
 from fastbert.run.eager import Registers
 from fastbert.run.eight_bits import Fp8Linear, Int8Linear
 from fastbert.run.parts import weights
-from fastbert.run.steps import Attend, Product, Steps, layer_steps, readers
+from fastbert.run.steps import PROJECTIONS, Attend, Product, Steps, layer_steps, readers
 from fastbert.testing import assert_close, exactly
 
 HIDDEN, HEADS, WIDE = 48, 3, 80
@@ -68,12 +68,23 @@ PLANS = {
     "ALiBi, gated": Steps((BERT.of[0], replace(BERT.of[1], alibi=(0.5, 0.25, 0.125)), *changed(3, gated=True).of[2:])),
     "bias": BERT,
     "shared layers": BERT,
+    "disentangled": changed(1, disentangled=Disentangled(("p2c", "c2p"), 10, buckets=6, normalised=True)),
+    "disentangled, one term, gated": Steps(
+        (
+            BERT.of[0],
+            replace(BERT.of[1], disentangled=Disentangled(("c2p",), 4)),
+            *changed(3, gated=True).of[2:],
+        )
+    ),
 }
-GATED, PLACED = {plan for plan in PLANS if "gated" in plan}, {"window", "ALiBi", "rotary"}
+GATED = {plan for plan in PLANS if "gated" in plan}
+DISENTANGLED = {plan for plan in PLANS if "disentangled" in plan}
+PLACED = {"window", "ALiBi", "rotary", *DISENTANGLED}
 # Of an executor the plans that it does not serve; it says why.
 UNSERVED = {
     "eager": set[str](),
     "prepared": {"pre-norm", *GATED, *PLACED},
+    "cpu": DISENTANGLED,
     "onednn": GATED,
 }
 LENGTHS = [7, 1, 0, 17]
@@ -90,6 +101,11 @@ def parts_of(plan: str, generator: torch.Generator) -> dict[str, nn.Module]:
         "output": nn.Linear(WIDE, HIDDEN, bias=bias),
         "output_norm": nn.LayerNorm(HIDDEN, eps=1e-12, bias=norm_bias),
     }
+    asked = next(step.disentangled for step in PLANS[plan].of if isinstance(step, Attend))
+    if asked is not None:
+        parts["relative"] = nn.Embedding(2 * asked.span, HIDDEN)
+        parts |= {"relative_norm": nn.LayerNorm(HIDDEN, eps=1e-7)} if asked.normalised else {}
+        parts |= {PROJECTIONS[term]: nn.Linear(HIDDEN, HIDDEN) for term in asked.terms}
     for part in parts.values():
         for parameter in part.parameters():
             scale = 0.5 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
@@ -222,6 +238,9 @@ def test_cpu(
     case.registers = {name: x.detach().to(dtype) for name, x in case.registers.items()}
     x, slack = case.registers["x"], torch.full((3, HIDDEN), torch.nan, dtype=dtype)
     with torch.no_grad(), backend.use_backend("native"):
+        if plan in UNSERVED["cpu"]:
+            assert "relative positions" in str(cpu.unserved(layers, x))
+            return
         assert cpu.unserved(layers, x) is None
         made = cpu.lay_out(layers, x)
         assert made is not None
@@ -297,7 +316,12 @@ def test_eager_in_8_bits(plan: str, kind: Any, generator: torch.Generator) -> No
 
 
 def in_8_bits(parts: dict[str, nn.Module], kind: Any) -> dict[str, nn.Module]:
-    return {name: part if isinstance(part, nn.LayerNorm) else kind(*weights(part)) for name, part in parts.items()}
+    """All but norms and what belongs to tables of distances."""
+    kept = ("relative", *PROJECTIONS.values())
+    return {
+        name: part if isinstance(part, nn.LayerNorm) or name in kept else kind(*weights(part))
+        for name, part in parts.items()
+    }
 
 
 def test_who_reads_what() -> None:

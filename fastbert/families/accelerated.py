@@ -81,6 +81,8 @@ class Forward:
         self.output = getattr(modeling_outputs, family.output)
         asked = inspect.signature(type(theirs).forward).parameters.get("return_dict")
         self.return_dict = None if asked is None else asked.default
+        states = inspect.signature(type(theirs).forward).parameters.get("output_hidden_states")
+        self.output_hidden_states = None if states is None else states.default
         tree = _Tree(theirs)
         self.hf = family.hf(theirs)
         self.ours = ForeignEncoder(theirs, family)
@@ -125,12 +127,16 @@ class Forward:
             padded = isinstance(hidden_states, Tensor) and hidden_states.dim() == 3 and hidden_states.numel() > 0
             asked = {name: kwargs[name] for name in kwargs if name not in ("output_hidden_states", "return_dict")}
             reason = self.unserved(hidden_states, asked, *args) if padded else "other than [batch, seqlen, hidden]"
+            of_padding = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+            if reason is None and self.family.only_padding and not of_padding:
+                reason = "an attention_mask that is not [batch, seqlen]"
         if reason is not None:
             self.say(reason)
         if reason is not None or not self.on:
             return type(self.theirs).forward(self.theirs, hidden_states, attention_mask, *args, **kwargs)
         hidden_states = self.entered(hidden_states)
-        out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=kwargs.get("output_hidden_states"))
+        states = kwargs.get("output_hidden_states", self.output_hidden_states)
+        out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=states)
         if kwargs.get("return_dict", self.return_dict) is False:
             return out.to_tuple()
         return self.output(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
@@ -210,8 +216,9 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     adapters and hooks go on working. Dropout draws its own masks.
 
     Args:
-        model: a transformers model of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT or ALBERT, with any
-            head; or any module with such a model in it, as those of sentence-transformers.
+        model: a transformers model of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ALBERT, MPNet,
+            ModernBERT, or DeBERTa v2 and v3, with any head; or any module with such a model in it, as those of
+            sentence-transformers.
         strict: raise BackendError where a call asks for what is not served. Otherwise the model's own code runs, and a
             warning says so once for each reason.
 
@@ -324,7 +331,8 @@ def verify(model: nn.Module) -> list[Difference]:
         kept = torch.arange(seqlen, device="cpu") < torch.tensor(LENGTHS, dtype=torch.int64, device="cpu")[:, None]
         kept = kept.to(like.device)
         dout *= kept[..., None]
-        results = [_results(one, x, kept, dout, whole=whole) for one in (fast, own, exact)]
+        of_padding = whole or encoder.family.only_padding
+        results = [_results(one, x, kept, dout, whole=whole, of_padding=of_padding) for one in (fast, own, exact)]
         for key in results[0]:
             got, plain, wanted = (result[key].double() for result in results)
             rounding, difference = (float((x - y).abs().max()) for x, y in ((plain, wanted), (got, plain)))
@@ -334,15 +342,18 @@ def verify(model: nn.Module) -> list[Difference]:
     return found
 
 
-def _results(encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor, *, whole: bool) -> dict[str, Tensor]:
+def _results(
+    encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor, *, whole: bool, of_padding: bool
+) -> dict[str, Tensor]:
     """The output where it is no padding, and the gradient of each parameter."""
     dtype = next(encoder.parameters()).dtype
     encoder.requires_grad_(True)
-    if whole:
-        out = encoder(inputs_embeds=x.to(dtype), attention_mask=kept.long())[0]
-    else:
-        mask = torch.zeros(kept.shape, dtype=dtype, device=x.device).masked_fill(~kept, torch.finfo(dtype).min)
-        out = encoder(x.to(dtype), attention_mask=mask[:, None, None])[0]
+    mask = kept.long()
+    if not of_padding:
+        added = torch.zeros(kept.shape, dtype=dtype, device=x.device).masked_fill(~kept, torch.finfo(dtype).min)
+        mask = added[:, None, None]
+    named = {"inputs_embeds": x.to(dtype)} if whole else {}
+    out = encoder(*([] if whole else [x.to(dtype)]), attention_mask=mask, **named)[0]
     names, parameters = zip(*encoder.named_parameters(), strict=True)
     grads = torch.autograd.grad(out, parameters, dout.to(dtype), allow_unused=True)
     given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}

@@ -19,7 +19,7 @@ from fastbert.model.layer import Layer, probability
 from fastbert.ops.common import observed
 from fastbert.run.kept import Kept
 from fastbert.run.parts import Group, SelfAttention
-from fastbert.run.steps import layer_steps
+from fastbert.run.steps import OWN, PROJECTIONS, layer_steps
 
 
 class Place(NamedTuple):
@@ -102,6 +102,13 @@ class ForeignLayer(Layer):
         }
         self.places["output_norm"] = Place.of(theirs, names.output_norm) if following is None else following
         self.places |= shared
+        asked = config.disentangled
+        self.dropout_of_positions: Place | None = None
+        if asked is not None:
+            self.dropout_of_positions = Place.of(theirs, names.dropout_of_positions)
+            for term in asked.terms:
+                path = getattr(names, OWN[term] if asked.shared else PROJECTIONS[term])
+                self.places[PROJECTIONS[term]] = Place.of(theirs, path)
         self.joined: tuple[tuple[str, ForeignLinears], ...] = ()
         several = names.intermediate if isinstance(names.intermediate, tuple) else (names.intermediate,)
         for part, paths in (("qkv", (names.query, names.key, names.value)), ("intermediate", several)):
@@ -127,7 +134,10 @@ class ForeignLayer(Layer):
         attention = self.attention()
         drop = getattr(attention, self.dropout_of_weights.rpartition(".")[2])
         p = drop.p if type(drop) is nn.Dropout else drop if isinstance(drop, float | int) else 0.0
-        return p if attention.training else 0.0, *others
+        of_weights = p if attention.training else 0.0
+        if self.dropout_of_positions is not None:
+            return of_weights, probability(self.dropout_of_positions.get()), *others
+        return of_weights, *others
 
     def drops_otherwise(self) -> bool:
         """Whether a dropout is on that a layer of ours has not."""
@@ -155,7 +165,12 @@ class ForeignEncoder(Encoder):
         nn.Module.__init__(self)
         self.config, self.kept, self.theirs = family.config(family.hf(theirs).to_dict()), Kept(), (theirs,)
         layers = family.layers(theirs)
-        shared = {} if family.relative is None else {"relative": Place.of(theirs, family.relative)}
+        tables, asked = {}, self.config.disentangled
+        if self.config.relative_buckets is not None or asked is not None:
+            tables["relative"] = family.relative
+        if asked is not None and asked.normalised:
+            tables["relative_norm"] = family.relative_norm
+        shared = {name: Place.of(theirs, path) for name, path in tables.items() if path is not None}
         made: dict[int, ForeignLayer] = {}
         for i, layer in enumerate(layers):
             following = None

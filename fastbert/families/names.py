@@ -28,6 +28,7 @@ class Names:
             number there.
         dropout_of_context, dropout_of_output: of attention's output and of the feed-forward's; None where the family
             has no such dropout.
+        position_key, position_query, dropout_of_positions: of `EncoderConfig.disentangled`.
         other_dropout: one that a layer of ours has not; where it is on, transformers' code runs.
         gate_last: of `intermediate`, which is one linear layer of two halves, the activation is of the second.
     """
@@ -44,6 +45,9 @@ class Names:
     dropout_of_weights: str
     dropout_of_context: str | None
     dropout_of_output: str | None
+    position_key: str = "attention.position_key"
+    position_query: str = "attention.position_query"
+    dropout_of_positions: str = "attention.position_dropout"
     other_dropout: str | None = None
     gate_last: bool = False
 
@@ -51,7 +55,8 @@ class Names:
         """Of each module with weights what it is called in a layer of ours and in one of theirs."""
         ours = OURS
         parts = ("query", "key", "value", "attention_output", "attention_norm", "intermediate", "output", "output_norm")
-        return {getattr(ours, part): getattr(self, part) for part in parts}
+        of_positions = ("position_key", "position_query")
+        return {getattr(ours, part): getattr(self, part) for part in (*parts, *of_positions)}
 
 
 OURS = Names(
@@ -151,9 +156,12 @@ class Family:
         within: where such a model has its encoder; "" where it is that itself.
         hf: transformers' config of such an encoder.
         layers: of such an encoder, in the order in which they run; a layer may come several times.
-        relative: of such an encoder the module with the table of biases by distance; None where there is none.
+        relative: of such an encoder the module with the table of distances; None where there is none.
+        relative_norm: of such an encoder the LayerNorm that goes over that table; None where there is none.
         entry: of such an encoder the module that hidden states go through before the first layer; None where there is
             none.
+        only_padding: such an encoder's mask is `[batch, seqlen]`, 1 for a token; other forms of a mask mean something
+            else there than in `masks.read_mask`.
         output: the class of what such an encoder returns, in `transformers.modeling_outputs`.
     """
 
@@ -176,7 +184,9 @@ class Family:
     hf: Callable[[nn.Module], Any] = own_hf
     layers: Callable[[nn.Module], Sequence[nn.Module]] = own_layers
     relative: str | None = None
+    relative_norm: str | None = None
     entry: str | None = None
+    only_padding: bool = False
     output: str = "BaseModelOutput"
 
     @property

@@ -41,10 +41,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.kept = Kept()
-        buckets = config.relative_buckets
-        self.relative = None if buckets is None else nn.Embedding(buckets, config.num_heads)
+        self.relative, self.relative_norm = _tables(config)
+        shared = {name: part for name in ("relative", "relative_norm") if (part := getattr(self, name)) is not None}
         order = range(config.num_layers) if config.layer_order is None else config.layer_order
-        made = {i: EncoderLayer(config, i, self.relative) for i in dict.fromkeys(order)}
+        made = {i: EncoderLayer(config, i, shared) for i in dict.fromkeys(order)}
         self.layer = nn.ModuleList(made[i] for i in order)
         initialise(self, config.initializer_range)
 
@@ -180,7 +180,9 @@ class Encoder(nn.Module):
                 made = program.run(self.registers(x.contiguous()), packing, read)
             return [packing.unpack(made) if unpack else made]
         layers = cast(list[Layer], list(self.layer))
-        seeds = torch.randint(2**63 - 1, (len(layers), 3), device=x.device) if self.drops() else None
+        seeds = None
+        if self.drops():
+            seeds = torch.randint(2**63 - 1, (len(layers), len(layers[0].dropouts())), device=x.device)
         if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
         rows, states = len(x), [x]
@@ -321,6 +323,16 @@ class Encoder(nn.Module):
     def drops(self) -> bool:
         """Whether a dropout module is on."""
         return any(any(cast(Layer, layer).dropouts()) for layer in self.layer)
+
+
+def _tables(config: EncoderConfig) -> tuple[nn.Embedding | None, nn.LayerNorm | None]:
+    """The table of distances that all layers share, and what normalises it."""
+    disentangled = config.disentangled
+    if disentangled is None:
+        buckets = config.relative_buckets
+        return None if buckets is None else nn.Embedding(buckets, config.num_heads), None
+    norm = nn.LayerNorm(config.hidden_size, eps=config.eps) if disentangled.normalised else None
+    return nn.Embedding(2 * disentangled.span, config.hidden_size), norm
 
 
 def _take_over(ours: nn.Module, theirs: nn.Module, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -170,6 +171,8 @@ class Transform(nn.Module):
 
     def forward(self, x: Tensor, dropout: Callable[[Tensor], Tensor]) -> Tensor:
         """`[rows, hidden]` -> `[rows, hidden]`."""
+        if self.shape.first_dropout is not None:
+            dropout = partial(F.dropout, p=self.shape.first_dropout, training=self.training)
         x = self.dense(dropout(x) if self.shape.drop_first else x)
         activation = self.shape.activation
         x = torch.tanh(x) if activation == "tanh" else activated(x, activation)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.config import EncoderConfig
+from fastbert.config import Disentangled, EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.model.masks import read_mask
 from fastbert.packing import Packing
@@ -22,7 +22,7 @@ from fastbert.run import eager, prepared
 from fastbert.run.eager import Registers
 from fastbert.run.eight_bits import EightBitLinear
 from fastbert.run.parts import Group, SelfAttention, is_plain
-from fastbert.run.steps import Steps, layer_steps
+from fastbert.run.steps import OWN, PROJECTIONS, Parts, Steps, layer_steps
 
 
 class Output(Group):
@@ -42,6 +42,10 @@ class Attention(Group):
         super().__init__()
         self.self = SelfAttention(config)
         self.output = Output(config.hidden_size, config, bias="attention_output" not in config.no_bias)
+        if config.disentangled is not None:
+            self.position_dropout = nn.Dropout(config.hidden_dropout)
+            for term in () if config.disentangled.shared else config.disentangled.terms:
+                self.add_module(PROJECTIONS[term], nn.Linear(config.hidden_size, config.hidden_size))
 
 
 class Intermediate(Group):
@@ -105,7 +109,7 @@ class Layer(nn.Module, ABC):
         Args:
             attention_mask: the packing of packed rows; of padded ones it, or any form in `masks.read_mask`.
             bias: added to the attention scores; see `ops.attention`.
-            seeds: int64 `[3]`, one seed for each dropout; None when dropout is off.
+            seeds: int64 `[dropouts]`, one seed for each of `dropouts`; None when dropout is off.
             read: int64 `[reads]`, the rows of the output that are wanted; all by default. All rows are attended to, but
                 only these go through what comes after attention. The hidden dropouts then draw for these rows alone.
             unpack: give the output in the padded layout; not together with `read`.
@@ -183,17 +187,17 @@ class EncoderLayer(Layer):
     Args:
         config: of the encoder.
         i: its number.
-        relative: holds the table of `Attend.relative`, which all layers share.
+        shared: the parts that all layers share, by their names: those of tables of distances.
     """
 
-    def __init__(self, config: EncoderConfig, i: int = 0, relative: nn.Module | None = None) -> None:
+    def __init__(self, config: EncoderConfig, i: int = 0, shared: Parts | None = None) -> None:
         super().__init__(layer_steps(config, i))
         self.config = config
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
         self.output = Output(config.intermediate_size, config, bias="output" not in config.no_bias)
-        if relative is not None:
-            self.relative = relative
+        for name, part in (shared or {}).items():
+            self.add_module(name, part)
 
     def parts(self) -> dict[str, nn.Module]:
         """Its modules by their names in the steps, without nn.Module's slow way to an attribute."""
@@ -201,6 +205,9 @@ class EncoderLayer(Layer):
         attention, output = modules["attention"]._modules, modules["output"]._modules
         projected = attention["output"]._modules
         relative = modules.get("relative")
+        of_distances = {} if relative is None else {"relative": relative}
+        if self.config.disentangled is not None:
+            of_distances |= self._of_positions(self.config.disentangled)
         return {
             "qkv": attention["self"],
             "attention_output": projected["dense"],
@@ -208,11 +215,21 @@ class EncoderLayer(Layer):
             "intermediate": modules["intermediate"]._modules["dense"],
             "output": output["dense"],
             "output_norm": output["LayerNorm"],
-            **({} if relative is None else {"relative": relative}),
+            **of_distances,
         }
 
+    def _of_positions(self, asked: Disentangled) -> dict[str, nn.Module]:
+        """The parts of `Attend.disentangled` but the table."""
+        modules: dict[str, Any] = self._modules
+        attention = modules["attention"]._modules
+        parts: dict[str, nn.Module] = {"relative_norm": modules["relative_norm"]} if asked.normalised else {}
+        for term in asked.terms:
+            name = PROJECTIONS[term]
+            parts[name] = attention["self"]._modules[OWN[term]] if asked.shared else attention[name]
+        return parts
+
     def dropouts(self) -> tuple[float, ...]:
-        """Of attention's weights, of its output and of the feed-forward's."""
+        """Of attention's weights, of relative positions where they have one, of its output, and the feed-forward's."""
         modules: dict[str, Any] = self._modules
         attention = modules["attention"]._modules
         if isinstance(attention["self"], EightBitLinear):
@@ -220,6 +237,8 @@ class EncoderLayer(Layer):
         of_weights, of_context, of_output = (
             probability(one._modules["dropout"]) for one in (attention["self"], attention["output"], modules["output"])
         )
+        if self.config.disentangled is not None:
+            return of_weights, probability(attention["position_dropout"]), of_context, of_output
         return of_weights, of_context, of_output
 
 

@@ -66,6 +66,8 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
                 return f"heads wider than {WIDEST_HEAD}"
             if step.rotary is not None and widths[step.x] // (3 * step.heads) % 2:
                 return "rotary positions of heads of odd width"
+            if step.disentangled is not None:
+                return "scores with terms of relative positions"
             if step.window is not None and step.window < 0:
                 return "a window of less than 0 places"
             if step.relative is not None and type(parts[step.relative]) is not nn.Embedding:

@@ -12,16 +12,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fastbert.config import Disentangled, Term
 from fastbert.ops.attention import attention
+from fastbert.ops.disentangled import disentangled_bias, rows_of_distances
 from fastbert.ops.dropout import drop
 from fastbert.ops.layer_norm import layer_norm, linear_layer_norm
+from fastbert.ops.linear import linear
 from fastbert.ops.linear_activation import activated, linear_activation
 from fastbert.ops.relative import relative_table
 from fastbert.ops.rotary import rotary
 from fastbert.packing import Packing
 from fastbert.run.eight_bits import After, EightBitLinear, Rows, attention_dtype
 from fastbert.run.parts import call, is_hooked, is_plain, norm_weights, weights
-from fastbert.run.steps import Attend, Parts, Product, Steps, drops, readers, writes
+from fastbert.run.steps import PROJECTIONS, Attend, Parts, Product, Steps, drops, readers, writes
 
 
 @dataclass
@@ -82,10 +85,11 @@ def run(
     layer, left = _Layer(steps, parts, registers, packing), iter(dropouts)
     early = read is not None and not any(map(is_hooked, parts.values()))
     for i, step in enumerate(steps.of):
-        dropout = next(left, NO_DROPOUT) if drops(step) else NO_DROPOUT
+        of_step = [next(left, NO_DROPOUT) for _ in range(drops(step))]
         if isinstance(step, Attend):
-            layer.attend(step, bias, dropout)
+            layer.attend(step, bias, *of_step)
         else:
+            dropout = of_step[0] if of_step else NO_DROPOUT
             layer.product(i, step, dropout, packing if unpack and i + 1 == len(steps.of) else None)
         if read is not None and early and i == steps.last_attend:
             registers.take(steps.late, read)
@@ -102,9 +106,9 @@ class _Layer:
         self.steps, self.parts, self.registers, self.packing = steps, parts, registers, packing
         self.x = registers.floats["x"]  # whose dtype all have
 
-    def attend(self, step: Attend, bias: Tensor | None, dropout: Dropout) -> None:
+    def attend(self, step: Attend, bias: Tensor | None, *dropouts: Dropout) -> None:
         qkv = self.registers.floats[step.x]
-        self.registers.write(step.into, attend(step, self.parts, qkv, self.packing, bias, dropout))
+        self.registers.write(step.into, attend(step, self.parts, qkv, self.packing, bias, *dropouts))
 
     def product(self, i: int, step: Product, dropout: Dropout, layout: Packing | None) -> None:
         """Step `i`; with a layout the result is unpacked."""
@@ -171,19 +175,48 @@ def attend(
     packing: Packing,
     bias: Tensor | None = None,
     dropout: Dropout = NO_DROPOUT,
+    of_positions: Dropout = NO_DROPOUT,
 ) -> Tensor:
     """`[rows, 3 * heads * head_dim]` -> `[rows, heads * head_dim]`."""
-    heads, (probability, seed) = step.split(qkv), dropout
+    heads, (probability, seed), scale = step.split(qkv), dropout, None
+    if step.disentangled is not None:
+        scale = step.scale(heads.shape[3])
+        terms = _disentangled(step.disentangled, parts, heads, packing, scale, of_positions)
+        bias = terms if bias is None else bias + terms
     turned = heads if step.rotary is None else rotary(heads, packing, step.rotary, step.rotary_scale)
     relative = None if step.relative is None else _relative(parts[step.relative], packing)
     return attention(
-        turned, packing, bias=bias, alibi_slopes=step.slopes(qkv.device), relative=relative, window=step.window,
+        turned, packing,
+        scale=scale, bias=bias, alibi_slopes=step.slopes(qkv.device), relative=relative, window=step.window,
         dropout=probability, seed=seed,
     ).flatten(1)  # fmt: skip
 
 
 def _relative(part: nn.Module, packing: Packing) -> Tensor:
     return relative_table(cast(Tensor, part._parameters["weight"]), packing)
+
+
+def _disentangled(
+    asked: Disentangled, parts: Parts, qkv: Tensor, packing: Packing, scale: float, dropout: Dropout
+) -> Tensor:
+    """The terms of relative positions, `[batch, heads, max_seqlen, max_seqlen]`, of `[rows, 3, heads, head_dim]`.
+
+    Only those rows of the table are read that the longest sequence needs, unless hooks look on.
+    """
+    projections = {term: parts[PROJECTIONS[term]] for term in asked.terms}
+    hooked = any(map(is_hooked, projections.values()))
+    first, last = (0, 2 * asked.span - 1) if hooked else rows_of_distances(packing.max_seqlen, asked)
+    rows = cast(Tensor, parts["relative"]._parameters["weight"])[first : last + 1]
+    if asked.normalised:
+        norm = cast(nn.LayerNorm, parts["relative_norm"])
+        rows = layer_norm(rows, *norm_weights(norm), eps=norm.eps) if is_plain(norm) else norm(rows)
+    probability, seed = dropout
+    rows = rows if seed is None or probability == 0.0 else drop(rows, seed, probability)
+    made: dict[Term, Tensor] = {}
+    for term, part in projections.items():
+        columns = linear(rows, *weights(part)) if is_plain(part) else part(rows[None])[0]
+        made[term] = columns.to(qkv.dtype).unflatten(1, qkv.shape[2:])
+    return disentangled_bias(qkv, packing, made.get("c2p"), made.get("p2c"), asked, first=first, scale=scale)
 
 
 def made_dtype(steps: Steps, i: int, part: nn.Module, x: Tensor) -> torch.dtype:

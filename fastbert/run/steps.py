@@ -17,7 +17,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastbert.config import Activation, EncoderConfig
+from fastbert.config import Activation, Disentangled, EncoderConfig, Term
+
+# Of each of `Attend.disentangled`'s terms the part that makes keys or queries of the table of positions.
+PROJECTIONS: Mapping[Term, str] = {"c2p": "position_key", "p2c": "position_query"}
+# What a layer calls the one of its own that does it where `Disentangled.shared`.
+OWN: Mapping[Term, str] = {"c2p": "key", "p2c": "query"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Attend:
         rotary_scale: what their angles are multiplied by.
         relative: the part whose weight `[buckets, heads]` is added to the scores, by how far apart two tokens are; see
             `ops.relative`.
+        disentangled: terms of the scores by relative positions, see `ops.disentangled`. The table is the weight of the
+            part "relative", which "relative_norm" normalises, and the parts of `PROJECTIONS` go over its rows.
     """
 
     x: str
@@ -66,15 +73,22 @@ class Attend:
     rotary: float | None = None
     rotary_scale: float = 1.0
     relative: str | None = None
+    disentangled: Disentangled | None = None
 
     @property
     def plain(self) -> bool:
         """Whether every key is seen, by its content alone."""
-        return self.window is None and self.alibi is None and self.rotary is None and self.relative is None
+        by_place = self.window, self.alibi, self.rotary, self.relative, self.disentangled
+        return all(one is None for one in by_place)
 
     def split(self, qkv: Tensor) -> Tensor:
         """`[rows, 3 * heads * head_dim]` as `[rows, 3, heads, head_dim]`."""
         return qkv.view(len(qkv), 3, self.heads, qkv.shape[1] // (3 * self.heads))
+
+    def scale(self, head_dim: int) -> float:
+        """The factor on the scores."""
+        terms = () if self.disentangled is None else self.disentangled.terms
+        return float((head_dim * (1 + len(terms))) ** -0.5)
 
     def slopes(self, device: torch.device) -> Tensor | None:
         """`alibi` as attention takes it, float32 `[heads]`."""
@@ -144,6 +158,7 @@ def layer_steps(config: EncoderConfig, i: int = 0) -> Steps:
         rotary=config.rotary_in_windows if in_window else config.rotary,
         rotary_scale=config.rotary_scale,
         relative=None if config.relative_buckets is None else "relative",
+        disentangled=config.disentangled,
     )
     kept = "sum" if config.norm_first else None
     residual = kept or "x"
@@ -200,6 +215,8 @@ def writes(step: Step) -> tuple[str, ...]:
     return (step.into,) if kept is None else (step.into, kept)
 
 
-def drops(step: Step) -> bool:
-    """Whether a step has a dropout in training."""
-    return isinstance(step, Attend) or step.add is not None
+def drops(step: Step) -> int:
+    """How many dropouts a step has in training: attention that of its weights, then that of its relative positions."""
+    if isinstance(step, Attend):
+        return 1 if step.disentangled is None else 2
+    return 0 if step.add is None else 1
