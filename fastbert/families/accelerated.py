@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, TypeVar
+from types import CodeType, FunctionType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fastbert.errors import ArgumentError, BackendError, FastbertError
 from fastbert.families import FAMILIES
 from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
+from fastbert.families.torch_encoder import TorchEncoder
 from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
 from fastbert.ops.watch import Members
 from fastbert.run.parts import is_hooked
@@ -37,6 +39,9 @@ THEIRS = ("transformers.", "torch.")
 
 # The attribute of an encoder that says what computes it, also where somebody wraps a function around its `forward`.
 MARK = "_fastbert_forward"
+
+# Attributes of their modules that what was read of them depends on.
+WATCHED = ("scaling", "activation", "norm_first", "num_heads", "batch_first")
 
 # Where random inputs end, of three sequences; a batch with much padding, and a sequence of one token.
 LENGTHS = (17, 9, 1)
@@ -57,7 +62,7 @@ class Difference:
     rounding: float
 
 
-class Forward:
+class Forward(ABC):
     """What stands in the place of an encoder's `forward`.
 
     Attributes:
@@ -66,34 +71,53 @@ class Forward:
 
     on = True
 
-    def __init__(self, theirs: nn.Module, family: Family, *, strict: bool) -> None:
-        self.theirs, self.family, self.strict = theirs, family, strict
+    def __init__(self, theirs: nn.Module, *, strict: bool) -> None:
+        self.theirs, self.strict = theirs, strict
         self.said: set[str] = set()
         self._build()
 
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's own arguments and result."""
+
+    @property
+    def __code__(self) -> CodeType:
+        """Of the encoder's own forward, by which torch.export names what it records."""
+        return cast(FunctionType, type(self.theirs).forward).__code__
+
+    @abstractmethod
+    def _read(self) -> ForeignEncoder:
+        """What computes their modules as they are now."""
+
+    @abstractmethod
+    def _called(self) -> list[nn.Module]:
+        """Modules that are called before the layers, or after them."""
+
+    @abstractmethod
+    def _unlike(self) -> str | None:
+        """What in a layer is not as its config says; None where nothing is."""
+
+    @abstractmethod
+    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """What such an encoder makes of `[batch, seqlen, width]`, where True of `[batch, seqlen]` is no padding."""
+
+    @abstractmethod
+    def width(self) -> int:
+        """Of what comes in."""
+
     def _build(self) -> None:
         """Read their modules as they are now."""
-        from transformers import modeling_outputs
-
-        theirs, family = self.theirs, self.family
-        self.output = getattr(modeling_outputs, family.output)
-        asked = inspect.signature(type(theirs).forward).parameters.get("return_dict")
-        self.return_dict = None if asked is None else asked.default
-        tree = _Tree(theirs)
-        self.hf = family.hf(theirs)
-        self.ours = ForeignEncoder(theirs, family)
+        tree = _Tree(self.theirs)
+        self.ours = self._read()
         self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
-        computed = {id(part) for layer in self.layers for whole in layer.computed() for part in whole.modules()}
-        entry = [] if family.entry is None else list(theirs.get_submodule(family.entry).modules())
-        apart = computed | {id(theirs), *map(id, entry)}
-        self.silent = [module for module in theirs.modules() if id(module) not in apart]  # these are never called
+        called = [*self._called(), *(part for layer in self.layers for part in layer.computed())]
+        apart = {id(self.theirs), *(id(part) for whole in called for part in whole.modules())}
+        self.silent = [module for module in self.theirs.modules() if id(module) not in apart]  # these are never called
         self.foreign = self._foreign()
         self.tree = tree  # last: where something above raises, the next call tries again
 
     def _foreign(self) -> str | None:
-        """What in their modules is not as transformers has it; None where nothing is."""
-        from transformers.activations import ACT2FN
-
+        """What in their modules is not as transformers or torch has it; None where nothing is."""
         for kind in {type(module) for module in self.silent}:
             if not kind.__module__.startswith(("transformers.", "torch.nn.")):
                 return f"a module of another class, {kind.__name__}"
@@ -105,46 +129,22 @@ class Forward:
             kind = type(module)
             if any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items()):
                 return f"a {kind.__name__} one of whose methods was replaced"
-        asked = type(ACT2FN[getattr(self.hf, "hidden_act", None) or self.hf.activation])
-        for layer in self.layers:
-            if type(layer.theirs[0].get_submodule(self.family.names.activation)) is not asked:
-                return "an activation other than the config's"
-            scaling = getattr(layer.attention(), "scaling", None)
-            if scaling is not None and abs(scaling - self.ours.config.head_dim**-0.5) > 1e-6:
-                return "another scaling of attention's scores"
-        return None
+        return self._unlike()
 
-    def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The encoder's own arguments and result."""
-        reason = self._unserved(hidden_states, args, kwargs) if self.on else None
-        if reason is not None:
-            self._say(reason)
-        if reason is not None or not self.on:
-            return type(self.theirs).forward(self.theirs, hidden_states, attention_mask, *args, **kwargs)
-        if self.family.entry is not None:
-            hidden_states = self.theirs.get_submodule(self.family.entry)(hidden_states)
-        out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=kwargs.get("output_hidden_states"))
-        if kwargs.get("return_dict", self.return_dict) is False:
-            return out.to_tuple()
-        return self.output(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
-
-    def _unserved(self, hidden_states: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why the model's own code has to run; None where it has not."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
+    def _unserved(self, hidden_states: Any, asked: Callable[[], str | None]) -> str | None:
+        """Why the model's own code has to run; None where it has not. `asked` says why the call's arguments want it."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "it is recorded for other batches"
         if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3 or not hidden_states.numel():
             return "hidden states that are not [batch, seqlen, hidden], or none"
         if hidden_states.device.type == "meta":
             return "tensors without numbers"
-        if any(value is not None for value in args) or "attentions" in collected_by_transformers():
-            return "attention weights or cross-attention are asked for"
-        known = {"output_hidden_states", "return_dict"}
         try:
-            refuse_what_asks({name: value for name, value in kwargs.items() if name not in known}, "fastbert")
             if not torch.compiler.is_compiling() and not self.tree.same():  # a compiler has guards of its own
                 self._build()
+            reason = asked()
+            if reason is not None:
+                return reason
             self.ours.follow()
             if any(p >= 1.0 for layer in self.layers for p in layer.dropouts()):
                 return "a dropout of everything"
@@ -152,11 +152,6 @@ class Forward:
             return f"{error.argument}: {error.got}"
         except AttributeError as error:
             return f"a module that is gone: {error}"
-        attention = getattr(self.hf, "_attn_implementation", None) or "eager"
-        registered = ALL_ATTENTION_FUNCTIONS.get(attention)  # eager attention is not
-        known_name = attention.startswith(("eager", "sdpa", "flex_attention", "flash_attention"))
-        if not known_name or not (registered is None or registered.__module__.startswith(THEIRS)):
-            return f"the attention implementation {attention!r}"
         if self.foreign is not None:
             return self.foreign
         if _global_hooks() or any(is_hooked(module, TOLD) for module in self.silent):
@@ -172,19 +167,132 @@ class Forward:
             warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
 
 
+class TransformersForward(Forward):
+    """Of an encoder of transformers."""
+
+    def __init__(self, theirs: nn.Module, family: Family, *, strict: bool) -> None:
+        self.family = family
+        super().__init__(theirs, strict=strict)
+
+    def _read(self) -> ForeignEncoder:
+        from transformers import modeling_outputs
+
+        self.output = getattr(modeling_outputs, self.family.output)
+        asked = inspect.signature(type(self.theirs).forward).parameters.get("return_dict")
+        self.return_dict = None if asked is None else asked.default
+        self.hf = self.family.hf(self.theirs)
+        return ForeignEncoder(self.theirs, self.family)
+
+    def _called(self) -> list[nn.Module]:
+        return [] if self.family.entry is None else [self.theirs.get_submodule(self.family.entry)]
+
+    def width(self) -> int:
+        """See Forward."""
+        entry: Any = next(iter(self._called()), None)
+        return self.ours.config.hidden_size if entry is None else int(entry.in_features)
+
+    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """See Forward."""
+        mask = torch.zeros(kept.shape, dtype=x.dtype, device=x.device).masked_fill(~kept, torch.finfo(x.dtype).min)
+        out: Tensor = encoder(x, attention_mask=mask[:, None, None])[0]
+        return out
+
+    def _unlike(self) -> str | None:
+        from transformers.activations import ACT2FN
+
+        asked = type(ACT2FN[getattr(self.hf, "hidden_act", None) or self.hf.activation])
+        for layer in self.layers:
+            if type(layer.theirs[0].get_submodule(self.family.names.activation)) is not asked:
+                return "an activation other than the config's"
+            scaling = getattr(layer.attention(), "scaling", None)
+            if scaling is not None and abs(scaling - self.ours.config.head_dim**-0.5) > 1e-6:
+                return "another scaling of attention's scores"
+        return None
+
+    def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's own arguments and result."""
+        reason = self._unserved(hidden_states, lambda: self._asked(args, kwargs)) if self.on else None
+        if reason is not None:
+            self._say(reason)
+        if reason is not None or not self.on:
+            return type(self.theirs).forward(self.theirs, hidden_states, attention_mask, *args, **kwargs)
+        if self.family.entry is not None:
+            hidden_states = self.theirs.get_submodule(self.family.entry)(hidden_states)
+        out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=kwargs.get("output_hidden_states"))
+        if kwargs.get("return_dict", self.return_dict) is False:
+            return out.to_tuple()
+        return self.output(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
+
+    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        if any(value is not None for value in args) or "attentions" in collected_by_transformers():
+            return "attention weights or cross-attention are asked for"
+        known = {"output_hidden_states", "return_dict"}
+        refuse_what_asks({name: value for name, value in kwargs.items() if name not in known}, "fastbert")
+        attention = getattr(self.hf, "_attn_implementation", None) or "eager"
+        registered = ALL_ATTENTION_FUNCTIONS.get(attention)  # eager attention is not
+        known_name = attention.startswith(("eager", "sdpa", "flex_attention", "flash_attention"))
+        if not known_name or not (registered is None or registered.__module__.startswith(THEIRS)):
+            return f"the attention implementation {attention!r}"
+        return None
+
+
+class TorchForward(Forward):
+    """Of a `torch.nn.TransformerEncoder`."""
+
+    ours: TorchEncoder
+
+    def _read(self) -> ForeignEncoder:
+        return TorchEncoder(self.theirs)
+
+    def _called(self) -> list[nn.Module]:
+        return self.ours.called()
+
+    def _unlike(self) -> str | None:
+        return None
+
+    def width(self) -> int:
+        """See Forward."""
+        return self.ours.config.hidden_size
+
+    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """See Forward."""
+        out: Tensor = encoder(self.ours.layout(x), src_key_padding_mask=~kept)
+        return self.ours.layout(out)
+
+    def __call__(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Any:
+        """The encoder's own arguments and result."""
+        given = mask, src_key_padding_mask
+        reason = self._unserved(src, lambda: self.ours.unserved(src, *given, is_causal)) if self.on else None
+        if reason is not None:
+            self._say(reason)
+        if reason is not None or not self.on:
+            return nn.TransformerEncoder.forward(self.theirs, src, *given, is_causal)  # type: ignore[arg-type]
+        return self.ours.encode(src, *given)
+
+
 class _Tree:
-    """The modules below an encoder, their classes and how attention scales, when it was made."""
+    """The modules below an encoder, their classes and what is `WATCHED` of them, when it was made."""
 
     def __init__(self, top: nn.Module) -> None:
         self.groups = [module for module in top.modules() if module._modules]
         self.kinds = list({type(module) for module in self.groups})
-        self.scaled = [module.__dict__ for module in self.groups if "scaling" in module.__dict__]
+        self.watched = [
+            (module.__dict__, name) for module in self.groups for name in WATCHED if name in module.__dict__
+        ]
         self.members = Members(module._modules for module in self.groups)
         self.marks = self._current()
 
     def _current(self) -> list[Any]:
-        forwards, scaling = [kind.forward for kind in self.kinds], [module.get("scaling") for module in self.scaled]
-        return [forwards, scaling, *[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
+        forwards, watched = [kind.forward for kind in self.kinds], [held.get(name) for held, name in self.watched]
+        return [forwards, watched, *[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
 
     def same(self) -> bool:
         """Whether they are what they were."""
@@ -199,7 +307,8 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
 
     Args:
         model: a transformers model of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT or ALBERT, with any
-            head; or any module with such a model in it, as those of sentence-transformers.
+            head; or any module with such a model in it, as those of sentence-transformers, or with a
+            `torch.nn.TransformerEncoder`.
         strict: raise BackendError where a call asks for what is not served. Otherwise the model's own code runs, and a
             warning says so once for each reason.
 
@@ -214,16 +323,19 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
     made: list[tuple[nn.Module, Forward]] = []
     for name, module in model.named_modules():
-        if (family := ENCODERS.get(_class_name(module))) is not None:
-            argument = f"model.{name}" if name else "model"
-            if "forward" in module.__dict__ and MARK not in module.__dict__:
-                raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
-            try:
-                made.append((module, Forward(module, family, strict=strict)))
-            except (FastbertError, AttributeError) as error:
-                raise ArgumentError(argument, str(error), "an encoder that fastbert computes") from error
+        family = ENCODERS.get(_class_name(module))
+        if family is None and type(module) is not nn.TransformerEncoder:
+            continue
+        argument = f"model.{name}" if name else "model"
+        if "forward" in module.__dict__ and MARK not in module.__dict__:
+            raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
+        try:
+            forward = _forward(module, family, strict=strict)
+        except (FastbertError, AttributeError) as error:
+            raise ArgumentError(argument, str(error), "an encoder that fastbert computes") from error
+        made.append((module, forward))
     if not made:
-        known = ", ".join(sorted(name.rpartition(".")[2] for name in ENCODERS))
+        known = ", ".join(sorted(name.rpartition(".")[2] for name in (*ENCODERS, "TransformerEncoder")))
         raise ArgumentError("model", type(model).__name__, f"a model with one of these in it: {known}")
     for module, forward in made:
         if MARK in module.__dict__:  # it stays where it is, with what was wrapped around it
@@ -232,6 +344,13 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
             module.forward = forward
             setattr(module, MARK, forward)
     return model
+
+
+def _forward(module: nn.Module, family: Family | None, *, strict: bool) -> Forward:
+    """What computes an encoder; without a family torch's."""
+    if family is None:
+        return TorchForward(module, strict=strict)
+    return TransformersForward(module, family, strict=strict)
 
 
 def restore(model: Model) -> Model:
@@ -283,15 +402,14 @@ def verify(model: nn.Module) -> list[Difference]:
         fast = copy.deepcopy(own)
         accelerate(fast, strict=True)
         like = next(own.parameters())
-        entry: Any = None if forward.family.entry is None else own.get_submodule(forward.family.entry)
-        width, batch, seqlen = config.hidden_size, len(LENGTHS), max(LENGTHS)
-        shapes = (batch, seqlen, width if entry is None else entry.in_features), (batch, seqlen, width)
+        batch, seqlen = len(LENGTHS), max(LENGTHS)
+        shapes = (batch, seqlen, forward.width()), (batch, seqlen, config.hidden_size)
         drawn = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
         x, dout = (numbers.to(like) for numbers in drawn)
         kept = torch.arange(seqlen, device="cpu") < torch.tensor(LENGTHS, dtype=torch.int64, device="cpu")[:, None]
         kept = kept.to(like.device)
         dout *= kept[..., None]
-        results = [_results(one, x, kept, dout) for one in (fast, own, exact)]
+        results = [_results(forward, one, x, kept, dout) for one in (fast, own, exact)]
         for key in results[0]:
             got, plain, wanted = (result[key].double() for result in results)
             rounding, difference = (float((x - y).abs().max()) for x, y in ((plain, wanted), (got, plain)))
@@ -301,12 +419,11 @@ def verify(model: nn.Module) -> list[Difference]:
     return found
 
 
-def _results(encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor) -> dict[str, Tensor]:
+def _results(forward: Forward, encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor) -> dict[str, Tensor]:
     """The output where it is no padding, and the gradient of each parameter."""
     dtype = next(encoder.parameters()).dtype
     encoder.requires_grad_(True)
-    mask = torch.zeros(kept.shape, dtype=dtype, device=x.device).masked_fill(~kept, torch.finfo(dtype).min)
-    out = encoder(x.to(dtype), attention_mask=mask[:, None, None])[0]
+    out = forward.answer(encoder, x.to(dtype), kept)
     names, parameters = zip(*encoder.named_parameters(), strict=True)
     grads = torch.autograd.grad(out, parameters, dout.to(dtype), allow_unused=True)
     given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}

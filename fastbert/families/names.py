@@ -27,6 +27,7 @@ class Names:
             number there.
         dropout_of_context, dropout_of_output: of attention's output and of the feed-forward's; None where the family
             has no such dropout.
+        dropout_of_activation: of the feed-forward's activation; None where the family has no such dropout.
         other_dropout: one that a layer of ours has not; where it is on, transformers' code runs.
     """
 
@@ -42,6 +43,7 @@ class Names:
     dropout_of_weights: str
     dropout_of_context: str | None
     dropout_of_output: str | None
+    dropout_of_activation: str | None = None
     other_dropout: str | None = None
 
     def weights(self) -> dict[str, Spelled]:
