@@ -751,7 +751,9 @@ def attention_backward(
         *strides_bias, heads, *scalars, HAS_BIAS=bias is not None, **shape, **choices.arguments(by_key),
     )  # fmt: skip
     if bias is not None and dbias is not None:
-        by_bias = attention_choices.attention_backward_bias(head_dim, qkv.dtype, here)
+        beside = attention_choices.attention_backward_bias_beside_relative
+        choose = attention_choices.attention_backward_bias if relative is None else beside
+        by_bias = choose(head_dim, qkv.dtype, here)
         full = qkv.new_empty((*dbias.shape[:2], max_seqlen, max_seqlen), dtype=torch.float32)
         tiles = -(-max_seqlen // by_bias.BLOCK_M) * -(-max_seqlen // by_bias.BLOCK_N)
         dispatch(

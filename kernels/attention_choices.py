@@ -412,6 +412,12 @@ def attention_backward_bias(head_dim: int, dtype: torch.dtype, target: Target) -
     return choice, target, f"head_dim={head_dim},dtype={DTYPE_NAMES[dtype]}"
 
 
+def attention_backward_bias_beside_relative(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBiasTile:
+    """The choice for the gradient of a bias by places where there is one of distances too, which takes registers."""
+    choice = attention_backward_bias(head_dim, dtype, target)
+    return replace(choice, maxnreg=255) if target.backend == "cuda" else choice
+
+
 def attention_backward_relative(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionBiasTile:
     """The choice for the gradient of a bias of distances: that of a bias, of no more columns than rows."""
     choice = attention_backward_bias(head_dim, dtype, target)

@@ -10,6 +10,7 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
@@ -22,6 +23,7 @@ from fastbert.families import FAMILIES
 from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
 from fastbert.families.torch_encoder import TorchEncoder
+from fastbert.families.whole import ModelForward
 from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
 from fastbert.ops.watch import Members
 from fastbert.run.parts import is_hooked
@@ -30,6 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # By the names of the classes that they compute.
 ENCODERS = {name: family for family in FAMILIES.values() for name in family.encoders}
+MODELS = {name: family for family in FAMILIES.values() for name in family.models}
 
 # Whose hooks gather hidden states, which it is told by us.
 TOLD = "transformers.utils.output_capturing"
@@ -62,7 +65,7 @@ class Difference:
     rounding: float
 
 
-class Forward(ABC):
+class AnyForward(ABC):
     """What stands in the place of an encoder's `forward`.
 
     Attributes:
@@ -76,14 +79,14 @@ class Forward(ABC):
         self.said: set[str] = set()
         self._build()
 
+    @property
+    def __code__(self) -> CodeType:
+        """Of the encoder's own forward: torch.export names its inputs by it."""
+        return cast(FunctionType, type(self.theirs).forward).__code__
+
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own arguments and result."""
-
-    @property
-    def __code__(self) -> CodeType:
-        """Of the encoder's own forward, by which torch.export names what it records."""
-        return cast(FunctionType, type(self.theirs).forward).__code__
 
     @abstractmethod
     def _read(self) -> ForeignEncoder:
@@ -131,13 +134,11 @@ class Forward(ABC):
                 return f"a {kind.__name__} one of whose methods was replaced"
         return self._unlike()
 
-    def _unserved(self, hidden_states: Any, asked: Callable[[], str | None]) -> str | None:
-        """Why the model's own code has to run; None where it has not. `asked` says why the call's arguments want it."""
+    def _unserved(self, inputs: Tensor, asked: Callable[[], str | None]) -> str | None:
+        """Why the model's own code has to run, given such inputs; `asked` says whether other arguments want it."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "it is recorded for other batches"
-        if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3 or not hidden_states.numel():
-            return "hidden states that are not [batch, seqlen, hidden], or none"
-        if hidden_states.device.type == "meta":
+        if inputs.device.type == "meta":
             return "tensors without numbers"
         try:
             if not torch.compiler.is_compiling() and not self.tree.same():  # a compiler has guards of its own
@@ -148,6 +149,8 @@ class Forward(ABC):
             self.ours.follow()
             if any(p >= 1.0 for layer in self.layers for p in layer.dropouts()):
                 return "a dropout of everything"
+            if any(layer.drops_otherwise() for layer in self.layers):
+                return "a dropout that fastbert's layers have not"
         except FastbertError as error:
             return f"{error.argument}: {error.got}"
         except AttributeError as error:
@@ -158,7 +161,8 @@ class Forward(ABC):
             return "a hook on a module that is never called by itself: put it on the model, a linear layer or a norm"
         return None
 
-    def _say(self, reason: str) -> None:
+    def say(self, reason: str) -> None:
+        """Say, once, why the model's own code runs; or raise BackendError, if it must not."""
         name = type(self.theirs).__name__
         if self.strict:
             raise BackendError(name, reason, "a call that fastbert serves", "Or accelerate without strict=True.")
@@ -167,7 +171,7 @@ class Forward(ABC):
             warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
 
 
-class TransformersForward(Forward):
+class Forward(AnyForward):
     """Of an encoder of transformers."""
 
     def __init__(self, theirs: nn.Module, family: Family, *, strict: bool) -> None:
@@ -184,15 +188,17 @@ class TransformersForward(Forward):
         return ForeignEncoder(self.theirs, self.family)
 
     def _called(self) -> list[nn.Module]:
-        return [] if self.family.entry is None else [self.theirs.get_submodule(self.family.entry)]
+        paths = [self.family.entry, *(["embeddings"] if not self.family.within else [])]
+        return [self.theirs.get_submodule(path) for path in filter(None, paths)]
 
     def width(self) -> int:
-        """See Forward."""
-        entry: Any = next(iter(self._called()), None)
-        return self.ours.config.hidden_size if entry is None else int(entry.in_features)
+        """See AnyForward."""
+        if self.family.entry is None:
+            return self.ours.config.hidden_size
+        return cast(nn.Linear, self.theirs.get_submodule(self.family.entry)).in_features
 
     def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
-        """See Forward."""
+        """See AnyForward."""
         mask = torch.zeros(kept.shape, dtype=x.dtype, device=x.device).masked_fill(~kept, torch.finfo(x.dtype).min)
         out: Tensor = encoder(x, attention_mask=mask[:, None, None])[0]
         return out
@@ -200,7 +206,8 @@ class TransformersForward(Forward):
     def _unlike(self) -> str | None:
         from transformers.activations import ACT2FN
 
-        asked = type(ACT2FN[getattr(self.hf, "hidden_act", None) or self.hf.activation])
+        names = ("hidden_act", "hidden_activation", "activation")
+        asked = type(ACT2FN[next(getattr(self.hf, name) for name in names if hasattr(self.hf, name))])
         for layer in self.layers:
             if type(layer.theirs[0].get_submodule(self.family.names.activation)) is not asked:
                 return "an activation other than the config's"
@@ -211,25 +218,36 @@ class TransformersForward(Forward):
 
     def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own arguments and result."""
-        reason = self._unserved(hidden_states, lambda: self._asked(args, kwargs)) if self.on else None
+        reason = None
+        if self.on:
+            padded = isinstance(hidden_states, Tensor) and hidden_states.dim() == 3 and hidden_states.numel() > 0
+            asked = {name: kwargs[name] for name in kwargs if name not in ("output_hidden_states", "return_dict")}
+            reason = self.unserved(hidden_states, asked, *args) if padded else "other than [batch, seqlen, hidden]"
         if reason is not None:
-            self._say(reason)
+            self.say(reason)
         if reason is not None or not self.on:
             return type(self.theirs).forward(self.theirs, hidden_states, attention_mask, *args, **kwargs)
-        if self.family.entry is not None:
-            hidden_states = self.theirs.get_submodule(self.family.entry)(hidden_states)
+        hidden_states = self.entered(hidden_states)
         out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=kwargs.get("output_hidden_states"))
         if kwargs.get("return_dict", self.return_dict) is False:
             return out.to_tuple()
         return self.output(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
 
-    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def entered(self, x: Tensor) -> Tensor:
+        """What the first layer gets of what the encoder is given."""
+        return x if self.family.entry is None else self.theirs.get_submodule(self.family.entry)(x)
+
+    def unserved(self, inputs: Tensor, asked: dict[str, Any], *args: Any) -> str | None:
+        """Why the model's own code has to run, given such inputs and further arguments; None where it has not."""
+        return self._unserved(inputs, lambda: self._asked(asked, args))
+
+    def _asked(self, asked: dict[str, Any], args: tuple[Any, ...]) -> str | None:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        if any(value is not None for value in args) or "attentions" in collected_by_transformers():
+        given = (*args, asked.get("output_attentions") or None)
+        if any(value is not None for value in given) or "attentions" in collected_by_transformers():
             return "attention weights or cross-attention are asked for"
-        known = {"output_hidden_states", "return_dict"}
-        refuse_what_asks({name: value for name, value in kwargs.items() if name not in known}, "fastbert")
+        refuse_what_asks(asked, "fastbert")
         attention = getattr(self.hf, "_attn_implementation", None) or "eager"
         registered = ALL_ATTENTION_FUNCTIONS.get(attention)  # eager attention is not
         known_name = attention.startswith(("eager", "sdpa", "flex_attention", "flash_attention"))
@@ -238,7 +256,7 @@ class TransformersForward(Forward):
         return None
 
 
-class TorchForward(Forward):
+class TorchForward(AnyForward):
     """Of a `torch.nn.TransformerEncoder`."""
 
     ours: TorchEncoder
@@ -253,11 +271,11 @@ class TorchForward(Forward):
         return None
 
     def width(self) -> int:
-        """See Forward."""
+        """See AnyForward."""
         return self.ours.config.hidden_size
 
     def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
-        """See Forward."""
+        """See AnyForward."""
         out: Tensor = encoder(self.ours.layout(x), src_key_padding_mask=~kept)
         return self.ours.layout(out)
 
@@ -272,7 +290,7 @@ class TorchForward(Forward):
         given = mask, src_key_padding_mask
         reason = self._unserved(src, lambda: self.ours.unserved(src, *given, is_causal)) if self.on else None
         if reason is not None:
-            self._say(reason)
+            self.say(reason)
         if reason is not None or not self.on:
             return nn.TransformerEncoder.forward(self.theirs, src, *given, is_causal)  # type: ignore[arg-type]
         return self.ours.encode(src, *given)
@@ -321,21 +339,32 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
-    made: list[tuple[nn.Module, Forward]] = []
+    made: list[tuple[nn.Module, AnyForward | ModelForward]] = []
+    encoders: dict[int, Forward] = {}
+    wholes: list[tuple[nn.Module, Family]] = []
     for name, module in model.named_modules():
-        family = ENCODERS.get(_class_name(module))
-        if family is None and type(module) is not nn.TransformerEncoder:
+        kind = Family.class_name(module)
+        encodes, whole = ENCODERS.get(kind), MODELS.get(kind)
+        of_torch = type(module) is nn.TransformerEncoder
+        if encodes is None and whole is None and not of_torch:
             continue
         argument = f"model.{name}" if name else "model"
         if "forward" in module.__dict__ and MARK not in module.__dict__:
             raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
-        try:
-            forward = _forward(module, family, strict=strict)
-        except (FastbertError, AttributeError) as error:
-            raise ArgumentError(argument, str(error), "an encoder that fastbert computes") from error
-        made.append((module, forward))
+        if of_torch:
+            with _refused(argument):
+                made.append((module, TorchForward(module, strict=strict)))
+        if whole is not None:
+            wholes.append((module, whole))
+        family = encodes or whole
+        if family is not None and (encodes or not family.within):
+            with _refused(argument):
+                encoders[id(module)] = Forward(module, family, strict=strict)
+            if encodes:
+                made.append((module, encoders[id(module)]))
+    made += [(whole, ModelForward(whole, encoders[id(whole.get_submodule(of.within))])) for whole, of in wholes]
     if not made:
-        known = ", ".join(sorted(name.rpartition(".")[2] for name in (*ENCODERS, "TransformerEncoder")))
+        known = ", ".join(sorted(name.rpartition(".")[2] for name in (*{**ENCODERS, **MODELS}, "TransformerEncoder")))
         raise ArgumentError("model", type(model).__name__, f"a model with one of these in it: {known}")
     for module, forward in made:
         if MARK in module.__dict__:  # it stays where it is, with what was wrapped around it
@@ -346,11 +375,13 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     return model
 
 
-def _forward(module: nn.Module, family: Family | None, *, strict: bool) -> Forward:
-    """What computes an encoder; without a family torch's."""
-    if family is None:
-        return TorchForward(module, strict=strict)
-    return TransformersForward(module, family, strict=strict)
+@contextmanager
+def _refused(argument: str) -> Iterator[None]:
+    """Raise ArgumentError, which names the encoder, where it can't be read."""
+    try:
+        yield
+    except (FastbertError, AttributeError) as error:
+        raise ArgumentError(argument, str(error), "an encoder that fastbert computes") from error
 
 
 def restore(model: Model) -> Model:
@@ -370,8 +401,8 @@ def restore(model: Model) -> Model:
     return model
 
 
-def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
-    """The encoders in `model` that `accelerate` found, and what computes each."""
+def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, AnyForward | ModelForward]]:
+    """The encoders and whole models in `model` that `accelerate` found, and what computes each."""
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
     for module in model.modules():
@@ -394,17 +425,22 @@ def verify(model: nn.Module) -> list[Difference]:
     found: list[Difference] = []
     generator = torch.Generator().manual_seed(0)
     for module, forward in accelerated(model):
-        name, config = type(module).__name__, forward.ours.config
+        encoder: AnyForward = forward.encoder if isinstance(forward, ModelForward) else forward
+        name = type(module).__name__
         own = copy.deepcopy(module).eval()
-        for attribute in ("forward", MARK):
-            own.__dict__.pop(attribute, None)
+        for part in own.modules():
+            for attribute in ("forward", MARK):
+                part.__dict__.pop(attribute, None)
         exact = copy.deepcopy(own).double()
         fast = copy.deepcopy(own)
         accelerate(fast, strict=True)
         like = next(own.parameters())
-        batch, seqlen = len(LENGTHS), max(LENGTHS)
-        shapes = (batch, seqlen, forward.width()), (batch, seqlen, config.hidden_size)
-        drawn = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
+        batch, seqlen, width = len(LENGTHS), max(LENGTHS), encoder.ours.config.hidden_size
+        taken = forward.width()
+        drawn = (
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            for shape in ((batch, seqlen, taken), (batch, seqlen, width))
+        )
         x, dout = (numbers.to(like) for numbers in drawn)
         kept = torch.arange(seqlen, device="cpu") < torch.tensor(LENGTHS, dtype=torch.int64, device="cpu")[:, None]
         kept = kept.to(like.device)
@@ -419,7 +455,9 @@ def verify(model: nn.Module) -> list[Difference]:
     return found
 
 
-def _results(forward: Forward, encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor) -> dict[str, Tensor]:
+def _results(
+    forward: AnyForward | ModelForward, encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor
+) -> dict[str, Tensor]:
     """The output where it is no padding, and the gradient of each parameter."""
     dtype = next(encoder.parameters()).dtype
     encoder.requires_grad_(True)
@@ -434,8 +472,3 @@ def _global_hooks() -> bool:
     """Whether functions are called beside every module's forward pass or gradient."""
     of = nn.modules.module
     return bool(of._global_forward_hooks or of._global_forward_pre_hooks or of._global_backward_hooks)
-
-
-def _class_name(module: nn.Module) -> str:
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__name__}".removeprefix("transformers.models.")

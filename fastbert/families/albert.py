@@ -85,6 +85,7 @@ ALBERT = Family(
     carried=("predictions.", "sop_classifier.", "classifier.", "qa_outputs.", "pooler.", *NUMBERS),
     tied={"predictions.decoder.weight": WORD, "predictions.decoder.bias": "predictions.bias"},
     encoders=("albert.modeling_albert.AlbertTransformer",),
+    models={"albert.modeling_albert.AlbertModel": "BaseModelOutputWithPooling"},
     layers=layers,
     entry="embedding_hidden_mapping_in",
 )

@@ -48,6 +48,7 @@ BERT = Family(
     carried=("cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.", "pooler.", *NUMBERS),
     tied={"cls.predictions.decoder.weight": WORD, "cls.predictions.decoder.bias": "cls.predictions.bias"},
     encoders=("bert.modeling_bert.BertEncoder",),
+    models={"bert.modeling_bert.BertModel": "BaseModelOutputWithPoolingAndCrossAttentions"},
     output="BaseModelOutputWithPastAndCrossAttentions",
 )
 
@@ -90,4 +91,5 @@ ELECTRA = replace(
     ),
     tied={"generator_lm_head.weight": WORD},
     encoders=("electra.modeling_electra.ElectraEncoder",),
+    models={"electra.modeling_electra.ElectraModel": "BaseModelOutputWithPastAndCrossAttentions"},
 )

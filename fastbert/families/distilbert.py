@@ -78,5 +78,7 @@ DISTILBERT = Family(
     tied={"vocab_projector.weight": WORD},
     num_layers="n_layers",
     encoders=("distilbert.modeling_distilbert.Transformer",),
+    models={"distilbert.modeling_distilbert.DistilBertModel": "BaseModelOutput"},
+    within="transformer",
     hf=hf,
 )

@@ -136,6 +136,7 @@ class ForeignLayer(Layer):
                 self.joined += ((part, ForeignLinears(places)),)
         self.dropout_of_weights = names.dropout_of_weights
         of_activation = [names.dropout_of_activation] if drop_wide else []
+        self.unknown_dropout = None if names.other_dropout is None else Place.of(theirs, names.other_dropout)
         self.other_dropouts = [
             None if path is None else Place.of(theirs, path)
             for path in (names.dropout_of_context, *of_activation, names.dropout_of_output)
@@ -152,6 +153,10 @@ class ForeignLayer(Layer):
         drop = getattr(attention, self.dropout_of_weights.rpartition(".")[2])
         p = drop.p if type(drop) is nn.Dropout else drop if isinstance(drop, float | int) else 0.0
         return p if attention.training else 0.0, *others
+
+    def drops_otherwise(self) -> bool:
+        """Whether a dropout is on that a layer of ours has not."""
+        return self.unknown_dropout is not None and probability(self.unknown_dropout.get()) > 0.0
 
     def attention(self) -> nn.Module:
         """Their module of attention."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
+
+from torch import nn
 
 from fastbert.config import HF_ACTIVATIONS, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
@@ -78,6 +80,11 @@ def _base(given: Mapping[str, Any], kind: str, old: str, usual: float) -> float:
     return rope_base({"rope_parameters": of_kind, "rope_theta": given.get(old)}, usual)
 
 
+def layers(model: Any) -> Sequence[nn.Module]:
+    """A model's `layers`."""
+    return list(model.layers)
+
+
 _HEAD = {"transform.dense": "head.dense", "transform.norm": "head.norm"}
 _CLASSIFIER = {**_HEAD, "classifier": "classifier"}
 
@@ -117,4 +124,7 @@ MODERNBERT = Family(
     carried=("head.", "decoder.", "classifier."),
     tied={"decoder.weight": WORD},
     encoders=(),
+    models={"modernbert.modeling_modernbert.ModernBertModel": "BaseModelOutput"},
+    within="",
+    layers=layers,
 )

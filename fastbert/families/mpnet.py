@@ -50,5 +50,6 @@ MPNET = Family(
     carried=roberta.CARRIED,
     tied=roberta.TIED,
     encoders=("mpnet.modeling_mpnet.MPNetEncoder",),
+    models={"mpnet.modeling_mpnet.MPNetModel": "BaseModelOutputWithPooling"},
     relative="relative_attention_bias",
 )

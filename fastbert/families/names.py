@@ -123,6 +123,9 @@ class Family:
         num_layers: the field of config.json that says how many there are.
         last_norm: the LayerNorm after the last layer, where layers normalise first; None where they do not.
         encoders: transformers' classes that `accelerate` computes, `MODULE.CLASS` below `transformers.models.`.
+        models: of the classes of whole models without a head, likewise, the class of what each returns, in
+            `transformers.modeling_outputs`.
+        within: where such a model has its encoder; "" where it is that itself.
         hf: transformers' config of such an encoder.
         layers: of such an encoder, in the order in which they run; a layer may come several times.
         relative: of such an encoder the module with the table of biases by distance; None where there is none.
@@ -140,6 +143,8 @@ class Family:
     heads: Mapping[str, Mapping[str, str]]
     carried: tuple[str, ...]
     encoders: tuple[str, ...]
+    models: Mapping[str, str] = field(default_factory=dict)
+    within: str = "encoder"
     tied: Mapping[str, str] = field(default_factory=dict)
     num_layers: str = "num_hidden_layers"
     last_norm: str | None = None
@@ -153,3 +158,9 @@ class Family:
     def anchor(self) -> str:
         """A key that every body has: the word table."""
         return f"{self.body['embeddings.word']}.weight"
+
+    @staticmethod
+    def class_name(module: nn.Module) -> str:
+        """Of a module of transformers as `encoders` and `models` have it."""
+        kind = type(module)
+        return f"{kind.__module__}.{kind.__name__}".removeprefix("transformers.models.")

@@ -46,4 +46,12 @@ ROBERTA = replace(
         "xlm_roberta.modeling_xlm_roberta.XLMRobertaEncoder",
         "camembert.modeling_camembert.CamembertEncoder",
     ),
+    models=dict.fromkeys(
+        (
+            "roberta.modeling_roberta.RobertaModel",
+            "xlm_roberta.modeling_xlm_roberta.XLMRobertaModel",
+            "camembert.modeling_camembert.CamembertModel",
+        ),
+        "BaseModelOutputWithPoolingAndCrossAttentions",
+    ),
 )

@@ -85,6 +85,8 @@ class TorchEncoder(ForeignEncoder):
         """Why their code has to serve these arguments; None where ours does."""
         if src.is_nested:
             return "a nested tensor"
+        if src.dim() != 3 or not src.numel():
+            return "hidden states that are not [batch, seqlen, hidden], or none"
         if is_causal:
             return "is_causal"
         if src.shape[2] != self.config.hidden_size:

@@ -149,7 +149,7 @@ class EncoderModel(nn.Module):
                 # of all tokens, since those that the mask hides are counted too
                 self._check_longest(name, packing)
                 columns = torch.arange(seqlen, dtype=torch.int64, device=device).repeat(batch)
-                position_ids = self._token_positions(input_ids.flatten(), columns).view(batch, seqlen)
+                position_ids = token_positions(self.config, input_ids.flatten(), columns).view(batch, seqlen)
             input_ids, inputs_embeds = (None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds))
             token_type_ids, position_ids = (
                 None if ids is None else packing.pack(_expanded(name, ids, batch, seqlen))
@@ -169,7 +169,7 @@ class EncoderModel(nn.Module):
         self._check_longest(name, packing)
         first = self.config.first_position
         if self.config.positions == "tokens" and input_ids is not None:
-            return self._token_positions(input_ids, packing.columns)
+            return token_positions(self.config, input_ids, packing.columns)
         return packing.columns + first if first else packing.columns
 
     def _check_longest(self, name: str, packing: Packing) -> None:
@@ -178,14 +178,6 @@ class EncoderModel(nn.Module):
         if longest > most:
             expected = f"at most the model's {most} positions"
             raise ArgumentError(name, f"sequences of {longest} tokens", expected, "Truncate the texts.")
-
-    def _token_positions(self, input_ids: Tensor, columns: Tensor) -> Tensor:
-        """`positions="tokens"`, see EncoderConfig: int64 `[n]` of ids `[n]` in these columns of their sequences."""
-        is_word = input_ids.ne(-1 if self.config.pad_token_id is None else self.config.pad_token_id).long()
-        counted = is_word.cumsum(0)
-        starts = torch.arange(len(input_ids), dtype=torch.int64, device=input_ids.device) - columns
-        before = (counted - is_word).index_select(0, starts)
-        return (counted - before) * is_word + (self.config.first_position - 1)
 
     def _described(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None
@@ -241,6 +233,15 @@ class EncoderModel(nn.Module):
         """tanh(W x + b) of the sequences' first tokens, `[batch, hidden]` each. There must be a pooler."""
         assert self.pooler is not None
         return torch.tanh(self.pooler(first))
+
+
+def token_positions(config: EncoderConfig, input_ids: Tensor, columns: Tensor) -> Tensor:
+    """`positions="tokens"`, see EncoderConfig: int64 `[n]` of ids `[n]` in these columns of their sequences."""
+    is_word = input_ids.ne(-1 if config.pad_token_id is None else config.pad_token_id).long()
+    counted = is_word.cumsum(0)
+    starts = torch.arange(len(input_ids), dtype=torch.int64, device=input_ids.device) - columns
+    before = (counted - is_word).index_select(0, starts)
+    return (counted - before) * is_word + (config.first_position - 1)
 
 
 def _as_int64(name: str, ids: Tensor | None) -> Tensor | None:

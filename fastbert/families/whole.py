@@ -1,0 +1,149 @@
+"""A whole model of transformers', from token ids to hidden states: padding is dropped before the embeddings."""
+
+from __future__ import annotations
+
+import inspect
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.errors import FastbertError
+from fastbert.model.body import token_positions
+from fastbert.model.masks import read_mask
+from fastbert.model.outputs import collected_by_transformers
+from fastbert.ops.pooling import first_tokens
+from fastbert.packing import Packing
+from fastbert.run.parts import is_hooked
+
+if TYPE_CHECKING:
+    from fastbert.families.accelerated import Forward
+
+# Arguments of such a model that are read here.
+READ = ("token_type_ids", "position_ids", "inputs_embeds", "output_hidden_states", "return_dict")
+
+
+class ModelForward:
+    """What stands in the place of the `forward` of a model without a head.
+
+    Where it can't serve a call the model's own code runs, which calls the encoder; that may still be computed by us.
+
+    Args:
+        theirs: the model.
+        encoder: computes its encoder.
+    """
+
+    on = True
+
+    def __init__(self, theirs: nn.Module, encoder: Forward) -> None:
+        from transformers import modeling_outputs
+
+        self.theirs, self.encoder = theirs, encoder
+        embeddings: Any = type(theirs.embeddings)
+        self.taken = set(inspect.signature(embeddings.forward).parameters)
+        _, *arguments = inspect.signature(type(theirs).forward).parameters.values()
+        self.names = [argument.name for argument in arguments]
+        self.__signature__ = inspect.Signature(arguments)  # which those ask for that pass on what a model takes
+        self.output = getattr(modeling_outputs, encoder.family.models[encoder.family.class_name(theirs)])
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of their `forward`: torch.export names its inputs by it."""
+        code: CodeType = type(self.theirs).forward.__code__
+        return code
+
+    def width(self) -> int:
+        """Of embeddings that come in the place of ids."""
+        theirs: Any = self.theirs
+        return int(theirs.get_input_embeddings().embedding_dim)
+
+    def answer(self, model: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """What such a model makes of embeddings, where True of `[batch, seqlen]` is no padding."""
+        out: Tensor = model(inputs_embeds=x, attention_mask=kept.long())[0]
+        return out
+
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The model's own arguments and result."""
+        named = {**dict(zip(self.names[2:], args, strict=False)), **kwargs}
+        out = self._computed(input_ids, attention_mask, named) if self.on else None
+        return type(self.theirs).forward(self.theirs, input_ids, attention_mask, **named) if out is None else out
+
+    def _computed(self, input_ids: Any, attention_mask: Any, named: dict[str, Any]) -> Any:
+        """None where the model's own code has to run."""
+        theirs: Any = self.theirs
+        inputs: Any = named.get("inputs_embeds") if input_ids is None else input_ids
+        reason = self._unserved(input_ids, inputs, attention_mask, named)
+        if reason is None:
+            try:
+                (batch, seqlen), by_distance = inputs.shape[:2], self.encoder.ours.config.by_distance
+                read = read_mask(attention_mask, batch, seqlen, inputs.device, by_distance=by_distance)
+            except FastbertError as error:
+                reason = f"{error.argument}: {error.got}"
+        if reason is not None:
+            if self.encoder.theirs is theirs:  # no encoder will say it
+                self.encoder.say(reason)
+            return None
+        packing, bias = read
+        every = named.get("output_hidden_states")
+        every = bool(theirs.config.output_hidden_states if every is None else every)
+        x = self._embedded(packing, input_ids, named)
+        states = self.encoder.ours.run(x, packing, bias, every=every)
+        last = packing.unpack(states[-1])
+        made: dict[str, Any] = {"last_hidden_state": last}
+        if getattr(theirs, "pooler", None) is not None:
+            made["pooler_output"] = self._pooled(first_tokens(states[-1], packing))
+        if every:
+            made["hidden_states"] = (*(packing.unpack(state) for state in states[:-1]), last)
+        asked = named.get("return_dict")
+        out = self.output(**made)
+        return out.to_tuple() if (theirs.config.return_dict if asked is None else asked) is False else out
+
+    def _unserved(self, input_ids: Any, inputs: Any, attention_mask: Any, named: dict[str, Any]) -> str | None:
+        theirs: Any = self.theirs
+        if (input_ids is None) == (named.get("inputs_embeds") is None) or not isinstance(inputs, Tensor):
+            return "other than one of input_ids and inputs_embeds"
+        if inputs.dim() != (2 if inputs is input_ids else 3) or not inputs.numel():
+            return "inputs that are not [batch, seqlen], or none"
+        if not (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)):
+            return "an attention_mask that is not [batch, seqlen]"
+        if named.get("position_ids") is not None:
+            return "position_ids"
+        if named.get("token_type_ids") is not None and "token_type_ids" not in self.taken:
+            return "token_type_ids"
+        if theirs.config.output_attentions or collected_by_transformers():
+            return "attention weights are asked for, or something collects hidden states"
+        called = [module for module in (theirs.embeddings, getattr(theirs, "pooler", None)) if module is not None]
+        if not all(type(module).__module__.startswith(("transformers.", "torch.nn.")) for module in called):
+            return "embeddings or a pooler of another class"
+        whole = [*called, *([] if self.encoder.theirs is theirs else [self.encoder.theirs])]
+        if any(part.__dict__.get("forward", self.encoder) is not self.encoder for part in whole[len(called) :]):
+            return "a function around the encoder's forward"
+        if any(is_hooked(module) or "forward" in module.__dict__ for part in called for module in part.modules()):
+            return "a hook on the embeddings or the pooler"
+        if any(map(is_hooked, whole)):
+            return "a hook on the encoder"
+        return self.encoder.unserved(inputs, {name: value for name, value in named.items() if name not in READ})
+
+    def _embedded(self, packing: Packing, input_ids: Tensor | None, named: dict[str, Any]) -> Tensor:
+        """The packed rows that go into the first layer, `[tokens, hidden]`."""
+        theirs: Any = self.theirs
+        config = self.encoder.ours.config
+        padded = {name: named.get(name) for name in ("inputs_embeds", "token_type_ids")} | {"input_ids": input_ids}
+        if config.positions == "tokens" and input_ids is not None:
+            batch, seqlen = input_ids.shape
+            columns = torch.arange(seqlen, dtype=torch.int64, device=input_ids.device).repeat(batch)
+            padded["position_ids"] = token_positions(config, input_ids.flatten(), columns).view(batch, seqlen)
+        packed: dict[str, Any] = {name: packing.pack(x)[None] for name, x in padded.items() if x is not None}
+        packed.setdefault("input_ids", None)  # which one of them has no default for
+        if "position_ids" in self.taken and "position_ids" not in packed:
+            packed["position_ids"] = packing.columns[None] + config.first_position
+        x = theirs.embeddings(**packed)[0]
+        projection = getattr(theirs, "embeddings_project", None)
+        return self.encoder.entered(x if projection is None else projection(x))
+
+    def _pooled(self, first: Tensor) -> Tensor:
+        """What the pooler makes of each sequence's first token, `[batch, hidden]`."""
+        theirs: Any = self.theirs
+        activation = getattr(theirs, "pooler_activation", None)
+        return theirs.pooler(first[:, None]) if activation is None else activation(theirs.pooler(first))
