@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastbert.errors import ArgumentError, BackendError, FastbertError
 from fastbert.families import FAMILIES
+from fastbert.families.attention import NAME
 from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
 from fastbert.families.torch_encoder import TorchEncoder
@@ -250,6 +251,8 @@ class Forward(AnyForward):
         refuse_what_asks(asked, "fastbert")
         attention = getattr(self.hf, "_attn_implementation", None) or "eager"
         registered = ALL_ATTENTION_FUNCTIONS.get(attention)  # eager attention is not
+        if attention == NAME:
+            return None
         known_name = attention.startswith(("eager", "sdpa", "flex_attention", "flash_attention"))
         if not known_name or not (registered is None or registered.__module__.startswith(THEIRS)):
             return f"the attention implementation {attention!r}"
