@@ -8,18 +8,22 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, TypeVar
+from types import CodeType, FunctionType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.errors import ArgumentError, BackendError, FastbertError
 from fastbert.families import FAMILIES
+from fastbert.families.attention import NAME
 from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
+from fastbert.families.torch_encoder import TorchEncoder
 from fastbert.families.whole import ModelForward
 from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
 from fastbert.ops.watch import Members
@@ -40,6 +44,9 @@ THEIRS = ("transformers.", "torch.")
 # The attribute of an encoder that says what computes it, also where somebody wraps a function around its `forward`.
 MARK = "_fastbert_forward"
 
+# Attributes of their modules that what was read of them depends on.
+WATCHED = ("scaling", "activation", "norm_first", "num_heads", "batch_first")
+
 # Where random inputs end, of three sequences; a batch with much padding, and a sequence of one token.
 LENGTHS = (17, 9, 1)
 
@@ -59,7 +66,7 @@ class Difference:
     rounding: float
 
 
-class Forward:
+class AnyForward(ABC):
     """What stands in the place of an encoder's `forward`.
 
     Attributes:
@@ -68,37 +75,53 @@ class Forward:
 
     on = True
 
-    def __init__(self, theirs: nn.Module, family: Family, *, strict: bool) -> None:
-        self.theirs, self.family, self.strict = theirs, family, strict
+    def __init__(self, theirs: nn.Module, *, strict: bool) -> None:
+        self.theirs, self.strict = theirs, strict
         self.said: set[str] = set()
         self._build()
 
+    @property
+    def __code__(self) -> CodeType:
+        """Of the encoder's own forward: torch.export names its inputs by it."""
+        return cast(FunctionType, type(self.theirs).forward).__code__
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's own arguments and result."""
+
+    @abstractmethod
+    def _read(self) -> ForeignEncoder:
+        """What computes their modules as they are now."""
+
+    @abstractmethod
+    def _called(self) -> list[nn.Module]:
+        """Modules that are called before the layers, or after them."""
+
+    @abstractmethod
+    def _unlike(self) -> str | None:
+        """What in a layer is not as its config says; None where nothing is."""
+
+    @abstractmethod
+    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """What such an encoder makes of `[batch, seqlen, width]`, where True of `[batch, seqlen]` is no padding."""
+
+    @abstractmethod
+    def width(self) -> int:
+        """Of what comes in."""
+
     def _build(self) -> None:
         """Read their modules as they are now."""
-        from transformers import modeling_outputs
-
-        theirs, family = self.theirs, self.family
-        self.output = getattr(modeling_outputs, family.output)
-        asked = inspect.signature(type(theirs).forward).parameters.get("return_dict")
-        self.return_dict = None if asked is None else asked.default
-        states = inspect.signature(type(theirs).forward).parameters.get("output_hidden_states")
-        self.output_hidden_states = None if states is None else states.default
-        tree = _Tree(theirs)
-        self.hf = family.hf(theirs)
-        self.ours = ForeignEncoder(theirs, family)
+        tree = _Tree(self.theirs)
+        self.ours = self._read()
         self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
-        computed = {id(part) for layer in self.layers for whole in layer.computed() for part in whole.modules()}
-        called = [family.entry, *(["embeddings"] if not family.within else [])]
-        entry = [part for path in filter(None, called) for part in theirs.get_submodule(path).modules()]
-        apart = computed | {id(theirs), *map(id, entry)}
-        self.silent = [module for module in theirs.modules() if id(module) not in apart]  # these are never called
+        called = [*self._called(), *(part for layer in self.layers for part in layer.computed())]
+        apart = {id(self.theirs), *(id(part) for whole in called for part in whole.modules())}
+        self.silent = [module for module in self.theirs.modules() if id(module) not in apart]  # these are never called
         self.foreign = self._foreign()
         self.tree = tree  # last: where something above raises, the next call tries again
 
     def _foreign(self) -> str | None:
-        """What in their modules is not as transformers has it; None where nothing is."""
-        from transformers.activations import ACT2FN
-
+        """What in their modules is not as transformers or torch has it; None where nothing is."""
         for kind in {type(module) for module in self.silent}:
             if not kind.__module__.startswith(("transformers.", "torch.nn.")):
                 return f"a module of another class, {kind.__name__}"
@@ -110,6 +133,85 @@ class Forward:
             kind = type(module)
             if any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items()):
                 return f"a {kind.__name__} one of whose methods was replaced"
+        return self._unlike()
+
+    def _unserved(self, inputs: Tensor, asked: Callable[[], str | None]) -> str | None:
+        """Why the model's own code has to run, given such inputs; `asked` says whether other arguments want it."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return "it is recorded for other batches"
+        if inputs.device.type == "meta":
+            return "tensors without numbers"
+        try:
+            if not torch.compiler.is_compiling() and not self.tree.same():  # a compiler has guards of its own
+                self._build()
+            reason = asked()
+            if reason is not None:
+                return reason
+            self.ours.follow()
+            if any(p >= 1.0 for layer in self.layers for p in layer.dropouts()):
+                return "a dropout of everything"
+            if any(layer.drops_otherwise() for layer in self.layers):
+                return "a dropout that fastbert's layers have not"
+        except FastbertError as error:
+            return f"{error.argument}: {error.got}"
+        except AttributeError as error:
+            return f"a module that is gone: {error}"
+        if self.foreign is not None:
+            return self.foreign
+        if _global_hooks() or any(is_hooked(module, TOLD) for module in self.silent):
+            return "a hook on a module that is never called by itself: put it on the model, a linear layer or a norm"
+        return None
+
+    def say(self, reason: str) -> None:
+        """Say, once, why the model's own code runs; or raise BackendError, if it must not."""
+        name = type(self.theirs).__name__
+        if self.strict:
+            raise BackendError(name, reason, "a call that fastbert serves", "Or accelerate without strict=True.")
+        if reason not in self.said and not torch.compiler.is_compiling():
+            self.said.add(reason)
+            warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
+
+
+class Forward(AnyForward):
+    """Of an encoder of transformers."""
+
+    def __init__(self, theirs: nn.Module, family: Family, *, strict: bool) -> None:
+        self.family = family
+        super().__init__(theirs, strict=strict)
+
+    def _read(self) -> ForeignEncoder:
+        from transformers import modeling_outputs
+
+        self.output = getattr(modeling_outputs, self.family.output)
+        asked = inspect.signature(type(self.theirs).forward).parameters.get("return_dict")
+        self.return_dict = None if asked is None else asked.default
+        states = inspect.signature(type(self.theirs).forward).parameters.get("output_hidden_states")
+        self.output_hidden_states = None if states is None else states.default
+        self.hf = self.family.hf(self.theirs)
+        return ForeignEncoder(self.theirs, self.family)
+
+    def _called(self) -> list[nn.Module]:
+        paths = [self.family.entry, *(["embeddings"] if not self.family.within else [])]
+        return [self.theirs.get_submodule(path) for path in filter(None, paths)]
+
+    def width(self) -> int:
+        """See AnyForward."""
+        if self.family.entry is None:
+            return self.ours.config.hidden_size
+        return cast(nn.Linear, self.theirs.get_submodule(self.family.entry)).in_features
+
+    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """See AnyForward."""
+        mask = kept.long()
+        if not self.family.only_padding:
+            added = torch.zeros(kept.shape, dtype=x.dtype, device=x.device)
+            mask = added.masked_fill(~kept, torch.finfo(x.dtype).min)[:, None, None]
+        out: Tensor = encoder(x, attention_mask=mask)[0]
+        return out
+
+    def _unlike(self) -> str | None:
+        from transformers.activations import ACT2FN
+
         names = ("hidden_act", "hidden_activation", "activation")
         asked = type(ACT2FN[next(getattr(self.hf, name) for name in names if hasattr(self.hf, name))])
         for layer in self.layers:
@@ -147,62 +249,80 @@ class Forward:
 
     def unserved(self, inputs: Tensor, asked: dict[str, Any], *args: Any) -> str | None:
         """Why the model's own code has to run, given such inputs and further arguments; None where it has not."""
+        return self._unserved(inputs, lambda: self._asked(asked, args))
+
+    def _asked(self, asked: dict[str, Any], args: tuple[Any, ...]) -> str | None:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return "it is recorded for other batches"
-        if inputs.device.type == "meta":
-            return "tensors without numbers"
         given = (*args, asked.get("output_attentions") or None)
         if any(value is not None for value in given) or "attentions" in collected_by_transformers():
             return "attention weights or cross-attention are asked for"
-        try:
-            refuse_what_asks(asked, "fastbert")
-            if not torch.compiler.is_compiling() and not self.tree.same():  # a compiler has guards of its own
-                self._build()
-            self.ours.follow()
-            if any(p >= 1.0 for layer in self.layers for p in layer.dropouts()):
-                return "a dropout of everything"
-            if any(layer.drops_otherwise() for layer in self.layers):
-                return "a dropout that fastbert's layers have not"
-        except FastbertError as error:
-            return f"{error.argument}: {error.got}"
-        except AttributeError as error:
-            return f"a module that is gone: {error}"
+        refuse_what_asks(asked, "fastbert")
         attention = getattr(self.hf, "_attn_implementation", None) or "eager"
         registered = ALL_ATTENTION_FUNCTIONS.get(attention)  # eager attention is not
+        if attention == NAME:
+            return None
         known_name = attention.startswith(("eager", "sdpa", "flex_attention", "flash_attention"))
         if not known_name or not (registered is None or registered.__module__.startswith(THEIRS)):
             return f"the attention implementation {attention!r}"
-        if self.foreign is not None:
-            return self.foreign
-        if _global_hooks() or any(is_hooked(module, TOLD) for module in self.silent):
-            return "a hook on a module that is never called by itself: put it on the model, a linear layer or a norm"
         return None
 
-    def say(self, reason: str) -> None:
-        """Say, once, why the model's own code runs; or raise BackendError, if it must not."""
-        name = type(self.theirs).__name__
-        if self.strict:
-            raise BackendError(name, reason, "a call that fastbert serves", "Or accelerate without strict=True.")
-        if reason not in self.said and not torch.compiler.is_compiling():
-            self.said.add(reason)
-            warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
+
+class TorchForward(AnyForward):
+    """Of a `torch.nn.TransformerEncoder`."""
+
+    ours: TorchEncoder
+
+    def _read(self) -> ForeignEncoder:
+        return TorchEncoder(self.theirs)
+
+    def _called(self) -> list[nn.Module]:
+        return self.ours.called()
+
+    def _unlike(self) -> str | None:
+        return None
+
+    def width(self) -> int:
+        """See AnyForward."""
+        return self.ours.config.hidden_size
+
+    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """See AnyForward."""
+        out: Tensor = encoder(self.ours.layout(x), src_key_padding_mask=~kept)
+        return self.ours.layout(out)
+
+    def __call__(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Any:
+        """The encoder's own arguments and result."""
+        given = mask, src_key_padding_mask
+        reason = self._unserved(src, lambda: self.ours.unserved(src, *given, is_causal)) if self.on else None
+        if reason is not None:
+            self.say(reason)
+        if reason is not None or not self.on:
+            return nn.TransformerEncoder.forward(self.theirs, src, *given, is_causal)  # type: ignore[arg-type]
+        return self.ours.encode(src, *given)
 
 
 class _Tree:
-    """The modules below an encoder, their classes and how attention scales, when it was made."""
+    """The modules below an encoder, their classes and what is `WATCHED` of them, when it was made."""
 
     def __init__(self, top: nn.Module) -> None:
         self.groups = [module for module in top.modules() if module._modules]
         self.kinds = list({type(module) for module in self.groups})
-        self.scaled = [module.__dict__ for module in self.groups if "scaling" in module.__dict__]
+        self.watched = [
+            (module.__dict__, name) for module in self.groups for name in WATCHED if name in module.__dict__
+        ]
         self.members = Members(module._modules for module in self.groups)
         self.marks = self._current()
 
     def _current(self) -> list[Any]:
-        forwards, scaling = [kind.forward for kind in self.kinds], [module.get("scaling") for module in self.scaled]
-        return [forwards, scaling, *[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
+        forwards, watched = [kind.forward for kind in self.kinds], [held.get(name) for held, name in self.watched]
+        return [forwards, watched, *[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
 
     def same(self) -> bool:
         """Whether they are what they were."""
@@ -218,7 +338,7 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     Args:
         model: a transformers model of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ALBERT, MPNet,
             ModernBERT, or DeBERTa v2 and v3, with any head; or any module with such a model in it, as those of
-            sentence-transformers.
+            sentence-transformers, or with a `torch.nn.TransformerEncoder`.
         strict: raise BackendError where a call asks for what is not served. Otherwise the model's own code runs, and a
             warning says so once for each reason.
 
@@ -231,30 +351,32 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
-    made: list[tuple[nn.Module, Forward | ModelForward]] = []
+    made: list[tuple[nn.Module, AnyForward | ModelForward]] = []
     encoders: dict[int, Forward] = {}
     wholes: list[tuple[nn.Module, Family]] = []
     for name, module in model.named_modules():
         kind = Family.class_name(module)
         encodes, whole = ENCODERS.get(kind), MODELS.get(kind)
-        if encodes is None and whole is None:
+        of_torch = type(module) is nn.TransformerEncoder
+        if encodes is None and whole is None and not of_torch:
             continue
         argument = f"model.{name}" if name else "model"
         if "forward" in module.__dict__ and MARK not in module.__dict__:
             raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
+        if of_torch:
+            with _refused(argument):
+                made.append((module, TorchForward(module, strict=strict)))
         if whole is not None:
             wholes.append((module, whole))
         family = encodes or whole
         if family is not None and (encodes or not family.within):
-            try:
+            with _refused(argument):
                 encoders[id(module)] = Forward(module, family, strict=strict)
-            except (FastbertError, AttributeError) as error:
-                raise ArgumentError(argument, str(error), "an encoder that fastbert computes") from error
             if encodes:
                 made.append((module, encoders[id(module)]))
     made += [(whole, ModelForward(whole, encoders[id(whole.get_submodule(of.within))])) for whole, of in wholes]
     if not made:
-        known = ", ".join(sorted(name.rpartition(".")[2] for name in {**ENCODERS, **MODELS}))
+        known = ", ".join(sorted(name.rpartition(".")[2] for name in (*{**ENCODERS, **MODELS}, "TransformerEncoder")))
         raise ArgumentError("model", type(model).__name__, f"a model with one of these in it: {known}")
     for module, forward in made:
         if MARK in module.__dict__:  # it stays where it is, with what was wrapped around it
@@ -263,6 +385,15 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
             module.forward = forward
             setattr(module, MARK, forward)
     return model
+
+
+@contextmanager
+def _refused(argument: str) -> Iterator[None]:
+    """Raise ArgumentError, which names the encoder, where it can't be read."""
+    try:
+        yield
+    except (FastbertError, AttributeError) as error:
+        raise ArgumentError(argument, str(error), "an encoder that fastbert computes") from error
 
 
 def restore(model: Model) -> Model:
@@ -282,7 +413,7 @@ def restore(model: Model) -> Model:
     return model
 
 
-def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Forward | ModelForward]]:
+def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, AnyForward | ModelForward]]:
     """The encoders and whole models in `model` that `accelerate` found, and what computes each."""
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
@@ -306,8 +437,7 @@ def verify(model: nn.Module) -> list[Difference]:
     found: list[Difference] = []
     generator = torch.Generator().manual_seed(0)
     for module, forward in accelerated(model):
-        whole = isinstance(forward, ModelForward)
-        encoder = forward.encoder if isinstance(forward, ModelForward) else forward
+        encoder: AnyForward = forward.encoder if isinstance(forward, ModelForward) else forward
         name = type(module).__name__
         own = copy.deepcopy(module).eval()
         for part in own.modules():
@@ -318,11 +448,7 @@ def verify(model: nn.Module) -> list[Difference]:
         accelerate(fast, strict=True)
         like = next(own.parameters())
         batch, seqlen, width = len(LENGTHS), max(LENGTHS), encoder.ours.config.hidden_size
-        given: Any = own
-        if whole:
-            taken = given.get_input_embeddings().embedding_dim
-        else:
-            taken = width if encoder.family.entry is None else own.get_submodule(encoder.family.entry).in_features
+        taken = forward.width()
         drawn = (
             torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             for shape in ((batch, seqlen, taken), (batch, seqlen, width))
@@ -331,8 +457,7 @@ def verify(model: nn.Module) -> list[Difference]:
         kept = torch.arange(seqlen, device="cpu") < torch.tensor(LENGTHS, dtype=torch.int64, device="cpu")[:, None]
         kept = kept.to(like.device)
         dout *= kept[..., None]
-        of_padding = whole or encoder.family.only_padding
-        results = [_results(one, x, kept, dout, whole=whole, of_padding=of_padding) for one in (fast, own, exact)]
+        results = [_results(forward, one, x, kept, dout) for one in (fast, own, exact)]
         for key in results[0]:
             got, plain, wanted = (result[key].double() for result in results)
             rounding, difference = (float((x - y).abs().max()) for x, y in ((plain, wanted), (got, plain)))
@@ -343,17 +468,12 @@ def verify(model: nn.Module) -> list[Difference]:
 
 
 def _results(
-    encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor, *, whole: bool, of_padding: bool
+    forward: AnyForward | ModelForward, encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor
 ) -> dict[str, Tensor]:
     """The output where it is no padding, and the gradient of each parameter."""
     dtype = next(encoder.parameters()).dtype
     encoder.requires_grad_(True)
-    mask = kept.long()
-    if not of_padding:
-        added = torch.zeros(kept.shape, dtype=dtype, device=x.device).masked_fill(~kept, torch.finfo(dtype).min)
-        mask = added[:, None, None]
-    named = {"inputs_embeds": x.to(dtype)} if whole else {}
-    out = encoder(*([] if whole else [x.to(dtype)]), attention_mask=mask, **named)[0]
+    out = forward.answer(encoder, x.to(dtype), kept)
     names, parameters = zip(*encoder.named_parameters(), strict=True)
     grads = torch.autograd.grad(out, parameters, dout.to(dtype), allow_unused=True)
     given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}

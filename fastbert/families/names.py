@@ -29,6 +29,7 @@ class Names:
         dropout_of_context, dropout_of_output: of attention's output and of the feed-forward's; None where the family
             has no such dropout.
         position_key, position_query, dropout_of_positions: of `EncoderConfig.disentangled`.
+        dropout_of_activation: of the feed-forward's activation; None where the family has no such dropout.
         other_dropout: one that a layer of ours has not; where it is on, transformers' code runs.
         gate_last: of `intermediate`, which is one linear layer of two halves, the activation is of the second.
     """
@@ -48,6 +49,7 @@ class Names:
     position_key: str = "attention.position_key"
     position_query: str = "attention.position_query"
     dropout_of_positions: str = "attention.position_dropout"
+    dropout_of_activation: str | None = None
     other_dropout: str | None = None
     gate_last: bool = False
 

@@ -53,6 +53,16 @@ class ModelForward:
         code: CodeType = type(self.theirs).forward.__code__
         return code
 
+    def width(self) -> int:
+        """Of embeddings that come in the place of ids."""
+        theirs: Any = self.theirs
+        return int(theirs.get_input_embeddings().embedding_dim)
+
+    def answer(self, model: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """What such a model makes of embeddings, where True of `[batch, seqlen]` is no padding."""
+        out: Tensor = model(inputs_embeds=x, attention_mask=kept.long())[0]
+        return out
+
     def __call__(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The model's own arguments and result."""
         named = {**dict(zip(self.names[2:], args, strict=False)), **kwargs}
