@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import inspect
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.errors import FastbertError
+from fastbert.families.forward import Forward
 from fastbert.model.body import token_positions
 from fastbert.model.masks import read_mask
 from fastbert.model.outputs import collected_by_transformers
 from fastbert.ops.pooling import first_tokens
 from fastbert.packing import Packing
 from fastbert.run.parts import is_hooked
-
-if TYPE_CHECKING:
-    from fastbert.families.accelerated import Forward
 
 # Arguments of such a model that are read here.
 READ = ("token_type_ids", "position_ids", "inputs_embeds", "output_hidden_states", "return_dict")
