@@ -12,7 +12,7 @@ import pytest
 import tiny_bert
 import torch
 from adapted import Adapted
-from test_accelerate import FAMILIES, IDS, MASKS, RIGHT, encoder_of, model_of, states
+from test_accelerate import FAMILIES, IDS, MASKS, RIGHT, WHOLE, encoder_of, model_of, states
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -128,7 +128,7 @@ class Reads(TorchFunctionMode):
 
 def test_case_23_the_mask_is_read_once_and_nothing_else(family: str) -> None:
     """In the shape of a GPU's path: one read for the lengths, whatever the number of layers."""
-    if family == "ModernBert":
+    if family in WHOLE:
         pytest.skip("its model is its encoder, which takes ids")
     model = accelerate(model_of(family))
     encoder, forward = encoder_of(model)
@@ -154,7 +154,7 @@ def alibi(heads: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", ["1, 1", "1, H", "B, 1", "B, H", "alibi"])
 def test_case_25_an_additive_bias_of_any_shape_and_its_gradient(family: str, shape: str) -> None:
-    if family == "ModernBert":
+    if family in WHOLE:
         pytest.skip("its model is its encoder, which takes ids")
     if family == "DebertaV2":
         pytest.skip("its encoder takes no additive mask")
@@ -248,7 +248,19 @@ def test_case_28_low_rank_adapters_of_queries_and_values_learn(family: str, when
             states(model)
     torch.manual_seed(4)
     for part in list(model.modules()):
-        for name in ("query", "value", "q_lin", "v_lin", "q", "v", "Wqkv", "query_proj", "value_proj"):
+        for name in (
+            "query",
+            "value",
+            "q_lin",
+            "v_lin",
+            "q",
+            "v",
+            "Wqkv",
+            "q_proj",
+            "v_proj",
+            "query_proj",
+            "value_proj",
+        ):
             if isinstance(getattr(part, name, None), nn.Linear):
                 setattr(part, name, Adapted(getattr(part, name)))
     own = copy.deepcopy(restore(copy.deepcopy(model)))

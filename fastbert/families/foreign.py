@@ -143,7 +143,6 @@ class ForeignLayer(Layer):
                 self.joined += ((part, ForeignLinears(places)),)
         self.dropout_of_weights = names.dropout_of_weights
         of_activation = [names.dropout_of_activation] if drop_wide else []
-        self.unknown_dropout = None if names.other_dropout is None else Place.of(theirs, names.other_dropout)
         self.other_dropouts = [
             None if path is None else Place.of(theirs, path)
             for path in (names.dropout_of_context, *of_activation, names.dropout_of_output)
@@ -163,10 +162,6 @@ class ForeignLayer(Layer):
         if self.dropout_of_positions is not None:
             return of_weights, probability(self.dropout_of_positions.get()), *others
         return of_weights, *others
-
-    def drops_otherwise(self) -> bool:
-        """Whether a dropout is on that a layer of ours has not."""
-        return self.unknown_dropout is not None and probability(self.unknown_dropout.get()) > 0.0
 
     def attention(self) -> nn.Module:
         """Their module of attention."""
@@ -200,7 +195,7 @@ class ForeignEncoder(Encoder):
             tables["relative_norm"] = family.relative_norm
         shared = {name: Place.of(theirs, path) for name, path in tables.items() if path is not None}
         last_norm = None if family.last_norm is None else Place.of(theirs, family.last_norm)
-        self._read(theirs, config, family.layers(theirs), family.names, shared, last_norm)
+        self._read(theirs, config, family.layers(theirs), family.modules or family.names, shared, last_norm)
 
     def _read(
         self,

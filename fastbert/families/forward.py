@@ -115,8 +115,6 @@ class AnyForward(ABC):
             self.ours.follow()
             if any(p >= 1.0 for layer in self.layers for p in layer.dropouts()):
                 return "a dropout of everything"
-            if any(layer.drops_otherwise() for layer in self.layers):
-                return "a dropout that fastbert's layers have not"
         except FastbertError as error:
             return f"{error.argument}: {error.got}"
         except AttributeError as error:
@@ -180,7 +178,7 @@ class Forward(AnyForward):
         names = ("hidden_act", "hidden_activation", "activation")
         asked = type(ACT2FN[next(getattr(self.hf, name) for name in names if hasattr(self.hf, name))])
         for layer in self.layers:
-            if type(layer.theirs[0].get_submodule(self.family.names.activation)) is not asked:
+            if type(layer.theirs[0].get_submodule((self.family.modules or self.family.names).activation)) is not asked:
                 return "an activation other than the config's"
             scaling = getattr(layer.attention(), "scaling", None)
             if scaling is not None and abs(scaling - self.ours.config.head_dim**-0.5) > 1e-6:

@@ -13,7 +13,8 @@ from typing import Any
 from fastbert.config import EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import ANSWERS, CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, scaled_rope
+from fastbert.families.names import Family, Names, model_layers, scaled_rope
+from fastbert.families.nomic import MODULES
 
 # Of new-impl's `NewConfig`.
 _USUAL = {
@@ -77,7 +78,7 @@ NEW = Family(
         dropout_of_weights="attention.dropout",
         dropout_of_context="hidden_dropout",
         dropout_of_output="hidden_dropout",
-        other_dropout="mlp.hidden_dropout",
+        dropout_of_activation="mlp.hidden_dropout",
         gate_last=True,
     ),
     body={
@@ -109,5 +110,9 @@ GTE = replace(
     model_types={"gte": "Gte"},
     config=gte_config,
     prefix="gte.",
+    modules=replace(MODULES, dropout_of_activation="mlp.dropout"),
+    models={"gte.modeling_gte.GteModel": "BaseModelOutputWithPooling"},
+    within="",
+    layers=model_layers,
     heads={name: NEW.heads[name] for name in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")},
 )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
-
-from torch import nn
 
 from fastbert.config import HF_ACTIVATIONS, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
-from fastbert.families.names import Family, Names, read_fields, rope_base
+from fastbert.families.names import Family, Names, model_layers, read_fields, rope_base
 
 WORD = "embeddings.tok_embeddings.weight"
 
@@ -80,11 +78,6 @@ def _base(given: Mapping[str, Any], kind: str, old: str, usual: float) -> float:
     return rope_base({"rope_parameters": of_kind, "rope_theta": given.get(old)}, usual)
 
 
-def layers(model: Any) -> Sequence[nn.Module]:
-    """A model's `layers`."""
-    return list(model.layers)
-
-
 _HEAD = {"transform.dense": "head.dense", "transform.norm": "head.norm"}
 _CLASSIFIER = {**_HEAD, "classifier": "classifier"}
 
@@ -104,7 +97,7 @@ MODERNBERT = Family(
         dropout_of_weights="attn.attention_dropout",
         dropout_of_context="attn.out_drop",
         dropout_of_output=None,
-        other_dropout="mlp.drop",
+        dropout_of_activation="mlp.drop",
     ),
     body={"embeddings.word": "embeddings.tok_embeddings", "embeddings.norm": "embeddings.norm"},
     layer="layers.{}",
@@ -126,5 +119,5 @@ MODERNBERT = Family(
     encoders=(),
     models={"modernbert.modeling_modernbert.ModernBertModel": "BaseModelOutput"},
     within="",
-    layers=layers,
+    layers=model_layers,
 )

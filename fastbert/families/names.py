@@ -30,7 +30,6 @@ class Names:
             has no such dropout.
         position_key, position_query, dropout_of_positions: of `EncoderConfig.disentangled`.
         dropout_of_activation: of the feed-forward's activation; None where the family has no such dropout.
-        other_dropout: one that a layer of ours has not; where it is on, transformers' code runs.
         gate_last: of `intermediate`, which is one linear layer of two halves, the activation is of the second.
     """
 
@@ -50,7 +49,6 @@ class Names:
     position_query: str = "attention.position_query"
     dropout_of_positions: str = "attention.position_dropout"
     dropout_of_activation: str | None = None
-    other_dropout: str | None = None
     gate_last: bool = False
 
     def weights(self) -> dict[str, Spelled]:
@@ -132,6 +130,11 @@ def own_layers(encoder: Any) -> Sequence[nn.Module]:
     return list(encoder.layer)
 
 
+def model_layers(model: Any) -> Sequence[nn.Module]:
+    """The `layers` of a model that is its own encoder."""
+    return list(model.layers)
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of model.
@@ -152,6 +155,7 @@ class Family:
         tied: keys of a head that a file may hold although they are the same tensor as another, and its key.
         num_layers: the field of config.json that says how many there are.
         last_norm: the LayerNorm after the last layer, where layers normalise first; None where they do not.
+        modules: as `names`, where transformers' classes have other ones than checkpoints.
         encoders: transformers' classes that `accelerate` computes, `MODULE.CLASS` below `transformers.models.`.
         models: of the classes of whole models without a head, likewise, the class of what each returns, in
             `transformers.modeling_outputs`.
@@ -176,6 +180,7 @@ class Family:
     heads: Mapping[str, Mapping[str, str]]
     carried: tuple[str, ...]
     encoders: tuple[str, ...]
+    modules: Names | None = None
     models: Mapping[str, str] = field(default_factory=dict)
     within: str = "encoder"
     tied: Mapping[str, str] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from typing import Any
 from fastbert.config import HF_ACTIVATIONS, EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, read_fields, scaled_rope
+from fastbert.families.names import Family, Names, model_layers, read_fields, scaled_rope
 
 PRODUCTS = ("qkv", "attention_output", "intermediate", "output")
 
@@ -109,6 +109,22 @@ def is_original(given: Mapping[str, Any], keys: Collection[str]) -> bool:
     return "n_embd" in given and not any(key.startswith(NOMIC.prefix) for key in keys)
 
 
+# In transformers' classes, of which those of GTE are like them.
+MODULES = Names(
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    attention_output="self_attn.o_proj",
+    attention_norm="post_attention_layernorm",
+    intermediate=("mlp.gate_proj", "mlp.up_proj"),
+    output="mlp.down_proj",
+    output_norm="post_mlp_layernorm",
+    activation="mlp.act_fn",
+    dropout_of_weights="self_attn.attention_dropout",
+    dropout_of_context="post_attention_dropout",
+    dropout_of_output="post_mlp_dropout",
+)
+
 NOMIC = Family(
     model_types={"nomic_bert": "NomicBert"},
     config=config,
@@ -146,6 +162,10 @@ NOMIC = Family(
     carried=("cls.predictions.", "classifier.", "pooler."),
     tied={"cls.predictions.decoder.weight": WORD, "cls.predictions.decoder.bias": "cls.predictions.bias"},
     encoders=(),
+    modules=MODULES,
+    models={"nomic_bert.modeling_nomic_bert.NomicBertModel": "BaseModelOutputWithPooling"},
+    within="",
+    layers=model_layers,
 )
 
 NOMIC_ORIGINAL = replace(
@@ -153,6 +173,7 @@ NOMIC_ORIGINAL = replace(
     model_types={"nomic_bert, original": "NomicBert"},
     form_of="nomic_bert",
     told_by=is_original,
+    models={},
     config=original_config,
     prefix="bert.",
     heads={"ForSequenceClassification": CLASSIFIER},

@@ -84,9 +84,8 @@ class SelfAttention(Group):
 
         They are the parameters' own memory where it still lies as `join` left it, else a copy.
         """
-        linears: list[Any] = self.linears()
-        query, key, value = linears[0]._parameters, linears[1]._parameters, linears[2]._parameters
-        weights, biases = [query["weight"], key["weight"], value["weight"]], [query["bias"], key["bias"], value["bias"]]
+        held: list[Any] = [linear._parameters for linear in self.linears()]
+        weights, biases = [one["weight"] for one in held], [one["bias"] for one in held]
         if biases[0] is None:
             biases = []
         if self._joined is None or observed() or _places(weights + biases) != self._places:
