@@ -48,8 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_rel_ebd": "layer_norm",
         "position_biased_input": False,
     },
-    "NomicBert": {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    "Gte": {**SIZES, "type_vocab_size": 0, "pad_token_id": 1},
+    "NomicBert": {**SIZES, "initializer_range": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "Gte": {**SIZES, "initializer_range": 0.1, "type_vocab_size": 0, "pad_token_id": 1},
     "ModernBert": {
         **SIZES,
         "local_attention": 4,
@@ -143,6 +143,8 @@ def test_verify(family: str) -> None:
 
 @pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "MaskedLM", "QuestionAnswering"])
 def test_heads(family: str, kind: str) -> None:
+    if not hasattr(T, f"{family}For{kind}"):
+        pytest.skip("transformers has no such class")
     model = model_of(family, f"For{kind}")
     with torch.no_grad():
         want = model(IDS, attention_mask=RIGHT)
@@ -235,18 +237,25 @@ def test_copies(family: str, how: str, tmp_path: Any) -> None:
 
 def test_moved_and_cast_and_written(family: str) -> None:
     model = accelerate(model_of(family))
+    frequencies = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+
+    def own() -> Any:
+        """Its frequencies in float32, which a cast rounds in transformers; ours are numbers of the config."""
+        made = restore(copy.deepcopy(model))
+        for name, buffer in frequencies.items():
+            made.rotary_emb._buffers[name.rpartition(".")[2]] = buffer
+        return made
+
     with torch.no_grad():
         states(model)
         for change in (lambda: model.bfloat16(), lambda: model.float(), lambda: model.double(), lambda: model.float()):
             change()
-            want = states(restore(copy.deepcopy(model)))
-            atol = 0.2 if want.dtype == torch.bfloat16 else 2e-5
-            if family in WHOLE:  # whose frequencies are a buffer, which a cast rounds; ours are not
-                atol = max(atol, 1e-3)
+            want = states(own())
+            atol = 0.3 if want.dtype == torch.bfloat16 else 2e-5
             torch.testing.assert_close(states(model), want, atol=atol, rtol=1e-2)
         for parameter in model.parameters():
             parameter.data.mul_(0.9)
-        torch.testing.assert_close(states(model), states(restore(copy.deepcopy(model))), atol=atol, rtol=1e-2)
+        torch.testing.assert_close(states(model), states(own()), atol=2e-5, rtol=2e-5)
 
 
 def test_gradient_checkpointing_trains(family: str) -> None:

@@ -1,5 +1,7 @@
 """EncoderConfig: from and to Hugging Face, and what it refuses."""
 
+from typing import Any
+
 import pytest
 
 from fastbert.config import HF_ACTIVATIONS, EncoderConfig
@@ -53,3 +55,9 @@ def test_case_07_activations_keep_their_flavour(name):
 def test_what_it_refuses(changes):
     with pytest.raises(ArgumentError):
         EncoderConfig.from_hf(EncoderConfig().to_hf() | changes)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1, float("inf"), float("nan"), None, True])
+def test_a_scale_of_rotary_positions_is_above_0(scale: Any) -> None:
+    with pytest.raises(ArgumentError, match="rotary_scale: got"):
+        EncoderConfig(rotary=10_000.0, rotary_scale=scale)
