@@ -78,6 +78,11 @@ def transformers_model(folder: Path, dtype: torch.dtype, device: torch.device, *
     return model.eval().to(device)
 
 
+def hidden_states(model: nn.Module) -> nn.Module:
+    """A model of transformers as a module of ids and mask that gives hidden states, for export."""
+    return _HiddenStates(model).eval()
+
+
 class _HiddenStates(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -98,9 +103,9 @@ def _exported(folder: Path) -> Path:
     mask[1, 9:] = 0  # a full mask would be traced away
     names = ["input_ids", "attention_mask"]
     axes = {name: {0: "batch", 1: "seqlen"} for name in (*names, "hidden")}
-    with _quietly(), torch.no_grad():
+    with quietly(), torch.no_grad():
         torch.onnx.export(
-            _HiddenStates(model).eval(), (ids, mask), str(path),
+            hidden_states(model), (ids, mask), str(path),
             input_names=names, output_names=["hidden"], dynamic_axes=axes, dynamo=False,
         )  # fmt: skip
     return path
@@ -112,7 +117,7 @@ def _optimised(folder: Path) -> Path:
     exported = _exported(folder)
     optimizer: Any = installed("onnxruntime.transformers.optimizer")
     shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    with _quietly():
+    with quietly():
         model = optimizer.optimize_model(
             str(exported),
             model_type="bert",
@@ -135,7 +140,7 @@ def _quantised(folder: Path) -> Path:
     quantization: Any = installed("onnxruntime.quantization")
     onnx: Any = installed("onnx")
     path = _scratch(folder) / "int8.onnx"
-    with _quietly():
+    with quietly():
         quantization.quantize_dynamic(
             str(optimised),
             str(path),
@@ -220,7 +225,7 @@ def _converted(folder: Path) -> Path:
         words += [f"word{i}" for i in range(len(words), config["vocab_size"])]
         (source / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     converted = _scratch(folder) / "ctranslate2"
-    with _quietly():
+    with quietly():
         converters.TransformersConverter(str(source)).convert(str(converted))
     return converted
 
@@ -232,7 +237,7 @@ def _scratch(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _quietly() -> Any:
+def quietly() -> Any:
     """Converters print progress and warn of their own code."""
     logging.disable(logging.WARNING)
     try:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastbert.families.accelerated import accelerate as accelerate
     from fastbert.families.accelerated import restore as restore
     from fastbert.families.accelerated import verify as verify
+    from fastbert.families.attention import register_attention as register_attention
     from fastbert.model.body import BertModel as BertModel
     from fastbert.model.body import EncoderModel as EncoderModel
     from fastbert.model.encoder import Encoder as Encoder
@@ -97,6 +98,7 @@ _HOMES = {
     "load": "checkpoints.load",
     "paths_taken": "backend",
     "quantize": "model.quantization",
+    "register_attention": "families.attention",
     "restore": "families.accelerated",
     "save": "checkpoints.load",
     "score": "tasks.score",

@@ -136,6 +136,7 @@ class EncoderConfig:
         windows: of each layer how many places away a key is seen at most, None for all; None where all see all.
         rotary: base of rotary positions; None for none.
         rotary_in_windows: that of layers with a window, where it is another.
+        rotary_scale: what the angles of rotary positions are multiplied by.
         alibi: scores decrease with distance, by the slopes of Press et al. 2021.
         relative_buckets: rows of a table of biases by distance, which all layers share (Raffel et al. 2020); None for
             none.
@@ -170,6 +171,7 @@ class EncoderConfig:
     windows: tuple[int | None, ...] | None = None
     rotary: float | None = None
     rotary_in_windows: float | None = None
+    rotary_scale: float = 1.0
     alibi: bool = False
     relative_buckets: int | None = None
     disentangled: Disentangled | None = None
@@ -191,6 +193,8 @@ class EncoderConfig:
             base = getattr(self, name)
             if base is not None and not (_is_number(base) and 1.0 < base < math.inf):
                 raise ArgumentError(name, repr(base), "a number above 1, or None")
+        if not _is_number(self.rotary_scale) or not 0.0 < self.rotary_scale < math.inf:
+            raise ArgumentError("rotary_scale", repr(self.rotary_scale), "a number above 0")
         for name in ("layer_order", "windows"):
             of_layers = getattr(self, name)
             if of_layers is not None and len(of_layers) != self.num_layers:
@@ -217,8 +221,8 @@ class EncoderConfig:
     @property
     def by_distance(self) -> bool:
         """Whether attention depends on how far apart tokens are, other than by their columns."""
-        relative = self.relative_buckets is not None or self.disentangled is not None
-        return self.windows is not None or self.alibi or relative
+        placed = (self.windows, self.rotary, self.relative_buckets, self.disentangled)
+        return self.alibi or any(one is not None for one in placed)
 
     @property
     def head_dim(self) -> int:

@@ -129,13 +129,13 @@ def disentangled_bias(
     return bias
 
 
-def rotary_angles(packing: Packing, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
-    """`[2, tokens, head_dim / 2]`: the cosine and the sine of `column * base ** (-2 i / head_dim)` (Su et al. 2021).
+def rotary_angles(packing: Packing, head_dim: int, base: float, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """`[2, tokens, head_dim / 2]`: cosine and sine of `scale * column * base ** (-2 i / head_dim)` (Su et al. 2021).
 
     Angles are made in float64, because those of far columns have no digits left in float32's product.
     """
     i = torch.arange(head_dim // 2, dtype=torch.float64, device=packing.indices.device)
-    angles = packing.columns[:, None] * base ** (-2.0 * i / head_dim)
+    angles = packing.columns[:, None] * (scale * base ** (-2.0 * i / head_dim))
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 

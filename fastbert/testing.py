@@ -83,7 +83,8 @@ def exactly(
         if isinstance(step, Attend):
             qkv = step.split(held[step.x])
             if step.rotary is not None:
-                qkv = reference.rotary(qkv, reference.rotary_angles(packing, qkv.shape[3], step.rotary, dtype))
+                angles = reference.rotary_angles(packing, qkv.shape[3], step.rotary, dtype, step.rotary_scale)
+                qkv = reference.rotary(qkv, angles)
             slopes, relative, scale, terms = step.slopes(qkv.device), None, None, bias
             if step.disentangled is not None:
                 scale = step.scale(qkv.shape[3])

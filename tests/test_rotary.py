@@ -187,6 +187,29 @@ def test_what_is_kept_outlives_no_mode(generator: torch.Generator) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(y, qkv, dout)[0] for y in (got, want)))
 
 
+@pytest.mark.parametrize("scale", [0.75, 2])
+def test_a_scale_is_one_of_the_places(generator: torch.Generator, scale: float) -> None:
+    """By the angles of every fourth place, those of the places between are known."""
+    packing, far = Packing.from_lengths([9]), Packing.from_lengths([70])
+    qkv, long = torch.randn(9, 3, 2, 6, generator=generator, dtype=torch.float64), torch.zeros(70, 3, 2, 6).double()
+    places = (torch.arange(9) * scale * 4).long()
+    long[places] = qkv
+    quarter = rotary(long, far, BASE, 0.25)[places]
+    torch.testing.assert_close(rotary(qkv, packing, BASE, scale), quarter, atol=1e-12, rtol=0)
+    assert not torch.equal(quarter[:, :2], qkv[:, :2])
+    exact = reference.rotary_angles(packing, 6, BASE, torch.float32, scale)
+    got = angles_of_places(9, 6, BASE, scale)[:9].transpose(0, 1)
+    torch.testing.assert_close(got, exact, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, "a", None, float("inf"), float("nan")])
+def test_scales_that_are_none(scale: object) -> None:
+    with pytest.raises(ArgumentError, match="scale: got"):
+        rotary(torch.zeros(4, 3, 2, 4), Packing.from_lengths([4]), BASE, scale)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="scale: got"):
+        angles_of_places(4, 6, BASE, scale)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("base", ["a", None, float("inf"), float("nan")])
 def test_bases_that_are_none(base: object) -> None:
     with pytest.raises(ArgumentError, match="base: got"):

@@ -62,7 +62,7 @@ PLANS = {
     "without biases": BERT,
     "window": changed(1, window=3),
     "ALiBi": changed(1, alibi=(0.5, 0.25, 0.125)),
-    "rotary": changed(1, rotary=10_000.0),
+    "rotary": changed(1, rotary=10_000.0, rotary_scale=0.8),
     "rotary, gated, pre-norm": pre_norm("gelu", gated=True, rotary=500.0),
     "ModernBERT's, gated, without any bias": pre_norm("gelu", gated=True, rotary=500.0, window=4),
     "ALiBi, gated": Steps((BERT.of[0], replace(BERT.of[1], alibi=(0.5, 0.25, 0.125)), *changed(3, gated=True).of[2:])),

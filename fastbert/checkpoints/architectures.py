@@ -26,7 +26,7 @@ class Dialect:
     """How one checkpoint spells the keys of its body.
 
     Attributes:
-        family: the model_type, a key of `FAMILIES`.
+        family: a key of `FAMILIES`: the model_type, or the name of a form of that family.
         prefix: before each key of the body; "" or the family's.
         old_norms: LayerNorm's weight and bias are called gamma and beta.
         pooler: there is a pooler.
@@ -73,8 +73,6 @@ def recognise(config: Mapping[str, Any], keys: Iterable[str]) -> Dialect:
     """
     keys = set(keys)
     name = _family_name(config, keys)
-    variant = FAMILIES[name].variant
-    name = name if variant is None else variant(config)
     family = FAMILIES[name]
     for prefix in ("", family.prefix):
         if prefix + family.anchor in keys:
@@ -153,12 +151,16 @@ def _family_name(config: Mapping[str, Any], keys: set[str]) -> str:
         for name, family in FAMILIES.items():
             begins = family.model_types[name]
             if any(one.startswith(begins) for one in classes[:1]) or family.prefix + family.anchor in keys:
-                return name
-        if not classes and _signature(BERT) <= keys:
+                model_type = family.form_of or name
+                break
+        if model_type is None and not classes and _signature(BERT) <= keys:
             warnings.warn(f"{CONFIG} names no model_type; by its keys it is read as bert", stacklevel=2)
             return "bert"
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    known = [name for name, family in FAMILIES.items() if family.form_of is None]
+    if not isinstance(model_type, str) or model_type not in known:
         raise CheckpointError(
-            "config.model_type", shown(model_type), f"one of {', '.join(FAMILIES)}", "Other families are not read yet."
+            "config.model_type", shown(model_type), f"one of {', '.join(known)}", "Other families are not read yet."
         )
-    return model_type
+    forms = {name: family for name, family in FAMILIES.items() if family.form_of == model_type}
+    told = (name for name, family in forms.items() if family.told_by is not None and family.told_by(config, keys))
+    return next(told, model_type)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -87,13 +87,9 @@ def hf(encoder: Any) -> Any:
     return encoder.layer[0].attention.config
 
 
-# `model_type` of a model whose head of masked-token prediction is that of DeBERTa's authors.
-OWN_HEAD = "deberta-v2, legacy=False"
-
-
-def variant(given: Mapping[str, Any]) -> str:
-    """Which of the two a config.json asks for."""
-    return "deberta-v2" if given.get("legacy", True) else OWN_HEAD
+def has_own_head(given: Mapping[str, Any], keys: Collection[str]) -> bool:
+    """Whether the head of masked-token prediction is that of DeBERTa's authors."""
+    return given.get("legacy", True) is False
 
 
 _POOLED = {"transform.dense": "pooler.dense", "classifier": "classifier"}
@@ -144,7 +140,6 @@ DEBERTA_V2 = Family(
     ),
     tied={"cls.predictions.decoder.weight": WORD, "cls.predictions.decoder.bias": "cls.predictions.bias"},
     encoders=("deberta_v2.modeling_deberta_v2.DebertaV2Encoder",),
-    variant=variant,
     hf=hf,
     relative="rel_embeddings",
     relative_norm="LayerNorm",
@@ -153,7 +148,9 @@ DEBERTA_V2 = Family(
 
 DEBERTA_V2_OWN_HEAD = replace(
     DEBERTA_V2,
-    model_types={OWN_HEAD: "DebertaV2"},
+    model_types={"deberta-v2, legacy=False": "DebertaV2"},
+    form_of="deberta-v2",
+    told_by=has_own_head,
     heads={
         **DEBERTA_V2.heads,
         "ForMaskedLM": {

@@ -46,6 +46,28 @@ class Place(NamedTuple):
         return found
 
 
+class Borrowed:
+    """A linear layer of parameters that the module at a place holds under these names; it is read, and never called."""
+
+    def __init__(self, place: Place, weight: str, bias: str) -> None:
+        self.place, self.names = place, {"weight": weight, "bias": bias}
+        self.linear = nn.Linear(1, 1, device="meta")
+
+    def get(self) -> nn.Linear:
+        """Of the parameters that are there now.
+
+        Raises:
+            AttributeError: there is none under one of the names.
+        """
+        module, own = self.place.get(), self.linear._parameters
+        for name, theirs in self.names.items():
+            if theirs not in module._parameters:
+                raise AttributeError(f"{type(module).__name__} has no parameter {theirs}")
+            if own[name] is not module._parameters[theirs]:
+                own[name] = module._parameters[theirs]
+        return self.linear
+
+
 class ForeignLinears(SelfAttention):
     """The linear layers at these places as one product: queries, keys and values, or a gate; see `SelfAttention`."""
 
@@ -83,7 +105,7 @@ class ForeignLayer(Layer):
     Args:
         theirs: their layer.
         shared: what all layers read, by its name in the steps.
-        following: where the LayerNorm after the layer is, if it is not in it.
+        following: where the LayerNorm after the layer is; None where there is none.
     """
 
     def __init__(
@@ -95,12 +117,14 @@ class ForeignLayer(Layer):
         shared: dict[str, Place],
         following: Place | None,
     ) -> None:
-        super().__init__(layer_steps(config, i))
+        drop_wide = names.dropout_of_activation is not None
+        super().__init__(layer_steps(config, i, last_norm=following is not None, drop_wide=drop_wide))
         self.theirs = (theirs,)  # in a tuple, for a module would become a child
-        self.places = {
+        self.places: dict[str, Place | Borrowed] = {
             part: Place.of(theirs, getattr(names, part)) for part in ("attention_output", "attention_norm", "output")
         }
-        self.places["output_norm"] = Place.of(theirs, names.output_norm) if following is None else following
+        if following is not None:
+            self.places["output_norm"] = following
         self.places |= shared
         asked = config.disentangled
         self.dropout_of_positions: Place | None = None
@@ -118,10 +142,11 @@ class ForeignLayer(Layer):
             else:
                 self.joined += ((part, ForeignLinears(places)),)
         self.dropout_of_weights = names.dropout_of_weights
+        of_activation = [names.dropout_of_activation] if drop_wide else []
         self.unknown_dropout = None if names.other_dropout is None else Place.of(theirs, names.other_dropout)
         self.other_dropouts = [
             None if path is None else Place.of(theirs, path)
-            for path in (names.dropout_of_context, names.dropout_of_output)
+            for path in (names.dropout_of_context, *of_activation, names.dropout_of_output)
         ]
 
     def parts(self) -> dict[str, nn.Module]:
@@ -159,29 +184,46 @@ class ForeignEncoder(Encoder):
     Args:
         theirs: their encoder.
         family: which it is of.
+
+    Attributes:
+        layer_type: what computes a layer.
     """
 
+    layer_type: type[ForeignLayer] = ForeignLayer
+
     def __init__(self, theirs: nn.Module, family: Family) -> None:
-        nn.Module.__init__(self)
-        self.config, self.kept, self.theirs = family.config(family.hf(theirs).to_dict()), Kept(), (theirs,)
-        layers = family.layers(theirs)
-        tables, asked = {}, self.config.disentangled
-        if self.config.relative_buckets is not None or asked is not None:
+        config = family.config(family.hf(theirs).to_dict())
+        tables: dict[str, str | None] = {}
+        if config.relative_buckets is not None or config.disentangled is not None:
             tables["relative"] = family.relative
-        if asked is not None and asked.normalised:
+        if config.disentangled is not None and config.disentangled.normalised:
             tables["relative_norm"] = family.relative_norm
         shared = {name: Place.of(theirs, path) for name, path in tables.items() if path is not None}
-        made: dict[int, ForeignLayer] = {}
+        last_norm = None if family.last_norm is None else Place.of(theirs, family.last_norm)
+        self._read(theirs, config, family.layers(theirs), family.names, shared, last_norm)
+
+    def _read(
+        self,
+        theirs: nn.Module,
+        config: EncoderConfig,
+        layers: Sequence[nn.Module],
+        names: Names,
+        shared: dict[str, Place],
+        last_norm: Place | None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.config, self.kept, self.theirs = config, Kept(), (theirs,)
+        made: dict[tuple[int, Place | None], ForeignLayer] = {}
+        self.layer = nn.ModuleList()
         for i, layer in enumerate(layers):
-            following = None
-            if family.last_norm is not None:
+            following: Place | None = Place.of(layer, names.output_norm)
+            if config.norm_first:
                 last = i + 1 == len(layers)
-                following = (
-                    Place.of(theirs, family.last_norm) if last else Place.of(layers[i + 1], family.names.output_norm)
-                )
-            if id(layer) not in made:
-                made[id(layer)] = ForeignLayer(layer, i, family.names, self.config, shared, following)
-        self.layer = nn.ModuleList([made[id(layer)] for layer in layers])
+                following = last_norm if last else Place.of(layers[i + 1], names.output_norm)
+            key = id(layer), following
+            if key not in made:
+                made[key] = self.layer_type(layer, i, names, config, shared, following)
+            self.layer.append(made[key])
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Theirs."""

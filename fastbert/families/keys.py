@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from fastbert.errors import CheckpointError
-from fastbert.families.names import Family, Spelled
+from fastbert.families.names import OURS, Family, Spelled
 from fastbert.model.body import EncoderModel
 from fastbert.model.heads import HeadModel, body_of
 from fastbert.model.mapping import Rule
@@ -34,7 +34,8 @@ def key_rules(
         else:
             theirs = tuple(map(spell_head, _theirs(name, heads)))
         found.setdefault(theirs, []).append(name)
-    return [Rule(tuple(ours), theirs) for theirs, ours in found.items()]
+    halved = f".{OURS.intermediate}." if family.names.gate_last else None
+    return [Rule(tuple(ours), theirs, halved is not None and halved in ours[0]) for theirs, ours in found.items()]
 
 
 def names_once(model: nn.Module) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,9 @@ class Names:
         dropout_of_context, dropout_of_output: of attention's output and of the feed-forward's; None where the family
             has no such dropout.
         position_key, position_query, dropout_of_positions: of `EncoderConfig.disentangled`.
+        dropout_of_activation: of the feed-forward's activation; None where the family has no such dropout.
         other_dropout: one that a layer of ours has not; where it is on, transformers' code runs.
+        gate_last: of `intermediate`, which is one linear layer of two halves, the activation is of the second.
     """
 
     query: str
@@ -46,7 +49,9 @@ class Names:
     position_key: str = "attention.position_key"
     position_query: str = "attention.position_query"
     dropout_of_positions: str = "attention.position_dropout"
+    dropout_of_activation: str | None = None
     other_dropout: str | None = None
+    gate_last: bool = False
 
     def weights(self) -> dict[str, Spelled]:
         """Of each module with weights what it is called in a layer of ours and in one of theirs."""
@@ -98,6 +103,25 @@ def rope_base(given: Mapping[str, Any], usual: float) -> float:
     return float(base)
 
 
+def scaled_rope(given: Mapping[str, Any], usual: float, head_dim: int) -> tuple[float, float]:
+    """As `rope_base`, and what the angles are multiplied by, which may be scaled.
+
+    "linear" divides them by `factor`. "ntk", which is Alibaba-NLP/new-impl's, has `base * factor` and divides them by
+    `factor ** (2 / head_dim)`: formula (6) of https://kexue.fm/archives/9706.
+
+    Raises:
+        ArgumentError: they are scaled in another way.
+    """
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+    if kind not in ("linear", "ntk") or rope.get("mixed_b") is not None:
+        return rope_base(given, usual), 1.0
+    if not isinstance(factor, int | float) or not 1.0 <= factor < math.inf:
+        raise ArgumentError("config.rope_scaling", repr(rope), "a factor of 1 or more")
+    base = rope_base({"rope_theta": rope.get("rope_theta") or given.get("rope_theta")}, usual)
+    return (base, 1.0 / factor) if kind == "linear" else (base * factor, factor ** (-2.0 / head_dim))
+
+
 def own_hf(encoder: Any) -> Any:
     """An encoder's `config`."""
     return encoder.config
@@ -113,7 +137,10 @@ class Family:
     """One kind of model.
 
     Attributes:
-        model_types: what `model_type` in config.json is, and how the names of transformers' classes then begin.
+        model_types: what `model_type` in config.json is, and how the names of transformers' classes then begin. A form
+            of another family has a name of its own here.
+        form_of: the `model_type` that it has in common with the family that it is another form of.
+        told_by: of a config.json and the keys of a checkpoint with that `model_type`, whether it is of this form.
         config: reads the dict of a config.json.
         names: of the modules of a layer.
         body: of each module outside the layers what it is called in our model and in theirs.
@@ -123,7 +150,6 @@ class Family:
         carried: beginnings of keys that a model need not compute with, but saves as they came; those of the body are
             relative to its prefix.
         tied: keys of a head that a file may hold although they are the same tensor as another, and its key.
-        variant: of the dict of a config.json the key of the family in `FAMILIES`, where `model_type` does not tell it.
         num_layers: the field of config.json that says how many there are.
         last_norm: the LayerNorm after the last layer, where layers normalise first; None where they do not.
         encoders: transformers' classes that `accelerate` computes, `MODULE.CLASS` below `transformers.models.`.
@@ -153,7 +179,8 @@ class Family:
     models: Mapping[str, str] = field(default_factory=dict)
     within: str = "encoder"
     tied: Mapping[str, str] = field(default_factory=dict)
-    variant: Callable[[Mapping[str, Any]], str] | None = None
+    form_of: str | None = None
+    told_by: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
     num_layers: str = "num_hidden_layers"
     last_norm: str | None = None
     hf: Callable[[nn.Module], Any] = own_hf

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import inspect
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.errors import FastbertError
+from fastbert.families.forward import Forward
 from fastbert.model.body import token_positions
 from fastbert.model.masks import read_mask
 from fastbert.model.outputs import collected_by_transformers
 from fastbert.ops.pooling import first_tokens
 from fastbert.packing import Packing
 from fastbert.run.parts import is_hooked
-
-if TYPE_CHECKING:
-    from fastbert.families.accelerated import Forward
 
 # Arguments of such a model that are read here.
 READ = ("token_type_ids", "position_ids", "inputs_embeds", "output_hidden_states", "return_dict")
@@ -52,6 +50,16 @@ class ModelForward:
         """That of their `forward`: torch.export names its inputs by it."""
         code: CodeType = type(self.theirs).forward.__code__
         return code
+
+    def width(self) -> int:
+        """Of embeddings that come in the place of ids."""
+        theirs: Any = self.theirs
+        return int(theirs.get_input_embeddings().embedding_dim)
+
+    def answer(self, model: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """What such a model makes of embeddings, where True of `[batch, seqlen]` is no padding."""
+        out: Tensor = model(inputs_embeds=x, attention_mask=kept.long())[0]
+        return out
 
     def __call__(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The model's own arguments and result."""

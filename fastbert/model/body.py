@@ -95,7 +95,7 @@ class EncoderModel(nn.Module):
             attention_mask: any form in `masks.read_mask`; not together with `packing`.
             token_type_ids: as `input_ids`; type 0 by default.
             position_ids: as `input_ids`; by default those of the family, see `EncoderConfig.positions`: for BERT the
-                column in the padded grid.
+                column in the padded grid. None where the family has no table of them.
             inputs_embeds: floating `[batch, seqlen, hidden]` (packed: `[tokens, hidden]`), in the place of `input_ids`:
                 what the word table would give for them.
             packing: the layout of packed ids; the hidden states are then packed too.
@@ -140,6 +140,9 @@ class EncoderModel(nn.Module):
         token_type_ids = _as_int64("token_type_ids", token_type_ids)
         position_ids = _as_int64("position_ids", position_ids)
         name, shape, device = self._described(input_ids, inputs_embeds)
+        if position_ids is not None and self.config.positions == "none":
+            expected = "None: this model has no table of positions, and counts places itself"
+            raise ArgumentError("position_ids", "positions", expected)
         if packing is None:
             if len(shape) != 2:
                 raise ArgumentError(name, f"shape {tuple(shape)}", "[batch, seqlen]")

@@ -177,14 +177,13 @@ class Encoder(nn.Module):
         if not every and bias is None and (program := self._program(x)) is not None:
             backend.take(program.name)
             with torch.no_grad():
-                made = program.run(self.registers(x.contiguous()), packing, read)
+                made = program.run(self.registers(x.contiguous(), packing), packing, read)
             return [packing.unpack(made) if unpack else made]
         layers = cast(list[Layer], list(self.layer))
-        seeds = None
-        if self.drops():
-            seeds = torch.randint(2**63 - 1, (len(layers), len(layers[0].dropouts())), device=x.device)
         if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
+        sizes = len(layers), layers[0].steps.drops
+        seeds = torch.randint(2**63 - 1, sizes, device=x.device) if self.drops() else None
         rows, states = len(x), [x]
         first = self.in_eight_bits()
         if first is not None:
@@ -194,7 +193,7 @@ class Encoder(nn.Module):
         if slack:  # once for all products, which would each do it
             x = with_slack(x, slack)
         last_unpacks = unpack and not slack and not is_hooked(layers[-1])
-        floats = self.registers(x)
+        floats = self.registers(x, packing)
         x = floats["x"]
         registers = Registers(floats, {} if first is None else {"x": first.quantize(x)})
         for i, layer in enumerate(layers):
@@ -216,7 +215,7 @@ class Encoder(nn.Module):
             states[-1] = packing.unpack(states[-1])
         return states
 
-    def registers(self, x: Tensor) -> dict[str, Tensor]:
+    def registers(self, x: Tensor, packing: Packing) -> dict[str, Tensor]:
         """What the first layer reads, of the rows that come in; see `steps.layer_steps`."""
         return dict.fromkeys(cast(Layer, self.layer[0]).steps.carried, x)
 

@@ -109,7 +109,7 @@ class Layer(nn.Module, ABC):
         Args:
             attention_mask: the packing of packed rows; of padded ones it, or any form in `masks.read_mask`.
             bias: added to the attention scores; see `ops.attention`.
-            seeds: int64 `[dropouts]`, one seed for each of `dropouts`; None when dropout is off.
+            seeds: int64 `[steps.drops]`, one seed for each dropout; None when dropout is off.
             read: int64 `[reads]`, the rows of the output that are wanted; all by default. All rows are attended to, but
                 only these go through what comes after attention. The hidden dropouts then draw for these rows alone.
             unpack: give the output in the padded layout; not together with `read`.

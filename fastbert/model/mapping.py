@@ -17,11 +17,13 @@ KEYS_SHOWN = 10
 class Rule:
     """Parameters of ours and those of theirs that are the same numbers, concatenated on dimension 0.
 
-    On one side there is one, the whole of those on the other.
+    On one side there is one, the whole of those on the other. With `swapped` the second half of theirs is the first of
+    ours.
     """
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
+    swapped: bool = False
 
 
 _LAYER = (
@@ -63,7 +65,7 @@ def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Ten
         CheckpointError: a key is missing or unexpected, or the parts of one parameter differ in shape or dtype.
     """
     _account_for(state, [name for rule in rules for name in rule.theirs])
-    return _across(state, [(rule.theirs, rule.ours) for rule in rules])
+    return _across(state, [(rule.theirs, rule.ours, rule.swapped) for rule in rules])
 
 
 def to_theirs(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
@@ -73,13 +75,17 @@ def to_theirs(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, T
         CheckpointError: a key is missing or unexpected, or a parameter does not split into equal parts.
     """
     _account_for(state, [name for rule in rules for name in rule.ours])
-    return _across(state, [(rule.ours, rule.theirs) for rule in rules])
+    return _across(state, [(rule.ours, rule.theirs, rule.swapped) for rule in rules])
 
 
-def _across(state: Mapping[str, Tensor], pairs: Iterable[tuple[tuple[str, ...], tuple[str, ...]]]) -> dict[str, Tensor]:
+def _across(
+    state: Mapping[str, Tensor], sides: Iterable[tuple[tuple[str, ...], tuple[str, ...], bool]]
+) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
-    for have, want in pairs:
+    for have, want, swapped in sides:
         whole = _join(have, [state[name] for name in have])
+        if swapped:
+            whole = torch.cat(tuple(reversed(_split(have[0], whole, 2))))
         made.update(zip(want, _split(have[0], whole, len(want)), strict=True))
     return made
 

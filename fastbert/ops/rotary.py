@@ -19,17 +19,18 @@ from fastbert.ops.common import cast_states, launcher
 from fastbert.packing import Packing, check_dense
 
 
-def rotary(qkv: Tensor, packing: Packing, base: float) -> Tensor:
+def rotary(qkv: Tensor, packing: Packing, base: float, scale: float = 1.0) -> Tensor:
     """Queries and keys turned by the angles of their places, so that a score depends on how far apart two tokens are.
 
-    Columns `i` and `i + head_dim / 2` of a head turn together, by `place * base ** (-2 i / head_dim)`. The packing
-    keeps their cosines and sines for the layers to come.
+    Columns `i` and `i + head_dim / 2` of a head turn together, by `scale * place * base ** (-2 i / head_dim)`. The
+    packing keeps their cosines and sines for the layers to come.
 
     Args:
         qkv: floating `[rows, 3, heads, head_dim]`, an even `head_dim`; rows >= `packing.tokens`. On a GPU heads wider
             than 1024 are turned in torch.
         packing: whose `columns` are the places.
         base: above 1; 10,000 in the paper.
+        scale: above 0; 1 in the paper.
 
     Returns:
         `[rows, 3, heads, head_dim]` in the dtype of `qkv`, computed in float32 (float64 for float64) and rounded once.
@@ -44,41 +45,42 @@ def rotary(qkv: Tensor, packing: Packing, base: float) -> Tensor:
         got = f"{qkv.dtype} of shape {tuple(qkv.shape)}"
         raise ArgumentError("qkv", got, "a floating [rows, 3, heads, head_dim] tensor, head_dim even")
     packing.check_rows("qkv", qkv)
-    check_base(base)
+    check_base(base, scale)
     (qkv,) = cast_states(qkv)
     head_dim = qkv.shape[3]
     wide = torch.promote_types(qkv.dtype, torch.float32)
     angles = packing.kept(
-        ("rotary", head_dim, base, wide), lambda: reference.rotary_angles(packing, head_dim, base, wide)
+        ("rotary", head_dim, base, scale, wide), lambda: reference.rotary_angles(packing, head_dim, base, wide, scale)
     )
     if backend.uses_triton("rotary", qkv, row_wise_choices.rotary_unserved(head_dim, qkv.dtype)):
         return launcher(rotary_forward, qkv)(qkv, angles, False)
     return reference.rotary(qkv, angles)
 
 
-def check_base(base: float) -> None:
-    """Raise ArgumentError unless it is a number above 1."""
-    if not isinstance(base, int | float) or not 1.0 < base < math.inf:
-        raise ArgumentError("base", base, "a number above 1")
+def check_base(base: float, scale: float) -> None:
+    """Raise ArgumentError unless they are numbers, above 1 and above 0."""
+    for name, value, least in (("base", base, 1), ("scale", scale, 0)):
+        if not isinstance(value, int | float) or not least < value < math.inf:
+            raise ArgumentError(name, value, f"a number above {least}")
 
 
-def angles_of_places(places: int, head_dim: int, base: float) -> Tensor:
+def angles_of_places(places: int, head_dim: int, base: float, scale: float = 1.0) -> Tensor:
     """float32 `[at least places, 2, head_dim / 2]` on the CPU: cosine and sine of each place, as its kernels read them.
 
     They are made once for all that ask for as many places, up to the next power of two.
 
     Raises:
-        ArgumentError: `base` is not above 1.
+        ArgumentError: `base` is not above 1, or `scale` not above 0.
     """
-    check_base(base)
-    return _angles(1 << max(places - 1, 0).bit_length(), head_dim, base)
+    check_base(base, scale)
+    return _angles(1 << max(places - 1, 0).bit_length(), head_dim, base, scale)
 
 
 @lru_cache(maxsize=64)
-def _angles(places: int, head_dim: int, base: float) -> Tensor:
+def _angles(places: int, head_dim: int, base: float, scale: float) -> Tensor:
     with torch.inference_mode(False):  # what is made inside could not be read where autograd records
         line = Packing.from_lengths([places], device="cpu")
-        angles = reference.rotary_angles(line, head_dim, base, torch.float32)
+        angles = reference.rotary_angles(line, head_dim, base, torch.float32, scale)
         return angles.transpose(0, 1).contiguous()
 
 

@@ -271,7 +271,7 @@ class _Recorded:
         context = self._room(step.into, qkv.shape[1] // 3, qkv.dtype, qkv)
         context[self.tokens :] = 0
         head_dim = heads.shape[-1]
-        angles = None if step.rotary is None else angles_of_places(longest, head_dim, step.rotary)
+        angles = None if step.rotary is None else angles_of_places(longest, head_dim, step.rotary, step.rotary_scale)
         relative = None if step.relative is None else self.program.table(parts[step.relative], longest)
         call = attention_forward(
             self.machine, heads, self.cu_seqlens, longest, head_dim**-0.5, context.view(self.rows, *heads.shape[2:]),

@@ -132,9 +132,11 @@ class _Layer:
     def _one_by_one(self, step: Product, part: nn.Module, norm: nn.Module | None, dropout: Dropout) -> None:
         floats, (probability, seed) = self.registers.floats, dropout
         total = self._linear(step, part, floats[step.x])
+        if seed is not None and probability > 0.0:
+            total = drop(total, seed, probability)
         if step.add is not None:
-            total = floats[step.add] + (total if seed is None or probability == 0.0 else drop(total, seed, probability))
-        made = total if norm is None else self._normalised(norm, total)
+            total = floats[step.add] + total
+        made = total if norm is None else normalised(norm, total, self.packing)
         if step.sum is not None:
             self.registers.write(step.sum, total)
         self.registers.write(step.into, made)
@@ -143,12 +145,6 @@ class _Layer:
         if is_plain(part):
             return linear_activation(x, *weights(part), step.activation, gated=step.gated)
         return activated(call(part, x, self.packing), step.activation, gated=step.gated)
-
-    def _normalised(self, norm: nn.Module, total: Tensor) -> Tensor:
-        if not is_plain(norm):
-            return call(norm, total, self.packing)
-        plain = cast(nn.LayerNorm, norm)
-        return layer_norm(total, *norm_weights(plain), eps=plain.eps)
 
     def _in_eight_bits(self, i: int, step: Product, part: EightBitLinear, norm: nn.LayerNorm | None) -> None:
         floats = self.registers.floats
@@ -165,7 +161,15 @@ class _Layer:
         total = total if residual is None else residual + total
         if step.sum is not None:
             self.registers.write(step.sum, total)
-        self.registers.write(step.into, total if norm is None else self._normalised(norm, total))
+        self.registers.write(step.into, total if norm is None else normalised(norm, total, self.packing))
+
+
+def normalised(norm: nn.Module, x: Tensor, packing: Packing) -> Tensor:
+    """What a LayerNorm, or what is in its place, makes of `[rows, hidden]`."""
+    if not is_plain(norm):
+        return call(norm, x, packing)
+    plain = cast(nn.LayerNorm, norm)
+    return layer_norm(x, *norm_weights(plain), eps=plain.eps)
 
 
 def attend(
@@ -183,7 +187,7 @@ def attend(
         scale = step.scale(heads.shape[3])
         terms = _disentangled(step.disentangled, parts, heads, packing, scale, of_positions)
         bias = terms if bias is None else bias + terms
-    turned = heads if step.rotary is None else rotary(heads, packing, step.rotary)
+    turned = heads if step.rotary is None else rotary(heads, packing, step.rotary, step.rotary_scale)
     relative = None if step.relative is None else _relative(parts[step.relative], packing)
     return attention(
         turned, packing,

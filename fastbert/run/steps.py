@@ -36,6 +36,7 @@ class Product:
         add: the register of the residual. What is added to it is dropped out in training.
         norm: the part of a LayerNorm.
         sum: the register that keeps the sum as it was before the LayerNorm.
+        drop: the outputs are dropped out in training though nothing is added.
     """
 
     x: str
@@ -46,6 +47,7 @@ class Product:
     add: str | None = None
     norm: str | None = None
     sum: str | None = None
+    drop: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Attend:
         window: only keys at most this many places away are seen.
         alibi: of each head the slope that times `|row - column|` is taken off its scores.
         rotary: the base of rotary positions, which queries and keys are turned by first.
+        rotary_scale: what their angles are multiplied by.
         relative: the part whose weight `[buckets, heads]` is added to the scores, by how far apart two tokens are; see
             `ops.relative`.
         disentangled: terms of the scores by relative positions, see `ops.disentangled`. The table is the weight of the
@@ -70,6 +73,7 @@ class Attend:
     window: int | None = None
     alibi: tuple[float, ...] | None = None
     rotary: float | None = None
+    rotary_scale: float = 1.0
     relative: str | None = None
     disentangled: Disentangled | None = None
 
@@ -105,6 +109,7 @@ class Steps:
         last_attend: the number of the step after which no row looks at another.
         late: the registers that are read after it.
         state: the register whose rows are the layer's hidden states.
+        drops: how many dropouts they have in training.
     """
 
     of: tuple[Step, ...]
@@ -112,6 +117,7 @@ class Steps:
     last_attend: int = field(init=False)
     late: tuple[str, ...] = field(init=False)
     state: str = field(init=False)
+    drops: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "carried", live(self.of, -1))
@@ -120,6 +126,7 @@ class Steps:
         object.__setattr__(self, "late", live(self.of, attends[-1]))
         kept = self.of[-1].sum if isinstance(self.of[-1], Product) else None
         object.__setattr__(self, "state", kept or "x")
+        object.__setattr__(self, "drops", sum(map(drops, self.of)))
 
     def __reduce__(self) -> tuple[Callable[..., Steps], tuple[tuple[Step, ...]]]:
         """Copies of a layer, and those in another process, share one object too."""
@@ -139,11 +146,15 @@ Layers: TypeAlias = Sequence[tuple[Steps, Parts]]
 
 
 @cache
-def layer_steps(config: EncoderConfig, i: int = 0) -> Steps:
+def layer_steps(config: EncoderConfig, i: int = 0, *, last_norm: bool = True, drop_wide: bool = False) -> Steps:
     """Layer `i`: attention, then the feed-forward, each with a residual sum and a LayerNorm after it.
 
     With `config.norm_first` the residual is the sum as it was before the LayerNorm, which is that before the next half
     of a layer.
+
+    Args:
+        last_norm: whether a LayerNorm follows the layer; after the last one that normalises first there may be none.
+        drop_wide: whether the feed-forward has a dropout after its activation.
     """
     window = None if config.windows is None else config.windows[i]
     in_window = window is not None and config.rotary_in_windows is not None
@@ -154,18 +165,20 @@ def layer_steps(config: EncoderConfig, i: int = 0) -> Steps:
         window=window,
         alibi=alibi_slopes(config.num_heads) if config.alibi else None,
         rotary=config.rotary_in_windows if in_window else config.rotary,
+        rotary_scale=config.rotary_scale,
         relative=None if config.relative_buckets is None else "relative",
         disentangled=config.disentangled,
     )
     kept = "sum" if config.norm_first else None
     residual = kept or "x"
+    norm, total = ("output_norm", kept) if last_norm else (None, None)
     return shared(
         (
             Product("x", "qkv", into="qkv"),
             attend,
             Product("context", "attention_output", into="x", add=residual, norm="attention_norm", sum=kept),
-            Product("x", "intermediate", into="wide", activation=config.activation, gated=config.gated),
-            Product("wide", "output", into="x", add=residual, norm="output_norm", sum=kept),
+            Product("x", "intermediate", into="wide", activation=config.activation, gated=config.gated, drop=drop_wide),
+            Product("wide", "output", into="x", add=residual, norm=norm, sum=total),
         )
     )
 
@@ -216,4 +229,4 @@ def drops(step: Step) -> int:
     """How many dropouts a step has in training: attention that of its weights, then that of its relative positions."""
     if isinstance(step, Attend):
         return 1 if step.disentangled is None else 2
-    return 0 if step.add is None else 1
+    return 1 if step.add is not None or step.drop else 0

@@ -1,0 +1,300 @@
+"""What stands in the place of an encoder's `forward`: it asks whether fastbert may compute a call, and does."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import CodeType, FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.errors import BackendError, FastbertError
+from fastbert.families.attention import NAME
+from fastbert.families.foreign import ForeignEncoder, ForeignLayer
+from fastbert.families.names import Family
+from fastbert.families.torch_encoder import TorchEncoder
+from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
+from fastbert.ops.watch import Members
+from fastbert.run.parts import is_hooked
+
+# Whose hooks gather hidden states, which it is told by us.
+TOLD = "transformers.utils.output_capturing"
+
+# Whose functions a model is made of.
+THEIRS = ("transformers.", "torch.")
+
+# Attributes of their modules that what was read of them depends on.
+WATCHED = ("scaling", "activation", "norm_first", "num_heads", "batch_first")
+
+
+class AnyForward(ABC):
+    """What stands in the place of an encoder's `forward`.
+
+    Attributes:
+        on: False where it was taken back, and only a function that somebody wrapped around it still calls it.
+    """
+
+    on = True
+
+    def __init__(self, theirs: nn.Module, *, strict: bool) -> None:
+        self.theirs, self.strict = theirs, strict
+        self.said: set[str] = set()
+        self._build()
+
+    @property
+    def __code__(self) -> CodeType:
+        """Of the encoder's own forward: torch.export names its inputs by it."""
+        return cast(FunctionType, type(self.theirs).forward).__code__
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's own arguments and result."""
+
+    @abstractmethod
+    def _read(self) -> ForeignEncoder:
+        """What computes their modules as they are now."""
+
+    @abstractmethod
+    def _called(self) -> list[nn.Module]:
+        """Modules that are called before the layers, or after them."""
+
+    @abstractmethod
+    def _unlike(self) -> str | None:
+        """What in a layer is not as its config says; None where nothing is."""
+
+    @abstractmethod
+    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """What such an encoder makes of `[batch, seqlen, width]`, where True of `[batch, seqlen]` is no padding."""
+
+    @abstractmethod
+    def width(self) -> int:
+        """Of what comes in."""
+
+    def _build(self) -> None:
+        """Read their modules as they are now."""
+        tree = _Tree(self.theirs)
+        self.ours = self._read()
+        self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
+        called = [*self._called(), *(part for layer in self.layers for part in layer.computed())]
+        apart = {id(self.theirs), *(id(part) for whole in called for part in whole.modules())}
+        self.silent = [module for module in self.theirs.modules() if id(module) not in apart]  # these are never called
+        self.foreign = self._foreign()
+        self.tree = tree  # last: where something above raises, the next call tries again
+
+    def _foreign(self) -> str | None:
+        """What in their modules is not as transformers or torch has it; None where nothing is."""
+        for kind in {type(module) for module in self.silent}:
+            if not kind.__module__.startswith(("transformers.", "torch.nn.")):
+                return f"a module of another class, {kind.__name__}"
+        for kind in {type(module) for module in [self.theirs, *self.silent]}:
+            methods = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
+            if not all(str(method.__module__).startswith(THEIRS) for method in methods):
+                return f"the class {kind.__name__}, one of whose methods was replaced"
+        for module in self.silent:
+            kind = type(module)
+            if any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items()):
+                return f"a {kind.__name__} one of whose methods was replaced"
+        return self._unlike()
+
+    def _unserved(self, inputs: Tensor, asked: Callable[[], str | None]) -> str | None:
+        """Why the model's own code has to run, given such inputs; `asked` says whether other arguments want it."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return "it is recorded for other batches"
+        if inputs.device.type == "meta":
+            return "tensors without numbers"
+        try:
+            if not torch.compiler.is_compiling() and not self.tree.same():  # a compiler has guards of its own
+                self._build()
+            reason = asked()
+            if reason is not None:
+                return reason
+            self.ours.follow()
+            if any(p >= 1.0 for layer in self.layers for p in layer.dropouts()):
+                return "a dropout of everything"
+            if any(layer.drops_otherwise() for layer in self.layers):
+                return "a dropout that fastbert's layers have not"
+        except FastbertError as error:
+            return f"{error.argument}: {error.got}"
+        except AttributeError as error:
+            return f"a module that is gone: {error}"
+        if self.foreign is not None:
+            return self.foreign
+        if _global_hooks() or any(is_hooked(module, TOLD) for module in self.silent):
+            return "a hook on a module that is never called by itself: put it on the model, a linear layer or a norm"
+        return None
+
+    def say(self, reason: str) -> None:
+        """Say, once, why the model's own code runs; or raise BackendError, if it must not."""
+        name = type(self.theirs).__name__
+        if self.strict:
+            raise BackendError(name, reason, "a call that fastbert serves", "Or accelerate without strict=True.")
+        if reason not in self.said and not torch.compiler.is_compiling():
+            self.said.add(reason)
+            warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
+
+
+class Forward(AnyForward):
+    """Of an encoder of transformers."""
+
+    def __init__(self, theirs: nn.Module, family: Family, *, strict: bool) -> None:
+        self.family = family
+        super().__init__(theirs, strict=strict)
+
+    def _read(self) -> ForeignEncoder:
+        from transformers import modeling_outputs
+
+        self.output = getattr(modeling_outputs, self.family.output)
+        asked = inspect.signature(type(self.theirs).forward).parameters.get("return_dict")
+        self.return_dict = None if asked is None else asked.default
+        states = inspect.signature(type(self.theirs).forward).parameters.get("output_hidden_states")
+        self.output_hidden_states = None if states is None else states.default
+        self.hf = self.family.hf(self.theirs)
+        return ForeignEncoder(self.theirs, self.family)
+
+    def _called(self) -> list[nn.Module]:
+        paths = [self.family.entry, *(["embeddings"] if not self.family.within else [])]
+        return [self.theirs.get_submodule(path) for path in filter(None, paths)]
+
+    def width(self) -> int:
+        """See AnyForward."""
+        if self.family.entry is None:
+            return self.ours.config.hidden_size
+        return cast(nn.Linear, self.theirs.get_submodule(self.family.entry)).in_features
+
+    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """See AnyForward."""
+        mask = kept.long()
+        if not self.family.only_padding:
+            added = torch.zeros(kept.shape, dtype=x.dtype, device=x.device)
+            mask = added.masked_fill(~kept, torch.finfo(x.dtype).min)[:, None, None]
+        out: Tensor = encoder(x, attention_mask=mask)[0]
+        return out
+
+    def _unlike(self) -> str | None:
+        from transformers.activations import ACT2FN
+
+        names = ("hidden_act", "hidden_activation", "activation")
+        asked = type(ACT2FN[next(getattr(self.hf, name) for name in names if hasattr(self.hf, name))])
+        for layer in self.layers:
+            if type(layer.theirs[0].get_submodule(self.family.names.activation)) is not asked:
+                return "an activation other than the config's"
+            scaling = getattr(layer.attention(), "scaling", None)
+            if scaling is not None and abs(scaling - self.ours.config.head_dim**-0.5) > 1e-6:
+                return "another scaling of attention's scores"
+        return None
+
+    def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's own arguments and result."""
+        reason = None
+        if self.on:
+            padded = isinstance(hidden_states, Tensor) and hidden_states.dim() == 3 and hidden_states.numel() > 0
+            asked = {name: kwargs[name] for name in kwargs if name not in ("output_hidden_states", "return_dict")}
+            reason = self.unserved(hidden_states, asked, *args) if padded else "other than [batch, seqlen, hidden]"
+            of_padding = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+            if reason is None and self.family.only_padding and not of_padding:
+                reason = "an attention_mask that is not [batch, seqlen]"
+        if reason is not None:
+            self.say(reason)
+        if reason is not None or not self.on:
+            return type(self.theirs).forward(self.theirs, hidden_states, attention_mask, *args, **kwargs)
+        hidden_states = self.entered(hidden_states)
+        states = kwargs.get("output_hidden_states", self.output_hidden_states)
+        out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=states)
+        if kwargs.get("return_dict", self.return_dict) is False:
+            return out.to_tuple()
+        return self.output(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
+
+    def entered(self, x: Tensor) -> Tensor:
+        """What the first layer gets of what the encoder is given."""
+        return x if self.family.entry is None else self.theirs.get_submodule(self.family.entry)(x)
+
+    def unserved(self, inputs: Tensor, asked: dict[str, Any], *args: Any) -> str | None:
+        """Why the model's own code has to run, given such inputs and further arguments; None where it has not."""
+        return self._unserved(inputs, lambda: self._asked(asked, args))
+
+    def _asked(self, asked: dict[str, Any], args: tuple[Any, ...]) -> str | None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        given = (*args, asked.get("output_attentions") or None)
+        if any(value is not None for value in given) or "attentions" in collected_by_transformers():
+            return "attention weights or cross-attention are asked for"
+        refuse_what_asks(asked, "fastbert")
+        attention = getattr(self.hf, "_attn_implementation", None) or "eager"
+        registered = ALL_ATTENTION_FUNCTIONS.get(attention)  # eager attention is not
+        if attention == NAME:
+            return None
+        known_name = attention.startswith(("eager", "sdpa", "flex_attention", "flash_attention"))
+        if not known_name or not (registered is None or registered.__module__.startswith(THEIRS)):
+            return f"the attention implementation {attention!r}"
+        return None
+
+
+class TorchForward(AnyForward):
+    """Of a `torch.nn.TransformerEncoder`."""
+
+    ours: TorchEncoder
+
+    def _read(self) -> ForeignEncoder:
+        return TorchEncoder(self.theirs)
+
+    def _called(self) -> list[nn.Module]:
+        return self.ours.called()
+
+    def _unlike(self) -> str | None:
+        return None
+
+    def width(self) -> int:
+        """See AnyForward."""
+        return self.ours.config.hidden_size
+
+    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """See AnyForward."""
+        out: Tensor = encoder(self.ours.layout(x), src_key_padding_mask=~kept)
+        return self.ours.layout(out)
+
+    def __call__(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Any:
+        """The encoder's own arguments and result."""
+        given = mask, src_key_padding_mask
+        reason = self._unserved(src, lambda: self.ours.unserved(src, *given, is_causal)) if self.on else None
+        if reason is not None:
+            self.say(reason)
+        if reason is not None or not self.on:
+            return nn.TransformerEncoder.forward(self.theirs, src, *given, is_causal)  # type: ignore[arg-type]
+        return self.ours.encode(src, *given)
+
+
+class _Tree:
+    """The modules below an encoder, their classes and what is `WATCHED` of them, when it was made."""
+
+    def __init__(self, top: nn.Module) -> None:
+        self.groups = [module for module in top.modules() if module._modules]
+        self.kinds = list({type(module) for module in self.groups})
+        self.watched = [
+            (module.__dict__, name) for module in self.groups for name in WATCHED if name in module.__dict__
+        ]
+        self.members = Members(module._modules for module in self.groups)
+        self.marks = self._current()
+
+    def _current(self) -> list[Any]:
+        forwards, watched = [kind.forward for kind in self.kinds], [held.get(name) for held, name in self.watched]
+        return [forwards, watched, *[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
+
+    def same(self) -> bool:
+        """Whether they are what they were."""
+        return self.members.same() and self._current() == self.marks
+
+
+def _global_hooks() -> bool:
+    """Whether functions are called beside every module's forward pass or gradient."""
+    of = nn.modules.module
+    return bool(of._global_forward_hooks or of._global_forward_pre_hooks or of._global_backward_hooks)

@@ -1,0 +1,160 @@
+"""NomicBERT: BERT's order of LayerNorms, rotary positions, gates, and no biases in products.
+
+transformers' class writes the keys of nomic-ai's remote code, and other fields into config.json. The remote code is
+described by text-embeddings-inference, `backends/candle/src/models/nomic.rs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fastbert.config import HF_ACTIVATIONS, EncoderConfig
+from fastbert.errors import ArgumentError
+from fastbert.families.bert import CLASSIFIER, WORD
+from fastbert.families.names import Family, Names, read_fields, scaled_rope
+
+PRODUCTS = ("qkv", "attention_output", "intermediate", "output")
+
+
+def config(given: Mapping[str, Any]) -> EncoderConfig:
+    """Of a transformers `NomicBertConfig`."""
+    usual = {
+        "vocab_size": 30528,
+        "hidden_act": "silu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": 2048,
+    }
+    read = EncoderConfig.from_hf({**usual, **given})
+    if given.get("head_dim") not in (None, read.head_dim):
+        raise ArgumentError("config.head_dim", repr(given["head_dim"]), f"{read.head_dim}: hidden_size by heads")
+    base, scale = scaled_rope(given, 1000.0, read.head_dim)
+    return replace(read, positions="none", gated=True, no_bias=PRODUCTS, rotary=base, rotary_scale=scale)
+
+
+# The remote code's names, and its values by default.
+_FIELDS = {
+    "vocab_size": ("vocab_size", 50257),
+    "hidden_size": ("n_embd", 768),
+    "num_layers": ("n_layer", 12),
+    "num_heads": ("n_head", 12),
+    "intermediate_size": ("n_inner", None),
+    "max_positions": ("n_positions", 1024),
+    "type_vocab_size": ("type_vocab_size", 2),
+    "eps": ("layer_norm_epsilon", 1e-5),
+    "hidden_dropout": ("resid_pdrop", 0.1),
+    "attention_dropout": ("attn_pdrop", 0.1),
+    "pad_token_id": ("pad_token_id", None),
+    "initializer_range": ("initializer_range", 0.02),
+}
+# What the remote code can do otherwise, and does by default; and what is served.
+_SERVED = {
+    "prenorm": (False, False),
+    "parallel_block": (False, False),
+    "causal": (False, False),
+    "use_rms_norm": (False, False),
+    "norm_mlp": (False, False),
+    "moe_every_n_layers": (0, 0),
+    "rotary_emb_fraction": (0.0, 1.0),
+    "rotary_emb_interleaved": (False, False),
+    "rotary_emb_scale_base": (None, None),
+}
+_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
+_ROUNDED = 256  # the columns of the feed-forward are a multiple of it, whatever n_inner is
+
+
+def original_config(given: Mapping[str, Any]) -> EncoderConfig:
+    """Of the config.json of nomic-ai's remote code.
+
+    With `rotary_scaling_factor` the base of rotary positions depends on the longest sequence of a batch beyond
+    `max_trained_positions`, so that is the longest then.
+    """
+    for name, (usual, served) in _SERVED.items():
+        value = usual if given.get(name) is None else given[name]
+        if value != served:
+            raise ArgumentError(f"config.{name}", repr(value), repr(served))
+    fields = read_fields(given, _FIELDS)
+    activation = _ACTIVATIONS.get(given.get("activation_function", "gelu_new"))
+    if activation is None:
+        raise ArgumentError("config.activation_function", repr(given.get("activation_function")), "swiglu or geglu")
+    if not isinstance(fields["intermediate_size"], int):
+        raise ArgumentError("config.n_inner", repr(fields["intermediate_size"]), "a positive int")
+    fields["intermediate_size"] = _multiple(fields["intermediate_size"], _ROUNDED)
+    fields["vocab_size"] = _multiple(fields["vocab_size"], given.get("pad_vocab_size_multiple", 1))
+    if given.get("rotary_scaling_factor", 1.0):
+        fields["max_positions"] = min(fields["max_positions"], given.get("max_trained_positions", 2048))
+    biases = {
+        "qkv_proj_bias": ("qkv", "attention_output"),
+        "mlp_fc1_bias": ("intermediate",),
+        "mlp_fc2_bias": ("output",),
+    }
+    return EncoderConfig(
+        **fields,
+        activation=HF_ACTIVATIONS[activation],
+        positions="none",
+        gated=True,
+        no_bias=tuple(part for name, parts in biases.items() if not given.get(name, True) for part in parts),
+        rotary=float(given.get("rotary_emb_base", 1000.0)),
+    )
+
+
+def _multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def is_original(given: Mapping[str, Any], keys: Collection[str]) -> bool:
+    """Whether a checkpoint is one for the remote code; transformers keeps its fields, and has another prefix."""
+    return "n_embd" in given and not any(key.startswith(NOMIC.prefix) for key in keys)
+
+
+NOMIC = Family(
+    model_types={"nomic_bert": "NomicBert"},
+    config=config,
+    names=Names(
+        query="attn.Wqkv",
+        key="attn.Wqkv",
+        value="attn.Wqkv",
+        attention_output="attn.out_proj",
+        attention_norm="norm1",
+        intermediate=("mlp.fc12", "mlp.fc11"),
+        output="mlp.fc2",
+        output_norm="norm2",
+        activation="mlp.act_fn",
+        dropout_of_weights="attn.drop",
+        dropout_of_context="dropout1",
+        dropout_of_output="dropout2",
+    ),
+    body={
+        "embeddings.word": "embeddings.word_embeddings",
+        "embeddings.token_type": "embeddings.token_type_embeddings",
+        "embeddings.norm": "emb_ln",
+        "pooler": "pooler.dense",
+    },
+    layer="encoder.layers.{}",
+    prefix="nomic_bert.",
+    heads={
+        "ForMaskedLM": {
+            "predictions.dense": "cls.predictions.transform.dense",
+            "predictions.norm": "cls.predictions.transform.layer_norm",
+            "predictions": "cls.predictions",
+        },
+        "ForSequenceClassification": CLASSIFIER,
+        "ForTokenClassification": CLASSIFIER,
+    },
+    carried=("cls.predictions.", "classifier.", "pooler."),
+    tied={"cls.predictions.decoder.weight": WORD, "cls.predictions.decoder.bias": "cls.predictions.bias"},
+    encoders=(),
+)
+
+NOMIC_ORIGINAL = replace(
+    NOMIC,
+    model_types={"nomic_bert, original": "NomicBert"},
+    form_of="nomic_bert",
+    told_by=is_original,
+    config=original_config,
+    prefix="bert.",
+    heads={"ForSequenceClassification": CLASSIFIER},
+    num_layers="n_layer",
+)
