@@ -444,3 +444,8 @@ def test_dropouts_of_a_deberta(tmp_path: Path) -> None:
     layer.attention.position_dropout.p = 0.0
     states = [ours.bert(**batch).last_hidden_state for _ in range(2)]
     assert torch.equal(*states)
+    x = torch.randn(5, 48)
+    head = [ours.transform(x, lambda rows: rows) for _ in range(2)]
+    assert not torch.equal(*head)
+    head = [ours.eval().transform(x, lambda rows: rows) for _ in range(2)]
+    assert torch.equal(*head)
