@@ -337,10 +337,13 @@ def test_positions_of_a_model_without_a_table(tmp_path: Path) -> None:
         ours(torch.full((1, 3), 7), position_ids=torch.arange(3)[None])
 
 
-def test_token_types_of_a_model_without_them(tmp_path: Path) -> None:
-    ours = ours_of(theirs_of("DistilBert"), tmp_path)
-    with pytest.raises(ArgumentError, match="token_type_ids"):
-        ours(torch.full((1, 3), 7), token_type_ids=torch.zeros(1, 3, dtype=torch.int64))
+@pytest.mark.parametrize("family", ["DistilBert", "MPNet", "DebertaV2", "ModernBert"])
+def test_token_types_of_a_model_without_them_are_not_read(family: str, tmp_path: Path) -> None:
+    ours = ours_of(theirs_of(family), tmp_path)
+    ids = torch.randint(5, 70, (2, 6), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        plain = ours(ids).last_hidden_state
+        assert torch.equal(ours(ids, token_type_ids=torch.ones_like(ids)).last_hidden_state, plain)
 
 
 @pytest.mark.parametrize("changes", DEBERTAS)

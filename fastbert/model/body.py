@@ -93,7 +93,8 @@ class EncoderModel(nn.Module):
         Args:
             input_ids: integers `[batch, seqlen]`; or packed `[tokens]` together with `packing`.
             attention_mask: any form in `masks.read_mask`; not together with `packing`.
-            token_type_ids: as `input_ids`; type 0 by default.
+            token_type_ids: as `input_ids`; type 0 by default. A model without token types reads none, so that what a
+                tokenizer gives can be passed on as it is.
             position_ids: as `input_ids`; by default those of the family, see `EncoderConfig.positions`: for BERT the
                 column in the padded grid. None where the family has no table of them.
             inputs_embeds: floating `[batch, seqlen, hidden]` (packed: `[tokens, hidden]`), in the place of `input_ids`:

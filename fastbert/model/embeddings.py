@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig
-from fastbert.errors import ArgumentError
 from fastbert.model.encoder import initialise
 from fastbert.ops.dropout import drop
 from fastbert.ops.embedding import embedding
@@ -38,17 +37,17 @@ class Embeddings(nn.Module):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """int64 `[tokens]` each -> `[tokens, hidden]`; no token types means type 0.
+        """int64 `[tokens]` each -> `[tokens, hidden]`; no token types means type 0, and a model without reads none.
 
         `inputs_embeds`, floating `[tokens, width]`, come in the place of `input_ids`: what the word table would give.
 
         Raises:
-            ArgumentError: an id outside its table, or token types where there is no table of them.
+            ArgumentError: an id outside its table.
         """
         dropout = self.config.hidden_dropout if self.training else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=position_ids.device) if dropout else None
-        if token_type_ids is not None and self.token_type is None:
-            raise ArgumentError("token_type_ids", "token types", "None: this model has none")
+        if self.token_type is None:
+            token_type_ids = None
         none = self.word.weight.new_zeros((1, self.word.weight.shape[1]))  # a table that adds nothing
         position = none if self.position is None else self.position.weight
         types = none if self.token_type is None else self.token_type.weight

@@ -41,7 +41,8 @@ class Tokens:
 
     def check_fit(self, config: EncoderConfig) -> None:
         """Raise CheckpointError where a token has no row in a model's tables: of words, or of types."""
-        for kind, values, rows in (("id", self.ids, config.vocab_size), ("type", self.types, config.type_vocab_size)):
+        types = self.types if config.type_vocab_size else None  # which are not read otherwise
+        for kind, values, rows in (("id", self.ids, config.vocab_size), ("type", types, config.type_vocab_size)):
             if values is not None and len(values) and (highest := int(values.max())) >= rows:
                 got, expected = f"a token of {kind} {highest}", f"{kind}s below {rows}, the rows of the model's table"
                 mend = "The tokenizer is another model's, or has tokens that the model's tables were not resized for."
