@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_bert
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -452,3 +454,30 @@ def test_dropouts_of_a_deberta(tmp_path: Path) -> None:
     assert not torch.equal(*head)
     head = [ours.eval().transform(x, lambda rows: rows) for _ in range(2)]
     assert torch.equal(*head)
+
+
+def test_texts_are_cut_at_the_last_row_of_positions(tmp_path: Path) -> None:
+    """transformers #9116: rows before the first token's are no places for tokens."""
+    tiny_bert.make(tmp_path / "bert")
+    sizes = {**CONFIGS["Roberta"], "vocab_size": len(tiny_bert.VOCABULARY), "pad_token_id": 0}
+    T.RobertaModel(T.RobertaConfig(**sizes)).save_pretrained(tmp_path / "roberta")
+    shutil.copy(tmp_path / "bert" / "vocab.txt", tmp_path / "roberta")
+    encoder = fastbert.TextEncoder.from_folder(tmp_path / "roberta")
+    with pytest.warns(UserWarning, match="max_length=39 tokens"):
+        found = encoder.encode(["film " * 60, "film " * 37])
+    assert (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("longest", [128, 224, 257])
+def test_padding_wider_than_a_window(longest: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """mlx-embeddings #80: rows of padding that see no key, beside a text of a multiple of 32 tokens."""
+    theirs_of("ModernBert", max_position_embeddings=512, local_attention=128).save_pretrained(tmp_path)
+    model = fastbert.load(tmp_path, dtype=dtype)
+    ids = torch.randint(5, 70, (2, longest), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    with torch.no_grad():
+        both = model(ids, mask).last_hidden_state
+        alone = model(ids[:1, :5]).last_hidden_state
+    assert both.isfinite().all() and torch.allclose(both[:1, :5].float(), alone.float(), atol=3e-2)

@@ -107,7 +107,8 @@ class ModelForward:
             return "an attention_mask that is not [batch, seqlen]"
         if named.get("position_ids") is not None:
             return "position_ids"
-        if named.get("token_type_ids") is not None and "token_type_ids" not in self.taken:
+        types = named.get("token_type_ids")
+        if types is not None and ("token_type_ids" not in self.taken or types.shape != inputs.shape[:2]):
             return "token_type_ids"
         if theirs.config.output_attentions or collected_by_transformers():
             return "attention weights are asked for, or something collects hidden states"

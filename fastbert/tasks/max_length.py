@@ -18,7 +18,7 @@ def tokens_at_most(
     Raises:
         ArgumentError: `max_length` is no whole number, or more than the model's positions.
     """
-    positions = config.max_positions
+    positions = config.longest
     if max_length is None:
         return min(recipe_limit or tokenizer.max_length or positions, positions)
     check_whole("max_length", max_length)

@@ -107,7 +107,7 @@ def _train(
     for read in (examples, valid):
         if read is not None:
             read.tokens.check_fit(model.config)
-    positions = model.config.max_positions
+    positions = model.config.longest
     check("max_length", settings.max_length, settings.max_length <= positions, f"at most the {positions} positions")
     processes.wait()  # nobody writes before everybody has looked
     out.mkdir(parents=True, exist_ok=True)
