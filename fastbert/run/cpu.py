@@ -361,7 +361,7 @@ class _Recorded:
 
     def _room(self, name: str, width: int, dtype: torch.dtype, *beside: Tensor | None) -> Tensor:
         """Memory for a register, other than that of `beside`, which it may have held so far."""
-        held = {x.data_ptr() for x in beside if x is not None}
+        held = {x.data_ptr() for x in beside if x is not None and x.numel()}  # what is empty has no memory to share
         while (made := self.program.buffers.room(name, self.rows, width, dtype)).data_ptr() in held:
             name = f"{name}, again"
         return made
