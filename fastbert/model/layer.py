@@ -128,8 +128,9 @@ class Layer(nn.Module, ABC):
             raise ArgumentError("attention_mask", type(packing).__name__, "the Packing of these packed rows")
         registers = Registers({}) if registers is None else registers
         registers.floats["x"] = x  # which a hook of torch.distributed's may have replaced
-        if any(name not in registers.floats for name in self.steps.carried):
-            raise ArgumentError("registers", "none", f"{', '.join(self.steps.carried)}: its encoder calls this layer")
+        for name in self.steps.carried:
+            if name not in registers.floats:
+                raise ArgumentError("registers", f"no {name}", f"{name} in them: its encoder calls this layer")
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             carried = [registers.floats[name] for name in self.steps.carried]
             made = self._checkpoint()(self._run_again, packing, bias, seeds, read, unpack, *carried)
