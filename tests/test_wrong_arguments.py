@@ -121,7 +121,7 @@ def test_a_device_that_torch_has_not(device: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", None, nn.Linear, HeadConfig])
 def test_a_kind_that_is_no_class_of_ours(kind: Any, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"kind: got .*; expected BertModel or one of fastbert.BertFor"):
+    with pytest.raises(ArgumentError, match=r"kind: got .*; expected EncoderModel or one of fastbert.EncoderFor"):
         load(tiny_bert.make(tmp_path), kind)
 
 
@@ -129,7 +129,7 @@ def test_what_can_not_be_saved(tmp_path: Path) -> None:
     folder = tiny_bert.make(tmp_path / "model")
     model = load(folder)
     for other in (None, "copy", nn.Linear(2, 2), model.encoder, fastbert.TextEncoder.from_folder(folder)):
-        with pytest.raises(ArgumentError, match=r"model: got a .*; expected a BertModel of fastbert"):
+        with pytest.raises(ArgumentError, match=r"model: got a .*; expected an EncoderModel of fastbert"):
             save(other, tmp_path / "copy")  # type: ignore[arg-type]
     for path in (None, 3, b"copy"):
         with pytest.raises(ArgumentError, match=r"folder: got a .*; expected a path"):

@@ -136,11 +136,13 @@ def read_model(
         expected = "a floating torch.dtype of 16, 32 or 64 bits, or None for the checkpoint's own"
         raise ArgumentError("dtype", repr(dtype), expected, "Write torch.float32, say.")
     if not (isinstance(kind, type) and issubclass(kind, (EncoderModel, HeadModel))):
-        raise ArgumentError("kind", shown(kind), "EncoderModel or one of fastbert.BertFor...: the class, not its name")
+        raise ArgumentError(
+            "kind", shown(kind), "EncoderModel or one of fastbert.EncoderFor...: the class, not its name"
+        )
     if device is not None:
         device = usable_device(device)
     if head is not None and not issubclass(kind, HeadModel):
-        raise ArgumentError("head", head, "None for an EncoderModel", "Name one of fastbert.BertFor... as kind.")
+        raise ArgumentError("head", head, "None for an EncoderModel", "Name one of fastbert.EncoderFor... as kind.")
     folder = files.checkpoint_folder(folder)
     raw_config = files.read_config(folder)
     state = files.read_tensors(folder)

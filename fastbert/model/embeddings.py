@@ -48,9 +48,7 @@ class Embeddings(nn.Module):
         seed = torch.randint(2**63 - 1, (1,), device=position_ids.device) if dropout else None
         if self.token_type is None:
             token_type_ids = None
-        none = self.word.weight.new_zeros((1, self.word.weight.shape[1]))  # a table that adds nothing
-        position = none if self.position is None else self.position.weight
-        types = none if self.token_type is None else self.token_type.weight
+        position, types = self._table(self.position), self._table(self.token_type)
         position_ids = torch.zeros_like(position_ids) if self.position is None else position_ids
         norm = norm_weights(self.norm)
         if inputs_embeds is not None:
@@ -74,3 +72,7 @@ class Embeddings(nn.Module):
                 sparse=self.word.sparse,
             )
         return x if self.project is None else self.project(x)
+
+    def _table(self, of: nn.Embedding | None) -> Tensor:
+        """A table; one that adds nothing where the model has none."""
+        return self.word.weight.new_zeros((1, self.word.weight.shape[1])) if of is None else of.weight
