@@ -205,19 +205,19 @@ class EncoderLayer(Layer):
         modules: dict[str, Any] = self._modules
         attention, output = modules["attention"]._modules, modules["output"]._modules
         projected = attention["output"]._modules
-        relative = modules.get("relative")
-        of_distances = {} if relative is None else {"relative": relative}
-        if self.config.disentangled is not None:
-            of_distances |= self._of_positions(self.config.disentangled)
-        return {
+        parts: dict[str, nn.Module] = {
             "qkv": attention["self"],
             "attention_output": projected["dense"],
             "attention_norm": projected["LayerNorm"],
             "intermediate": modules["intermediate"]._modules["dense"],
             "output": output["dense"],
             "output_norm": output["LayerNorm"],
-            **of_distances,
         }
+        if "relative" in modules:
+            parts["relative"] = modules["relative"]
+            if self.config.disentangled is not None:
+                parts |= self._of_positions(self.config.disentangled)
+        return parts
 
     def _of_positions(self, asked: Disentangled) -> dict[str, nn.Module]:
         """The parts of `Attend.disentangled` but the table."""
