@@ -141,7 +141,7 @@ def is_plain(module: nn.Module | None) -> bool:
         linears = module.linears()
         biased = linears[0]._parameters.get("bias") is not None
         for linear in linears:
-            if not is_plain(linear) or (linear._parameters["bias"] is not None) is not biased:
+            if not is_plain(linear) or (linear._parameters["bias"] is None) is biased:
                 return False
         return True
     assert module is not None
