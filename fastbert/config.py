@@ -337,8 +337,7 @@ class HeadConfig:
                 warnings.warn(message, stacklevel=2)
             labels = _unnamed(number)
         try:
-            dropout = given.get("classifier_dropout", given.get("cls_dropout"))  # the latter is DeBERTa's
-            return cls(labels, given.get("problem_type"), dropout)
+            return cls(labels, given.get("problem_type"), given.get("classifier_dropout"))
         except ArgumentError as error:
             name = "id2label" if error.argument == "labels" else error.argument
             raise ArgumentError(f"config.{name}", error.got, error.expected, error.mend) from error

@@ -98,7 +98,7 @@ def load(
         frozen: it will never train. No parameter requires a gradient, and where kernels of this CPU compute the encoder
             its weights lie only as these read them, so that they take their memory once; `Encoder.freeze` says more.
 
-    A EncoderModel keeps the tensors of heads on `model.origin`, and `save` writes them back. A model with a head takes
+    An EncoderModel keeps the tensors of heads on `model.origin`, and `save` writes them back. A model with a head takes
     its head from the checkpoint. Parts that are not there begin untrained, and a warning names them; so does a
     classifier of another task or of other labels. Tensors that are of no BERT are kept like those of heads, and a
     warning names them.
@@ -151,7 +151,7 @@ def read_model(
     try:
         config = FAMILIES[dialect.family].config(raw_config)
         if issubclass(kind, HeadModel):
-            known_head = HeadConfig.from_hf(raw_config)
+            known_head = FAMILIES[dialect.family].head(raw_config)
     except ArgumentError as error:
         name = error.argument.removeprefix("config.")
         raise CheckpointError(f"{folder / files.CONFIG}: {name}", error.got, error.expected, error.mend) from error
@@ -231,7 +231,7 @@ def trained_head(folder: str | os.PathLike[str], kind: type[HeadModel]) -> HeadC
         return None
     wanted = {part for part in kind.parts if any(_is_in(ours, part) for ours in names)}
     taken = _trained_parts(dialect, kind, config, state, same_labels=True)
-    return HeadConfig.from_hf(config) if wanted <= set(taken) else None
+    return FAMILIES[dialect.family].head(config) if wanted <= set(taken) else None
 
 
 def save(model: EncoderModel | HeadModel, folder: str | os.PathLike[str]) -> None:

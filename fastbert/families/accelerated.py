@@ -9,14 +9,14 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.errors import ArgumentError, FastbertError
 from fastbert.families import FAMILIES
-from fastbert.families.forward import AnyForward, Forward, TorchForward
+from fastbert.families.forward import AnyForward, Forward, InPlace, TorchForward
 from fastbert.families.names import Family
 from fastbert.families.whole import ModelForward
 
@@ -70,7 +70,7 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
-    made: list[tuple[nn.Module, AnyForward | ModelForward]] = []
+    made: list[tuple[nn.Module, InPlace]] = []
     encoders: dict[int, Forward] = {}
     wholes: list[tuple[nn.Module, Family]] = []
     for name, module in model.named_modules():
@@ -132,7 +132,7 @@ def restore(model: Model) -> Model:
     return model
 
 
-def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, AnyForward | ModelForward]]:
+def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, InPlace]]:
     """The encoders and whole models in `model` that `accelerate` found, and what computes each."""
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
@@ -156,7 +156,7 @@ def verify(model: nn.Module) -> list[Difference]:
     found: list[Difference] = []
     generator = torch.Generator().manual_seed(0)
     for module, forward in accelerated(model):
-        encoder: AnyForward = forward.encoder if isinstance(forward, ModelForward) else forward
+        encoder = cast(AnyForward, forward.encoder if isinstance(forward, ModelForward) else forward)
         name = type(module).__name__
         own = copy.deepcopy(module).eval()
         for part in own.modules():
@@ -186,9 +186,7 @@ def verify(model: nn.Module) -> list[Difference]:
     return found
 
 
-def _results(
-    forward: AnyForward | ModelForward, encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor
-) -> dict[str, Tensor]:
+def _results(forward: InPlace, encoder: nn.Module, x: Tensor, kept: Tensor, dout: Tensor) -> dict[str, Tensor]:
     """The output where it is no padding, and the gradient of each parameter."""
     dtype = next(encoder.parameters()).dtype
     encoder.requires_grad_(True)

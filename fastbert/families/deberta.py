@@ -140,6 +140,7 @@ DEBERTA_V2 = Family(
     ),
     tied={"cls.predictions.decoder.weight": WORD, "cls.predictions.decoder.bias": "cls.predictions.bias"},
     encoders=("deberta_v2.modeling_deberta_v2.DebertaV2Encoder",),
+    classifier_dropout="cls_dropout",
     hf=hf,
     relative="rel_embeddings",
     relative_norm="LayerNorm",

@@ -31,28 +31,42 @@ THEIRS = ("transformers.", "torch.")
 WATCHED = ("scaling", "activation", "norm_first", "num_heads", "batch_first")
 
 
-class AnyForward(ABC):
-    """What stands in the place of an encoder's `forward`.
+class InPlace(ABC):
+    """What stands in the place of a module's `forward`.
 
     Attributes:
+        theirs: the module.
         on: False where it was taken back, and only a function that somebody wrapped around it still calls it.
     """
 
+    theirs: nn.Module
     on = True
+
+    @property
+    def __code__(self) -> CodeType:
+        """Of the module's own forward: torch.export names its inputs by it."""
+        return cast(FunctionType, type(self.theirs).forward).__code__
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own arguments and result."""
+
+    @abstractmethod
+    def answer(self, module: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """What such a module makes of `[batch, seqlen, width]`, where True of `[batch, seqlen]` is no padding."""
+
+    @abstractmethod
+    def width(self) -> int:
+        """Of what comes in."""
+
+
+class AnyForward(InPlace):
+    """What stands in the place of an encoder's `forward`."""
 
     def __init__(self, theirs: nn.Module, *, strict: bool) -> None:
         self.theirs, self.strict = theirs, strict
         self.said: set[str] = set()
         self._build()
-
-    @property
-    def __code__(self) -> CodeType:
-        """Of the encoder's own forward: torch.export names its inputs by it."""
-        return cast(FunctionType, type(self.theirs).forward).__code__
-
-    @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder's own arguments and result."""
 
     @abstractmethod
     def _read(self) -> ForeignEncoder:
@@ -65,14 +79,6 @@ class AnyForward(ABC):
     @abstractmethod
     def _unlike(self) -> str | None:
         """What in a layer is not as its config says; None where nothing is."""
-
-    @abstractmethod
-    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
-        """What such an encoder makes of `[batch, seqlen, width]`, where True of `[batch, seqlen]` is no padding."""
-
-    @abstractmethod
-    def width(self) -> int:
-        """Of what comes in."""
 
     def _build(self) -> None:
         """Read their modules as they are now."""
@@ -158,18 +164,18 @@ class Forward(AnyForward):
         return [self.theirs.get_submodule(path) for path in filter(None, paths)]
 
     def width(self) -> int:
-        """See AnyForward."""
+        """See InPlace."""
         if self.family.entry is None:
             return self.ours.config.hidden_size
         return cast(nn.Linear, self.theirs.get_submodule(self.family.entry)).in_features
 
-    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
-        """See AnyForward."""
+    def answer(self, module: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """See InPlace."""
         mask = kept.long()
         if not self.family.only_padding:
             added = torch.zeros(kept.shape, dtype=x.dtype, device=x.device)
             mask = added.masked_fill(~kept, torch.finfo(x.dtype).min)[:, None, None]
-        out: Tensor = encoder(x, attention_mask=mask)[0]
+        out: Tensor = module(x, attention_mask=mask)[0]
         return out
 
     def _unlike(self) -> str | None:
@@ -246,12 +252,12 @@ class TorchForward(AnyForward):
         return None
 
     def width(self) -> int:
-        """See AnyForward."""
+        """See InPlace."""
         return self.ours.config.hidden_size
 
-    def answer(self, encoder: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
-        """See AnyForward."""
-        out: Tensor = encoder(self.ours.layout(x), src_key_padding_mask=~kept)
+    def answer(self, module: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """See InPlace."""
+        out: Tensor = module(self.ours.layout(x), src_key_padding_mask=~kept)
         return self.ours.layout(out)
 
     def __call__(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastbert.config import EncoderConfig
+from fastbert.config import EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError
 
 # A linear layer of the tables below may be several of theirs, one after the other, or a part of one of theirs.
@@ -154,6 +154,7 @@ class Family:
             relative to its prefix.
         tied: keys of a head that a file may hold although they are the same tensor as another, and its key.
         num_layers: the field of config.json that says how many there are.
+        classifier_dropout: that of the dropout before a classifier.
         last_norm: the LayerNorm after the last layer, where layers normalise first; None where they do not.
         modules: as `names`, where transformers' classes have other ones than checkpoints.
         encoders: transformers' classes that `accelerate` computes, `MODULE.CLASS` below `transformers.models.`.
@@ -187,6 +188,7 @@ class Family:
     form_of: str | None = None
     told_by: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
     num_layers: str = "num_hidden_layers"
+    classifier_dropout: str = "classifier_dropout"
     last_norm: str | None = None
     hf: Callable[[nn.Module], Any] = own_hf
     layers: Callable[[nn.Module], Sequence[nn.Module]] = own_layers
@@ -200,6 +202,11 @@ class Family:
     def anchor(self) -> str:
         """A key that every body has: the word table."""
         return f"{self.body['embeddings.word']}.weight"
+
+    def head(self, given: Mapping[str, Any]) -> HeadConfig:
+        """What the dict of a config.json says of a head; see `HeadConfig.from_hf`."""
+        own = {name: value for name, value in given.items() if name != "classifier_dropout"}
+        return HeadConfig.from_hf({"classifier_dropout": given.get(self.classifier_dropout), **own})
 
     @staticmethod
     def class_name(module: nn.Module) -> str:

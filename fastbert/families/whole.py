@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from types import CodeType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbert.errors import FastbertError
-from fastbert.families.forward import Forward
-from fastbert.model.body import token_positions
+from fastbert.families.forward import Forward, InPlace
+from fastbert.model.body import token_positions_on_grid
 from fastbert.model.masks import read_mask
 from fastbert.model.outputs import collected_by_transformers
 from fastbert.ops.pooling import first_tokens
@@ -22,7 +20,7 @@ from fastbert.run.parts import is_hooked
 READ = ("token_type_ids", "position_ids", "inputs_embeds", "output_hidden_states", "return_dict")
 
 
-class ModelForward:
+class ModelForward(InPlace):
     """What stands in the place of the `forward` of a model without a head.
 
     Where it can't serve a call the model's own code runs, which calls the encoder; that may still be computed by us.
@@ -31,8 +29,6 @@ class ModelForward:
         theirs: the model.
         encoder: computes its encoder.
     """
-
-    on = True
 
     def __init__(self, theirs: nn.Module, encoder: Forward) -> None:
         from transformers import modeling_outputs
@@ -45,20 +41,14 @@ class ModelForward:
         self.__signature__ = inspect.Signature(arguments)  # which those ask for that pass on what a model takes
         self.output = getattr(modeling_outputs, encoder.family.models[encoder.family.class_name(theirs)])
 
-    @property
-    def __code__(self) -> CodeType:
-        """That of their `forward`: torch.export names its inputs by it."""
-        code: CodeType = type(self.theirs).forward.__code__
-        return code
-
     def width(self) -> int:
-        """Of embeddings that come in the place of ids."""
+        """Of embeddings that come in the place of ids; see InPlace."""
         theirs: Any = self.theirs
         return int(theirs.get_input_embeddings().embedding_dim)
 
-    def answer(self, model: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
-        """What such a model makes of embeddings, where True of `[batch, seqlen]` is no padding."""
-        out: Tensor = model(inputs_embeds=x, attention_mask=kept.long())[0]
+    def answer(self, module: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+        """See InPlace."""
+        out: Tensor = module(inputs_embeds=x, attention_mask=kept.long())[0]
         return out
 
     def __call__(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -130,9 +120,7 @@ class ModelForward:
         config = self.encoder.ours.config
         padded = {name: named.get(name) for name in ("inputs_embeds", "token_type_ids")} | {"input_ids": input_ids}
         if config.positions == "tokens" and input_ids is not None:
-            batch, seqlen = input_ids.shape
-            columns = torch.arange(seqlen, dtype=torch.int64, device=input_ids.device).repeat(batch)
-            padded["position_ids"] = token_positions(config, input_ids.flatten(), columns).view(batch, seqlen)
+            padded["position_ids"] = token_positions_on_grid(config, input_ids)
         packed: dict[str, Any] = {name: packing.pack(x)[None] for name, x in padded.items() if x is not None}
         packed.setdefault("input_ids", None)  # which one of them has no default for
         if "position_ids" in self.taken and "position_ids" not in packed:

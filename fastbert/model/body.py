@@ -103,7 +103,7 @@ class EncoderModel(nn.Module):
             output_hidden_states: also return the embeddings and the output of every layer.
             output_pooled: False leaves `pooler_output` None, which saves its product where nobody reads it.
             return_dict: False gives a plain tuple of what is not None.
-            hf: further arguments of Hugging Face's EncoderModel; accepted where they ask for nothing.
+            hf: further arguments of Hugging Face's models; accepted where they ask for nothing.
 
         Returns:
             Hidden states, 0 at padding. `pooler_output` is tanh(W x + b) of each sequence's first kept token.
@@ -152,8 +152,7 @@ class EncoderModel(nn.Module):
             if position_ids is None and input_ids is not None and self.config.positions == "tokens":
                 # of all tokens, since those that the mask hides are counted too
                 self._check_longest(name, packing)
-                columns = torch.arange(seqlen, dtype=torch.int64, device=device).repeat(batch)
-                position_ids = token_positions(self.config, input_ids.flatten(), columns).view(batch, seqlen)
+                position_ids = token_positions_on_grid(self.config, input_ids)
             input_ids, inputs_embeds = (None if x is None else packing.pack(x) for x in (input_ids, inputs_embeds))
             token_type_ids, position_ids = (
                 None if ids is None else packing.pack(_expanded(name, ids, batch, seqlen))
@@ -246,6 +245,13 @@ def token_positions(config: EncoderConfig, input_ids: Tensor, columns: Tensor) -
     starts = torch.arange(len(input_ids), dtype=torch.int64, device=input_ids.device) - columns
     before = (counted - is_word).index_select(0, starts)
     return (counted - before) * is_word + (config.first_position - 1)
+
+
+def token_positions_on_grid(config: EncoderConfig, input_ids: Tensor) -> Tensor:
+    """`token_positions` of a padded grid, int64 `[batch, seqlen]`."""
+    batch, seqlen = input_ids.shape
+    columns = torch.arange(seqlen, dtype=torch.int64, device=input_ids.device).repeat(batch)
+    return token_positions(config, input_ids.flatten(), columns).view(batch, seqlen)
 
 
 def _as_int64(name: str, ids: Tensor | None) -> Tensor | None:

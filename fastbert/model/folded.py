@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from fastbert.ops.attention_torch import attend
 from fastbert.ops.common import multiplies_bare
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
-from fastbert.run.steps import layer_steps
+from fastbert.run.steps import Steps, layer_steps
 
 _ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_,
@@ -57,13 +58,18 @@ def unserved(encoder: Encoder, x: Tensor) -> str | None:
     if encoder.training or not len(encoder.layer) or encoder.in_eight_bits() is not None or not encoder.is_plain():
         return "training, products in 8 bits, or a part that is not an nn.Linear or nn.LayerNorm without hooks"
     config = encoder.config
-    sizes = {name: getattr(config, name) for name in ("hidden_size", "num_heads", "activation")}
-    usual = layer_steps(EncoderConfig(**sizes))
+    usual = _usual_steps(config.hidden_size, config.num_heads, config.activation)
     if any(steps is not usual for steps, _ in encoder.layers()):
         return "other steps than those of BERT's layer"
     if config.no_bias or not config.norm_bias:
         return "parts without a bias"
     return None
+
+
+@cache
+def _usual_steps(hidden_size: int, num_heads: int, activation: Activation) -> Steps:
+    """Those of BERT's layer, of these sizes."""
+    return layer_steps(EncoderConfig(hidden_size=hidden_size, num_heads=num_heads, activation=activation))
 
 
 @dataclass(frozen=True, eq=False)

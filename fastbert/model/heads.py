@@ -1,4 +1,4 @@
-"""Models with heads, called as Hugging Face's: the tasks it is pretrained and fine-tuned for.
+"""Models with heads, called as Hugging Face's: the tasks they are pretrained and fine-tuned for.
 
 Only what a head reads goes through the last layer's feed-forward: the class tokens, the masked tokens. Padding has no
 logits and counts in no loss, whatever its labels say (Hugging Face computes values there, and counts them).
