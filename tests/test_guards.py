@@ -84,10 +84,12 @@ def test_memory_that_is_not_ours_is_not_looked_at(writer: Kernel) -> None:
 
 
 def test_memory_given_back_is_not_looked_at() -> None:
+    memory.room((1,), torch.float32)  # forgets what earlier tests gave back
+    before = len(guards._sizes)
     for _ in range(50):
         x = memory.room((1000,), torch.float32)
         row_wise(HOST, x[None], out=x[None]).run()
-    assert len(guards._sizes) < 50
+    assert len(guards._sizes) - before < 25
 
 
 def test_threads_make_memory_at_once() -> None:
