@@ -50,6 +50,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             **{f"{name}_token_id": i for i, name in enumerate(("pad", "cls", "sep", "bos", "eos"))},
         },
     ),
+    "rotary, gates (NomicBERT)": ("NomicBert", {**SIZES, "intermediate_size": 1024, "pad_token_id": 0}),
+    "disentangled (DeBERTa-v3)": (
+        "DebertaV2",
+        {
+            **SIZES,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 256,
+            "max_relative_positions": -1,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+    ),
 }
 TOLERANCE = 1e-3  # of outputs of about 1; the tests hold the error rule
 

@@ -84,7 +84,6 @@ PLACED = {"window", "ALiBi", "rotary", *DISENTANGLED}
 UNSERVED = {
     "eager": set[str](),
     "prepared": {"pre-norm", *GATED, *PLACED},
-    "cpu": DISENTANGLED,
     "onednn": GATED,
 }
 LENGTHS = [7, 1, 0, 17]
@@ -238,9 +237,6 @@ def test_cpu(
     case.registers = {name: x.detach().to(dtype) for name, x in case.registers.items()}
     x, slack = case.registers["x"], torch.full((3, HIDDEN), torch.nan, dtype=dtype)
     with torch.no_grad(), backend.use_backend("native"):
-        if plan in UNSERVED["cpu"]:
-            assert "relative positions" in str(cpu.unserved(layers, x))
-            return
         assert cpu.unserved(layers, x) is None
         made = cpu.lay_out(layers, x)
         assert made is not None
@@ -274,10 +270,39 @@ def test_what_the_kernels_of_a_cpu_leave_to_others(generator: torch.Generator) -
             with pytest.raises(ArgumentError):
                 eager.run(*layers[0], Registers({"x": x}), packing)
         assert "half" in str(cpu.unserved([(changed(3, gated=True), parts | wide)], x))
+        hooked = parts_of("disentangled", generator)
+        for name in ("position_key", "position_query", "relative_norm"):
+            handle = hooked[name].register_forward_hook(lambda *_: None)
+            assert name in str(cpu.unserved([(PLANS["disentangled"], hooked)], x))
+            handle.remove()
+        assert cpu.unserved([(PLANS["disentangled"], hooked)], x) is None
+        hooked["relative"].double()
+        assert "table" in str(cpu.unserved([(PLANS["disentangled"], hooked)], x))
         made = cpu.lay_out([(changed(1, rotary=0.5), parts)], x)
         assert made is not None
         with pytest.raises(ArgumentError, match="base"):
             made.run({"x": x}, packing)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("plan", sorted(DISENTANGLED))
+def test_longer_and_shorter_texts_in_turns(plan: str, generator: torch.Generator) -> None:
+    """Of what is made for the positions of the longest so far, each takes its own."""
+    if not isinstance(host(), Machine):
+        pytest.skip("no kernels here: Linux on x86-64 with AVX2 runs this")
+    case = Case(plan, generator)
+    layers = [(case.steps, parts) for parts in case.layers]
+    with torch.no_grad(), backend.use_backend("native"):
+        made = cpu.lay_out(layers, case.registers["x"].detach())
+        assert made is not None
+        for lengths in ([7, 1, 0, 17], [70, 3], [300], [7, 1, 0, 17], [90, 80]):
+            case.packing = Packing.from_lengths(lengths)
+            case.registers = {
+                name: torch.randn(sum(lengths), HIDDEN, generator=generator) for name in case.steps.carried
+            }
+            got = made.run(case.registers, case.packing)
+            exact, plain = (case.judged(dtype)[0] for dtype in (torch.float64, torch.float32))
+            assert_close(got, plain, exact, factor=3.0)
 
 
 @pytest.mark.cpu

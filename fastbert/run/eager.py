@@ -207,20 +207,28 @@ def _disentangled(
 
     Only those rows of the table are read that the longest sequence needs, unless hooks look on.
     """
-    projections = {term: parts[PROJECTIONS[term]] for term in asked.terms}
-    hooked = any(map(is_hooked, projections.values()))
+    hooked = any(is_hooked(parts[PROJECTIONS[term]]) for term in asked.terms)
     first, last = (0, 2 * asked.span - 1) if hooked else rows_of_distances(packing.max_seqlen, asked)
+    made = {term: rows.to(qkv.dtype) for term, rows in of_positions(asked, parts, first, last, dropout).items()}
+    made = {term: rows.unflatten(1, qkv.shape[2:]) for term, rows in made.items()}
+    return disentangled_bias(qkv, packing, made.get("c2p"), made.get("p2c"), asked, first=first, scale=scale)
+
+
+def of_positions(
+    asked: Disentangled, parts: Parts, first: int, last: int, dropout: Dropout = NO_DROPOUT
+) -> dict[Term, Tensor]:
+    """Of each term the keys or queries of these rows of the table, `[last + 1 - first, heads * head_dim]`."""
     rows = cast(Tensor, parts["relative"]._parameters["weight"])[first : last + 1]
     if asked.normalised:
         norm = cast(nn.LayerNorm, parts["relative_norm"])
         rows = layer_norm(rows, *norm_weights(norm), eps=norm.eps) if is_plain(norm) else norm(rows)
     probability, seed = dropout
     rows = rows if seed is None or probability == 0.0 else drop(rows, seed, probability)
-    made: dict[Term, Tensor] = {}
-    for term, part in projections.items():
-        columns = linear(rows, *weights(part)) if is_plain(part) else part(rows[None])[0]
-        made[term] = columns.to(qkv.dtype).unflatten(1, qkv.shape[2:])
-    return disentangled_bias(qkv, packing, made.get("c2p"), made.get("p2c"), asked, first=first, scale=scale)
+    projections = {term: parts[PROJECTIONS[term]] for term in asked.terms}
+    return {
+        term: linear(rows, *weights(part)) if is_plain(part) else part(rows[None])[0]
+        for term, part in projections.items()
+    }
 
 
 def made_dtype(steps: Steps, i: int, part: nn.Module, x: Tensor) -> torch.dtype:
