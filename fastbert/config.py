@@ -46,6 +46,7 @@ class HeadShape:
         first_dropout: the probability of that dropout; None for that of the one before the classifier.
         pooling: what a text is classified by: its first token, or the mean of all.
         predict: activation of masked-token prediction; None for the encoder's.
+        decoder_bias: whether the decoder of masked-token prediction has a bias.
 
     Raises:
         ArgumentError: `first_dropout` is no probability.
@@ -59,6 +60,7 @@ class HeadShape:
     first_dropout: float | None = None
     pooling: Literal["cls", "mean"] = "cls"
     predict: Activation | None = None
+    decoder_bias: bool = True
 
     def __post_init__(self) -> None:
         if self.first_dropout is not None and not _is_probability(self.first_dropout):
@@ -293,7 +295,8 @@ class HeadConfig:
         labels: names of the classes, one output each; heads with a fixed number of outputs don't read them.
         problem_type: the loss of a sequence classifier. None decides by the labels, as Hugging Face does: regression
             for one class, single label for integers, multi label for floats.
-        classifier_dropout: probability before a classifier, in training mode; None means `hidden_dropout`.
+        classifier_dropout: probability before a classifier, in training mode; None means `hidden_dropout`, and of a
+            classifier of answers none.
 
     Raises:
         ArgumentError: no labels or two of one name, an unknown problem type, or a probability not in [0, 1).

@@ -86,6 +86,7 @@ ALBERT = Family(
     tied={"predictions.decoder.weight": WORD, "predictions.decoder.bias": "predictions.bias"},
     encoders=("albert.modeling_albert.AlbertTransformer",),
     models={"albert.modeling_albert.AlbertModel": "BaseModelOutputWithPooling"},
+    dropouts=dict.fromkeys(("text", "choice", "token"), ("classifier_dropout_prob", 0.1)),
     layers=layers,
     entry="embedding_hidden_mapping_in",
 )

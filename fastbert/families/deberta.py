@@ -57,7 +57,9 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
 
 def _disentangled(given: Mapping[str, Any]) -> Disentangled | None:
     terms = given.get("pos_att_type") or []
-    terms = tuple(term.strip() for term in terms.lower().split("|")) if isinstance(terms, str) else tuple(terms)
+    terms = [term.strip() for term in terms.lower().split("|")] if isinstance(terms, str) else terms
+    if not isinstance(terms, list | tuple):
+        raise ArgumentError("config.pos_att_type", repr(terms), "a list of c2p and p2c, or null")
     relative = bool(given.get("relative_attention", False))
     if relative != bool(terms):
         expected = "c2p or p2c with relative_attention, and none without"
@@ -68,14 +70,17 @@ def _disentangled(given: Mapping[str, Any]) -> Disentangled | None:
     for name, size in sizes.items():
         if not isinstance(size, int):
             raise ArgumentError(f"config.{name}", repr(size), "a whole number, -1 for none")
+    norms = given.get("norm_rel_ebd", "none")
+    if not isinstance(norms, str):
+        raise ArgumentError("config.norm_rel_ebd", repr(norms), "layer_norm or none")
     farthest, buckets = sizes.values()
     try:
         return Disentangled(
-            terms=terms,
+            terms=tuple(terms),
             farthest=given["max_position_embeddings"] if farthest < 1 else farthest,
             buckets=buckets if buckets > 0 else None,
             shared=bool(given.get("share_att_key", False)),
-            normalised="layer_norm" in [one.strip() for one in given.get("norm_rel_ebd", "none").lower().split("|")],
+            normalised="layer_norm" in [one.strip() for one in norms.lower().split("|")],
         )
     except ArgumentError as error:
         name = {"terms": "pos_att_type", "farthest": "max_relative_positions"}.get(error.argument, "position_buckets")
@@ -140,7 +145,7 @@ DEBERTA_V2 = Family(
     ),
     tied={"cls.predictions.decoder.weight": WORD, "cls.predictions.decoder.bias": "cls.predictions.bias"},
     encoders=("deberta_v2.modeling_deberta_v2.DebertaV2Encoder",),
-    classifier_dropout="cls_dropout",
+    dropouts=dict.fromkeys(("text", "choice"), ("cls_dropout", None)),
     hf=hf,
     relative="rel_embeddings",
     relative_norm="LayerNorm",
