@@ -121,6 +121,8 @@ class EncoderConfig:
         activation: "gelu" is the exact (erf) form, "gelu_tanh" its tanh approximation.
         eps: LayerNorm epsilon.
         hidden_dropout, attention_dropout: probabilities, used in training mode only.
+        dropped: the products of a layer, by their names in its steps, whose outputs `hidden_dropout` is of, besides the
+            embeddings; those of "intermediate" are dropped after the activation, or the gate.
         pad_token_id: row of the word table that padding uses, which gets no gradient; None if there is none.
         initializer_range: standard deviation of freshly initialised weights.
         embedding_size: columns of the embeddings' tables, where a linear layer makes hidden states of them; None where
@@ -160,6 +162,7 @@ class EncoderConfig:
     eps: float = 1e-12
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
+    dropped: tuple[str, ...] = ("attention_output", "output")
     pad_token_id: int | None = 0
     initializer_range: float = 0.02
     embedding_size: int | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 import fastbert
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.families import FAMILIES
+from fastbert.families.accelerated import accelerated
 from fastbert.families.names import Family
 from fastbert.model.mapping import to_theirs
 from fastbert.packing import Packing
@@ -502,6 +503,26 @@ def test_dropouts_of_heads(family: str, head: str, tmp_path: Path) -> None:
     wanted, got = dropped(theirs, theirs.base_model, batch), dropped(ours, ours.bert, batch)
     assert len(got) == len(wanted)
     assert all(abs(x - y) < 0.04 for x, y in zip(got, wanted, strict=True)), (got, wanted)
+
+
+def test_dropouts_of_layers(family: str, tmp_path: Path) -> None:
+    """Our layers drop where transformers' modules do: with the same seed their encoder, accelerated, gives the same."""
+    changes = {"hidden_dropout_prob": 0.3, "dropout": 0.3, "attention_dropout": 0.2}
+    known = getattr(T, f"{family}Config")().to_dict()
+    theirs = theirs_of(family, **{name: p for name, p in changes.items() if name in known and family != "ModernBert"})
+    ours = ours_of(theirs, tmp_path).train().encoder
+    fastbert.accelerate(theirs.train())
+    ((_, forward), *_) = accelerated(theirs)
+    own = getattr(forward, "encoder", forward).ours
+    own.follow()
+    assert own.layer[0].dropouts() == ours.layer[0].dropouts()
+    packing, x = Packing.from_lengths(list(LENGTHS)), torch.randn(sum(LENGTHS), 48)
+    states = []
+    for encoder in (ours, own):
+        torch.manual_seed(3)
+        states.append(encoder.run(x, packing)[-1])
+    assert torch.equal(*states)
+    assert family == "ModernBert" or not torch.equal(states[0], ours.run(x, packing)[-1])
 
 
 @pytest.mark.parametrize("head", WITH_CLASSIFIERS)

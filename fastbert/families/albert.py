@@ -38,7 +38,7 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
     if inner != 1:
         raise ArgumentError("config.inner_group_num", repr(inner), "1, as in the published ones")
     order = tuple(int(i / (read.num_layers / groups)) for i in range(read.num_layers))
-    return replace(read, embedding_size=given["embedding_size"], layer_order=order)
+    return replace(read, embedding_size=given["embedding_size"], layer_order=order, dropped=("attention_output",))
 
 
 def layers(encoder: Any) -> list[nn.Module]:

@@ -37,7 +37,7 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
     same = ("vocab_size", "max_position_embeddings", "pad_token_id", "initializer_range")
     read = EncoderConfig.from_hf({**named, **{name: given[name] for name in same if name in given}})
     heads = HeadShape(transformed=("text", "choice"), activation="relu")
-    return replace(read, type_vocab_size=0, heads=heads)
+    return replace(read, type_vocab_size=0, dropped=("output",), heads=heads)
 
 
 _TRANSFORMED = {"transform.dense": "pre_classifier", "classifier": "classifier"}

@@ -117,8 +117,7 @@ class ForeignLayer(Layer):
         shared: dict[str, Place],
         following: Place | None,
     ) -> None:
-        drop_wide = names.dropout_of_activation is not None
-        super().__init__(layer_steps(config, i, last_norm=following is not None, drop_wide=drop_wide))
+        super().__init__(layer_steps(config, i, last_norm=following is not None))
         self.theirs = (theirs,)  # in a tuple, for a module would become a child
         self.places: dict[str, Place | Borrowed] = {
             part: Place.of(theirs, getattr(names, part)) for part in ("attention_output", "attention_norm", "output")
@@ -142,7 +141,7 @@ class ForeignLayer(Layer):
             else:
                 self.joined += ((part, ForeignLinears(places)),)
         self.dropout_of_weights = names.dropout_of_weights
-        of_activation = [names.dropout_of_activation] if drop_wide else []
+        of_activation = [names.dropout_of_activation] if "intermediate" in config.dropped else []
         self.other_dropouts = [
             None if path is None else Place.of(theirs, path)
             for path in (names.dropout_of_context, *of_activation, names.dropout_of_output)

@@ -34,7 +34,7 @@ _SERVED = {
 
 
 def config(given: Mapping[str, Any]) -> EncoderConfig:
-    """Of a `NewConfig`. The dropout between gate and last product, which it has in training, is left out."""
+    """Of a `NewConfig`."""
     return _read({**_USUAL, **given}, 10_000.0)
 
 
@@ -58,6 +58,7 @@ def _read(given: Mapping[str, Any], base: float) -> EncoderConfig:
         positions="none",
         gated=True,
         no_bias=("intermediate",),
+        dropped=("attention_output", "intermediate", "output"),
         rotary=rotary,
         rotary_scale=scale,
     )

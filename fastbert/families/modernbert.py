@@ -59,6 +59,7 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
         activation=_activation(given, "hidden_activation"),
         type_vocab_size=0,
         hidden_dropout=0.0,
+        dropped=("attention_output", "intermediate"),
         positions="none",
         norm_first=True,
         gated=True,

@@ -14,8 +14,8 @@ from fastbert.config import EncoderConfig, HeadConfig, HeadShape, Read
 from fastbert.errors import ArgumentError
 
 # Of heads by what their classifier reads, the field of config.json that says the dropout before it, and what it is
-# where the file has none or null; None for that of the hidden states.
-Dropouts = Mapping[Read, tuple[str, float | None]]
+# where the file has none or null: a number, what another field says, or None for that of the hidden states.
+Dropouts = Mapping[Read, tuple[str, float | str | None]]
 CLASSIFIER_DROPOUT = ("classifier_dropout", None)
 NO_FIELD: tuple[None, None] = (None, None)
 
@@ -251,8 +251,10 @@ class Family:
         """What the dict of a config.json says of a head whose classifier reads this; see `HeadConfig.from_hf`."""
         name, usual = NO_FIELD if reads is None else self.dropouts.get(reads, NO_FIELD)
         dropout = None if name is None else given.get(name)
+        if dropout is None:
+            dropout = given.get(usual) if isinstance(usual, str) else usual
         try:
-            return HeadConfig.from_hf({**given, "classifier_dropout": usual if dropout is None else dropout})
+            return HeadConfig.from_hf({**given, "classifier_dropout": dropout})
         except ArgumentError as error:
             if name is None or error.argument != "config.classifier_dropout":
                 raise

@@ -176,5 +176,6 @@ NOMIC_ORIGINAL = replace(
     config=original_config,
     prefix="bert.",
     heads={"ForSequenceClassification": CLASSIFIER},
+    dropouts={"text": ("classifier_dropout", "embd_pdrop")},
     num_layers="n_layer",
 )

@@ -36,7 +36,7 @@ class Product:
         add: the register of the residual. What is added to it is dropped out in training.
         norm: the part of a LayerNorm.
         sum: the register that keeps the sum as it was before the LayerNorm.
-        drop: the outputs are dropped out in training though nothing is added.
+        drop: the outputs are dropped out in training though nothing is added, after the activation and the gate.
     """
 
     x: str
@@ -146,7 +146,7 @@ Layers: TypeAlias = Sequence[tuple[Steps, Parts]]
 
 
 @cache
-def layer_steps(config: EncoderConfig, i: int = 0, *, last_norm: bool = True, drop_wide: bool = False) -> Steps:
+def layer_steps(config: EncoderConfig, i: int = 0, *, last_norm: bool = True) -> Steps:
     """Layer `i`: attention, then the feed-forward, each with a residual sum and a LayerNorm after it.
 
     With `config.norm_first` the residual is the sum as it was before the LayerNorm, which is that before the next half
@@ -154,7 +154,6 @@ def layer_steps(config: EncoderConfig, i: int = 0, *, last_norm: bool = True, dr
 
     Args:
         last_norm: whether a LayerNorm follows the layer; after the last one that normalises first there may be none.
-        drop_wide: whether the feed-forward has a dropout after its activation.
     """
     window = None if config.windows is None else config.windows[i]
     in_window = window is not None and config.rotary_in_windows is not None
@@ -172,12 +171,13 @@ def layer_steps(config: EncoderConfig, i: int = 0, *, last_norm: bool = True, dr
     kept = "sum" if config.norm_first else None
     residual = kept or "x"
     norm, total = ("output_norm", kept) if last_norm else (None, None)
+    drop = "intermediate" in config.dropped
     return shared(
         (
             Product("x", "qkv", into="qkv"),
             attend,
             Product("context", "attention_output", into="x", add=residual, norm="attention_norm", sum=kept),
-            Product("x", "intermediate", into="wide", activation=config.activation, gated=config.gated, drop=drop_wide),
+            Product("x", "intermediate", into="wide", activation=config.activation, gated=config.gated, drop=drop),
             Product("wide", "output", into="x", add=residual, norm=norm, sum=total),
         )
     )
