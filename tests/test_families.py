@@ -85,6 +85,16 @@ DEBERTAS: dict[str, dict[str, Any]] = {
     "no relative positions": {
         "relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none", "position_biased_input": True
     },
+    "narrower embeddings": {"embedding_size": 24, "position_biased_input": True, "type_vocab_size": 2},
+    "wider embeddings": {"embedding_size": 64},
+    "a convolution": {"conv_kernel_size": 3, "conv_act": "gelu"},
+    "a convolution of groups": {"conv_kernel_size": 5, "conv_groups": 4},
+    "a convolution wider than the texts": {"conv_kernel_size": 13, "embedding_size": 24},
+    "a convolution after the only layer": {"conv_kernel_size": 3, "num_hidden_layers": 1},
+    "a convolution beside content alone": {
+        "relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none", "position_biased_input": True,
+        "conv_kernel_size": 3,
+    },
 }  # fmt: skip
 HEADS = [
     "Model",
@@ -382,6 +392,54 @@ def test_shapes_of_deberta(changes: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForSequenceClassification"])
+@pytest.mark.parametrize("changes", ["narrower embeddings", "a convolution", "a convolution after the only layer"])
+def test_heads_of_debertas_of_other_shapes(changes: str, head: str, tmp_path: Path) -> None:
+    """Also with labels, where only some rows of the last layer are read."""
+    theirs = theirs_of("DebertaV2", head, **DEBERTAS[changes])
+    ours = ours_of(theirs, tmp_path, head)
+    batch = batch_of(theirs, head)
+    mask = batch["attention_mask"].bool()
+    exact = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        (got,), (plain,), (wanted,) = (outputs(model(**batch), head, mask) for model in (ours, theirs, exact))
+        assert_close(got, plain, wanted, factor=3.0)
+        if head == "ForMaskedLM":
+            labels = batch["input_ids"].where(mask & (torch.arange(11) % 3 == 0), -100)
+            loss = torch.nn.functional.cross_entropy(wanted, labels[mask])
+            plain_loss = torch.nn.functional.cross_entropy(plain, labels[mask])
+            assert_close(ours(**batch, labels=labels).loss, plain_loss, loss, factor=3.0)
+
+
+def test_a_convolution_of_no_tokens(tmp_path: Path) -> None:
+    ours = ours_of(theirs_of("DebertaV2", conv_kernel_size=5), tmp_path)
+    assert ours(torch.zeros(0, 3, dtype=torch.int64)).last_hidden_state.shape == (0, 3, 48)
+    assert (ours(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)).last_hidden_state == 0).all()
+    assert ours(torch.zeros(2, 0, dtype=torch.int64)).last_hidden_state.shape == (2, 0, 48)
+
+
+def test_what_stays_as_it_is_with_a_convolution(tmp_path: Path) -> None:
+    """Hooks see the padded layout, a compiled model is the same one, and 8 bits are refused."""
+    theirs = theirs_of("DebertaV2", conv_kernel_size=3)
+    ours = ours_of(theirs, tmp_path)
+    batch = batch_of(theirs, "Model")
+    seen: list[torch.Size] = []
+    ours.encoder.layer[0].convolution.conv.register_forward_hook(lambda _, args, out: seen.append(args[0].shape))
+    with torch.no_grad():
+        out = ours(**batch).last_hidden_state
+        again = torch.compile(fastbert.load(tmp_path), backend="eager")(**batch).last_hidden_state
+    assert seen == [(3, 48, 11)] and torch.allclose(out, again, atol=1e-5)
+    with pytest.raises(ArgumentError, match=r"modules other than nn\.Linear"):
+        fastbert.quantize(fastbert.load(tmp_path), dtype="int8")
+
+
+def test_ids_outside_the_tables_of_narrower_embeddings(tmp_path: Path) -> None:
+    ours = ours_of(theirs_of("DebertaV2", **DEBERTAS["narrower embeddings"]), tmp_path)
+    for name, ids in (("input_ids", {"input_ids": 70}), ("token_type_ids", {"input_ids": 5, "token_type_ids": 2})):
+        with pytest.raises(ArgumentError, match=name):
+            ours(**{key: torch.full((1, 3), one) for key, one in ids.items()})
+
+
 def test_a_text_longer_than_all_buckets_of_deberta(tmp_path: Path) -> None:
     """Far tokens share the last rows of the table, and a short text needs the middle of it alone."""
     theirs = theirs_of("DebertaV2", max_position_embeddings=300)
@@ -418,7 +476,10 @@ def test_the_other_head_of_deberta(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"conv_kernel_size": 3}, "conv_kernel_size: got 3; expected 0"),
+        ({"conv_kernel_size": 4}, "conv_kernel_size: got 4; expected a positive odd int"),
+        ({"conv_kernel_size": 3, "conv_groups": 5}, "conv_groups: got 5; expected a divisor of hidden_size=48"),
+        ({"conv_kernel_size": 3, "conv_act": "other"}, "conv_act: got 'other'; expected one of"),
+        ({"embedding_size": "x"}, "embedding_size: got 'x'; expected a positive int"),
         ({"pos_att_type": "p2p|c2p"}, "pos_att_type"),
         ({"relative_attention": False}, "pos_att_type: got 'p2c.c2p'; expected .* none without"),
         ({"position_buckets": 1}, "position_buckets: got 1; expected an int of 2 or more"),
@@ -572,7 +633,8 @@ MORE: dict[str, dict[str, Any]] = {
     "NomicBert": {"head_dim": None, "rope_scaling": None, "partial_rotary_factor": None},
     "Gte": {"head_dim": None, "rope_scaling": None, "partial_rotary_factor": None},
     "DebertaV2": {
-        "cls_dropout": None, "embedding_size": 48, "attention_head_size": 16,
+        "cls_dropout": None, "conv_kernel_size": 3, "conv_groups": 1, "conv_act": "tanh",
+        "embedding_size": 48, "attention_head_size": 16,
         "share_att_key": False, "position_buckets": 8,
     },
 }  # fmt: skip

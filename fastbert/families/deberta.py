@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastbert.config import HF_ACTIVATIONS, Disentangled, EncoderConfig, HeadShape
+from fastbert.config import HF_ACTIVATIONS, Convolution, Disentangled, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import ANSWERS, CLASSIFIER, NUMBERS, WORD
 from fastbert.families.names import OURS, Family
@@ -26,10 +26,7 @@ _USUAL = {
 def config(given: Mapping[str, Any]) -> EncoderConfig:
     """Of a transformers `DebertaV2Config`."""
     given = {**_USUAL, **given}
-    if given.get("conv_kernel_size") not in (None, 0):
-        expected = "0: the convolution of DeBERTa v2's largest models is not computed"
-        raise ArgumentError("config.conv_kernel_size", repr(given["conv_kernel_size"]), expected)
-    read = EncoderConfig.from_hf({**given, "type_vocab_size": None})
+    read = EncoderConfig.from_hf({**given, "type_vocab_size": None, "embedding_size": None})
     same = {"attention_head_size": read.head_dim, "pooler_hidden_size": read.hidden_size}
     for name, size in same.items():
         if given.get(name) not in (None, size):
@@ -46,11 +43,17 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
         )
     except ArgumentError as error:
         raise ArgumentError("config.pooler_dropout", error.got, error.expected) from error
+    width = given.get("embedding_size")
+    try:
+        read = replace(read, embedding_size=None if width == read.hidden_size else width, project_first=True)
+    except ArgumentError as error:
+        raise ArgumentError("config.embedding_size", error.got, error.expected) from error
     return replace(
         read,
         type_vocab_size=given["type_vocab_size"],
         positions="columns" if given.get("position_biased_input", True) else "none",
         disentangled=_disentangled(given),
+        convolution=_convolution(given, read.hidden_size),
         heads=heads,
     )
 
@@ -87,6 +90,23 @@ def _disentangled(given: Mapping[str, Any]) -> Disentangled | None:
         raise ArgumentError(f"config.{name}", error.got, error.expected, error.mend) from error
 
 
+def _convolution(given: Mapping[str, Any], hidden: int) -> Convolution | None:
+    width, groups = given.get("conv_kernel_size") or 0, given.get("conv_groups", 1)
+    if width == 0:
+        return None
+    activation = given.get("conv_act", "tanh")
+    if activation != "tanh" and activation not in HF_ACTIVATIONS:
+        raise ArgumentError("config.conv_act", repr(activation), f"one of {', '.join((*HF_ACTIVATIONS, 'tanh'))}")
+    try:
+        made = Convolution(width, groups, "tanh" if activation == "tanh" else HF_ACTIVATIONS[activation])
+    except ArgumentError as error:
+        name = {"width": "conv_kernel_size", "groups": "conv_groups"}[error.argument]
+        raise ArgumentError(f"config.{name}", error.got, error.expected) from error
+    if hidden % groups:
+        raise ArgumentError("config.conv_groups", groups, f"a divisor of hidden_size={hidden}")
+    return made
+
+
 def hf(encoder: Any) -> Any:
     """The config, which only parts of its layers hold."""
     return encoder.layer[0].attention.config
@@ -116,6 +136,9 @@ DEBERTA_V2 = Family(
         "embeddings.position": "embeddings.position_embeddings",
         "embeddings.token_type": "embeddings.token_type_embeddings",
         "embeddings.norm": "embeddings.LayerNorm",
+        "embeddings.project": "embeddings.embed_proj",
+        "encoder.layer.0.convolution.conv": "encoder.conv.conv",
+        "encoder.layer.0.convolution.LayerNorm": "encoder.conv.LayerNorm",
         "encoder.relative": "encoder.rel_embeddings",
         "encoder.relative_norm": "encoder.LayerNorm",
     },
@@ -149,6 +172,7 @@ DEBERTA_V2 = Family(
     hf=hf,
     relative="rel_embeddings",
     relative_norm="LayerNorm",
+    convolution="conv",
     only_padding=True,
 )
 

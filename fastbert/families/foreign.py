@@ -7,7 +7,7 @@ adapter, say) is seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -147,6 +147,11 @@ class ForeignLayer(Layer):
             for path in (names.dropout_of_context, *of_activation, names.dropout_of_output)
         ]
 
+    def add_convolution(self, theirs: nn.Module) -> None:
+        """What follows it; see `Family.convolution`."""
+        self.places |= {"convolution": Place(theirs, "conv"), "convolution_norm": Place(theirs, "LayerNorm")}
+        self.other_dropouts.append(Place(theirs, "dropout"))
+
     def parts(self) -> dict[str, nn.Module]:
         """See Layer."""
         return {**dict(self.joined), **{part: place.get() for part, place in self.places.items()}}
@@ -195,6 +200,8 @@ class ForeignEncoder(Encoder):
         shared = {name: Place.of(theirs, path) for name, path in tables.items() if path is not None}
         last_norm = None if family.last_norm is None else Place.of(theirs, family.last_norm)
         self._read(theirs, config, family.layers(theirs), family.modules or family.names, shared, last_norm)
+        if config.convolution is not None and family.convolution is not None and len(self.layer):
+            cast(ForeignLayer, self.layer[0]).add_convolution(theirs.get_submodule(family.convolution))
 
     def _read(
         self,

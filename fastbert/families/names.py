@@ -196,6 +196,8 @@ class Family:
         layers: of such an encoder, in the order in which they run; a layer may come several times.
         relative: of such an encoder the module with the table of distances; None where there is none.
         relative_norm: of such an encoder the LayerNorm that goes over that table; None where there is none.
+        convolution: of such an encoder the module that is called after the first layer, with `conv`, `LayerNorm` and
+            `dropout` in it; None where the family has none.
         entry: of such an encoder the module that hidden states go through before the first layer; None where there is
             none.
         only_padding: such an encoder's mask is `[batch, seqlen]`, 1 for a token; other forms of a mask mean something
@@ -228,6 +230,7 @@ class Family:
     layers: Callable[[nn.Module], Sequence[nn.Module]] = own_layers
     relative: str | None = None
     relative_norm: str | None = None
+    convolution: str | None = None
     entry: str | None = None
     only_padding: bool = False
     output: str = "BaseModelOutput"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.config import Disentangled, EncoderConfig
+from fastbert.config import Convolution, Disentangled, EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.model.masks import read_mask
 from fastbert.packing import Packing
@@ -56,6 +56,17 @@ class Intermediate(Group):
         columns = config.intermediate_size * (2 if config.gated else 1)
         self.dense = nn.Linear(config.hidden_size, columns, bias="intermediate" not in config.no_bias)
         self.dropout = nn.Dropout(config.hidden_dropout) if "intermediate" in config.dropped else None
+
+
+class ConvolutionGroup(Group):
+    """The modules of the convolution after the first layer."""
+
+    def __init__(self, asked: Convolution, config: EncoderConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, asked.width
+        self.conv = nn.Conv1d(hidden, hidden, width, padding=width // 2, groups=asked.groups)
+        self.LayerNorm = nn.LayerNorm(hidden, eps=config.eps, bias=config.norm_bias)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
 
 class Layer(nn.Module, ABC):
@@ -198,6 +209,8 @@ class EncoderLayer(Layer):
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
         self.output = Output(config.intermediate_size, config, "output")
+        if config.convolution is not None and i == 0:
+            self.convolution = ConvolutionGroup(config.convolution, config)
         for name, part in (shared or {}).items():
             self.add_module(name, part)
 
@@ -214,6 +227,9 @@ class EncoderLayer(Layer):
             "output": output["dense"],
             "output_norm": output["LayerNorm"],
         }
+        if "convolution" in modules:
+            of_convolution = modules["convolution"]._modules
+            parts |= {"convolution": of_convolution["conv"], "convolution_norm": of_convolution["LayerNorm"]}
         if "relative" in modules:
             parts["relative"] = modules["relative"]
             if self.config.disentangled is not None:
@@ -231,10 +247,7 @@ class EncoderLayer(Layer):
         return parts
 
     def dropouts(self) -> tuple[float, ...]:
-        """Of attention's weights, relative positions, attention's output, the activation and the feed-forward's output.
-
-        Of relative positions and of the activation where there is such a dropout.
-        """
+        """In the order of its steps; of relative positions, the activation and a convolution where it has such ones."""
         modules: dict[str, Any] = self._modules
         attention, intermediate = modules["attention"]._modules, modules["intermediate"]._modules
         if isinstance(attention["self"], EightBitLinear):
@@ -244,7 +257,10 @@ class EncoderLayer(Layer):
             places.insert(1, attention["position_dropout"])
         if (of_activation := intermediate.get("dropout")) is not None:
             places.append(of_activation)
-        return tuple(map(probability, [*places, modules["output"]._modules["dropout"]]))
+        places.append(modules["output"]._modules["dropout"])
+        if "convolution" in modules:
+            places.append(modules["convolution"]._modules["dropout"])
+        return tuple(map(probability, places))
 
 
 def probability(dropout: nn.Module | None) -> float:
