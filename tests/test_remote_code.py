@@ -402,6 +402,38 @@ def test_embeddings_of_texts(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "after_gate", "after_output"), [("nomic", 0.0, 0.4), ("gte", 0.4, 0.4), ("jina", 0.4, 0.0)]
+)
+def test_dropouts_of_the_feed_forward(name: str, after_gate: float, after_output: float, tmp_path: Path) -> None:
+    """NomicBERT drops what its last product gives, Jina v2 (as MosaicBERT) what its gate gives, and GTE-new both."""
+    folder_of(name, tmp_path, hidden_dropout_prob=0.4, resid_pdrop=0.4)
+    model = loaded(tmp_path).train()
+    model.embeddings.eval()
+    layer = model.encoder.layer[0]
+    seen: dict[str, Tensor] = {}
+    layer.output.dense.register_forward_hook(lambda _, args, out: seen.update(wide=args[0], made=out))
+    layer.attention.output.LayerNorm.register_forward_hook(lambda _, args, out: seen.update(residual=out))
+    layer.output.LayerNorm.register_forward_pre_hook(lambda _, args: seen.update(total=args[0]))
+    torch.manual_seed(0)
+    batch = batch_of()
+    mask = batch["attention_mask"].bool()
+    model(**batch)
+    wide, made, residual, total = (seen[key][mask] for key in ("wide", "made", "residual", "total"))
+    assert abs(float((wide == 0).double().mean()) - after_gate) < 0.03
+    added = total - residual
+    dropped = added.abs() < 1e-6
+    assert abs(float(dropped.double().mean()) - after_output) < 0.05
+    torch.testing.assert_close(added[~dropped], made[~dropped] / (1 - after_output), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_before_the_classifier_of_nomic(tmp_path: Path) -> None:
+    """Its code takes that of embeddings, which it reads for nothing else, where the file names none."""
+    for given, wanted in (({}, 0.0), ({"embd_pdrop": 0.3}, 0.3), ({"embd_pdrop": 0.3, "classifier_dropout": 0.2}, 0.2)):
+        folder_of("nomic", tmp_path, "ForSequenceClassification", **given)
+        assert loaded(tmp_path, "ForSequenceClassification").head_config.classifier_dropout == wanted
+
+
+@pytest.mark.parametrize(
     ("name", "field", "value"),
     [
         ("nomic", "prenorm", True),
