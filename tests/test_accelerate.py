@@ -154,14 +154,35 @@ def test_heads(family: str, kind: str) -> None:
         torch.testing.assert_close(got[name][kept], want[name][kept], atol=2e-5, rtol=2e-5)
 
 
-def test_hidden_states(family: str) -> None:
+@pytest.mark.filterwarnings("ignore:.*runs its own code")
+@pytest.mark.parametrize("by", ["argument", "config"])
+@pytest.mark.parametrize("asked", [True, [0, -1], 1, [7]])
+def test_hidden_states(family: str, asked: Any, by: str) -> None:
+    """Of all layers, or of those with these numbers, where the model knows such."""
     model = model_of(family)
+    given = {"output_hidden_states": asked} if by == "argument" else {}
+    if by == "config":
+        model.config.output_hidden_states = asked
     with torch.no_grad():
-        want = model(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states
-        got = accelerate(model)(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states
+        want = model(IDS, attention_mask=RIGHT, **given).hidden_states
+        got = accelerate(model)(IDS, attention_mask=RIGHT, **given).hidden_states
     assert len(got) == len(want) == 4
     for ours, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(ours[RIGHT.bool()], theirs[RIGHT.bool()], atol=2e-5, rtol=2e-5)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours[RIGHT.bool()], theirs[RIGHT.bool()], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs its own code")
+@pytest.mark.parametrize("tied", [True, False])
+def test_hidden_states_and_the_last_norm(family: str, tied: bool) -> None:
+    """Of a model that normalises first, the last of them is what a config says."""
+    model = model_of(family)
+    model.config.tie_last_hidden_states = tied
+    with torch.no_grad():
+        want = model(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states[-1][RIGHT.bool()]
+        got = accelerate(model)(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states[-1][RIGHT.bool()]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
 def test_what_is_not_served_runs_its_own_code_and_says_so_once(family: str) -> None:
