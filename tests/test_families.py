@@ -82,6 +82,9 @@ DEBERTAS: dict[str, dict[str, Any]] = {
     "no relative positions": {
         "relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none", "position_biased_input": True
     },
+    "none by name": {
+        "relative_attention": False, "pos_att_type": "None", "norm_rel_ebd": "none", "position_biased_input": True
+    },
 }  # fmt: skip
 HEADS = [
     "Model",

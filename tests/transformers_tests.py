@@ -3,9 +3,10 @@
 FOLDER is a checkout of transformers at the installed version: `tests/`, `utils/`, `src/` and `conftest.py`; the package
 on PyPI has no tests of a family. Each family's file runs twice, in a process of its own: with models as they are, and
 with each model given to `fastbert.accelerate` as soon as it is built, before weights are loaded into it, but those of
-eager attention where the class has another. A test that passes as it is and fails accelerated is listed, and then the script ends with 1. Most show
-that models can be used as before, by comparing a model with itself; numbers are shown in test_accelerate.py. Needs
-parameterized and httpx, as those files do. Nothing is fetched: tests of models on the hub skip.
+eager attention where the class has another. A test that passes as it is and fails accelerated is listed, and then the
+script ends with 1. Most show that models can be used as before, by comparing a model with itself; numbers are shown in
+test_accelerate.py. Needs parameterized and httpx, as those files do. Nothing is fetched: tests of models on the hub
+skip.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
 
 def _disentangled(given: Mapping[str, Any]) -> Disentangled | None:
     terms = given.get("pos_att_type") or []
-    terms = tuple(term.strip() for term in terms.lower().split("|")) if isinstance(terms, str) else tuple(terms)
+    named = terms.lower().split("|") if isinstance(terms, str) else terms
+    terms = tuple(term.strip() for term in named if term.strip() not in ("", "none"))
     relative = bool(given.get("relative_attention", False))
     if relative != bool(terms):
         expected = "c2p or p2c with relative_attention, and none without"

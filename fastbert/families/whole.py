@@ -16,6 +16,9 @@ from fastbert.ops.pooling import first_tokens
 from fastbert.packing import Packing
 from fastbert.run.parts import is_hooked
 
+# Whose hooks on embeddings know no layout: gradient checkpointing's lets their output have a gradient.
+TOLERATED = ("torch.distributed", "transformers.modeling_utils")
+
 # Arguments of such a model that are read here.
 READ = ("token_type_ids", "position_ids", "inputs_embeds", "output_hidden_states", "return_dict")
 
@@ -112,7 +115,8 @@ class ModelForward(InPlace):
         whole = [*called, *([] if self.encoder.theirs is theirs else [self.encoder.theirs])]
         if any(part.__dict__.get("forward", self.encoder) is not self.encoder for part in whole[len(called) :]):
             return "a function around the encoder's forward"
-        if any(is_hooked(module) or "forward" in module.__dict__ for part in called for module in part.modules()):
+        inner = [module for part in called for module in part.modules()]
+        if any(is_hooked(module, TOLERATED) or "forward" in module.__dict__ for module in inner):
             return "a hook on the embeddings or the pooler"
         if any(map(is_hooked, whole)):
             return "a hook on the encoder"
