@@ -85,6 +85,9 @@ DEBERTAS: dict[str, dict[str, Any]] = {
     "no relative positions": {
         "relative_attention": False, "pos_att_type": None, "norm_rel_ebd": "none", "position_biased_input": True
     },
+    "none by name": {
+        "relative_attention": False, "pos_att_type": "None", "norm_rel_ebd": "none", "position_biased_input": True
+    },
     "narrower embeddings": {"embedding_size": 24, "position_biased_input": True, "type_vocab_size": 2},
     "wider embeddings": {"embedding_size": 64},
     "a convolution": {"conv_kernel_size": 3, "conv_act": "gelu"},

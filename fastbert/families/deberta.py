@@ -60,9 +60,10 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
 
 def _disentangled(given: Mapping[str, Any]) -> Disentangled | None:
     terms = given.get("pos_att_type") or []
-    terms = [term.strip() for term in terms.lower().split("|")] if isinstance(terms, str) else terms
-    if not isinstance(terms, list | tuple):
+    terms = terms.lower().split("|") if isinstance(terms, str) else terms
+    if not isinstance(terms, list | tuple) or not all(isinstance(term, str) for term in terms):
         raise ArgumentError("config.pos_att_type", repr(terms), "a list of c2p and p2c, or null")
+    terms = tuple(term.strip() for term in terms if term.strip() not in ("", "none"))
     relative = bool(given.get("relative_attention", False))
     if relative != bool(terms):
         expected = "c2p or p2c with relative_attention, and none without"
