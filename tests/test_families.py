@@ -193,22 +193,26 @@ def test_gradients(family: str, head: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     douts = [torch.randn(x.shape, generator=generator) for x in outputs(theirs(**batch), head, mask)]
 
-    def gradients(model: Any) -> dict[str, Tensor]:
+    def gradients(model: Any, scale: float = 1.0) -> dict[str, Tensor]:
         made = outputs(model(**batch), head, mask)
         named = dict(model.named_parameters())
-        grads = torch.autograd.grad(made, list(named.values()), [d.to(made[0].dtype) for d in douts], allow_unused=True)
+        given = [scale * d.to(made[0].dtype) for d in douts]
+        grads = torch.autograd.grad(made, list(named.values()), given, allow_unused=True)
         return {
-            name: torch.zeros_like(named[name]) if grad is None else grad
+            name: torch.zeros_like(named[name]) if grad is None else grad / scale
             for name, grad in zip(named, grads, strict=True)
         }
 
-    plain, exact = (by_file(m, gradients(m), tmp_path / "g") for m in (theirs, copy.deepcopy(theirs).double()))
+    exact = by_file(theirs, gradients(copy.deepcopy(theirs).double()), tmp_path / "g")
+    # the worst of some roundings, as a few numbers that happen to be rounded well say nothing of how well they are
+    tries = [by_file(theirs, gradients(theirs, scale), tmp_path / "g") for scale in (1.0, 0.7, 1.3, 1.9)]
     got = to_theirs(gradients(ours), ours.origin.dialect.rules(ours))
     for key, grad in got.items():
         if exact[key].abs().max() < 1e-12:  # that of a bias of keys, which softmax takes out again
             assert grad.abs().max() < 1e-5
         else:
-            assert_close(grad, plain[key], exact[key], factor=3.0, what=key)
+            plain = max((one[key] for one in tries), key=lambda x: float((x - exact[key]).abs().max()))
+            assert_close(grad, plain, exact[key], factor=3.0, what=key)
 
 
 def test_packed_is_padded(family: str, tmp_path: Path) -> None:
