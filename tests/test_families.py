@@ -346,6 +346,73 @@ def test_a_head_that_a_family_has_not(tmp_path: Path) -> None:
         fastbert.load(tmp_path, fastbert.EncoderForNextSentencePrediction)
 
 
+def state_dict_file(theirs: Any, folder: Path) -> dict[str, Tensor]:
+    """A folder whose weights are by the names of transformers' class, as torch gives them; its tensors."""
+    theirs.save_pretrained(folder)
+    tensors = {key: value.clone() for key, value in theirs.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("family", ["NomicBert", "Gte"])
+def test_files_by_the_names_of_the_class(family: str, head: str, tmp_path: Path) -> None:
+    """The same model as by the names that `save_pretrained` writes, and the same file back."""
+    theirs = theirs_of(family, head)
+    wanted = ours_of(theirs, tmp_path / "usual", head).state_dict()
+    before = state_dict_file(theirs, tmp_path / "state")
+    ours = fastbert.load(tmp_path / "state", getattr(fastbert, f"Encoder{head}"))
+    assert ours.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[key]) for key, value in ours.state_dict().items())
+    fastbert.save(ours, tmp_path / "saved")
+    after = load_file(tmp_path / "saved" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    back = getattr(T, family + head).from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(value, back[key]) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["NomicBert", "Gte"])
+def test_a_file_by_the_names_of_the_class_that_lacks_a_key(family: str, tmp_path: Path) -> None:
+    state = state_dict_file(theirs_of(family), tmp_path)
+    lost = "layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in state.items() if key != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"missing keys: {lost}"):
+        fastbert.load(tmp_path)
+
+
+def test_a_nomic_by_the_names_of_the_class_with_fields_of_the_remote_code(tmp_path: Path) -> None:
+    theirs = theirs_of("NomicBert", n_embd=48, n_head=3, n_layer=3, n_inner=80)
+    state_dict_file(theirs, tmp_path)
+    ours = fastbert.load(tmp_path)
+    batch = batch_of(theirs, "Model")
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        plain, got = (model(**batch).last_hidden_state[mask] for model in (theirs, ours))
+        assert_close(got, plain, copy.deepcopy(theirs).double()(**batch).last_hidden_state[mask], factor=3.0)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+def test_a_gte_under_the_prefix_of_its_remote_code(head: str, tmp_path: Path) -> None:
+    """As transformers reads it; it comes back under the same prefix."""
+    theirs = theirs_of("Gte", "ForSequenceClassification" if head == "Model" else head)
+    theirs.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    before = {key.replace("gte.", "new."): value for key, value in load_file(path).items()}
+    save_file(before, path)
+    read = getattr(T, f"Gte{head}").from_pretrained(tmp_path / "a").eval()
+    ours = fastbert.load(tmp_path / "a", getattr(fastbert, f"Encoder{head}"))
+    batch = batch_of(theirs, head)
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        got, plain, exact = (
+            outputs(model(**batch), head, mask)[0] for model in (ours, read, copy.deepcopy(read).double())
+        )
+    assert_close(got, plain, exact, factor=3.0)
+    fastbert.save(ours, tmp_path / "b")
+    after = load_file(tmp_path / "b" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_positions_of_a_model_without_a_table(tmp_path: Path) -> None:
     ours = ours_of(theirs_of("NomicBert"), tmp_path)
     with pytest.raises(ArgumentError, match="position_ids"):

@@ -179,6 +179,7 @@ class Family:
         body: of each module outside the layers what it is called in our model and in theirs.
         layer: what layer `{}` is called in theirs.
         prefix: what a model with a head puts before the keys of its body.
+        other_prefixes: what is read in its place.
         heads: by the end of a class's name, of each module of a head what it is called in our model and in theirs.
         carried: beginnings of keys that a model need not compute with, but saves as they came; those of the body are
             relative to its prefix.
@@ -220,6 +221,7 @@ class Family:
     tied: Mapping[str, str] = field(default_factory=dict)
     form_of: str | None = None
     told_by: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
+    other_prefixes: tuple[str, ...] = ()
     num_layers: str = "num_hidden_layers"
     dropouts: Dropouts = field(
         default_factory=lambda: {"text": CLASSIFIER_DROPOUT, "choice": CLASSIFIER_DROPOUT, "token": CLASSIFIER_DROPOUT}

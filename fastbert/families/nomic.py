@@ -105,7 +105,13 @@ def _multiple(number: int, of: int) -> int:
 
 def is_original(given: Mapping[str, Any], keys: Collection[str]) -> bool:
     """Whether a checkpoint is one for the remote code; transformers keeps its fields, and has another prefix."""
-    return "n_embd" in given and not any(key.startswith(NOMIC.prefix) for key in keys)
+    own = has_names_of_classes(given, keys) or any(key.startswith(NOMIC.prefix) for key in keys)
+    return "n_embd" in given and not own
+
+
+def has_names_of_classes(given: Mapping[str, Any], keys: Collection[str]) -> bool:
+    """Whether the keys are those of a state dict of transformers' class, which `save_pretrained` writes otherwise."""
+    return any(key.endswith(f"layers.0.{MODULES.query}.weight") for key in keys)
 
 
 # In transformers' classes, of which those of GTE are like them.
@@ -178,4 +184,16 @@ NOMIC_ORIGINAL = replace(
     heads={"ForSequenceClassification": CLASSIFIER},
     dropouts={"text": ("classifier_dropout", "embd_pdrop")},
     num_layers="n_layer",
+)
+
+# Its names in transformers' class, which a state dict has.
+NOMIC_CLASS = replace(
+    NOMIC,
+    model_types={"nomic_bert, by its class": "NomicBert"},
+    form_of="nomic_bert",
+    told_by=has_names_of_classes,
+    models={},
+    names=MODULES,
+    body={**NOMIC.body, "embeddings.norm": "embeddings.LayerNorm"},
+    layer="layers.{}",
 )
