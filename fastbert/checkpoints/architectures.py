@@ -54,7 +54,8 @@ class Dialect:
 
     def class_name(self, kind: type[nn.Module]) -> str:
         """What transformers calls our class in this family."""
-        return FAMILIES[self.family].model_types[self.family] + kind.__name__.removeprefix("Encoder")
+        family, ending = FAMILIES[self.family], kind.__name__.removeprefix("Encoder")
+        return family.class_names.get(ending, family.model_types[self.family] + ending)
 
 
 def _old(key: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastbert.config import HF_ACTIVATIONS, EncoderConfig
+from fastbert.config import HF_ACTIVATIONS, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import CLASSIFIER, WORD
 from fastbert.families.names import Family, Names, check_head_dim, model_layers, read_fields, scaled_rope
@@ -89,6 +89,7 @@ def original_config(given: Mapping[str, Any]) -> EncoderConfig:
         "mlp_fc1_bias": ("intermediate",),
         "mlp_fc2_bias": ("output",),
     }
+    biased = bool(given.get("mlp_fc1_bias", True))
     return EncoderConfig(
         **fields,
         activation=HF_ACTIVATIONS[activation],
@@ -96,6 +97,7 @@ def original_config(given: Mapping[str, Any]) -> EncoderConfig:
         gated=True,
         no_bias=tuple(part for name, parts in biases.items() if not given.get(name, True) for part in parts),
         rotary=float(given.get("rotary_emb_base", 1000.0)),
+        heads=HeadShape(bias=biased, decoder_bias=biased),
     )
 
 
@@ -181,7 +183,16 @@ NOMIC_ORIGINAL = replace(
     models={},
     config=original_config,
     prefix="bert.",
-    heads={"ForSequenceClassification": CLASSIFIER},
+    heads={
+        "ForMaskedLM": {
+            "predictions.dense": "cls.predictions.transform.dense",
+            "predictions.norm": "cls.predictions.transform.layer_norm",
+            "predictions.bias": "cls.predictions.decoder.bias",
+        },
+        "ForSequenceClassification": CLASSIFIER,
+    },
+    tied={"cls.predictions.decoder.weight": WORD},
+    class_names={"ForMaskedLM": "NomicBertForPreTraining"},
     dropouts={"text": ("classifier_dropout", "embd_pdrop")},
     num_layers="n_layer",
 )
