@@ -739,7 +739,47 @@ def test_dropouts_of_layers(family: str, tmp_path: Path) -> None:
     changes = {"hidden_dropout_prob": 0.3, "dropout": 0.3, "attention_dropout": 0.2}
     known = getattr(T, f"{family}Config")().to_dict()
     theirs = theirs_of(family, **{name: p for name, p in changes.items() if name in known and family != "ModernBert"})
-    ours = ours_of(theirs, tmp_path).train().encoder
+    check_dropouts_of_layers(family, theirs, tmp_path)
+
+
+def test_dropouts_of_layers_with_a_convolution(tmp_path: Path) -> None:
+    """Which are one more in the first."""
+    changes = {"conv_kernel_size": 3, "hidden_dropout_prob": 0.3}
+    check_dropouts_of_layers("DebertaV2", theirs_of("DebertaV2", **changes), tmp_path / "a")
+    theirs = theirs_of("DebertaV2", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, conv_kernel_size=3)
+    ours = ours_of(theirs, tmp_path / "b").train()
+    ours.encoder.layer[0].convolution.dropout.p = 0.5
+    seen: list[Tensor] = []
+    layer = ours.encoder.layer[0]
+    layer.output.LayerNorm.register_forward_hook(lambda _, args, out: seen.append(out))
+    layer.convolution.LayerNorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batch = batch_of(theirs, "Model")
+    torch.manual_seed(0)
+    ours(**batch)
+    before, total = (one[batch["attention_mask"].bool()] for one in seen)
+    assert abs(float((total == before).double().mean()) - 0.5) < 0.05  # tanh(0) is added there
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_training_with_a_convolution(checkpointed: bool, tmp_path: Path) -> None:
+    """With dropout; layers that are computed again have the same gradient."""
+    theirs = theirs_of("DebertaV2", "ForSequenceClassification", **DEBERTAS["narrower embeddings"], conv_kernel_size=3)
+    ours = ours_of(theirs, tmp_path, "ForSequenceClassification").train()
+    batch, labels = batch_of(theirs, "Model"), torch.tensor([0, 1, 1])
+    grads = []
+    for again in (False, checkpointed):
+        for layer in ours.bert.encoder.layer:
+            layer.gradient_checkpointing = again
+        torch.manual_seed(0)
+        loss = ours(**batch, labels=labels).loss
+        grads.append(torch.autograd.grad(loss, list(ours.parameters())))
+    assert all(torch.allclose(x, y, atol=1e-7) for x, y in zip(*grads, strict=True))
+    assert grads[0][0].abs().max() > 0
+
+
+def check_dropouts_of_layers(family: str, theirs: Any, folder: Path) -> None:
+    """The dropouts of our layers are those of theirs, and with the same seed drop the same."""
+    ours = ours_of(theirs, folder).train().encoder
     fastbert.accelerate(theirs.train())
     ((_, forward), *_) = accelerated(theirs)
     own = getattr(forward, "encoder", forward).ours

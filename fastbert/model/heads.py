@@ -88,11 +88,10 @@ class HeadModel(nn.Module):
         return linear
 
     def _drop(self, x: Tensor) -> Tensor:
-        given, usual = (
-            self.head_config.classifier_dropout,
-            0.0 if self.reads in ("answer", "pair") else self.config.hidden_dropout,
-        )
-        return F.dropout(x, usual if given is None else given, self.training)
+        probability = self.head_config.classifier_dropout
+        if probability is None:
+            probability = 0.0 if self.reads in ("answer", "pair") else self.config.hidden_dropout
+        return F.dropout(x, probability, self.training)
 
     def _states_at(
         self, inputs: Inputs, rows: Tensor, output_hidden_states: bool | None
