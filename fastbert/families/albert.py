@@ -51,6 +51,12 @@ def layers(encoder: Any) -> list[nn.Module]:
     return found
 
 
+_PREDICTIONS = {
+    "predictions.dense": "predictions.dense",
+    "predictions.norm": "predictions.LayerNorm",
+    "predictions": "predictions",
+}
+
 ALBERT = Family(
     model_types={"albert": "Albert"},
     config=config,
@@ -72,11 +78,8 @@ ALBERT = Family(
     layer="encoder.albert_layer_groups.{}.albert_layers.0",
     prefix="albert.",
     heads={
-        "ForMaskedLM": {
-            "predictions.dense": "predictions.dense",
-            "predictions.norm": "predictions.LayerNorm",
-            "predictions": "predictions",
-        },
+        "ForMaskedLM": _PREDICTIONS,
+        "ForPreTraining": {**_PREDICTIONS, "next_sentence": "sop_classifier.classifier"},
         "ForSequenceClassification": CLASSIFIER,
         "ForMultipleChoice": CLASSIFIER,
         "ForTokenClassification": CLASSIFIER,
@@ -86,7 +89,7 @@ ALBERT = Family(
     tied={"predictions.decoder.weight": WORD, "predictions.decoder.bias": "predictions.bias"},
     encoders=("albert.modeling_albert.AlbertTransformer",),
     models={"albert.modeling_albert.AlbertModel": "BaseModelOutputWithPooling"},
-    dropouts=dict.fromkeys(("text", "choice", "token"), ("classifier_dropout_prob", 0.1)),
+    dropouts=dict.fromkeys(("text", "choice", "pair", "token"), ("classifier_dropout_prob", 0.1)),
     layers=layers,
     entry="embedding_hidden_mapping_in",
 )

@@ -179,12 +179,15 @@ class Family:
         body: of each module outside the layers what it is called in our model and in theirs.
         layer: what layer `{}` is called in theirs.
         prefix: what a model with a head puts before the keys of its body.
+        other_prefixes: what is read in its place.
         heads: by the end of a class's name, of each module of a head what it is called in our model and in theirs.
         carried: beginnings of keys that a model need not compute with, but saves as they came; those of the body are
             relative to its prefix.
         tied: keys of a head that a file may hold although they are the same tensor as another, and its key.
         num_layers: the field of config.json that says how many there are.
-        dropouts: see `Dropouts`. What reads otherwise has the dropout of the hidden states; what reads answers, none.
+        class_names: what transformers' class, or the remote code's, is called where it is not as our class: by the end
+            of our class's name.
+        dropouts: see `Dropouts`. What reads otherwise has the dropout that `HeadConfig.classifier_dropout` says.
         shapes: by what a classifier reads, what such heads have where it is other than the `heads` of `config`.
         last_norm: the LayerNorm after the last layer, where layers normalise first; None where they do not.
         modules: as `names`, where transformers' classes have other ones than checkpoints.
@@ -222,7 +225,9 @@ class Family:
     tied: Mapping[str, str] = field(default_factory=dict)
     form_of: str | None = None
     told_by: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
+    other_prefixes: tuple[str, ...] = ()
     num_layers: str = "num_hidden_layers"
+    class_names: Mapping[str, str] = field(default_factory=dict)
     dropouts: Dropouts = field(
         default_factory=lambda: {"text": CLASSIFIER_DROPOUT, "choice": CLASSIFIER_DROPOUT, "token": CLASSIFIER_DROPOUT}
     )

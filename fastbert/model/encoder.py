@@ -182,7 +182,7 @@ class Encoder(nn.Module):
         layers = cast(list[Layer], list(self.layer))
         if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
-        sizes = len(layers), layers[0].steps.drops
+        sizes = len(layers), max(layer.steps.drops for layer in layers)
         seeds = torch.randint(2**63 - 1, sizes, device=x.device) if self.drops() else None
         rows, states = len(x), [x]
         first = self.in_eight_bits()
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
         registers = Registers(floats, {} if first is None else {"x": first.quantize(x)})
         for i, layer in enumerate(layers):
             last = i + 1 == len(layers)
-            seed = None if seeds is None else seeds[i]
+            seed = None if seeds is None else seeds[i, : layer.steps.drops]
             if is_hooked(layer):  # by one who knows transformers' padded layout
                 if layer.steps.carried != ("x",):
                     mend = "Register them on the encoder, or on a linear layer or norm in it."
