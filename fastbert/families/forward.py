@@ -21,6 +21,9 @@ from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
 from fastbert.ops.watch import Members
 from fastbert.run.parts import is_hooked
 
+# The attribute of a module that says what computes it, also where somebody wraps a function around its `forward`.
+MARK = "_fastbert_forward"
+
 # Whose hooks gather hidden states, which it is told by us.
 TOLD = "transformers.utils.output_capturing"
 
@@ -36,11 +39,15 @@ class InPlace(ABC):
 
     Attributes:
         theirs: the module.
+        strict: raise where the module's own code would run.
         on: False where it was taken back, and only a function that somebody wrapped around it still calls it.
     """
 
-    theirs: nn.Module
     on = True
+
+    def __init__(self, theirs: nn.Module, *, strict: bool) -> None:
+        self.theirs, self.strict = theirs, strict
+        self.said: set[str] = set()
 
     @property
     def __code__(self) -> CodeType:
@@ -59,13 +66,49 @@ class InPlace(ABC):
     def width(self) -> int:
         """Of what comes in."""
 
+    def replica(self) -> nn.Module:
+        """What `torch.nn.DataParallel` asks the module for: a copy that has other weights, with its own `forward`."""
+        self.say("torch.nn.DataParallel makes copies of it, with weights of their own; use DistributedDataParallel")
+        made = type(self.theirs)._replicate_for_data_parallel(self.theirs)  # type: ignore[no-untyped-call]
+        detach(made, self)
+        return cast(nn.Module, made)
+
+    def say(self, reason: str) -> None:
+        """Say, once, why the module's own code runs; or raise BackendError, if it must not."""
+        name = type(self.theirs).__name__
+        if self.strict:
+            raise BackendError(name, reason, "a call that fastbert serves", "Or accelerate without strict=True.")
+        if reason not in self.said and not torch.compiler.is_compiling():
+            self.said.add(reason)
+            warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
+
+
+def attach(module: nn.Module, forward: InPlace) -> None:
+    """Let `forward` compute a module."""
+    if MARK in module.__dict__:  # it stays where it is, with what was wrapped around it
+        vars(module.__dict__[MARK]).update(vars(forward))
+        return
+    module.forward = forward
+    module._replicate_for_data_parallel = forward.replica  # type: ignore[method-assign]
+    setattr(module, MARK, forward)
+
+
+def detach(module: nn.Module, forward: InPlace) -> bool:
+    """Take back what `attach` did; gives False where a function that was wrapped around `forward` stays."""
+    held = module.__dict__
+    for name in (MARK, "_replicate_for_data_parallel"):
+        held.pop(name, None)
+    if held.get("forward") is not forward:
+        return False
+    del held["forward"]
+    return True
+
 
 class AnyForward(InPlace):
     """What stands in the place of an encoder's `forward`."""
 
     def __init__(self, theirs: nn.Module, *, strict: bool) -> None:
-        self.theirs, self.strict = theirs, strict
-        self.said: set[str] = set()
+        super().__init__(theirs, strict=strict)
         self._build()
 
     @abstractmethod
@@ -130,15 +173,6 @@ class AnyForward(InPlace):
         if _global_hooks() or any(is_hooked(module, TOLD) for module in self.silent):
             return "a hook on a module that is never called by itself: put it on the model, a linear layer or a norm"
         return None
-
-    def say(self, reason: str) -> None:
-        """Say, once, why the model's own code runs; or raise BackendError, if it must not."""
-        name = type(self.theirs).__name__
-        if self.strict:
-            raise BackendError(name, reason, "a call that fastbert serves", "Or accelerate without strict=True.")
-        if reason not in self.said and not torch.compiler.is_compiling():
-            self.said.add(reason)
-            warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
 
 
 class Forward(AnyForward):
