@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_accelerate import FAMILIES, IDS, RIGHT, model_of, states
+from test_accelerate import FAMILIES, IDS, RIGHT, T, model_of, states
 from torch import nn
 
 import fastbert
@@ -158,3 +159,47 @@ def test_replicas_of_data_parallel_have_their_own_weights(family: str) -> None:
             parameter.mul_(1.1)
     torch.testing.assert_close(states(replica(copied, 1.0)), want)
     assert "_replicate_for_data_parallel" not in vars(restore(model))
+
+
+# memory that is someone else's
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_flat_buffer_goes_on_being_the_memory_of_its_parameters(family: str, when: str) -> None:
+    """As ZeRO and FSDP hold parameters: a step writes to the buffer, and parameters are views of it."""
+    model, plain = model_of(family), model_of(family)
+    if when == "after":
+        accelerate(model)
+    with torch.no_grad():
+        before = states(model)
+        flat = nn.utils.parameters_to_vector(model.parameters())
+        nn.utils.vector_to_parameters(flat, model.parameters())
+        accelerate(model)
+        torch.testing.assert_close(states(model), before, atol=5e-5, rtol=5e-5)
+        flat.mul_(1.2)
+        for parameter in plain.parameters():
+            parameter.mul_(1.2)
+    want = states(plain)
+    assert not torch.allclose(before, want, atol=1e-2)
+    got = states(model)
+    torch.testing.assert_close(got, want, atol=5e-5, rtol=5e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(states(model), want, atol=5e-5, rtol=5e-5)
+    dout = torch.randn_like(got)
+    for out in (got, want):
+        out.backward(dout)
+    for (name, parameter), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, theirs.grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("family", ["NomicBert", "Gte"])
+def test_what_transformers_split_out_of_a_file_is_moved_side_by_side(family: str, tmp_path: Path) -> None:
+    """Queries, keys and values are views of one tensor then, which is nobody else's."""
+    model_of(family).save_pretrained(tmp_path)
+    model = accelerate(getattr(T, family + "Model").from_pretrained(tmp_path).eval())
+    (forward,) = [forward for _, forward in accelerated(model)]
+    weights = [part.joined()[0] for layer in forward.encoder.layers for _, part in layer.joined]
+    again = [part.joined()[0] for layer in forward.encoder.layers for _, part in layer.joined]
+    assert weights and all(one.data_ptr() == other.data_ptr() for one, other in zip(weights, again, strict=True))

@@ -237,6 +237,9 @@ def _movable(parts: Sequence[Tensor | None]) -> bool:
     tensors = cast(list[Tensor], parts)
     if len({(part.shape, part.dtype, part.device) for part in tensors}) > 1:
         return False
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (part.untyped_storage() for part in tensors)}
+    if sum(storages.values()) > sum(part.nbytes for part in tensors):  # views of more than these: a flat optimizer's
+        return False
     return first.device.type == "cuda" or not any(part.is_shared() for part in tensors)  # with other processes
 
 
