@@ -13,8 +13,8 @@ from typing import Any
 from fastbert.config import EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import ANSWERS, CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, model_layers, scaled_rope
-from fastbert.families.nomic import MODULES
+from fastbert.families.names import Family, Names, scaled_rope
+from fastbert.families.nomic import MODULES, layers, unlike
 
 # Of new-impl's `NewConfig`.
 _USUAL = {
@@ -113,6 +113,7 @@ GTE = replace(
     modules=replace(MODULES, dropout_of_activation="mlp.dropout"),
     models={"gte.modeling_gte.GteModel": "BaseModelOutputWithPooling"},
     within="",
-    layers=model_layers,
+    layers=layers,
+    unlike=unlike,
     heads={name: NEW.heads[name] for name in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")},
 )

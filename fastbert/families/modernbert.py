@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from fastbert.config import HF_ACTIVATIONS, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
-from fastbert.families.names import Family, Names, model_layers, read_fields, rope_base
+from fastbert.families.names import Family, Names, model_layers, other_turns, read_fields, rope_base
 
 WORD = "embeddings.tok_embeddings.weight"
 
@@ -78,6 +78,20 @@ def _base(given: Mapping[str, Any], kind: str, old: str, usual: float) -> float:
     return rope_base({"rope_parameters": of_kind, "rope_theta": given.get(old)}, usual)
 
 
+def own(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """With the kinds of layers that there are, whatever was removed, moved or added."""
+    kinds = [layer.attention_type for layer in model.layers]
+    return {**given, "num_hidden_layers": len(kinds), "layer_types": kinds}
+
+
+def unlike(model: Any, read: EncoderConfig) -> str | None:
+    """What of its rotary positions is not as the config says."""
+    bases = {"full_attention": read.rotary, "sliding_attention": read.rotary_in_windows}
+    kinds = {layer.attention_type for layer in model.layers}
+    found = (other_turns(model.rotary_emb, f"{kind}_", base) for kind, base in bases.items() if kind in kinds and base)
+    return next(filter(None, found), None)
+
+
 _HEAD = {"transform.dense": "head.dense", "transform.norm": "head.norm"}
 _CLASSIFIER = {**_HEAD, "classifier": "classifier"}
 
@@ -120,4 +134,6 @@ MODERNBERT = Family(
     models={"modernbert.modeling_modernbert.ModernBertModel": "BaseModelOutput"},
     within="",
     layers=model_layers,
+    own=own,
+    unlike=unlike,
 )

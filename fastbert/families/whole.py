@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastbert.errors import FastbertError
@@ -99,13 +101,14 @@ class ModelForward(InPlace):
         every = named.get("output_hidden_states")
         every = bool(theirs.config.output_hidden_states if every is None else every)
         x = self._embedded(encoder, packing, input_ids, named)
-        states = encoder.ours.run(x, packing, bias, every=every)
-        last = packing.unpack(states[-1])
+        through = torch.is_grad_enabled()  # all that is given back has the gradient of what is made of it
+        states = encoder.ours.run(x, packing, bias, every=every, unpack=through)
+        last = states[-1] if through else packing.unpack(states[-1])
         made: dict[str, Any] = {"last_hidden_state": last}
         if getattr(theirs, "pooler", None) is not None:
-            made["pooler_output"] = self._pooled(first_tokens(states[-1], packing))
+            made["pooler_output"] = self._pooled(first_tokens(packing.pack(last) if through else states[-1], packing))
         if every:
-            made["hidden_states"] = (*(packing.unpack(state) for state in states[:-1]), last)
+            made["hidden_states"] = (*(states[:-1] if through else map(packing.unpack, states[:-1])), last)
         asked = named.get("return_dict")
         out = self.output(**made)
         return out.to_tuple() if (theirs.config.return_dict if asked is None else asked) is False else out
@@ -142,7 +145,9 @@ class ModelForward(InPlace):
     def _embedded(self, encoder: Forward, packing: Packing, input_ids: Tensor | None, named: dict[str, Any]) -> Tensor:
         """The packed rows that go into the first layer, `[tokens, hidden]`."""
         theirs: Any = self.theirs
-        config = encoder.ours.config
+        config, embeddings = encoder.ours.config, theirs.embeddings
+        if config.positions == "tokens" and embeddings.padding_idx != config.pad_token_id:  # another was set later
+            config = replace(config, pad_token_id=embeddings.padding_idx, first_position=embeddings.padding_idx + 1)
         padded = {name: named.get(name) for name in ("inputs_embeds", "token_type_ids")} | {"input_ids": input_ids}
         if config.positions == "tokens" and input_ids is not None:
             padded["position_ids"] = token_positions_on_grid(config, input_ids)
@@ -150,7 +155,7 @@ class ModelForward(InPlace):
         packed.setdefault("input_ids", None)  # which one of them has no default for
         if "position_ids" in self.taken and "position_ids" not in packed:
             packed["position_ids"] = packing.columns[None] + config.first_position
-        x = theirs.embeddings(**packed)[0]
+        x = embeddings(**packed)[0]
         projection = getattr(theirs, "embeddings_project", None)
         return encoder.entered(x if projection is None else projection(x))
 

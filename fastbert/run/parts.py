@@ -66,7 +66,7 @@ class SelfAttention(Group):
         some that save state dicts (accelerate) take tensors of one storage for copies of each other and drop them.
         """
         linears = self.linears()
-        if not all(map(is_plain, linears)):
+        if observed() or not all(map(is_plain, linears)):
             self._forget()
             return
         weights, biases = ([one._parameters[name] for one in linears] for name in ("weight", "bias"))
