@@ -389,3 +389,19 @@ def test_an_encoder_alone_gives_states_with_gradients() -> None:
         grads.append([state.grad for state in with_states.hidden_states])
     for theirs, got in zip(*grads, strict=True):
         torch.testing.assert_close(got, theirs, atol=1e-4, rtol=1e-3)
+
+
+# dtypes
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_gives_back_what_the_models_own_code_gives(family: str, grad: bool) -> None:
+    """Its states have the dtype that comes into the first layer: float32, which numpy can hold."""
+    plain = model_of(family)
+    outs = []
+    for one in (plain, accelerate(copy.deepcopy(plain))):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
+            outs.append(one(IDS, attention_mask=RIGHT, output_hidden_states=True).to_tuple())
+    for theirs, got in zip(*outs, strict=True):
+        several = isinstance(theirs, tuple)
+        assert [x.dtype for x in (got if several else [got])] == [x.dtype for x in (theirs if several else [theirs])]

@@ -103,12 +103,13 @@ class ModelForward(InPlace):
         x = self._embedded(encoder, packing, input_ids, named)
         through = torch.is_grad_enabled()  # all that is given back has the gradient of what is made of it
         states = encoder.ours.run(x, packing, bias, every=every, unpack=through)
-        last = states[-1] if through else packing.unpack(states[-1])
+        padded = states if through else [packing.unpack(state).to(x.dtype) for state in states]
+        last = padded[-1]
         made: dict[str, Any] = {"last_hidden_state": last}
         if getattr(theirs, "pooler", None) is not None:
             made["pooler_output"] = self._pooled(first_tokens(packing.pack(last) if through else states[-1], packing))
         if every:
-            made["hidden_states"] = (*(states[:-1] if through else map(packing.unpack, states[:-1])), last)
+            made["hidden_states"] = tuple(padded)
         asked = named.get("return_dict")
         out = self.output(**made)
         return out.to_tuple() if (theirs.config.return_dict if asked is None else asked) is False else out

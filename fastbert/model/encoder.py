@@ -177,8 +177,8 @@ class Encoder(nn.Module):
 
         Without `every` only the last of them is there, and no other is kept. With `read`, int64 `[reads]`, the last of
         them is `[reads, hidden]`: only these rows of it, and no work for the others. With `unpack` they are
-        `[batch, seqlen, hidden]`, and each layer reads what the one before it gave, so that all of them have gradients.
-        See `Layer.forward`.
+        `[batch, seqlen, hidden]` in the dtype of `x`, which autocast would have changed, and each layer reads what the
+        one before it gave, so that all of them have gradients. See `Layer.forward`.
         """
         if not every and bias is None and (program := self._program(x)) is not None:
             backend.take(program.name)
@@ -190,7 +190,7 @@ class Encoder(nn.Module):
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
         sizes = len(layers), layers[0].steps.drops
         seeds = torch.randint(2**63 - 1, sizes, device=x.device) if self.drops() else None
-        rows = len(x)
+        rows, dtype = len(x), x.dtype
         first_state, x = self._shown(x, packing, every=every, unpack=unpack)
         states = [first_state]
         first = self.in_eight_bits()
@@ -219,14 +219,14 @@ class Encoder(nn.Module):
             state = x if last else registers.floats[layer.steps.state]
             state = state[:rows] if slack and not (last and read is not None) else state
             if every and unpack and not last:
-                state, again = self._shown(state, packing, every=every, unpack=unpack)
+                state, again = self._shown(state.to(dtype), packing, every=every, unpack=unpack)
                 if state.requires_grad:
                     x = with_slack(again, slack) if slack else again
                     registers = Registers(self._read_again(layer, x, packing))
                     x = registers.floats["x"]
             states = [*states, state] if every else [state]
-        if unpack and not last_unpacks:
-            states[-1] = packing.unpack(states[-1])
+        if unpack:
+            states[-1] = (states[-1] if last_unpacks else packing.unpack(states[-1])).to(dtype)
         return states
 
     @staticmethod

@@ -99,12 +99,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of the gradient may be asked for: torch knows it
             logits = _exact(F.linear(_kept_rows(x, kept, slice(None)), weight, bias))
             total = F.cross_entropy(logits, labels, ignore_index=ctx.ignore_index, reduction="sum")
-            wanted = [
-                one if needed else None for one, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False)
-            ]
-            given = [one for one in wanted if one is not None]
+            needed = ctx.needs_input_grad[:3]
+            given = [one for one, is_needed in zip((x, weight, bias), needed, strict=True) if is_needed]
             grads = iter(torch.autograd.grad(total / count, given, upstream, create_graph=True))
-            return *(None if one is None else next(grads) for one in wanted), None, None
+            return *(next(grads) if is_needed else None for is_needed in needed), None, None
         grad_x = torch.empty_like(x)
         # Chunks are summed in float32, and rounded once.
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
