@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_accelerate import FAMILIES, IDS, RIGHT, T, model_of, states
+from test_accelerate import FAMILIES, IDS, RIGHT, T, encoder_of, model_of, states
 from torch import Tensor, nn
 
 import fastbert
@@ -405,3 +405,48 @@ def test_autocast_gives_back_what_the_models_own_code_gives(family: str, grad: b
     for theirs, got in zip(*outs, strict=True):
         several = isinstance(theirs, tuple)
         assert [x.dtype for x in (got if several else [got])] == [x.dtype for x in (theirs if several else [theirs])]
+
+
+# modules in the place of a linear layer that look at more than a row
+
+
+class OfPlaces(nn.Module):
+    """A linear layer and what it adds at each place of a sequence."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + torch.arange(x.shape[1], dtype=x.dtype)[:, None] / 10
+
+
+class OfSequences(OfPlaces):
+    """A linear layer with a gate that the whole sequence opens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * x.mean((1, 2), keepdim=True).sigmoid()
+
+
+@pytest.mark.parametrize("how", [OfPlaces, OfSequences, "forward"])
+@pytest.mark.parametrize("part", ["attention_output", "output", "qkv", "output_norm"])
+@pytest.mark.parametrize("family", ["Bert", "NomicBert", "ModernBert", "DebertaV2"])
+def test_a_module_that_looks_at_places_gets_them(family: str, part: str, how: Any) -> None:
+    plain = model_of(family)
+    model = accelerate(copy.deepcopy(plain))
+    full = torch.ones_like(IDS)
+    with torch.no_grad():
+        states(model)
+        _, forward = encoder_of(model)
+        layer = forward.ours.layer[1]
+        joined = dict(layer.joined)
+        place = joined[part].places[0] if part in joined else layer.places[part]
+        if how == "forward":
+            own = place.get()
+            own.forward = lambda x: type(own).forward(own, x) + torch.arange(x.shape[1], dtype=x.dtype)[:, None] / 10
+        else:
+            setattr(place.parent, place.name, how(place.get()))
+        with paths_taken() as taken:
+            got = states(model, full)
+        assert taken
+        torch.testing.assert_close(got, states(restore(model), full), atol=5e-5, rtol=5e-5)

@@ -23,7 +23,7 @@ from fastbert.ops.relative import relative_table
 from fastbert.ops.rotary import rotary
 from fastbert.packing import Packing
 from fastbert.run.eight_bits import After, EightBitLinear, Rows, attention_dtype
-from fastbert.run.parts import call, is_hooked, is_plain, norm_weights, weights
+from fastbert.run.parts import call, is_plain, norm_weights, reads_grid, weights
 from fastbert.run.steps import PROJECTIONS, Attend, Parts, Product, Steps, drops, readers, writes
 
 
@@ -83,7 +83,7 @@ def run(
         unpack: give "x" in the padded layout; not together with `read`.
     """
     layer, left = _Layer(steps, parts, registers, packing), iter(dropouts)
-    early = read is not None and not any(map(is_hooked, parts.values()))
+    early = read is not None and not any(map(reads_grid, parts.values()))
     for i, step in enumerate(steps.of):
         of_step = [next(left, NO_DROPOUT) for _ in range(drops(step))]
         if isinstance(step, Attend):
@@ -208,7 +208,7 @@ def _disentangled(
     Only those rows of the table are read that the longest sequence needs, unless hooks look on.
     """
     projections = {term: parts[PROJECTIONS[term]] for term in asked.terms}
-    hooked = any(map(is_hooked, projections.values()))
+    hooked = any(map(reads_grid, projections.values()))
     first, last = (0, 2 * asked.span - 1) if hooked else rows_of_distances(packing.max_seqlen, asked)
     rows = cast(Tensor, parts["relative"]._parameters["weight"])[first : last + 1]
     if asked.normalised:
