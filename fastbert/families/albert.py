@@ -43,11 +43,14 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
 
 def layers(encoder: Any) -> list[nn.Module]:
     """A group's layers come as often as the config says."""
-    given = encoder.config
+    given, groups = encoder.config, encoder.albert_layer_groups
     found: list[nn.Module] = []
     for i in range(given.num_hidden_layers):
-        group = encoder.albert_layer_groups[int(i / (given.num_hidden_layers / given.num_hidden_groups))]
-        found += group.albert_layers
+        group = int(i / (given.num_hidden_layers / given.num_hidden_groups))
+        if group >= len(groups):
+            got = repr(given.num_hidden_groups)
+            raise ArgumentError("config.num_hidden_groups", got, f"{len(groups)}, the groups that there are")
+        found += groups[group].albert_layers
     return found
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from fastbert.config import EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import ANSWERS, CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, check_head_dim, model_layers, scaled_rope
-from fastbert.families.nomic import MODULES, has_names_of_classes
+from fastbert.families.names import Family, Names, check_head_dim, scaled_rope
+from fastbert.families.nomic import MODULES, has_names_of_classes, layers, unlike
 
 # Of new-impl's `NewConfig`.
 _USUAL = {
@@ -116,7 +116,8 @@ GTE = replace(
     modules=replace(MODULES, dropout_of_activation="mlp.dropout"),
     models={"gte.modeling_gte.GteModel": "BaseModelOutputWithPooling"},
     within="",
-    layers=model_layers,
+    layers=layers,
+    unlike=unlike,
     heads={name: NEW.heads[name] for name in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")},
 )
 

@@ -6,14 +6,24 @@ described by text-embeddings-inference, `backends/candle/src/models/nomic.rs`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from fastbert.config import HF_ACTIVATIONS, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, check_head_dim, model_layers, read_fields, scaled_rope
+from fastbert.families.names import (
+    Family,
+    Names,
+    check_head_dim,
+    model_layers,
+    other_turns,
+    read_fields,
+    scaled_rope,
+)
 
 PRODUCTS = ("qkv", "attention_output", "intermediate", "output")
 
@@ -116,6 +126,17 @@ def has_names_of_classes(given: Mapping[str, Any], keys: Collection[str]) -> boo
     return any(key.endswith(f"layers.0.{MODULES.query}.weight") for key in keys)
 
 
+def layers(model: Any) -> Sequence[nn.Module]:
+    """Of the `layers` those that the config counts, as transformers' forward does."""
+    return model_layers(model)[: model.config.num_hidden_layers]
+
+
+def unlike(model: Any, read: EncoderConfig) -> str | None:
+    """What of its rotary positions is not as the config says."""
+    assert read.rotary is not None
+    return other_turns(model.rotary_emb, "", read.rotary, read.rotary_scale)
+
+
 # In transformers' classes, of which those of GTE are like them.
 MODULES = Names(
     query="self_attn.q_proj",
@@ -172,7 +193,8 @@ NOMIC = Family(
     modules=MODULES,
     models={"nomic_bert.modeling_nomic_bert.NomicBertModel": "BaseModelOutputWithPooling"},
     within="",
-    layers=model_layers,
+    layers=layers,
+    unlike=unlike,
 )
 
 NOMIC_ORIGINAL = replace(
