@@ -116,22 +116,24 @@ def hf(encoder: Any) -> Any:
 def unlike(encoder: Any, read: EncoderConfig) -> str | None:
     """What of its relative positions is not as the config says."""
     asked = read.disentangled
-    wanted = {"relative_attention": asked is not None}
+    of_layer: dict[str, Any] = {"relative_attention": asked is not None}
     if asked is not None:
-        wanted |= {"max_relative_positions": asked.farthest, "position_buckets": asked.buckets or -1}
-    of_layer = wanted | ({} if asked is None else {"pos_ebd_size": asked.span})
-    held = [(encoder, wanted), *((layer.attention.self, of_layer) for layer in encoder.layer)]
-    for module, sizes in held:
-        for name, size in sizes.items():
+        sizes = {"max_relative_positions": asked.farthest, "position_buckets": asked.buckets or -1}
+        of_layer |= {**sizes, "pos_ebd_size": asked.span, "share_att_key": asked.shared}
+    of_encoder = {name: value for name, value in of_layer.items() if name not in ("pos_ebd_size", "share_att_key")}
+    attentions = [layer.attention.self for layer in encoder.layer]
+    for module, wanted in ((encoder, of_encoder), *((attention, of_layer) for attention in attentions)):
+        for name, value in wanted.items():
             given = getattr(module, name, None)
-            if given != size and not (name == "position_buckets" and size == -1 and given is not None and given < 1):
+            given = -1 if name == "position_buckets" and given is not None and given < 1 else given
+            if given != value:
                 return f"a {name} other than the config's"
-    if asked is not None and ("layer_norm" in encoder.norm_rel_ebd) != asked.normalised:
+    if asked is None:
+        return None
+    if ("layer_norm" in encoder.norm_rel_ebd) != asked.normalised:
         return "a norm_rel_ebd other than the config's"
-    for layer in encoder.layer if asked is not None else ():
-        attention = layer.attention.self
-        if set(attention.pos_att_type) != set(asked.terms) or attention.share_att_key != asked.shared:
-            return "a pos_att_type or share_att_key other than the config's"
+    if any(set(attention.pos_att_type) != set(asked.terms) for attention in attentions):
+        return "a pos_att_type other than the config's"
     return None
 
 

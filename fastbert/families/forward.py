@@ -82,7 +82,7 @@ class InPlace(ABC):
     def replica(self) -> nn.Module:
         """What `torch.nn.DataParallel` asks the module for: a copy that has other weights, with its own `forward`."""
         self.say("torch.nn.DataParallel makes copies of it, with weights of their own; use DistributedDataParallel")
-        made = type(self.theirs)._replicate_for_data_parallel(self.theirs)  # type: ignore[no-untyped-call]
+        made = type(self.theirs)._replicate_for_data_parallel(self.theirs)
         detach(made, self)
         return cast(nn.Module, made)
 
@@ -245,9 +245,9 @@ class Forward(AnyForward):
             scaling = getattr(attention, "scaling", None)
             if scaling is not None and abs(scaling - config.head_dim**-0.5) > 1e-6:
                 return "another scaling of attention's scores"
-            for names, size in ((HEADS, config.num_heads), (HEAD_DIM, config.head_dim)):
-                if any(getattr(attention, name, size) != size for name in names):
-                    return "other heads than the config's"
+            sizes = {**dict.fromkeys(HEADS, config.num_heads), **dict.fromkeys(HEAD_DIM, config.head_dim)}
+            if any(getattr(attention, name, size) != size for name, size in sizes.items()):
+                return "other heads than the config's"
         return self.family.unlike(self.theirs, self.ours.config)
 
     def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
