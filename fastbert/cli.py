@@ -395,6 +395,14 @@ def info(
             else:
                 _row("", f"--dtype {name} {instead} here, because {unserved}")
 
+    from fastbert.ops.fastest import KINDS, choice
+
+    print("products of floats on the CPU: by fastbert's own kernels, or by the oneDNN or the BLAS that torch brings")
+    for kind in KINDS:
+        chosen = choice(kind)
+        times = ", ".join(f"{way} {ms:.3g} ms" for way, ms in chosen.milliseconds.items())
+        _row(chosen.way, f"{kind.name}: {chosen.source}{times and f' ({times})'}")
+
     if model is not None:
         from fastbert.tasks.encode import TextEncoder
 

@@ -477,8 +477,8 @@ def test_weight_gradient(rows, inputs, outputs, machine, generator):
 @pytest.fixture
 def recorded(monkeypatch):
     """Grows by one item with each linear layer that is recorded by kernels, which here are meant for every CPU."""
-    seen, kernel = [], ops_linear._by_kernel
-    monkeypatch.setattr(ops_linear, "_by_kernel", lambda *args: seen.append(1) or kernel(*args))
+    seen, kernel = [], ops_linear.by_kernel
+    monkeypatch.setattr(ops_linear, "by_kernel", lambda *args: seen.append(1) or kernel(*args))
     with backend.use_backend("native"):
         yield seen
 

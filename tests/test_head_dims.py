@@ -128,10 +128,9 @@ def test_user_case_05_texts(name, tmp_path, generator):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_odd_heads_are_laid_out_as_others_are(int8, monkeypatch, generator):
+def test_odd_heads_are_laid_out_as_others_are(int8, generator):
     if not isinstance(host(), Machine) or (int8 and not host().int8):
         pytest.skip("needs a CPU with AVX2; for int8 AVX512-VNNI")
-    monkeypatch.setattr(backend, "multiplies_well", lambda: True)
     sizes = {"hidden_size": 312, "num_layers": 1, "intermediate_size": 64}
     served = {}
     for heads in (12, 39, 1):
