@@ -104,7 +104,7 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
 
 
 def _positions_unserved(asked: Disentangled, parts: Parts, x: Tensor) -> str | None:
-    if type(parts["relative"]) is not nn.Embedding or cast(Tensor, parts["relative"].weight).dtype != x.dtype:
+    if type(parts["relative"]) is not nn.Embedding or parts["relative"].weight.dtype != x.dtype:
         return f"a table of positions that is not an nn.Embedding of {x.dtype}"
     if asked.normalised and not is_plain(parts["relative_norm"]):
         return "relative_norm that is not an nn.LayerNorm on which nothing looks"
