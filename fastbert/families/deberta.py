@@ -140,6 +140,8 @@ DEBERTA_V2 = Family(
     ),
     tied={"cls.predictions.decoder.weight": WORD, "cls.predictions.decoder.bias": "cls.predictions.bias"},
     encoders=("deberta_v2.modeling_deberta_v2.DebertaV2Encoder",),
+    models={"deberta_v2.modeling_deberta_v2.DebertaV2Model": "BaseModelOutput"},
+    as_made={"z_steps": 0},
     classifier_dropout="cls_dropout",
     hf=hf,
     relative="rel_embeddings",
@@ -162,4 +164,5 @@ DEBERTA_V2_OWN_HEAD = replace(
     },
     tied={},
     encoders=(),
+    models={},
 )

@@ -160,6 +160,7 @@ class Family:
         encoders: transformers' classes that `accelerate` computes, `MODULE.CLASS` below `transformers.models.`.
         models: of the classes of whole models without a head, likewise, the class of what each returns, in
             `transformers.modeling_outputs`.
+        as_made: attributes of such a model, and what they are unless somebody has set them to something else.
         within: where such a model has its encoder; "" where it is that itself.
         hf: transformers' config of such an encoder.
         layers: of such an encoder, in the order in which they run; a layer may come several times.
@@ -183,6 +184,7 @@ class Family:
     encoders: tuple[str, ...]
     modules: Names | None = None
     models: Mapping[str, str] = field(default_factory=dict)
+    as_made: Mapping[str, Any] = field(default_factory=dict)
     within: str = "encoder"
     tied: Mapping[str, str] = field(default_factory=dict)
     form_of: str | None = None

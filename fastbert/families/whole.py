@@ -100,6 +100,9 @@ class ModelForward(InPlace):
         types = named.get("token_type_ids")
         if types is not None and ("token_type_ids" not in self.taken or types.shape != inputs.shape[:2]):
             return "token_type_ids"
+        for name, usual in self.encoder.family.as_made.items():
+            if getattr(theirs, name) != usual:
+                return f"{name} that is not {usual}"
         if theirs.config.output_attentions or collected_by_transformers():
             return "attention weights are asked for, or something collects hidden states"
         called = [module for module in (theirs.embeddings, getattr(theirs, "pooler", None)) if module is not None]
