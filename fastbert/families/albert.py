@@ -38,7 +38,7 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
     if inner != 1:
         raise ArgumentError("config.inner_group_num", repr(inner), "1, as in the published ones")
     order = tuple(int(i / (read.num_layers / groups)) for i in range(read.num_layers))
-    return replace(read, embedding_size=given["embedding_size"], layer_order=order)
+    return replace(read, embedding_size=given["embedding_size"], layer_order=order, dropped=("attention_output",))
 
 
 def layers(encoder: Any) -> list[nn.Module]:
@@ -86,6 +86,7 @@ ALBERT = Family(
     tied={"predictions.decoder.weight": WORD, "predictions.decoder.bias": "predictions.bias"},
     encoders=("albert.modeling_albert.AlbertTransformer",),
     models={"albert.modeling_albert.AlbertModel": "BaseModelOutputWithPooling"},
+    dropouts=dict.fromkeys(("text", "choice", "token"), ("classifier_dropout_prob", 0.1)),
     layers=layers,
     entry="embedding_hidden_mapping_in",
 )

@@ -7,7 +7,7 @@ adapter, say) is seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -117,8 +117,7 @@ class ForeignLayer(Layer):
         shared: dict[str, Place],
         following: Place | None,
     ) -> None:
-        drop_wide = names.dropout_of_activation is not None
-        super().__init__(layer_steps(config, i, last_norm=following is not None, drop_wide=drop_wide))
+        super().__init__(layer_steps(config, i, last_norm=following is not None))
         self.theirs = (theirs,)  # in a tuple, for a module would become a child
         self.places: dict[str, Place | Borrowed] = {
             part: Place.of(theirs, getattr(names, part)) for part in ("attention_output", "attention_norm", "output")
@@ -142,11 +141,16 @@ class ForeignLayer(Layer):
             else:
                 self.joined += ((part, ForeignLinears(places)),)
         self.dropout_of_weights = names.dropout_of_weights
-        of_activation = [names.dropout_of_activation] if drop_wide else []
+        of_activation = [names.dropout_of_activation] if "intermediate" in config.dropped else []
         self.other_dropouts = [
             None if path is None else Place.of(theirs, path)
             for path in (names.dropout_of_context, *of_activation, names.dropout_of_output)
         ]
+
+    def add_convolution(self, theirs: nn.Module) -> None:
+        """What follows it; see `Family.convolution`."""
+        self.places |= {"convolution": Place(theirs, "conv"), "convolution_norm": Place(theirs, "LayerNorm")}
+        self.other_dropouts.append(Place(theirs, "dropout"))
 
     def parts(self) -> dict[str, nn.Module]:
         """See Layer."""
@@ -196,6 +200,8 @@ class ForeignEncoder(Encoder):
         shared = {name: Place.of(theirs, path) for name, path in tables.items() if path is not None}
         last_norm = None if family.last_norm is None else Place.of(theirs, family.last_norm)
         self._read(theirs, config, family.layers(theirs), family.modules or family.names, shared, last_norm)
+        if config.convolution is not None and family.convolution is not None and len(self.layer):
+            cast(ForeignLayer, self.layer[0]).add_convolution(theirs.get_submodule(family.convolution))
 
     def _read(
         self,

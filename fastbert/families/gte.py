@@ -13,7 +13,7 @@ from typing import Any
 from fastbert.config import EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import ANSWERS, CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, model_layers, scaled_rope
+from fastbert.families.names import Family, Names, check_head_dim, model_layers, scaled_rope
 from fastbert.families.nomic import MODULES
 
 # Of new-impl's `NewConfig`.
@@ -34,7 +34,7 @@ _SERVED = {
 
 
 def config(given: Mapping[str, Any]) -> EncoderConfig:
-    """Of a `NewConfig`. The dropout between gate and last product, which it has in training, is left out."""
+    """Of a `NewConfig`."""
     return _read({**_USUAL, **given}, 10_000.0)
 
 
@@ -50,6 +50,7 @@ def _read(given: Mapping[str, Any], base: float) -> EncoderConfig:
             raise ArgumentError(f"config.{name}", repr(given[name]), repr(served))
     types = given["type_vocab_size"]
     read = EncoderConfig.from_hf({**given, "position_embedding_type": "absolute", "type_vocab_size": types or 1})
+    check_head_dim(given, read)
     rotary, scale = scaled_rope(given, base, read.head_dim)
     return replace(
         read,
@@ -57,6 +58,7 @@ def _read(given: Mapping[str, Any], base: float) -> EncoderConfig:
         positions="none",
         gated=True,
         no_bias=("intermediate",),
+        dropped=("attention_output", "intermediate", "output"),
         rotary=rotary,
         rotary_scale=scale,
     )

@@ -13,7 +13,7 @@ from typing import Any
 from fastbert.config import HF_ACTIVATIONS, EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, model_layers, read_fields, scaled_rope
+from fastbert.families.names import Family, Names, check_head_dim, model_layers, read_fields, scaled_rope
 
 PRODUCTS = ("qkv", "attention_output", "intermediate", "output")
 
@@ -28,8 +28,7 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
         "max_position_embeddings": 2048,
     }
     read = EncoderConfig.from_hf({**usual, **given})
-    if given.get("head_dim") not in (None, read.head_dim):
-        raise ArgumentError("config.head_dim", repr(given["head_dim"]), f"{read.head_dim}: hidden_size by heads")
+    check_head_dim(given, read)
     base, scale = scaled_rope(given, 1000.0, read.head_dim)
     return replace(read, positions="none", gated=True, no_bias=PRODUCTS, rotary=base, rotary_scale=scale)
 
@@ -177,5 +176,6 @@ NOMIC_ORIGINAL = replace(
     config=original_config,
     prefix="bert.",
     heads={"ForSequenceClassification": CLASSIFIER},
+    dropouts={"text": ("classifier_dropout", "embd_pdrop")},
     num_layers="n_layer",
 )

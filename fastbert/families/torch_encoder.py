@@ -148,6 +148,7 @@ def read_config(layers: list[Any]) -> EncoderConfig:
         num_heads=heads,
         activation=activation,
         norm_first=norm_first,
+        dropped=("attention_output", "intermediate", "output"),
     )
 
 

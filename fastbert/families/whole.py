@@ -16,6 +16,9 @@ from fastbert.ops.pooling import first_tokens
 from fastbert.packing import Packing
 from fastbert.run.parts import is_hooked
 
+# Whose hooks on embeddings know no layout: gradient checkpointing's lets their output have a gradient.
+TOLERATED = ("torch.distributed", "transformers.modeling_utils")
+
 # Arguments of such a model that are read here.
 READ = ("token_type_ids", "position_ids", "inputs_embeds", "output_hidden_states", "return_dict")
 
@@ -73,8 +76,7 @@ class ModelForward(InPlace):
                 self.encoder.say(reason)
             return None
         packing, bias = read
-        every = named.get("output_hidden_states")
-        every = bool(theirs.config.output_hidden_states if every is None else every)
+        every = self._states(named)
         x = self._embedded(packing, input_ids, named)
         states = self.encoder.ours.run(x, packing, bias, every=every)
         last = packing.unpack(states[-1])
@@ -97,6 +99,11 @@ class ModelForward(InPlace):
             return "an attention_mask that is not [batch, seqlen]"
         if named.get("position_ids") is not None:
             return "position_ids"
+        states = self._states(named)
+        if not isinstance(states, bool):  # some models give those of these layers, some all
+            return "hidden states of layers by their numbers"
+        if states and getattr(theirs.config, "tie_last_hidden_states", None) is False:
+            return "hidden states without the last norm"
         types = named.get("token_type_ids")
         if types is not None and ("token_type_ids" not in self.taken or types.shape != inputs.shape[:2]):
             return "token_type_ids"
@@ -111,11 +118,18 @@ class ModelForward(InPlace):
         whole = [*called, *([] if self.encoder.theirs is theirs else [self.encoder.theirs])]
         if any(part.__dict__.get("forward", self.encoder) is not self.encoder for part in whole[len(called) :]):
             return "a function around the encoder's forward"
-        if any(is_hooked(module) or "forward" in module.__dict__ for part in called for module in part.modules()):
+        inner = [module for part in called for module in part.modules()]
+        if any(is_hooked(module, TOLERATED) or "forward" in module.__dict__ for module in inner):
             return "a hook on the embeddings or the pooler"
         if any(map(is_hooked, whole)):
             return "a hook on the encoder"
         return self.encoder.unserved(inputs, {name: value for name, value in named.items() if name not in READ})
+
+    def _states(self, named: dict[str, Any]) -> Any:
+        """Whether hidden states are asked for, or of which layers."""
+        theirs: Any = self.theirs
+        asked = named.get("output_hidden_states")
+        return theirs.config.output_hidden_states if asked is None else asked
 
     def _embedded(self, packing: Packing, input_ids: Tensor | None, named: dict[str, Any]) -> Tensor:
         """The packed rows that go into the first layer, `[tokens, hidden]`."""

@@ -88,8 +88,11 @@ class HeadModel(nn.Module):
         return linear
 
     def _drop(self, x: Tensor) -> Tensor:
-        given = self.head_config.classifier_dropout
-        return F.dropout(x, self.config.hidden_dropout if given is None else given, self.training)
+        given, usual = (
+            self.head_config.classifier_dropout,
+            0.0 if self.reads == "answer" else self.config.hidden_dropout,
+        )
+        return F.dropout(x, usual if given is None else given, self.training)
 
     def _states_at(
         self, inputs: Inputs, rows: Tensor, output_hidden_states: bool | None
@@ -180,7 +183,7 @@ class Transform(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """Masked-token prediction up to the decoder, whose weight is the word table, and the decoder's bias."""
+    """Masked-token prediction up to the decoder, whose weight is the word table, and the decoder's bias, if any."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -188,7 +191,7 @@ class PredictionHead(nn.Module):
         width, shape = config.embedding_size or config.hidden_size, config.heads
         self.dense = Linear(config.hidden_size, width, bias=shape.bias)
         self.norm = nn.LayerNorm(width, eps=config.eps, bias=config.norm_bias)
-        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if shape.decoder_bias else None
         initialise(self, config.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -413,7 +416,7 @@ class EncoderForQuestionAnswering(HeadModel):
         refuse_what_asks(hf, "fastbert's model")
         inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         x, hidden_states = self._token_states(inputs, output_hidden_states)
-        both = self.qa_outputs(x)
+        both = self.qa_outputs(self._drop(x))
         on_grid = inputs.packing.unpack(both, fill=-torch.inf).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -31,7 +31,7 @@ from fastbert.run.eager import formats, made_dtype, of_positions
 from fastbert.run.eight_bits import Int8Linear
 from fastbert.run.frozen import FrozenLinear
 from fastbert.run.parts import SelfAttention, is_frozen, is_plain, matrix, weights
-from fastbert.run.steps import PROJECTIONS, Attend, Layers, Parts, Product, Steps
+from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Layers, Parts, Product, Steps
 
 if TYPE_CHECKING:
     from fastbert.cpu.program import Call, Program
@@ -78,6 +78,8 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
                 return f"{step.relative} that is not an nn.Embedding"
             widths[step.into] = widths[step.x] // 3
             continue
+        if isinstance(step, Convolve):
+            return "a convolution"
         part = parts[step.part]
         if step.norm is not None and not is_plain(parts[step.norm]):
             return f"{step.norm} that is not an nn.LayerNorm on which nothing looks"
@@ -197,7 +199,7 @@ class CpuProgram:
             return self._run_again(registers, packing)
         run = _Recorded(self, registers, packing.cu_seqlens, packing.max_seqlen, packing.tokens)
         if read is not None:
-            run.record(until_last_attend=True)
+            run.record(until_last_look=True)
             Program(run.calls).run()
             run.take(read)
         out = room((len(x) if read is None else len(read), x.shape[1]), x.dtype)
@@ -280,10 +282,10 @@ class _Recorded:
         self.calls: list[Call] = []
         self.todo = [(layer, i) for layer, (steps, _) in enumerate(program.layers) for i in range(len(steps.of))]
 
-    def record(self, *, until_last_attend: bool = False, out: Tensor | None = None) -> None:
+    def record(self, *, until_last_look: bool = False, out: Tensor | None = None) -> None:
         """The steps that are left; those up to the last attention, or all, the last of which writes `out`."""
         layers = self.program.layers
-        last = len(layers) - 1, layers[-1][0].last_attend
+        last = len(layers) - 1, layers[-1][0].last_look
         while self.todo:
             layer, i = self.todo.pop(0)
             steps, parts = layers[layer]
@@ -292,7 +294,7 @@ class _Recorded:
                 self._attend(layer, step, parts)
             else:
                 self._product(steps, i, parts, self.program.weights[layer][step.part], None if self.todo else out)
-            if until_last_attend and (layer, i) == last:
+            if until_last_look and (layer, i) == last:
                 return
 
     def take(self, read: Tensor) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import Disentangled, Term
@@ -24,7 +25,7 @@ from fastbert.ops.rotary import rotary
 from fastbert.packing import Packing
 from fastbert.run.eight_bits import After, EightBitLinear, Rows, attention_dtype
 from fastbert.run.parts import call, is_hooked, is_plain, norm_weights, weights
-from fastbert.run.steps import PROJECTIONS, Attend, Parts, Product, Steps, drops, readers, writes
+from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Parts, Product, Steps, drops, readers, writes
 
 
 @dataclass
@@ -86,12 +87,15 @@ def run(
     early = read is not None and not any(map(is_hooked, parts.values()))
     for i, step in enumerate(steps.of):
         of_step = [next(left, NO_DROPOUT) for _ in range(drops(step))]
+        dropout = of_step[0] if of_step else NO_DROPOUT
+        layout = packing if unpack and i + 1 == len(steps.of) else None
         if isinstance(step, Attend):
             layer.attend(step, bias, *of_step)
+        elif isinstance(step, Convolve):
+            layer.convolve(step, bias, dropout, layout)
         else:
-            dropout = of_step[0] if of_step else NO_DROPOUT
-            layer.product(i, step, dropout, packing if unpack and i + 1 == len(steps.of) else None)
-        if read is not None and early and i == steps.last_attend:
+            layer.product(i, step, dropout, layout)
+        if read is not None and early and i == steps.last_look:
             registers.take(steps.late, read)
     if read is not None and not early:
         registers.take(["x"], read)
@@ -109,6 +113,16 @@ class _Layer:
     def attend(self, step: Attend, bias: Tensor | None, *dropouts: Dropout) -> None:
         qkv = self.registers.floats[step.x]
         self.registers.write(step.into, attend(step, self.parts, qkv, self.packing, bias, *dropouts))
+
+    def convolve(self, step: Convolve, bias: Tensor | None, dropout: Dropout, layout: Packing | None) -> None:
+        """With a layout the result is unpacked."""
+        floats, (probability, seed) = self.registers.floats, dropout
+        made = convolved(self.parts[step.part], floats[step.x], self.packing, bias)
+        if seed is not None and probability > 0.0:
+            made = drop(made, seed, probability)
+        total = floats[step.add] + (torch.tanh(made) if step.activation == "tanh" else activated(made, step.activation))
+        made = normalised(self.parts[step.norm], total, self.packing)
+        self.registers.write(step.into, made if layout is None else layout.unpack(made))
 
     def product(self, i: int, step: Product, dropout: Dropout, layout: Packing | None) -> None:
         """Step `i`; with a layout the result is unpacked."""
@@ -170,6 +184,21 @@ def normalised(norm: nn.Module, x: Tensor, packing: Packing) -> Tensor:
         return call(norm, x, packing)
     plain = cast(nn.LayerNorm, norm)
     return layer_norm(x, *norm_weights(plain), eps=plain.eps)
+
+
+def convolved(part: nn.Module, x: Tensor, packing: Packing, bias: Tensor | None = None) -> Tensor:
+    """`[rows, hidden]` -> `[rows, hidden]`: a convolution over the padded grid, which is 0 where there is no token.
+
+    A token that `bias` hides from all others is none.
+    """
+    if not packing.tokens:
+        return x  # no rows, and a grid that may be narrower than the convolution
+    grid = packing.unpack(x)
+    if bias is not None:
+        hidden = bias.isneginf().all(1).all(1)
+        hidden = F.pad(hidden, (0, grid.shape[1] - hidden.shape[1]))
+        grid = grid.masked_fill(hidden[:, :, None], 0.0)
+    return packing.pack(cast(Tensor, part(grid.transpose(1, 2))).transpose(1, 2), len(x))
 
 
 def attend(

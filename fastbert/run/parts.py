@@ -208,11 +208,11 @@ def call(part: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
     return packing.pack(part(packing.unpack(x)), len(x))
 
 
-def is_hooked(module: nn.Module, but: str = "torch.distributed") -> bool:
+def is_hooked(module: nn.Module, but: str | tuple[str, ...] = "torch.distributed") -> bool:
     """Whether functions of a user are called beside the forward pass of `module` or its gradient.
 
     Args:
-        but: the package whose hooks are no user's.
+        but: the packages whose hooks are no user's.
     """
     if isinstance(module, SelfAttention):
         return any(is_hooked(linear, but) for linear in module.linears())
