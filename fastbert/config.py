@@ -12,8 +12,8 @@ from fastbert.errors import ArgumentError, shown
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
-# What a classifier reads: the one row of a text or of a choice, or all rows.
-Read = Literal["text", "choice", "token", "answer"]
+# What a classifier reads: the one row of a text, of a choice or of a pair of texts, or all rows.
+Read = Literal["text", "choice", "pair", "token", "answer"]
 Positions = Literal["columns", "tokens", "none"]
 Term = Literal["c2p", "p2c"]
 
@@ -332,8 +332,8 @@ class HeadConfig:
         labels: names of the classes, one output each; heads with a fixed number of outputs don't read them.
         problem_type: the loss of a sequence classifier. None decides by the labels, as Hugging Face does: regression
             for one class, single label for integers, multi label for floats.
-        classifier_dropout: probability before a classifier, in training mode; None means `hidden_dropout`, and of a
-            classifier of answers none.
+        classifier_dropout: probability before a classifier, in training mode; None means `hidden_dropout`, and none
+            before one of answers or of pairs of texts in pretraining.
 
     Raises:
         ArgumentError: no labels or two of one name, an unknown problem type, or a probability not in [0, 1).

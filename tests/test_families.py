@@ -7,7 +7,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny_bert
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastbert
+from fastbert.config import Read
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.families import FAMILIES
 from fastbert.families.accelerated import accelerated
@@ -353,6 +354,173 @@ def test_a_head_that_a_family_has_not(tmp_path: Path) -> None:
         fastbert.load(tmp_path, fastbert.EncoderForNextSentencePrediction)
 
 
+PRETRAINED = {
+    "Albert": ("EncoderForPreTraining", {"classifier_dropout_prob": 0.4}),
+    "Electra": ("EncoderForReplacedTokens", {}),
+}
+
+
+def pretrained(family: str, folder: Path) -> tuple[Any, Any]:
+    """transformers' class of pretraining, and ours."""
+    ours, changes = PRETRAINED[family]
+    theirs = theirs_of(family, "ForPreTraining", **changes)
+    theirs.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return theirs, fastbert.load(folder, getattr(fastbert, ours))
+
+
+def scores_of(out: Any, mask: Tensor) -> list[Tensor]:
+    if (words := getattr(out, "prediction_logits", None)) is None:
+        return [out.logits[mask]]
+    return [words[mask], out.sop_logits if hasattr(out, "sop_logits") else out.seq_relationship_logits]
+
+
+@pytest.mark.parametrize("family", PRETRAINED)
+def test_heads_of_pretraining(family: str, tmp_path: Path) -> None:
+    """Forward, gradient and loss, and the same file back."""
+    theirs, ours = pretrained(family, tmp_path / "a")
+    batch, exact = batch_of(theirs, "ForPreTraining"), copy.deepcopy(theirs).double()
+    mask = batch["attention_mask"].bool()
+    generator = torch.Generator().manual_seed(2)
+    made = [scores_of(model(**batch), mask) for model in (ours, theirs, exact)]
+    douts = [torch.randn(x.shape, generator=generator) for x in made[0]]
+    grads = []
+    for model, scores in zip((ours, theirs, exact), made, strict=True):
+        named = dict(model.named_parameters())
+        of_all = torch.autograd.grad(
+            scores, list(named.values()), [d.to(scores[0].dtype) for d in douts], allow_unused=True
+        )
+        of_named = zip(named.items(), of_all, strict=True)
+        grads.append({name: torch.zeros_like(x) if grad is None else grad for (name, x), grad in of_named})
+    for got, plain, wanted in zip(*made, strict=True):
+        assert_close(got, plain, wanted, factor=3.0)
+    plain_grads, exact_grads = (by_file(theirs, one, tmp_path / "g") for one in grads[1:])
+    for key, grad in to_theirs(grads[0], ours.origin.dialect.rules(ours)).items():
+        if exact_grads[key].abs().max() < 1e-12:
+            assert grad.abs().max() < 1e-5
+        else:
+            assert_close(grad, plain_grads[key], exact_grads[key], factor=3.0, what=key)
+    fastbert.save(ours, tmp_path / "b")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in "ab"]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_loss_of_replaced_tokens(packed: bool, tmp_path: Path) -> None:
+    """As transformers', and -100 counts for nothing."""
+    theirs, ours = pretrained("Electra", tmp_path)
+    batch = batch_of(theirs, "ForPreTraining")
+    mask = batch["attention_mask"].bool()
+    labels = torch.randint(0, 2, mask.shape, generator=torch.Generator().manual_seed(3))
+    given, of = batch, labels
+    if packed:
+        given, of = (
+            {"input_ids": batch["input_ids"][mask], "packing": Packing.from_lengths(list(LENGTHS))},
+            labels[mask],
+        )
+    exact = copy.deepcopy(theirs).double()
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(exact(**batch).logits[mask], labels[mask].double())
+    assert_close(ours(**given, labels=of).loss, theirs(**batch, labels=labels).loss, wanted, factor=3.0)
+    none = ours(**given, labels=torch.full_like(of, -100)).loss
+    some = ours(**given, labels=of.where(torch.arange(len(of.flatten())).view(of.shape) % 2 == 0, -100)).loss
+    assert none == 0 and some not in (0, wanted)
+    with pytest.raises(ArgumentError, match="labels from 0 to 1"):
+        ours(**given, labels=torch.full_like(of, 2))
+
+
+def test_a_loss_of_swapped_sentences(tmp_path: Path) -> None:
+    theirs, ours = pretrained("Albert", tmp_path)
+    batch = batch_of(theirs, "ForPreTraining")
+    mask = batch["attention_mask"].bool()
+    labels, order = batch["input_ids"].where(mask & (torch.arange(11) % 3 == 0), -100), torch.tensor([0, 1, 1])
+    words, pairs = scores_of(copy.deepcopy(theirs).double()(**batch), mask)
+    wanted = torch.nn.functional.cross_entropy(words, labels[mask]) + torch.nn.functional.cross_entropy(pairs, order)
+    plain = theirs(**batch, labels=labels, sentence_order_label=order).loss
+    assert_close(ours(**batch, labels=labels, next_sentence_label=order).loss, plain, wanted, factor=3.0)
+
+
+@pytest.mark.parametrize("family", PRETRAINED)
+def test_dropouts_of_heads_of_pretraining(family: str, tmp_path: Path) -> None:
+    """ALBERT drops before its classifier of pairs, ELECTRA nowhere."""
+    theirs, ours = pretrained(family, tmp_path)
+    batch = {key: value.repeat(60, 1)[:, :1] for key, value in batch_of(theirs, "ForPreTraining").items()}
+    torch.manual_seed(0)
+    wanted, got = dropped(theirs, theirs.base_model, batch), dropped(ours, ours.bert, batch)
+    wanted = [*wanted[:1], *wanted[2:]] if family == "Albert" else wanted  # but the decoder, which is a product of ours
+    assert len(got) == len(wanted)
+    assert all(abs(x - y) < 0.04 for x, y in zip(got, wanted, strict=True)), (got, wanted)
+
+
+def state_dict_file(theirs: Any, folder: Path) -> dict[str, Tensor]:
+    """A folder whose weights are by the names of transformers' class, as torch gives them; its tensors."""
+    theirs.save_pretrained(folder)
+    tensors = {key: value.clone() for key, value in theirs.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("family", ["NomicBert", "Gte"])
+def test_files_by_the_names_of_the_class(family: str, head: str, tmp_path: Path) -> None:
+    """The same model as by the names that `save_pretrained` writes, and the same file back."""
+    theirs = theirs_of(family, head)
+    wanted = ours_of(theirs, tmp_path / "usual", head).state_dict()
+    before = state_dict_file(theirs, tmp_path / "state")
+    ours = fastbert.load(tmp_path / "state", getattr(fastbert, f"Encoder{head}"))
+    assert ours.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[key]) for key, value in ours.state_dict().items())
+    fastbert.save(ours, tmp_path / "saved")
+    after = load_file(tmp_path / "saved" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    back = getattr(T, family + head).from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(value, back[key]) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["NomicBert", "Gte"])
+def test_a_file_by_the_names_of_the_class_that_lacks_a_key(family: str, tmp_path: Path) -> None:
+    state = state_dict_file(theirs_of(family), tmp_path)
+    lost = "layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in state.items() if key != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"missing keys: {lost}"):
+        fastbert.load(tmp_path)
+
+
+def test_a_nomic_by_the_names_of_the_class_with_fields_of_the_remote_code(tmp_path: Path) -> None:
+    theirs = theirs_of("NomicBert", n_embd=48, n_head=3, n_layer=3, n_inner=80)
+    state_dict_file(theirs, tmp_path)
+    ours = fastbert.load(tmp_path)
+    batch = batch_of(theirs, "Model")
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        plain, got = (model(**batch).last_hidden_state[mask] for model in (theirs, ours))
+        assert_close(got, plain, copy.deepcopy(theirs).double()(**batch).last_hidden_state[mask], factor=3.0)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+def test_a_gte_under_the_prefix_of_its_remote_code(head: str, tmp_path: Path) -> None:
+    """As transformers reads it; it comes back under the same prefix."""
+    theirs = theirs_of("Gte", "ForSequenceClassification" if head == "Model" else head)
+    theirs.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    before = {key.replace("gte.", "new."): value for key, value in load_file(path).items()}
+    save_file(before, path)
+    read = getattr(T, f"Gte{head}").from_pretrained(tmp_path / "a").eval()
+    ours = fastbert.load(tmp_path / "a", getattr(fastbert, f"Encoder{head}"))
+    batch = batch_of(theirs, head)
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        got, plain, exact = (
+            outputs(model(**batch), head, mask)[0] for model in (ours, read, copy.deepcopy(read).double())
+        )
+    assert_close(got, plain, exact, factor=3.0)
+    fastbert.save(ours, tmp_path / "b")
+    after = load_file(tmp_path / "b" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_positions_of_a_model_without_a_table(tmp_path: Path) -> None:
     ours = ours_of(theirs_of("NomicBert"), tmp_path)
     with pytest.raises(ArgumentError, match="position_ids"):
@@ -578,7 +746,47 @@ def test_dropouts_of_layers(family: str, tmp_path: Path) -> None:
     changes = {"hidden_dropout_prob": 0.3, "dropout": 0.3, "attention_dropout": 0.2}
     known = getattr(T, f"{family}Config")().to_dict()
     theirs = theirs_of(family, **{name: p for name, p in changes.items() if name in known and family != "ModernBert"})
-    ours = ours_of(theirs, tmp_path).train().encoder
+    check_dropouts_of_layers(family, theirs, tmp_path)
+
+
+def test_dropouts_of_layers_with_a_convolution(tmp_path: Path) -> None:
+    """Which are one more in the first."""
+    changes = {"conv_kernel_size": 3, "hidden_dropout_prob": 0.3}
+    check_dropouts_of_layers("DebertaV2", theirs_of("DebertaV2", **changes), tmp_path / "a")
+    theirs = theirs_of("DebertaV2", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, conv_kernel_size=3)
+    ours = ours_of(theirs, tmp_path / "b").train()
+    ours.encoder.layer[0].convolution.dropout.p = 0.5
+    seen: list[Tensor] = []
+    layer = ours.encoder.layer[0]
+    layer.output.LayerNorm.register_forward_hook(lambda _, args, out: seen.append(out))
+    layer.convolution.LayerNorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batch = batch_of(theirs, "Model")
+    torch.manual_seed(0)
+    ours(**batch)
+    before, total = (one[batch["attention_mask"].bool()] for one in seen)
+    assert abs(float((total == before).double().mean()) - 0.5) < 0.05  # tanh(0) is added there
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_training_with_a_convolution(checkpointed: bool, tmp_path: Path) -> None:
+    """With dropout; layers that are computed again have the same gradient."""
+    theirs = theirs_of("DebertaV2", "ForSequenceClassification", **DEBERTAS["narrower embeddings"], conv_kernel_size=3)
+    ours = ours_of(theirs, tmp_path, "ForSequenceClassification").train()
+    batch, labels = batch_of(theirs, "Model"), torch.tensor([0, 1, 1])
+    grads = []
+    for again in (False, checkpointed):
+        for layer in ours.bert.encoder.layer:
+            layer.gradient_checkpointing = again
+        torch.manual_seed(0)
+        loss = ours(**batch, labels=labels).loss
+        grads.append(torch.autograd.grad(loss, list(ours.parameters())))
+    assert all(torch.allclose(x, y, atol=1e-7) for x, y in zip(*grads, strict=True))
+    assert grads[0][0].abs().max() > 0
+
+
+def check_dropouts_of_layers(family: str, theirs: Any, folder: Path) -> None:
+    """The dropouts of our layers are those of theirs, and with the same seed drop the same."""
+    ours = ours_of(theirs, folder).train().encoder
     fastbert.accelerate(theirs.train())
     ((_, forward), *_) = accelerated(theirs)
     own = getattr(forward, "encoder", forward).ours
@@ -652,10 +860,7 @@ def meaning(read: Family, given: dict[str, Any]) -> Any:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            made = [
-                (read.read_config(given, of), read.read_head(given, of))
-                for of in (None, "text", "choice", "token", "answer")
-            ]
+            made = [(read.read_config(given, of), read.read_head(given, of)) for of in (None, *get_args(Read))]
         except ArgumentError as error:
             return str(error)
     return made, [str(one.message) for one in said]

@@ -89,6 +89,13 @@ JINA = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "nomic": NOMIC,
     "nomic with biases": {**NOMIC, "activation_function": "geglu", "qkv_proj_bias": True, "mlp_fc2_bias": True},
+    "nomic with all biases": {
+        **NOMIC,
+        "activation_function": "geglu",
+        "qkv_proj_bias": True,
+        "mlp_fc1_bias": True,
+        "mlp_fc2_bias": True,
+    },
     "gte": NEW,
     "gte multilingual": {**NEW, "rope_theta": 200, "rope_scaling": {"type": "ntk", "factor": 8}, "type_vocab_size": 1},
     "gte unscaled": {**NEW, "rope_scaling": None},
@@ -167,13 +174,19 @@ def weights_of(name: str, head: str = "Model") -> dict[str, Tensor]:
         linear(layer + spelled.attention_output, HIDDEN, HIDDEN, biases["qkv_proj_bias"])
         norm(layer + spelled.attention_norm)
         for key in spelled.up:
-            linear(layer + key, 2 * inner // len(spelled.up), HIDDEN, False)
+            linear(layer + key, 2 * inner // len(spelled.up), HIDDEN, config.get("mlp_fc1_bias", False))
         linear(layer + spelled.output, HIDDEN, inner, biases["mlp_fc2_bias"])
         norm(layer + spelled.output_norm)
     if head == "ForSequenceClassification" or (head == "Model" and name.startswith("jina")):
         linear(f"{prefix}pooler.dense", HIDDEN, HIDDEN)
     if head in ("ForSequenceClassification", "ForTokenClassification"):
         linear("classifier", 2, HIDDEN)
+    if head == "ForMaskedLM" and is_nomic:
+        linear("cls.predictions.transform.dense", HIDDEN, HIDDEN, config["mlp_fc1_bias"])
+        norm("cls.predictions.transform.layer_norm")
+        state["cls.predictions.decoder.weight"] = state[f"{prefix}embeddings.word_embeddings.weight"].clone()
+        if config["mlp_fc1_bias"]:
+            state["cls.predictions.decoder.bias"] = torch.randn(WORDS, generator=generator)
     if head == "ForMaskedLM" and name.startswith("gte"):
         linear("lm_head.dense", HIDDEN, HIDDEN)
         norm("lm_head.norm")
@@ -257,8 +270,12 @@ def computed(
         dense, after = ("lm_head.dense", "lm_head.norm")
         if name.startswith("jina"):
             dense, after = "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"
-        made = norm(F.gelu(linear(x, dense)), after)[mask]
-        bias = state["lm_head.decoder.bias" if name.startswith("gte") else "cls.predictions.bias"]
+        elif name.startswith("nomic"):
+            dense, after = "cls.predictions.transform.dense", "cls.predictions.transform.layer_norm"
+        activation = F.silu if config.get("activation_function") == "swiglu" else F.gelu
+        made = norm(activation(linear(x, dense)), after)[mask]
+        of_decoder = {"gte": "lm_head.decoder.bias", "jina": "cls.predictions.bias"}
+        bias = state.get(of_decoder.get(name.split()[0], "cls.predictions.decoder.bias"))
         return F.linear(made, state[f"{prefix}embeddings.word_embeddings.weight"], bias)
     return x[mask]
 
@@ -274,7 +291,8 @@ def folder_of(name: str, folder: Path, head: str = "Model", **changes: Any) -> d
     """The folder of a checkpoint; its tensors."""
     state = weights_of(name, head)
     folder.mkdir(exist_ok=True)
-    config = {"architectures": [SPELLED[name.split()[0]].classes + head], **CONFIGS[name], **changes}
+    ending = "ForPreTraining" if (name.split()[0], head) == ("nomic", "ForMaskedLM") else head
+    config = {"architectures": [SPELLED[name.split()[0]].classes + ending], **CONFIGS[name], **changes}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors")
     return state
@@ -298,6 +316,7 @@ def cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 WITH_HEADS = [
     *((name, "Model") for name in CONFIGS),
     *((name, "ForSequenceClassification") for name in ("nomic", "gte", "jina")),
+    *((name, "ForMaskedLM") for name in ("nomic", "nomic with all biases")),
     *((name, head) for name in ("gte", "jina") for head in ("ForMaskedLM", "ForTokenClassification")),
 ]
 
@@ -316,7 +335,7 @@ def test_forward(name: str, head: str, side: str, tmp_path: Path) -> None:
 def test_gradients(name: str, head: str, tmp_path: Path) -> None:
     state, batch = folder_of(name, tmp_path, head), batch_of()
     ours = loaded(tmp_path, head)
-    state = {key: tensor for key, tensor in state.items() if key != "lm_head.decoder.weight"}
+    state = {key: tensor for key, tensor in state.items() if not key.endswith("decoder.weight")}
     dout = torch.randn(computed(name, state, batch, head).shape, generator=torch.Generator().manual_seed(2))
 
     def gradients(made: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -504,6 +523,18 @@ def test_dropouts_of_the_feed_forward(name: str, after_gate: float, after_output
     dropped = added.abs() < 1e-6
     assert abs(float(dropped.double().mean()) - after_output) < 0.05
     torch.testing.assert_close(added[~dropped], made[~dropped] / (1 - after_output), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_of_masked_tokens_without_a_bias(tmp_path: Path) -> None:
+    state, batch = folder_of("nomic", tmp_path, "ForMaskedLM"), batch_of()
+    mask = batch["attention_mask"].bool()
+    labels = batch["input_ids"].where(mask & (torch.arange(11) % 2 == 0), -100)
+    loss = loaded(tmp_path, "ForMaskedLM")(**batch, labels=labels).loss
+    plain, exact = (
+        F.cross_entropy(computed("nomic", cast(state, to), batch, "ForMaskedLM"), labels[mask])
+        for to in (torch.float32, torch.float64)
+    )
+    assert_close(loss, plain, exact, factor=3.0)
 
 
 def test_dropout_before_the_classifier_of_nomic(tmp_path: Path) -> None:

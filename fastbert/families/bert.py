@@ -98,6 +98,10 @@ ELECTRA = replace(
             "predictions.norm": "generator_predictions.LayerNorm",
             "predictions.bias": "generator_lm_head.bias",
         },
+        "ForReplacedTokens": {
+            "dense": "discriminator_predictions.dense",
+            "replaced": "discriminator_predictions.dense_prediction",
+        },
         "ForSequenceClassification": {"transform.dense": "classifier.dense", "classifier": "classifier.out_proj"},
         "ForMultipleChoice": {"transform.dense": "sequence_summary.summary", "classifier": "classifier"},
         "ForTokenClassification": CLASSIFIER,
@@ -113,6 +117,7 @@ ELECTRA = replace(
         *NUMBERS,
     ),
     tied={"generator_lm_head.weight": WORD},
+    class_names={"ForReplacedTokens": "ElectraForPreTraining"},
     dropouts={
         **dict.fromkeys(("text", "token"), CLASSIFIER_DROPOUT),
         "choice": ("summary_last_dropout", 0.1),

@@ -9,7 +9,7 @@ from typing import Any
 from fastbert.config import HF_ACTIVATIONS, Convolution, Disentangled, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import ANSWERS, CLASSIFIER, NUMBERS, WORD
-from fastbert.families.names import OURS, Family
+from fastbert.families.names import OURS, Family, first_layer
 
 _USUAL = {
     "vocab_size": 128100,
@@ -110,7 +110,29 @@ def _convolution(given: Mapping[str, Any], hidden: int) -> Convolution | None:
 
 def hf(encoder: Any) -> Any:
     """The config, which only parts of its layers hold."""
-    return encoder.layer[0].attention.config
+    return first_layer(encoder).attention.config
+
+
+def unlike(encoder: Any, read: EncoderConfig) -> str | None:
+    """What of its relative positions is not as the config says."""
+    asked = read.disentangled
+    wanted = {"relative_attention": asked is not None}
+    if asked is not None:
+        wanted |= {"max_relative_positions": asked.farthest, "position_buckets": asked.buckets or -1}
+    of_layer = wanted | ({} if asked is None else {"pos_ebd_size": asked.span})
+    held = [(encoder, wanted), *((layer.attention.self, of_layer) for layer in encoder.layer)]
+    for module, sizes in held:
+        for name, size in sizes.items():
+            given = getattr(module, name, None)
+            if given != size and not (name == "position_buckets" and size == -1 and given is not None and given < 1):
+                return f"a {name} other than the config's"
+    if asked is not None and ("layer_norm" in encoder.norm_rel_ebd) != asked.normalised:
+        return "a norm_rel_ebd other than the config's"
+    for layer in encoder.layer if asked is not None else ():
+        attention = layer.attention.self
+        if set(attention.pos_att_type) != set(asked.terms) or attention.share_att_key != asked.shared:
+            return "a pos_att_type or share_att_key other than the config's"
+    return None
 
 
 def has_own_head(given: Mapping[str, Any], keys: Collection[str]) -> bool:
@@ -177,6 +199,7 @@ DEBERTA_V2 = Family(
     relative_norm="LayerNorm",
     convolution="conv",
     only_padding=True,
+    unlike=unlike,
 )
 
 DEBERTA_V2_OWN_HEAD = replace(

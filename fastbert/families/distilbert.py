@@ -8,12 +8,12 @@ from typing import Any
 
 from fastbert.config import EncoderConfig, HeadShape
 from fastbert.families.bert import ANSWERS, CLASSIFIER, NUMBERS, WORD
-from fastbert.families.names import Family, Names
+from fastbert.families.names import Family, Names, first_layer
 
 
 def hf(encoder: Any) -> Any:
     """The config, which only its layers hold."""
-    return encoder.layer[0].attention.config
+    return first_layer(encoder).attention.config
 
 
 # Its names of BERT's fields, and their values by default.

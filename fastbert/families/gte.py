@@ -13,8 +13,8 @@ from typing import Any
 from fastbert.config import EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import ANSWERS, CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, check_head_dim, model_layers, scaled_rope
-from fastbert.families.nomic import MODULES
+from fastbert.families.names import Family, Names, check_head_dim, scaled_rope
+from fastbert.families.nomic import MODULES, has_names_of_classes, layers, unlike
 
 # Of new-impl's `NewConfig`.
 _USUAL = {
@@ -112,9 +112,26 @@ GTE = replace(
     model_types={"gte": "Gte"},
     config=gte_config,
     prefix="gte.",
+    other_prefixes=("new.",),  # of files that were written for new-impl; transformers reads it too
     modules=replace(MODULES, dropout_of_activation="mlp.dropout"),
     models={"gte.modeling_gte.GteModel": "BaseModelOutputWithPooling"},
     within="",
-    layers=model_layers,
+    layers=layers,
+    unlike=unlike,
     heads={name: NEW.heads[name] for name in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")},
+)
+
+# Its names in transformers' class, which a state dict has.
+GTE_CLASS = replace(
+    GTE,
+    model_types={"gte, by its class": "Gte"},
+    form_of="gte",
+    told_by=has_names_of_classes,
+    models={},
+    names=replace(MODULES, dropout_of_activation="mlp.dropout"),
+    layer="layers.{}",
+    heads={
+        **GTE.heads,
+        "ForMaskedLM": {**GTE.heads["ForMaskedLM"], "predictions.norm": "lm_head.layer_norm"},
+    },
 )

@@ -66,4 +66,5 @@ JINA = replace(
     ),
     body={ours: theirs for ours, theirs in BODY.items() if ours != "embeddings.position"},
     encoders=(),
+    models={},
 )

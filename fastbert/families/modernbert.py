@@ -8,7 +8,16 @@ from typing import Any
 
 from fastbert.config import HF_ACTIVATIONS, Activation, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
-from fastbert.families.names import Family, Names, check_head_dim, model_layers, read_fields, read_object, rope_base
+from fastbert.families.names import (
+    Family,
+    Names,
+    check_head_dim,
+    model_layers,
+    other_turns,
+    read_fields,
+    read_object,
+    rope_base,
+)
 
 WORD = "embeddings.tok_embeddings.weight"
 
@@ -94,6 +103,20 @@ def _base(given: Mapping[str, Any], kind: str, old: str, usual: float) -> float:
     return rope_base({"rope_parameters": of_kind, "rope_theta": given.get(old), "partial_rotary_factor": turned}, usual)
 
 
+def own(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """With the kinds of layers that there are, whatever was removed, moved or added."""
+    kinds = [layer.attention_type for layer in model.layers]
+    return {**given, "num_hidden_layers": len(kinds), "layer_types": kinds}
+
+
+def unlike(model: Any, read: EncoderConfig) -> str | None:
+    """What of its rotary positions is not as the config says."""
+    bases = {"full_attention": read.rotary, "sliding_attention": read.rotary_in_windows}
+    kinds = {layer.attention_type for layer in model.layers}
+    found = (other_turns(model.rotary_emb, f"{kind}_", base) for kind, base in bases.items() if kind in kinds and base)
+    return next(filter(None, found), None)
+
+
 _HEAD = {"transform.dense": "head.dense", "transform.norm": "head.norm"}
 _CLASSIFIER = {**_HEAD, "classifier": "classifier"}
 
@@ -137,4 +160,6 @@ MODERNBERT = Family(
     dropouts=dict.fromkeys(("text", "choice", "token", "answer"), ("classifier_dropout", 0.0)),
     within="",
     layers=model_layers,
+    own=own,
+    unlike=unlike,
 )

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig, HeadConfig, HeadShape, Read
 from fastbert.errors import ArgumentError
@@ -155,6 +156,44 @@ def own_hf(encoder: Any) -> Any:
     return encoder.config
 
 
+def as_config_says(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The dict of a config as it is."""
+    return given
+
+
+def nothing(*_: Any) -> None:
+    """Nothing that modules do otherwise than the config says."""
+
+
+def other_turns(rotary: Any, kind: str, base: float, scale: float = 1.0) -> str | None:
+    """Where a model's module of rotary positions does not turn by `scale * base ** (-2i / head_dim)`.
+
+    Args:
+        kind: how its buffer of frequencies and its factor are named in front.
+    """
+    frequencies, factor = (getattr(rotary, f"{kind}{name}", None) for name in ("inv_freq", "attention_scaling"))
+    if not isinstance(frequencies, Tensor) or frequencies.dim() != 1 or factor != 1.0:
+        return "rotary positions of another kind"
+    if frequencies.is_meta:
+        return None
+    steps = torch.arange(len(frequencies), dtype=torch.float64, device=frequencies.device) / len(frequencies)
+    wanted = scale * base**-steps
+    rounded = 0.01  # by a cast of the model, which may have been to bfloat16
+    near = torch.isclose(frequencies.double(), wanted, rtol=rounded, atol=0.0).all()
+    return None if near else "rotary positions of other frequencies than the config's"
+
+
+def first_layer(encoder: Any) -> Any:
+    """The first of an encoder's `layer`.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if not len(encoder.layer):
+        raise ArgumentError("layers", "none", "one or more")
+    return encoder.layer[0]
+
+
 def own_layers(encoder: Any) -> Sequence[nn.Module]:
     """An encoder's `layer`, one after the other."""
     return list(encoder.layer)
@@ -179,12 +218,15 @@ class Family:
         body: of each module outside the layers what it is called in our model and in theirs.
         layer: what layer `{}` is called in theirs.
         prefix: what a model with a head puts before the keys of its body.
+        other_prefixes: what is read in its place.
         heads: by the end of a class's name, of each module of a head what it is called in our model and in theirs.
         carried: beginnings of keys that a model need not compute with, but saves as they came; those of the body are
             relative to its prefix.
         tied: keys of a head that a file may hold although they are the same tensor as another, and its key.
         num_layers: the field of config.json that says how many there are.
-        dropouts: see `Dropouts`. What reads otherwise has the dropout of the hidden states; what reads answers, none.
+        class_names: what transformers' class, or the remote code's, is called where it is not as our class: by the end
+            of our class's name.
+        dropouts: see `Dropouts`. What reads otherwise has the dropout that `HeadConfig.classifier_dropout` says.
         shapes: by what a classifier reads, what such heads have where it is other than the `heads` of `config`.
         last_norm: the LayerNorm after the last layer, where layers normalise first; None where they do not.
         modules: as `names`, where transformers' classes have other ones than checkpoints.
@@ -194,6 +236,9 @@ class Family:
         as_made: attributes of such a model, and what they are unless somebody has set them to something else.
         within: where such a model has its encoder; "" where it is that itself.
         hf: transformers' config of such an encoder.
+        own: of such an encoder and the dict of its config that dict as the encoder's modules have it, where they read
+            it no more.
+        unlike: of such an encoder what its modules do otherwise than the config says; None where nothing is.
         layers: of such an encoder, in the order in which they run; a layer may come several times.
         relative: of such an encoder the module with the table of distances; None where there is none.
         relative_norm: of such an encoder the LayerNorm that goes over that table; None where there is none.
@@ -222,13 +267,17 @@ class Family:
     tied: Mapping[str, str] = field(default_factory=dict)
     form_of: str | None = None
     told_by: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
+    other_prefixes: tuple[str, ...] = ()
     num_layers: str = "num_hidden_layers"
+    class_names: Mapping[str, str] = field(default_factory=dict)
     dropouts: Dropouts = field(
         default_factory=lambda: {"text": CLASSIFIER_DROPOUT, "choice": CLASSIFIER_DROPOUT, "token": CLASSIFIER_DROPOUT}
     )
     shapes: Mapping[Read, Callable[[Mapping[str, Any]], HeadShape]] = field(default_factory=dict)
     last_norm: str | None = None
     hf: Callable[[nn.Module], Any] = own_hf
+    own: Callable[[Any, dict[str, Any]], dict[str, Any]] = as_config_says
+    unlike: Callable[[Any, EncoderConfig], str | None] = nothing
     layers: Callable[[nn.Module], Sequence[nn.Module]] = own_layers
     relative: str | None = None
     relative_norm: str | None = None

@@ -283,7 +283,7 @@ class _Recorded:
         self.todo = [(layer, i) for layer, (steps, _) in enumerate(program.layers) for i in range(len(steps.of))]
 
     def record(self, *, until_last_look: bool = False, out: Tensor | None = None) -> None:
-        """The steps that are left; those up to the last attention, or all, the last of which writes `out`."""
+        """The steps that are left; those up to the last that looks at other rows, or all, the last writing `out`."""
         layers = self.program.layers
         last = len(layers) - 1, layers[-1][0].last_look
         while self.todo:

@@ -24,7 +24,7 @@ from fastbert.ops.relative import relative_table
 from fastbert.ops.rotary import rotary
 from fastbert.packing import Packing
 from fastbert.run.eight_bits import After, EightBitLinear, Rows, attention_dtype
-from fastbert.run.parts import call, is_hooked, is_plain, norm_weights, weights
+from fastbert.run.parts import call, is_plain, norm_weights, reads_grid, weights
 from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Parts, Product, Steps, drops, readers, writes
 
 
@@ -84,7 +84,7 @@ def run(
         unpack: give "x" in the padded layout; not together with `read`.
     """
     layer, left = _Layer(steps, parts, registers, packing), iter(dropouts)
-    early = read is not None and not any(map(is_hooked, parts.values()))
+    early = read is not None and not any(map(reads_grid, parts.values()))
     for i, step in enumerate(steps.of):
         of_step = [next(left, NO_DROPOUT) for _ in range(drops(step))]
         dropout = of_step[0] if of_step else NO_DROPOUT
@@ -236,7 +236,7 @@ def _disentangled(
 
     Only those rows of the table are read that the longest sequence needs, unless hooks look on.
     """
-    hooked = any(is_hooked(parts[PROJECTIONS[term]]) for term in asked.terms)
+    hooked = any(reads_grid(parts[PROJECTIONS[term]]) for term in asked.terms)
     first, last = (0, 2 * asked.span - 1) if hooked else rows_of_distances(packing.max_seqlen, asked)
     made = {term: rows.to(qkv.dtype) for term, rows in of_positions(asked, parts, first, last, dropout).items()}
     made = {term: rows.unflatten(1, qkv.shape[2:]) for term, rows in made.items()}
