@@ -150,7 +150,9 @@ def int8_unserved(device: torch.device) -> str | None:
     if device.type != "cpu":
         return None
     machine = host()
-    return None if isinstance(machine, Machine) else machine
+    if isinstance(machine, Machine):
+        return None if machine.int8 else f"{machine.cpu} has no instructions for int8"
+    return machine
 
 
 def multiplies_well() -> bool:

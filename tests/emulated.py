@@ -74,6 +74,6 @@ WIDE = Machine(
     "x86-64-v3",
     "",
     replace(AVX2, lanes=AVX512.lanes, registers=AVX512.registers, rows=AVX512.rows),
-    Int8(AVX2.needs, _int8_dot, rows=12),
     Bfloat16(AVX2.needs, _bfloat16_dot),
+    Int8(AVX2.needs, _int8_dot, rows=12),
 )

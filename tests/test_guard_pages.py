@@ -43,7 +43,7 @@ if not isinstance(HOST, Machine):
     pytest.skip(f"{HOST}: Linux on x86-64 with AVX2 runs this", allow_module_level=True)
 
 # Which is why no lane of a weaker CPU need run this: no mark `cpu`.
-MACHINES = {"host": HOST, "AVX2": Machine("x86-64-v3", "", AVX2, AVX2_INT8), "wide": WIDE}
+MACHINES = {"host": HOST, "AVX2": Machine("x86-64-v3", "", AVX2, int8=AVX2_INT8), "wide": WIDE}
 
 ROWS = [1, 2, 5, 17, 33]
 WIDTHS = [1, 7, 8, 15, 16, 17, 26, 33, 64, 100, 312]
@@ -291,6 +291,8 @@ def ended(*arguments: str) -> subprocess.CompletedProcess[str]:
 )
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_touches_nothing_outside_of_its_memory(kernel: str, machine: str) -> None:
+    if kernel == "linear_int8" and not MACHINES[machine].int8:
+        pytest.skip("no products of int8 there: a CPU with them runs this")
     made = ended(kernel, machine)
     assert made.returncode == 0, f"ended with {made.returncode} after:\n{made.stdout}{made.stderr}"
     assert made.stdout.split() == ["front", "end"]

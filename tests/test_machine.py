@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,8 @@ layer = torch.ops.mkldnn._linear_pointwise(torch.ones(2, 64), torch.ones(64, 64)
 machine = host()
 if isinstance(machine, Machine):
     from fastbert.cpu import instructions as sets
-    int8 = next(name for name, one in vars(sets).items() if one is machine.int8)
-    print("kernels", machine.vectors.lanes, machine.bfloat16 is not None, int8)
+    int8 = [name for name, one in vars(sets).items() if machine.int8 is not None and one is machine.int8]
+    print("kernels", machine.vectors.lanes, machine.bfloat16 is not None, *int8)
     import llvmlite.binding as llvm
     make, made = llvm.create_mcjit_compiler, []
     def kept(module, target):
@@ -169,31 +170,33 @@ def test_each_cpu_multiplies_int8_in_the_best_way_it_has(
     assert native_machine.host.__wrapped__().int8 is sets.AVX2_INT8
 
 
-def test_what_no_instruction_serves_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With kernels, which always serve int8, and without; a GPU is another matter."""
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_what_no_instruction_serves_is_said(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels and without; a GPU is another matter."""
     sets = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels")
+    asked = backend.bfloat16_unserved if dtype == "bf16" else backend.int8_unserved
     cpu = torch.device("cpu")
     for served in (True, False):
-        machine = Machine("a 486", "", sets.AVX2, sets.AVX2_INT8, sets.AVX512_BF16 if served else None)
+        machine = Machine("a 486", "", sets.AVX2, *((sets.AVX512_BF16, sets.AVX512_VNNI) if served else ()))
         monkeypatch.setattr(backend, "host", lambda machine=machine: machine)
-        assert backend.bfloat16_unserved(cpu) == (None if served else "a 486 has no instructions for bfloat16")
-        assert backend.int8_unserved(cpu) is None
+        said = asked(cpu)
+        assert (said is None) == served and (served or "a 486 has no instructions for" in said)
         monkeypatch.setattr(backend, "host", lambda: "a CPU of sand")
         monkeypatch.setattr(backend, "onednn_multiplies_bfloat16", lambda served=served: served)
-        assert (backend.bfloat16_unserved(cpu) is None) == served
-        assert backend.int8_unserved(cpu) == "a CPU of sand"
-    assert backend.bfloat16_unserved(torch.device("cuda")) is None is backend.int8_unserved(torch.device("cuda"))
+        assert (asked(cpu) is None) == (served and dtype == "bf16")
+    assert asked(torch.device("cuda")) is None
 
 
 def test_int8_that_is_slower_than_float32_warns(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     from tiny_bert import random_model
 
     model = random_model(generator)
-    monkeypatch.setattr(backend, "host", lambda: "a CPU of sand")
-    with pytest.warns(UserWarning, match="int8 is slower than float32 here: a CPU of sand"):
+    sets = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels")
+    machine = Machine("a 486", "", sets.AVX2)
+    monkeypatch.setattr(backend, "host", lambda: machine)
+    with pytest.warns(UserWarning, match=r"int8 is slower than float32 here: a 486 has no instructions for int8"):
         quantize(model, dtype="int8")
-    if isinstance(native_machine.host(), Machine):
-        monkeypatch.setattr(backend, "host", native_machine.host)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            quantize(model, dtype="int8")
+    machine = replace(machine, int8=sets.AVX2_INT8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(model, dtype="int8")

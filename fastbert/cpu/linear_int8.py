@@ -98,6 +98,7 @@ def linear_int8(
     rows, width, words = x.values.shape[0], weight.scale.shape[0], weight.values.shape[1]
     threads = torch.get_num_threads()
     residual_dtype = None if residual is None else residual.dtype
+    assert machine.int8 is not None
     read: dict[str, Argument] = {
         **x.arguments("x", rows, 4 * words),
         "rows": rows,
@@ -160,6 +161,7 @@ def _multiply(
         first, rows: the first row and how many there are; past the last one it is done again.
         values, out: where the first row's words and results are; values_bytes, out_bytes: from one row to the next.
     """
+    assert code.machine.int8 is not None
     lanes, last, dot = code.lanes, code["rows"] - 1, code.machine.int8.dot
     weight = code["weight"] + (column // COLUMNS * (steps.words * COLUMNS) + column % COLUMNS) * 4
 
@@ -218,6 +220,7 @@ def _product_of_few(code: Code, steps: FewSteps) -> None:
 
 def _product(code: Code, steps: Steps) -> None:
     lanes, words, width = code.lanes, steps.words, steps.finish.width
+    assert code.machine.int8 is not None
     columns = code.machine.vectors.columns
     task_rows, tile_rows = code["task_rows"], code.machine.int8.rows
     first = code.task * task_rows

@@ -41,14 +41,14 @@ class Machine:
         cpu: LLVM's name of it.
         features: LLVM's list of what it can do, "+avx512f,-amx-tile,...".
         vectors: how it computes in float32.
-        int8, bfloat16: how it multiplies those; None where no instruction is for bfloat16.
+        bfloat16, int8: how it multiplies those; None where no instruction does.
     """
 
     cpu: str
     features: str
     vectors: Vectors
-    int8: Int8
     bfloat16: Bfloat16 | None = None
+    int8: Int8 | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -58,8 +58,8 @@ class Machine:
     @property
     def described(self) -> str:
         """In words."""
-        products = "float32, bfloat16 and int8" if self.bfloat16 else "float32 and int8"
-        return f"{self.cpu}, {self.vectors.lanes} floats a vector, products of {products}"
+        narrow = [name for name in ("bfloat16", "int8") if getattr(self, name)]
+        return f"{self.cpu}, {self.vectors.lanes} floats a vector, products of {' and '.join(['float32', *narrow])}"
 
 
 def lane() -> str | None:
@@ -101,11 +101,11 @@ def host() -> Machine | str:
             raise BackendError("FASTBERT_CPU", lane(), f"what this CPU has: it lacks {', '.join(missing)}")
         for name in features:
             features[name] = features[name] and (name in kept or not name.startswith(("avx", "amx")))
-    vectors, int8 = _first(VECTORS, features), _first(INT8, features)
-    if vectors is None or int8 is None:
+    vectors = _first(VECTORS, features)
+    if vectors is None:
         return "a CPU without AVX2"
     flags = features.flatten() + vectors.flags
-    return Machine(llvm.get_host_cpu_name(), flags, vectors, int8, _first(BFLOAT16, features))
+    return Machine(llvm.get_host_cpu_name(), flags, vectors, _first(BFLOAT16, features), _first(INT8, features))
 
 
 def _first(sets: Sequence[_Set], features: Mapping[str, bool]) -> _Set | None:

@@ -56,7 +56,7 @@ def linear_int8(
     """
     rows, depth = x.values.shape
     machine = native_machine(x.scale, x.values, x.zero, bias, residual, *(norm or ())[:2])
-    if machine is not None and dtype in machine.dtypes and depth % 4 == 0:
+    if machine is not None and machine.int8 and dtype in machine.dtypes and depth % 4 == 0:
         from fastbert.cpu import linear_int8 as kernel
         from fastbert.cpu.program import Program
 

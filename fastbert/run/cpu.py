@@ -78,6 +78,8 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
         if step.norm is not None and not is_plain(parts[step.norm]):
             return f"{step.norm} that is not an nn.LayerNorm on which nothing looks"
         if isinstance(part, Int8Linear):
+            if not machine.int8:
+                return f"no products of int8 on {machine.cpu}"
             if part.depth % 4:
                 return f"{step.part} of depth {part.depth}, which is no multiple of 4"
             width = len(part.scale)
