@@ -142,9 +142,8 @@ def _vpdpbusd(total: Value, a: Value, b: Value) -> Value:
 def _vpmaddubsw(total: Value, a: Value, b: Value) -> Value:
     # It sums two products in int16, and would saturate; `int8.PAIR` keeps them from that.
     lanes = total.type.count
-    narrow, wide = {8: ("avx2.pmadd.ub.sw", "avx2.pmadd.wd"), 16: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512")}[
-        lanes
-    ]
+    names = {8: ("avx2.pmadd.ub.sw", "avx2.pmadd.wd"), 16: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512")}
+    narrow, wide = names[lanes]
     halves = ir.VectorType(I16, 2 * lanes)
     a, b = (bitcast(x, ir.VectorType(I8, 4 * lanes)) for x in (a, b))
     pairs = intrinsic(f"llvm.x86.{narrow}", halves, a, b, suffix="")
