@@ -484,7 +484,10 @@ def _cpu() -> tuple[str, str]:
         return platform.processor() or platform.machine(), "instruction sets unknown (no /proc/cpuinfo)"
     fields = dict(_cpuinfo_fields(cpuinfo))
     flags = fields.get("flags", fields.get("Features", "")).split()
-    relevant = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
+    relevant = (
+        "avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
+        "asimd", "bf16", "i8mm", "sve",
+    )  # fmt: skip
     return fields.get("model name", platform.machine()), " ".join(flag for flag in relevant if flag in flags)
 
 

@@ -1,7 +1,7 @@
 """The CPU that kernels are compiled for: which instruction sets it has, its caches, and torch's threads on it.
 
 FASTBERT_CPU=avx512, avx2 or none takes some of it away, so that what a weaker CPU does is seen on a stronger one:
-AVX-512 without bfloat16 and int8, AVX2, or no kernels at all. `make test CPU=...` tells torch and its libraries the
+AVX-512 without bfloat16 and VNNI, AVX2, or no kernels at all. `make test CPU=...` tells torch and its libraries the
 same.
 """
 
