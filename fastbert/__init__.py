@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fastbert.model.heads import EncoderForNextSentencePrediction as EncoderForNextSentencePrediction
     from fastbert.model.heads import EncoderForPreTraining as EncoderForPreTraining
     from fastbert.model.heads import EncoderForQuestionAnswering as EncoderForQuestionAnswering
+    from fastbert.model.heads import EncoderForReplacedTokens as EncoderForReplacedTokens
     from fastbert.model.heads import EncoderForSequenceClassification as EncoderForSequenceClassification
     from fastbert.model.heads import EncoderForTokenClassification as EncoderForTokenClassification
     from fastbert.model.quantization import quantize as quantize
@@ -81,6 +82,7 @@ _HOMES = {
     "EncoderForNextSentencePrediction": "model.heads",
     "EncoderForPreTraining": "model.heads",
     "EncoderForQuestionAnswering": "model.heads",
+    "EncoderForReplacedTokens": "model.heads",
     "EncoderForSequenceClassification": "model.heads",
     "EncoderForTokenClassification": "model.heads",
     "EncoderModel": "model.body",

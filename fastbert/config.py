@@ -12,8 +12,8 @@ from fastbert.errors import ArgumentError, shown
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
-# What a classifier reads: the one row of a text or of a choice, or all rows.
-Read = Literal["text", "choice", "token", "answer"]
+# What a classifier reads: the one row of a text, of a choice or of a pair of texts, or all rows.
+Read = Literal["text", "choice", "pair", "token", "answer"]
 Positions = Literal["columns", "tokens", "none"]
 Term = Literal["c2p", "p2c"]
 
@@ -46,6 +46,7 @@ class HeadShape:
         first_dropout: the probability of that dropout; None for that of the one before the classifier.
         pooling: what a text is classified by: its first token, or the mean of all.
         predict: activation of masked-token prediction; None for the encoder's.
+        decoder_bias: whether the decoder of masked-token prediction has a bias.
 
     Raises:
         ArgumentError: `first_dropout` is no probability.
@@ -59,6 +60,7 @@ class HeadShape:
     first_dropout: float | None = None
     pooling: Literal["cls", "mean"] = "cls"
     predict: Activation | None = None
+    decoder_bias: bool = True
 
     def __post_init__(self) -> None:
         if self.first_dropout is not None and not _is_probability(self.first_dropout):
@@ -108,6 +110,33 @@ class Disentangled:
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """What is added to the output of the first layer: a convolution over its input (DeBERTa v2's largest models).
+
+    Attributes:
+        width: how many tokens in a row it sees, an odd number; the middle one is the token that it is added to.
+        groups: of columns, which are convolved apart.
+        activation: of what it makes.
+
+    Raises:
+        ArgumentError: a number is not in its range, or an activation that we lack.
+    """
+
+    width: int
+    groups: int = 1
+    activation: Activation | Literal["tanh"] = "tanh"
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.width) or self.width < 1 or self.width % 2 == 0:
+            raise ArgumentError("width", repr(self.width), "a positive odd int")
+        if not _is_int(self.groups) or self.groups < 1:
+            raise ArgumentError("groups", repr(self.groups), "a positive int")
+        known = (*get_args(Activation), "tanh")
+        if self.activation not in known:
+            raise ArgumentError("activation", repr(self.activation), f"one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """Shape and arithmetic of an encoder; by default BERT's.
 
@@ -119,10 +148,13 @@ class EncoderConfig:
         activation: "gelu" is the exact (erf) form, "gelu_tanh" its tanh approximation.
         eps: LayerNorm epsilon.
         hidden_dropout, attention_dropout: probabilities, used in training mode only.
+        dropped: the products of a layer, by their names in its steps, whose outputs `hidden_dropout` is of, besides the
+            embeddings; those of "intermediate" are dropped after the activation, or the gate.
         pad_token_id: row of the word table that padding uses, which gets no gradient; None if there is none.
         initializer_range: standard deviation of freshly initialised weights.
         embedding_size: columns of the embeddings' tables, where a linear layer makes hidden states of them; None where
             they are `hidden_size` wide.
+        project_first: that linear layer comes before the LayerNorm of the embeddings, and has no bias.
         positions: which row of the position table a token has: "columns", its column in the padded grid; "tokens", how
             many tokens of its sequence that are not `pad_token_id` come before it (RoBERTa), and a `pad_token_id` has
             the row before the first; "none", there is no table.
@@ -141,6 +173,7 @@ class EncoderConfig:
         relative_buckets: rows of a table of biases by distance, which all layers share (Raffel et al. 2020); None for
             none.
         disentangled: attention's scores have terms of relative positions; None for none.
+        convolution: after the first layer; None for none.
         heads: what heads have before their classifier or decoder.
 
     Raises:
@@ -158,9 +191,11 @@ class EncoderConfig:
     eps: float = 1e-12
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
+    dropped: tuple[str, ...] = ("attention_output", "output")
     pad_token_id: int | None = 0
     initializer_range: float = 0.02
     embedding_size: int | None = None
+    project_first: bool = False
     positions: Positions = "columns"
     first_position: int = 0
     layer_order: tuple[int, ...] | None = None
@@ -175,6 +210,7 @@ class EncoderConfig:
     alibi: bool = False
     relative_buckets: int | None = None
     disentangled: Disentangled | None = None
+    convolution: Convolution | None = None
     heads: HeadShape = HeadShape()
 
     def __post_init__(self) -> None:
@@ -209,6 +245,9 @@ class EncoderConfig:
                 raise ArgumentError(name, repr(getattr(self, name)), "a number from 0 to 1")
         if self.activation not in get_args(Activation):
             raise ArgumentError("activation", self.activation, f"one of {', '.join(get_args(Activation))}")
+        if self.convolution is not None and (self.norm_first or self.hidden_size % self.convolution.groups):
+            expected = f"groups that divide hidden_size={self.hidden_size}, and layers that normalise last"
+            raise ArgumentError("convolution", self.convolution, expected)
         pad = self.pad_token_id
         if pad is not None and (not _is_int(pad) or not 0 <= pad < self.vocab_size):
             raise ArgumentError("pad_token_id", repr(pad), f"a row of the word table, from 0 to {self.vocab_size - 1}")
@@ -293,7 +332,8 @@ class HeadConfig:
         labels: names of the classes, one output each; heads with a fixed number of outputs don't read them.
         problem_type: the loss of a sequence classifier. None decides by the labels, as Hugging Face does: regression
             for one class, single label for integers, multi label for floats.
-        classifier_dropout: probability before a classifier, in training mode; None means `hidden_dropout`.
+        classifier_dropout: probability before a classifier, in training mode; None means `hidden_dropout`, and none
+            before one of answers or of pairs of texts in pretraining.
 
     Raises:
         ArgumentError: no labels or two of one name, an unknown problem type, or a probability not in [0, 1).

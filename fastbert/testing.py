@@ -15,7 +15,7 @@ from fastbert.ops.linear_activation import activated
 from fastbert.ops.relative import relative_table
 from fastbert.packing import Packing
 from fastbert.run.parts import norm_weights, weights
-from fastbert.run.steps import PROJECTIONS, Attend, Steps
+from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Steps
 
 
 def assert_close(
@@ -96,6 +96,11 @@ def exactly(
                 qkv, packing, scale=scale, bias=terms, alibi_slopes=slopes, relative=relative, window=step.window
             )
             made = made.flatten(1)
+        elif isinstance(step, Convolve):
+            made = _convolved(cast(nn.Conv1d, parts[step.part]), held[step.x], packing)
+            made = held[step.add] + (made.tanh() if step.activation == "tanh" else activated(made, step.activation))
+            norm = cast(nn.LayerNorm, parts[step.norm])
+            made = reference.layer_norm(made, *(x.to(dtype) for x in norm_weights(norm)), eps=norm.eps)
         else:
             weight, x_bias = (None if x is None else x.to(dtype) for x in weights(parts[step.part]))
             assert weight is not None
@@ -110,6 +115,19 @@ def exactly(
                 made = reference.layer_norm(made, *(x.to(dtype) for x in norm_weights(norm)), eps=norm.eps)
         held[step.into] = made
     return held
+
+
+def _convolved(part: nn.Conv1d, x: Tensor, packing: Packing) -> Tensor:
+    """A convolution over sequences without holes, as the sum of a product for each place of its kernel."""
+    outputs, _, width = part.weight.shape
+    made = x.new_zeros(len(x), outputs) if part.bias is None else part.bias.to(x.dtype).expand(len(x), outputs)
+    sides = x.new_zeros(width // 2, x.shape[1])
+    sequences = [torch.cat([sides, one, sides]) for one in x.split(packing.lengths.tolist())]
+    for place in range(width):
+        weight = torch.block_diag(*part.weight[:, :, place].to(x.dtype).split(outputs // part.groups))
+        seen = torch.cat([one[place : place + len(one) - 2 * len(sides)] for one in sequences])
+        made = made + seen @ weight.t()
+    return made
 
 
 def _of_positions(

@@ -154,14 +154,35 @@ def test_heads(family: str, kind: str) -> None:
         torch.testing.assert_close(got[name][kept], want[name][kept], atol=2e-5, rtol=2e-5)
 
 
-def test_hidden_states(family: str) -> None:
+@pytest.mark.filterwarnings("ignore:.*runs its own code")
+@pytest.mark.parametrize("by", ["argument", "config"])
+@pytest.mark.parametrize("asked", [True, [0, -1], 1, [7]])
+def test_hidden_states(family: str, asked: Any, by: str) -> None:
+    """Of all layers, or of those with these numbers, where the model knows such."""
     model = model_of(family)
+    given = {"output_hidden_states": asked} if by == "argument" else {}
+    if by == "config":
+        model.config.output_hidden_states = asked
     with torch.no_grad():
-        want = model(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states
-        got = accelerate(model)(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states
+        want = model(IDS, attention_mask=RIGHT, **given).hidden_states
+        got = accelerate(model)(IDS, attention_mask=RIGHT, **given).hidden_states
     assert len(got) == len(want) == 4
     for ours, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(ours[RIGHT.bool()], theirs[RIGHT.bool()], atol=2e-5, rtol=2e-5)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours[RIGHT.bool()], theirs[RIGHT.bool()], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs its own code")
+@pytest.mark.parametrize("tied", [True, False])
+def test_hidden_states_and_the_last_norm(family: str, tied: bool) -> None:
+    """Of a model that normalises first, the last of them is what a config says."""
+    model = model_of(family)
+    model.config.tie_last_hidden_states = tied
+    with torch.no_grad():
+        want = model(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states[-1][RIGHT.bool()]
+        got = accelerate(model)(IDS, attention_mask=RIGHT, output_hidden_states=True).hidden_states[-1][RIGHT.bool()]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
 def test_what_is_not_served_runs_its_own_code_and_says_so_once(family: str) -> None:
@@ -269,10 +290,57 @@ def test_gradient_checkpointing_trains(family: str) -> None:
     accelerate(model).gradient_checkpointing_enable()
     dout = torch.randn(int(RIGHT.sum()), 48)
     for one in (model, plain):
-        states(one).backward(dout)
+        with paths_taken() as taken:
+            states(one).backward(dout)
+        assert (sum(taken.values()) > 3) == (one is model), "each layer of ours runs twice"
     for (name, got), want in zip(model.named_parameters(), plain.parameters(), strict=True):
         if want.grad is not None:
             torch.testing.assert_close(got.grad, want.grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_a_text_alone_and_among_others(family: str) -> None:
+    """And each time the same to the bit."""
+    model = accelerate(model_of(family))
+    with torch.no_grad():
+        by_column = encoder_of(model)[1].ours.config.positions == "columns"  # padding on the left moves those
+        for mask in (RIGHT, RIGHT if by_column else RIGHT.flip(1)):
+            ids = IDS.masked_fill(mask == 0, model.config.pad_token_id)
+            together, again = (model(ids, attention_mask=mask).last_hidden_state[mask.bool()] for _ in range(2))
+            assert torch.equal(together, again)
+            rows = zip(IDS, mask.bool(), strict=True)
+            alone = [model(ids[kept][None]).last_hidden_state[0] for ids, kept in rows]
+            torch.testing.assert_close(torch.cat(alone), together, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_steps_of_training_with_what_is_tied(family: str, again: bool, tmp_path: Any) -> None:
+    """Those of the model's own code, and so saved."""
+    model = model_of(family, "ForMaskedLM").train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    accelerate(model)
+    if again and family not in ("Albert", "MPNet"):  # which can't, in transformers
+        model.gradient_checkpointing_enable()
+    dout = torch.randn(int(RIGHT.sum()), 60)
+    for one in (model, plain, exact):
+        optimizer = torch.optim.SGD(one.parameters(), lr=1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with paths_taken() as taken:
+                logits = one(IDS, attention_mask=RIGHT).logits[RIGHT.bool()]
+            assert (sum(taken.values()) > 0) == (one is model)
+            logits.backward(dout.to(logits.dtype))
+            optimizer.step()
+    word, decoder = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (decoder is word) == (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path)
+    after = getattr(T, f"{family}ForMaskedLM").from_pretrained(tmp_path).state_dict()
+    theirs, wanted = plain.state_dict(), exact.state_dict()
+    for name in model.state_dict():
+        if after[name].is_floating_point():
+            assert_close(after[name], theirs[name], wanted[name], factor=3.0, what=name)
 
 
 def test_dropout_is_on_in_training(family: str) -> None:

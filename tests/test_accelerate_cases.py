@@ -389,3 +389,35 @@ def test_case_33_one_call_on_a_pipeline(tmp_path: Path) -> None:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.mark.parametrize("changes", [{}, {"conv_kernel_size": 5, "conv_groups": 4}], ids=str)
+def test_a_deberta_with_a_convolution(changes: dict[str, Any]) -> None:
+    """Its embeddings narrower too: forward, gradient, dropout, hooks, and the way back."""
+    sizes = {"conv_kernel_size": 3, "conv_act": "gelu", "embedding_size": 24, **changes}
+    model = model_of("DebertaV2", **sizes)
+    own = copy.deepcopy(model)
+    holes = RIGHT.clone()
+    holes[0, 3:5] = 0
+    accelerate(model, strict=True)
+    for mask in (*MASKS.values(), holes):
+        with torch.no_grad(), paths_taken() as taken:
+            got, plain = states(model, mask), states(own, mask)
+            assert sum(taken.values()) > 0
+            assert_close(got, plain, states(copy.deepcopy(own).double(), mask), factor=3.0)
+    for found in fastbert.verify(model):
+        assert found.difference <= 3 * found.rounding + 1e-7, found
+    encoder, forward = encoder_of(model.train())
+    forward.ours.follow()
+    assert forward.ours.layer[0].dropouts() == (0.1,) * 5 and len(forward.ours.layer[1].dropouts()) == 4
+    model.eval()
+    seen: list[torch.Size] = []
+    handle = encoder.conv.conv.register_forward_hook(lambda _, args, out: seen.append(args[0].shape))
+    states(model)
+    assert seen == [(3, 48, 9)]
+    handle.remove()
+    encoder.conv.register_forward_hook(lambda *_: None)
+    with pytest.raises(fastbert.errors.BackendError, match="a hook on a module that is never called by itself"):
+        states(model)
+    fastbert.restore(model)
+    assert torch.equal(states(model), states(own))

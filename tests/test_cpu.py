@@ -101,7 +101,9 @@ BASE = 500.0
 
 
 def places_of(names, head_dim, longest, generator):
-    """Options of native attention of 2 heads by their names, "window 5" and the like; a table has 4 places too many."""
+    """Options of attention of 2 heads by their names, "window 5" and the like; a table has 4 places too many, and one
+    of positions, `[2, 2 * positions, head_dim]`, 64.
+    """
     options = {}
     for name in names.split(", "):
         match name.split():
@@ -113,12 +115,33 @@ def places_of(names, head_dim, longest, generator):
                 options["relative"] = torch.randn(2, 2 * (longest + 4) - 1, generator=generator) * 2
             case ["rotary"]:
                 options["angles"] = angles_of_places(longest, head_dim, BASE)
+            case [("position_key" | "position_query") as name]:
+                positions = -(-longest // 64) * 64 + 64
+                options[name] = torch.randn(2, 2 * positions, head_dim, generator=generator)
     return options
 
 
-def plain_places(qkv, packing, to, *, angles=None, **options):
+def laid_out(machine, options, dtype):
+    """`places_of` as native attention takes them."""
+    columns = 2 * machine.vectors.lanes
+    made = {name: options[name].to(dtype).flatten(0, 1) for name in options if name.startswith("position")}
+    return options | {name: native_layout.in_blocks(table, columns) for name, table in made.items()}
+
+
+def plain_places(qkv, packing, to, *, angles=None, position_key=None, position_query=None, **options):
     """The same by the reference, computed in a dtype."""
-    qkv = qkv.to(to)
+    held, qkv = qkv.dtype, qkv.to(to)
+    tables = [None if one is None else one.to(held).to(to).transpose(0, 1) for one in (position_key, position_query)]
+    if position_key is not None:  # its rows are by column - row, and the reference has one order for both
+        tables[0] = tables[0].flip(0).roll(-1, 0)
+    known = [table for table in tables if table is not None]
+    if known:
+        place = torch.arange(packing.max_seqlen)
+        index = len(known[0]) // 2 - 1 + place[:, None] - place
+        wide = torch.promote_types(to, torch.float32)
+        tables = [None if one is None else one.to(wide) for one in tables]
+        scale = qkv.shape[3] ** -0.5
+        options["bias"] = reference.disentangled_bias(qkv.to(wide), packing, *tables, index, scale)
     if angles is not None:
         wide = torch.promote_types(to, torch.float32)
         qkv = reference.rotary(qkv, reference.rotary_angles(packing, qkv.shape[3], BASE, wide))
@@ -138,6 +161,11 @@ def plain_places(qkv, packing, to, *, angles=None, **options):
         ("rotary", 26),
         ("rotary", 32),
         ("window 20, ALiBi, relative, rotary", 40),
+        ("position_key", 26),
+        ("position_query", 26),
+        ("position_key, position_query", 13),
+        ("position_key, position_query", 64),
+        ("window 20, ALiBi, relative, position_key, position_query", 40),
     ],
 )
 @pytest.mark.parametrize("lengths", [[*range(1, 71), 0], [150, 0, 3, 97]], ids=["1 to 70", "long"])
@@ -146,7 +174,7 @@ def test_attention_of_places(lengths, names, head_dim, machine, dtype, generator
     qkv = (torch.randn(packing.tokens + 3, 3, 2, head_dim, generator=generator) * 2).to(dtype)
     qkv[packing.tokens :] = torch.nan
     options = places_of(names, head_dim, packing.max_seqlen, generator)
-    out = attend(machine, qkv, packing, **options)
+    out = attend(machine, qkv, packing, **laid_out(machine, options, dtype))
     assert out[packing.tokens :].isnan().all()
     qkv, out = qkv[: packing.tokens], out[: packing.tokens]
     plain, exact = (plain_places(qkv, packing, to, **options) for to in (dtype, torch.float64))

@@ -89,12 +89,23 @@ JINA = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "nomic": NOMIC,
     "nomic with biases": {**NOMIC, "activation_function": "geglu", "qkv_proj_bias": True, "mlp_fc2_bias": True},
+    "nomic with all biases": {
+        **NOMIC,
+        "activation_function": "geglu",
+        "qkv_proj_bias": True,
+        "mlp_fc1_bias": True,
+        "mlp_fc2_bias": True,
+    },
     "gte": NEW,
     "gte multilingual": {**NEW, "rope_theta": 200, "rope_scaling": {"type": "ntk", "factor": 8}, "type_vocab_size": 1},
     "gte unscaled": {**NEW, "rope_scaling": None},
     "jina": JINA,
     "jina reglu": {**JINA, "feed_forward_type": "reglu"},
 }
+
+
+OF_BERT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+DROPOUTS = {"nomic": ("resid_pdrop", "attn_pdrop"), "gte": OF_BERT, "jina": OF_BERT}
 
 
 class Spelled(NamedTuple):
@@ -163,13 +174,19 @@ def weights_of(name: str, head: str = "Model") -> dict[str, Tensor]:
         linear(layer + spelled.attention_output, HIDDEN, HIDDEN, biases["qkv_proj_bias"])
         norm(layer + spelled.attention_norm)
         for key in spelled.up:
-            linear(layer + key, 2 * inner // len(spelled.up), HIDDEN, False)
+            linear(layer + key, 2 * inner // len(spelled.up), HIDDEN, config.get("mlp_fc1_bias", False))
         linear(layer + spelled.output, HIDDEN, inner, biases["mlp_fc2_bias"])
         norm(layer + spelled.output_norm)
     if head == "ForSequenceClassification" or (head == "Model" and name.startswith("jina")):
         linear(f"{prefix}pooler.dense", HIDDEN, HIDDEN)
     if head in ("ForSequenceClassification", "ForTokenClassification"):
         linear("classifier", 2, HIDDEN)
+    if head == "ForMaskedLM" and is_nomic:
+        linear("cls.predictions.transform.dense", HIDDEN, HIDDEN, config["mlp_fc1_bias"])
+        norm("cls.predictions.transform.layer_norm")
+        state["cls.predictions.decoder.weight"] = state[f"{prefix}embeddings.word_embeddings.weight"].clone()
+        if config["mlp_fc1_bias"]:
+            state["cls.predictions.decoder.bias"] = torch.randn(WORDS, generator=generator)
     if head == "ForMaskedLM" and name.startswith("gte"):
         linear("lm_head.dense", HIDDEN, HIDDEN)
         norm("lm_head.norm")
@@ -203,8 +220,10 @@ def alibi(seqlen: int, like: Tensor) -> Tensor:
     return -slopes[:, None, None] * (place - place[:, None]).abs()
 
 
-def computed(name: str, state: dict[str, Tensor], batch: dict[str, Tensor], head: str = "Model") -> Tensor:
-    """Hidden states or logits, in the dtype of `state`."""
+def computed(
+    name: str, state: dict[str, Tensor], batch: dict[str, Tensor], head: str = "Model", layers: int = LAYERS
+) -> Tensor:
+    """Hidden states or logits, in the dtype of `state`, after so many layers."""
     spelled, config = SPELLED[name.split()[0]], CONFIGS[name]
     prefix = "" if head == "Model" else spelled.prefix
 
@@ -220,7 +239,7 @@ def computed(name: str, state: dict[str, Tensor], batch: dict[str, Tensor], head
         types = batch.get("token_type_ids", torch.zeros_like(batch["input_ids"]))
         x = x + state[f"{prefix}embeddings.token_type_embeddings.weight"][types]
     x = norm(x, prefix + spelled.embeddings_norm)
-    for i in range(LAYERS):
+    for i in range(layers):
         layer = prefix + spelled.layer.format(i)
         qkv = torch.cat([linear(x, layer + key) for key in spelled.qkv], -1)
         query, key, value = qkv.unflatten(-1, (3, HEADS, HIDDEN // HEADS)).permute(2, 0, 3, 1, 4)
@@ -251,8 +270,12 @@ def computed(name: str, state: dict[str, Tensor], batch: dict[str, Tensor], head
         dense, after = ("lm_head.dense", "lm_head.norm")
         if name.startswith("jina"):
             dense, after = "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"
-        made = norm(F.gelu(linear(x, dense)), after)[mask]
-        bias = state["lm_head.decoder.bias" if name.startswith("gte") else "cls.predictions.bias"]
+        elif name.startswith("nomic"):
+            dense, after = "cls.predictions.transform.dense", "cls.predictions.transform.layer_norm"
+        activation = F.silu if config.get("activation_function") == "swiglu" else F.gelu
+        made = norm(activation(linear(x, dense)), after)[mask]
+        of_decoder = {"gte": "lm_head.decoder.bias", "jina": "cls.predictions.bias"}
+        bias = state.get(of_decoder.get(name.split()[0], "cls.predictions.decoder.bias"))
         return F.linear(made, state[f"{prefix}embeddings.word_embeddings.weight"], bias)
     return x[mask]
 
@@ -268,7 +291,8 @@ def folder_of(name: str, folder: Path, head: str = "Model", **changes: Any) -> d
     """The folder of a checkpoint; its tensors."""
     state = weights_of(name, head)
     folder.mkdir(exist_ok=True)
-    config = {"architectures": [SPELLED[name.split()[0]].classes + head], **CONFIGS[name], **changes}
+    ending = "ForPreTraining" if (name.split()[0], head) == ("nomic", "ForMaskedLM") else head
+    config = {"architectures": [SPELLED[name.split()[0]].classes + ending], **CONFIGS[name], **changes}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors")
     return state
@@ -292,6 +316,7 @@ def cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 WITH_HEADS = [
     *((name, "Model") for name in CONFIGS),
     *((name, "ForSequenceClassification") for name in ("nomic", "gte", "jina")),
+    *((name, "ForMaskedLM") for name in ("nomic", "nomic with all biases")),
     *((name, head) for name in ("gte", "jina") for head in ("ForMaskedLM", "ForTokenClassification")),
 ]
 
@@ -310,7 +335,7 @@ def test_forward(name: str, head: str, side: str, tmp_path: Path) -> None:
 def test_gradients(name: str, head: str, tmp_path: Path) -> None:
     state, batch = folder_of(name, tmp_path, head), batch_of()
     ours = loaded(tmp_path, head)
-    state = {key: tensor for key, tensor in state.items() if key != "lm_head.decoder.weight"}
+    state = {key: tensor for key, tensor in state.items() if not key.endswith("decoder.weight")}
     dout = torch.randn(computed(name, state, batch, head).shape, generator=torch.Generator().manual_seed(2))
 
     def gradients(made: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -335,6 +360,80 @@ def test_half_types(name: str, tmp_path: Path) -> None:
         got = output(loaded(tmp_path, dtype=torch.bfloat16), batch, "Model")
         plain, exact = (computed(name, cast(state, to), batch) for to in (torch.bfloat16, torch.float64))
     assert_close(got, plain, exact, factor=3.0)
+
+
+@pytest.mark.parametrize("by", ["ids", "embeddings"])
+def test_hidden_states(name: str, by: str, tmp_path: Path) -> None:
+    state, batch = folder_of(name, tmp_path), batch_of()
+    model, mask = loaded(tmp_path), batch["attention_mask"].bool()
+    given = dict(batch)
+    if by == "embeddings":
+        given["inputs_embeds"] = state["embeddings.word_embeddings.weight"][given.pop("input_ids")]
+    with torch.no_grad():
+        out = model(**given, output_hidden_states=True)
+        assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+        assert len(out.hidden_states) == LAYERS + 1
+        for i, got in enumerate(out.hidden_states):
+            plain, exact = (computed(name, cast(state, to), batch, layers=i) for to in (torch.float32, torch.float64))
+            assert_close(got[mask], plain, exact, factor=3.0)
+    with pytest.raises(fastbert.errors.ArgumentError, match="output_attentions"):
+        model(**batch, output_attentions=True)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_text_alone_and_among_others(name: str, side: str, tmp_path: Path) -> None:
+    """And each time the same to the bit."""
+    folder_of(name, tmp_path)
+    model, batch = loaded(tmp_path), batch_of(side)
+    with torch.no_grad():
+        together = output(model, batch, "Model")
+        assert torch.equal(output(model, batch, "Model"), together)
+        masks = batch["attention_mask"].bool()
+        alone = [
+            model(ids[mask][None]).last_hidden_state[0] for ids, mask in zip(batch["input_ids"], masks, strict=True)
+        ]
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "head"), [pair for pair in WITH_HEADS if pair[1] in ("ForMaskedLM", "Model")])
+def test_steps_of_training(name: str, head: str, tmp_path: Path) -> None:
+    """Those of plain torch, also with layers computed again in the backward pass; so saved, with what is tied."""
+    state, batch = folder_of(name, tmp_path / "a", head), batch_of()
+    ours = loaded(tmp_path / "a", head).train()
+    body = ours if head == "Model" else ours.bert
+    tied = {key for key in ("lm_head.decoder.weight", "cls.predictions.decoder.weight") if key in state}
+    leaves = [
+        {key: tensor.to(to, copy=True).requires_grad_() for key, tensor in state.items() if key not in tied}
+        for to in (torch.float32, torch.float64)
+    ]
+    dout = torch.randn(computed(name, state, batch, head).shape, generator=torch.Generator().manual_seed(2))
+    learned = [dict(ours.named_parameters()), *leaves]
+    optimizers = [torch.optim.SGD(one.values(), lr=1e-3) for one in learned]
+    for again in (False, True):
+        for layer in body.encoder.layer:
+            layer.gradient_checkpointing = again
+        made = [output(ours, batch, head), *(computed(name, one, batch, head) for one in leaves)]
+        for out, optimizer in zip(made, optimizers, strict=True):
+            optimizer.zero_grad()
+            out.backward(dout.to(out.dtype))
+            optimizer.step()
+    fastbert.save(ours, tmp_path / "b")
+    after = load_file(tmp_path / "b" / "model.safetensors")
+    plain, exact = leaves
+    for key, tensor in exact.items():
+        assert_close(after[key], plain[key], tensor, factor=3.0, what=key)
+    [word] = [key for key in after if key.endswith("word_embeddings.weight")]
+    assert not torch.allclose(after[word], state[word])
+    assert all(torch.equal(after[key], after[word]) for key in tied)
+
+
+def test_dropout_is_on_in_training(name: str, tmp_path: Path) -> None:
+    """Of hidden states and of attention's weights, each by itself."""
+    for field in DROPOUTS[name.split()[0]]:
+        folder_of(name, tmp_path, **{field: 0.3})
+        model, batch = loaded(tmp_path).train(), batch_of()
+        assert not torch.equal(output(model, batch, "Model"), output(model, batch, "Model")), field
+        assert torch.equal(output(model.eval(), batch, "Model"), output(model, batch, "Model"))
 
 
 def test_token_types(tmp_path: Path) -> None:
@@ -399,6 +498,50 @@ def test_embeddings_of_texts(name: str, tmp_path: Path) -> None:
     for model in (tmp_path, fastbert.TextEncoder.from_folder(tmp_path)):
         got = fastbert.encode(texts, model, pooling="mean", normalize=True)
         torch.testing.assert_close(torch.as_tensor(got), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "after_gate", "after_output"), [("nomic", 0.0, 0.4), ("gte", 0.4, 0.4), ("jina", 0.4, 0.0)]
+)
+def test_dropouts_of_the_feed_forward(name: str, after_gate: float, after_output: float, tmp_path: Path) -> None:
+    """NomicBERT drops what its last product gives, Jina v2 (as MosaicBERT) what its gate gives, and GTE-new both."""
+    folder_of(name, tmp_path, hidden_dropout_prob=0.4, resid_pdrop=0.4)
+    model = loaded(tmp_path).train()
+    model.embeddings.eval()
+    layer = model.encoder.layer[0]
+    seen: dict[str, Tensor] = {}
+    layer.output.dense.register_forward_hook(lambda _, args, out: seen.update(wide=args[0], made=out))
+    layer.attention.output.LayerNorm.register_forward_hook(lambda _, args, out: seen.update(residual=out))
+    layer.output.LayerNorm.register_forward_pre_hook(lambda _, args: seen.update(total=args[0]))
+    torch.manual_seed(0)
+    batch = batch_of()
+    mask = batch["attention_mask"].bool()
+    model(**batch)
+    wide, made, residual, total = (seen[key][mask] for key in ("wide", "made", "residual", "total"))
+    assert abs(float((wide == 0).double().mean()) - after_gate) < 0.03
+    added = total - residual
+    dropped = added.abs() < 1e-6
+    assert abs(float(dropped.double().mean()) - after_output) < 0.05
+    torch.testing.assert_close(added[~dropped], made[~dropped] / (1 - after_output), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_of_masked_tokens_without_a_bias(tmp_path: Path) -> None:
+    state, batch = folder_of("nomic", tmp_path, "ForMaskedLM"), batch_of()
+    mask = batch["attention_mask"].bool()
+    labels = batch["input_ids"].where(mask & (torch.arange(11) % 2 == 0), -100)
+    loss = loaded(tmp_path, "ForMaskedLM")(**batch, labels=labels).loss
+    plain, exact = (
+        F.cross_entropy(computed("nomic", cast(state, to), batch, "ForMaskedLM"), labels[mask])
+        for to in (torch.float32, torch.float64)
+    )
+    assert_close(loss, plain, exact, factor=3.0)
+
+
+def test_dropout_before_the_classifier_of_nomic(tmp_path: Path) -> None:
+    """Its code takes that of embeddings, which it reads for nothing else, where the file names none."""
+    for given, wanted in (({}, 0.0), ({"embd_pdrop": 0.3}, 0.3), ({"embd_pdrop": 0.3, "classifier_dropout": 0.2}, 0.2)):
+        folder_of("nomic", tmp_path, "ForSequenceClassification", **given)
+        assert loaded(tmp_path, "ForSequenceClassification").head_config.classifier_dropout == wanted
 
 
 @pytest.mark.parametrize(

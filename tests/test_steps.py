@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.config import Disentangled, EncoderConfig
+from fastbert.config import Convolution, Disentangled, EncoderConfig
 from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError
 from fastbert.kernels.target import interpreted
@@ -24,7 +24,7 @@ from fastbert.run import cpu, eager, onednn, prepared
 from fastbert.run.eager import Registers
 from fastbert.run.eight_bits import Fp8Linear, Int8Linear
 from fastbert.run.parts import weights
-from fastbert.run.steps import PROJECTIONS, Attend, Product, Steps, layer_steps, readers
+from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Product, Steps, layer_steps, readers
 from fastbert.testing import assert_close, exactly
 
 HIDDEN, HEADS, WIDE = 48, 3, 80
@@ -77,15 +77,23 @@ PLANS = {
         )
     ),
 }
+PLANS |= {
+    plan: layer_steps(replace(CONFIG, convolution=convolution))
+    for plan, convolution in {
+        "convolution": Convolution(3),
+        "convolution of groups": Convolution(5, groups=4, activation="gelu"),
+    }.items()
+}
 GATED = {plan for plan in PLANS if "gated" in plan}
 DISENTANGLED = {plan for plan in PLANS if "disentangled" in plan}
+CONVOLVED = {plan for plan in PLANS if "convolution" in plan}
 PLACED = {"window", "ALiBi", "rotary", *DISENTANGLED}
 # Of an executor the plans that it does not serve; it says why.
 UNSERVED = {
     "eager": set[str](),
-    "prepared": {"pre-norm", *GATED, *PLACED},
-    "cpu": DISENTANGLED,
-    "onednn": GATED,
+    "prepared": {"pre-norm", *GATED, *PLACED, *CONVOLVED},
+    "cpu": CONVOLVED,
+    "onednn": {*GATED, *CONVOLVED},
 }
 LENGTHS = [7, 1, 0, 17]
 
@@ -106,6 +114,11 @@ def parts_of(plan: str, generator: torch.Generator) -> dict[str, nn.Module]:
         parts["relative"] = nn.Embedding(2 * asked.span, HIDDEN)
         parts |= {"relative_norm": nn.LayerNorm(HIDDEN, eps=1e-7)} if asked.normalised else {}
         parts |= {PROJECTIONS[term]: nn.Linear(HIDDEN, HIDDEN) for term in asked.terms}
+    for step in PLANS[plan].of:
+        if isinstance(step, Convolve):
+            width, groups = (3, 1) if plan == "convolution" else (5, 4)
+            parts[step.part] = nn.Conv1d(HIDDEN, HIDDEN, width, padding=width // 2, groups=groups)
+            parts[step.norm] = nn.LayerNorm(HIDDEN, eps=1e-7)
     for part in parts.values():
         for parameter in part.parameters():
             scale = 0.5 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
@@ -239,7 +252,7 @@ def test_cpu(
     x, slack = case.registers["x"], torch.full((3, HIDDEN), torch.nan, dtype=dtype)
     with torch.no_grad(), backend.use_backend("native"):
         if plan in UNSERVED["cpu"]:
-            assert "relative positions" in str(cpu.unserved(layers, x))
+            assert "a convolution" in str(cpu.unserved(layers, x))
             return
         assert cpu.unserved(layers, x) is None
         made = cpu.lay_out(layers, x)
@@ -274,10 +287,39 @@ def test_what_the_kernels_of_a_cpu_leave_to_others(generator: torch.Generator) -
             with pytest.raises(ArgumentError):
                 eager.run(*layers[0], Registers({"x": x}), packing)
         assert "half" in str(cpu.unserved([(changed(3, gated=True), parts | wide)], x))
+        hooked = parts_of("disentangled", generator)
+        for name in ("position_key", "position_query", "relative_norm"):
+            handle = hooked[name].register_forward_hook(lambda *_: None)
+            assert name in str(cpu.unserved([(PLANS["disentangled"], hooked)], x))
+            handle.remove()
+        assert cpu.unserved([(PLANS["disentangled"], hooked)], x) is None
+        hooked["relative"].double()
+        assert "table" in str(cpu.unserved([(PLANS["disentangled"], hooked)], x))
         made = cpu.lay_out([(changed(1, rotary=0.5), parts)], x)
         assert made is not None
         with pytest.raises(ArgumentError, match="base"):
             made.run({"x": x}, packing)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("plan", sorted(DISENTANGLED))
+def test_longer_and_shorter_texts_in_turns(plan: str, generator: torch.Generator) -> None:
+    """Of what is made for the positions of the longest so far, each takes its own."""
+    if not isinstance(host(), Machine):
+        pytest.skip("no kernels here: Linux on x86-64 with AVX2 runs this")
+    case = Case(plan, generator)
+    layers = [(case.steps, parts) for parts in case.layers]
+    with torch.no_grad(), backend.use_backend("native"):
+        made = cpu.lay_out(layers, case.registers["x"].detach())
+        assert made is not None
+        for lengths in ([7, 1, 0, 17], [70, 3], [300], [7, 1, 0, 17], [90, 80]):
+            case.packing = Packing.from_lengths(lengths)
+            case.registers = {
+                name: torch.randn(sum(lengths), HIDDEN, generator=generator) for name in case.steps.carried
+            }
+            got = made.run(case.registers, case.packing)
+            exact, plain = (case.judged(dtype)[0] for dtype in (torch.float64, torch.float32))
+            assert_close(got, plain, exact, factor=3.0)
 
 
 @pytest.mark.cpu
@@ -316,8 +358,8 @@ def test_eager_in_8_bits(plan: str, kind: Any, generator: torch.Generator) -> No
 
 
 def in_8_bits(parts: dict[str, nn.Module], kind: Any) -> dict[str, nn.Module]:
-    """All but norms and what belongs to tables of distances."""
-    kept = ("relative", *PROJECTIONS.values())
+    """All but norms, convolutions and what belongs to tables of distances."""
+    kept = ("relative", "convolution", *PROJECTIONS.values())
     return {
         name: part if isinstance(part, nn.LayerNorm) or name in kept else kind(*weights(part))
         for name, part in parts.items()

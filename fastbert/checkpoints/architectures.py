@@ -27,7 +27,7 @@ class Dialect:
 
     Attributes:
         family: a key of `FAMILIES`: the model_type, or the name of a form of that family.
-        prefix: before each key of the body; "" or the family's.
+        prefix: before each key of the body; "" or one of the family's.
         old_norms: LayerNorm's weight and bias are called gamma and beta.
         pooler: there is a pooler.
         old_head_norms: as `old_norms`, in the head.
@@ -54,7 +54,8 @@ class Dialect:
 
     def class_name(self, kind: type[nn.Module]) -> str:
         """What transformers calls our class in this family."""
-        return FAMILIES[self.family].model_types[self.family] + kind.__name__.removeprefix("Encoder")
+        family, ending = FAMILIES[self.family], kind.__name__.removeprefix("Encoder")
+        return family.class_names.get(ending, family.model_types[self.family] + ending)
 
 
 def _old(key: str) -> str:
@@ -74,7 +75,7 @@ def recognise(config: Mapping[str, Any], keys: Iterable[str]) -> Dialect:
     keys = set(keys)
     name = _family_name(config, keys)
     family = FAMILIES[name]
-    for prefix in ("", family.prefix):
+    for prefix in ("", family.prefix, *family.other_prefixes):
         if prefix + family.anchor in keys:
             old_norms = any(key.startswith(prefix) and key.endswith("LayerNorm.gamma") for key in keys)
             old_head_norms = any(key.startswith(family.carried) and key.endswith("LayerNorm.gamma") for key in keys)

@@ -34,6 +34,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the classes whose head is called "classifier", what their names end with.
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")
 
+# What transformers' models give by default as config.json says, and what they give where it says nothing.
+RESULTS = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+
 
 @dataclass(frozen=True, eq=False)
 class Origin:
@@ -91,7 +94,8 @@ def load(
         folder: holds config.json and the weights: model.safetensors or pytorch_model.bin, whole or in shards. Code in a
             pickle is refused, never run.
         kind: EncoderModel, or a class of `fastbert.model.heads`.
-        head: labels and the like, for a model with a head; what config.json says by default.
+        head: labels and the like, for a model with a head; what config.json says by default. Its dropout is that of
+            config.json too where it is None.
         dtype: floating dtype of the parameters; what the checkpoint has by default. Where it has several, that is the
             one config.json names, else the widest, and a warning says so.
         device: where the parameters live; the CPU by default.
@@ -148,14 +152,20 @@ def read_model(
     state = files.read_tensors(folder)
     dialect = recognise(raw_config, state)
     known_head: HeadConfig | None = None
+    family = FAMILIES[dialect.family]
     try:
-        config = FAMILIES[dialect.family].config(raw_config)
+        config = family.read_config(raw_config, kind.reads if issubclass(kind, HeadModel) else None)
         if issubclass(kind, HeadModel):
-            known_head = FAMILIES[dialect.family].head(raw_config)
+            known_head = family.read_head(raw_config, kind.reads)
+            if head is not None and head.classifier_dropout is None:
+                head = replace(head, classifier_dropout=known_head.classifier_dropout)
     except ArgumentError as error:
         name = error.argument.removeprefix("config.")
         raise CheckpointError(f"{folder / files.CONFIG}: {name}", error.got, error.expected, error.mend) from error
     _check_sizes(config, state, folder / files.CONFIG)
+    if asked := [name for name, usual in RESULTS.items() if raw_config.get(name, usual) not in (usual, None)]:
+        message = f"{folder / files.CONFIG}: {', '.join(asked)}: a model of fastbert gives what a call asks it for"
+        warnings.warn(message, stacklevel=3)
 
     fresh: list[str] = []
     with torch.device("meta"):
@@ -231,7 +241,7 @@ def trained_head(folder: str | os.PathLike[str], kind: type[HeadModel]) -> HeadC
         return None
     wanted = {part for part in kind.parts if any(_is_in(ours, part) for ours in names)}
     taken = _trained_parts(dialect, kind, config, state, same_labels=True)
-    return FAMILIES[dialect.family].head(config) if wanted <= set(taken) else None
+    return FAMILIES[dialect.family].read_head(config, kind.reads) if wanted <= set(taken) else None
 
 
 def save(model: EncoderModel | HeadModel, folder: str | os.PathLike[str]) -> None:
@@ -376,7 +386,7 @@ def _standard_origin(model: EncoderModel | HeadModel, family: str) -> Origin:
     if family == "bert":
         config |= model.config.to_hf()
     if isinstance(model, HeadModel):
-        config |= model.head_config.to_hf()
+        config |= FAMILIES[family].write_head(model.head_config, model.reads)
     return Origin(dialect, config)
 
 

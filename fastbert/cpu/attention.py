@@ -5,7 +5,8 @@ then `Vectors.queries` queries after as many go through scores, softmax and the 
 cache. bfloat16 is multiplied by pairs: two neighbours of a head for the scores, two keys for the sum of values.
 
 What else a score depends on is compiled in where it is asked for: `Places`. Keys that no query of a block sees through
-a window are not visited. Queries and keys are turned by rotary positions as they are copied.
+a window are not visited. Queries and keys are turned by rotary positions as they are copied. Products with positions
+are made for each distance of two tokens, so that those of neighbours are neighbours: nothing is gathered.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from fastbert.cpu.values import (
     transposed,
     widened,
 )
+from fastbert.errors import ArgumentError
 
 PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
 LOG2E = math.log2(math.e)
@@ -59,6 +61,8 @@ class Places(NamedTuple):
     alibi: bool = False
     relative: bool = False
     rotary: bool = False
+    position_key: bool = False
+    position_query: bool = False
 
     @property
     def added(self) -> bool:
@@ -66,9 +70,14 @@ class Places(NamedTuple):
         return self.alibi or self.relative
 
     @property
+    def positions(self) -> bool:
+        """Whether queries or keys are multiplied by positions."""
+        return self.position_key or self.position_query
+
+    @property
     def scored(self) -> bool:
         """Whether a score is other than its query and key make it."""
-        return self.window or self.added
+        return self.window or self.added or self.positions
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -79,6 +88,9 @@ class Places(NamedTuple):
             "table": self.relative,
             "table_places": self.relative,
             "angles": self.rotary,
+            "position_key": self.position_key,
+            "position_query": self.position_query,
+            "positions": self.positions,
         }
         return tuple(name for name, wanted in read.items() if wanted)
 
@@ -95,6 +107,8 @@ def attention_forward(
     alibi_slopes: Tensor | None = None,
     relative: Tensor | None = None,
     angles: Tensor | None = None,
+    position_key: Tensor | None = None,
+    position_query: Tensor | None = None,
 ) -> Call:
     """Softmax(q k^T scale) v of each head of each sequence.
 
@@ -109,6 +123,10 @@ def attention_forward(
             `places - 1 + column - row` is added to the scaled score of a row and a column. -inf hides a key from a row.
         angles: contiguous float32 `[places, 2, head_dim / 2]`, places >= max_seqlen, head_dim even; queries and keys
             are turned by them first, see `ops.rotary.angles_of_places`.
+        position_key, position_query: in the dtype of `qkv`, `layout.in_blocks` for two vectors of outputs, of
+            `[heads * 2 * positions, head_dim]`, positions >= max_seqlen and whole pairs of vectors. Before it is
+            scaled a score is added query . its position_key `positions - 1 + column - row`, and key . its
+            position_query `positions - 1 + row - column`. Not together with `angles`.
     """
     heads, head_dim = qkv.shape[2:]
     lanes = machine.vectors.lanes
@@ -116,7 +134,7 @@ def attention_forward(
     columns = -(-head_dim // lanes) * lanes
     # the transposed keys, the values, the queries and the scores
     worker_bytes = 4 * (2 * width * columns + machine.vectors.queries * (columns + width))
-    places = Places(window is not None, alibi_slopes is not None, relative is not None, angles is not None)
+    places = Places(*(x is not None for x in (window, alibi_slopes, relative, angles, position_key, position_query)))
     given: dict[str, Argument] = {}
     if window is not None:
         given["window"] = min(window, max_seqlen)
@@ -127,7 +145,19 @@ def attention_forward(
         given["table"] = (relative, FLOAT32, heads * (2 * max(known, max_seqlen) - 1))
     if angles is not None:
         given["angles"] = (angles, FLOAT32, max_seqlen * head_dim)
-        worker_bytes += 4 * lanes * columns  # keys that are turned and not yet transposed
+    for name, table in (("position_key", position_key), ("position_query", position_query)):
+        if table is not None:
+            given["positions"] = positions = table.numel() // (2 * heads * table.shape[1] * table.shape[3])
+            given[name] = (table, (qkv.dtype,), table.numel())
+            if positions < max_seqlen or positions % (2 * lanes):
+                wanted = f"a multiple of {2 * lanes}, at least {max_seqlen}"
+                raise ArgumentError(name, f"{positions} positions", wanted)
+    if places.rotary or places.position_query:
+        worker_bytes += 4 * lanes * columns  # keys that are not transposed
+    if places.positions:
+        # products with positions of some rows, and all those of keys
+        worker_bytes += 4 * max(lanes, machine.vectors.queries) * (width + 6 * lanes)
+        worker_bytes += 4 * width * width if places.position_query else 0
     batch = len(cu_seqlens) - 1
     return _kernel(machine, head_dim, qkv.dtype, places)(
         batch * heads,
@@ -175,9 +205,12 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
     # What is added to a score before it is scaled; added after, it would be to one that is rounded once more.
     unscaled = code.scalar(LOG2E) / code.float_of("scale") if places.added else None
     slope = code.load(code["slopes"] + head * 4, F32) * unscaled if unscaled is not None and places.alibi else None
-    turned_keys = keys  # of `lanes` keys, which will be transposed; there with rotary positions only
-    if places.rotary:
-        turned_keys = keys + code["worker_bytes"] - 4 * lanes * blocks * lanes
+    # What only some need lies at the end: `lanes` keys that are not transposed; products with positions, a line for
+    # each of the rows that are made together; those of keys, [length, width].
+    plain_keys = keys + code["worker_bytes"] - 4 * lanes * blocks * lanes
+    line_bytes = (width + 6 * lanes) * 4
+    lines = (plain_keys if places.position_query else keys + code["worker_bytes"]) - line_bytes * max(lanes, rows)
+    of_keys = lines - width * width * 4
 
     def words_of(start: Value, block: int) -> Value:
         """Words `[lanes]` of the head that begins at an address; past its end 0."""
@@ -208,11 +241,11 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
         if places.rotary:
             for i in range(lanes):
                 place = minimum(j + i, last)
-                turn(key + place * row_bytes, place, turned_keys + 4 * i * blocks * lanes)
+                turn(key + place * row_bytes, place, plain_keys + 4 * i * blocks * lanes)
         for block in range(blocks):
             count = min(lanes, depth - block * lanes)
             if places.rotary:
-                words = [words_of(turned_keys + 4 * i * blocks * lanes, block) for i in range(lanes)]  # [lanes, count]
+                words = [words_of(plain_keys + 4 * i * blocks * lanes, block) for i in range(lanes)]  # [lanes, count]
             else:
                 words = [words_of(key + minimum(j + i, last) * row_bytes, block) for i in range(lanes)]
             for i, column in enumerate(transposed(words)[:count]):
@@ -243,6 +276,49 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
     else:
         code.loop(0, length, 1, copy)
 
+    def products(left: Value, count: int, tile: Value, halves: int) -> list[Value]:
+        """Of so many rows of words and so many vectors of a tile, `[count, halves, lanes]`."""
+
+        def multiply(d: Value, *totals: Value) -> Sequence[Value]:
+            line = [code.load(tile + d * (8 * lanes) + 4 * half * lanes, word, lanes) for half in range(halves)]
+            made = []
+            for r in range(count):
+                one = code.splat(code.load(left + d * 4 + 4 * r * blocks * lanes, word))
+                made += [dot(totals[halves * r + half], one, line[half]) for half in range(halves)]
+            return made
+
+        return code.loop(0, depth, 1, multiply, *[code.vector()] * (halves * count))
+
+    def of_positions(left: Value, count: int, name: str, start: Value, end: Value, halves: int) -> None:
+        """Products of so many rows and the positions from `start` to `end` -> `lines`."""
+        table = code[name] + head * (code["positions"] * (8 * depth))
+
+        def multiply(n: Value) -> None:
+            tile = table + n // (2 * lanes) * (8 * lanes * depth) + n % (2 * lanes) * 4
+            for i, total in enumerate(products(left, count, tile, halves)):
+                code.store(total, lines + line_bytes * (i // halves) + (n - start) * 4 + 4 * lanes * (i % halves))
+
+        code.loop(start, end, halves * lanes, multiply)
+
+    def of_lanes_keys(j: Value) -> None:
+        """Products of `lanes` keys from j on and the positions of all rows -> their columns of `of_keys`."""
+        for i in range(lanes):
+            for block in range(blocks):
+                words = words_of(key + minimum(j + i, last) * row_bytes, block)
+                code.store(words, plain_keys + 4 * (i * blocks + block) * lanes)
+        start = code["positions"] - j - lanes  # of the last of these keys and row 0
+        of_positions(plain_keys, lanes, "position_query", start, start + width + lanes, halves=1)
+
+        def turn_over(i: Value) -> None:
+            made = [code.load(lines + line_bytes * n + (i + (lanes - 1 - n)) * 4, F32, lanes) for n in range(lanes)]
+            for n, row in enumerate(transposed(made)):
+                code.store(row, of_keys + ((i + n) * width + j) * 4)
+
+        code.loop(0, width, lanes, turn_over)
+
+    if places.position_query:
+        code.loop(0, width, lanes, of_lanes_keys)
+
     def attend_rows(i: Value) -> None:
         here = [minimum(i + r, last) for r in range(rows)]  # the last row again where there are no more
         for r, place in enumerate(here):
@@ -262,6 +338,13 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
         else:
             begin, middle, end = 0, pairs, width
 
+        start = code.number(0)
+        if places.position_key:
+            ahead = code["positions"] - 1
+            start = (ahead - here[-1]) // (2 * lanes) * (2 * lanes)  # of the last of these rows and key 0
+            end_of_line = (ahead + width - i + (2 * lanes - 1)) // (2 * lanes) * (2 * lanes)
+            of_positions(queries, rows, "position_key", start, end_of_line, halves=2)
+
         def placed(vector: Value, j: Value, r: int) -> Value:
             """Scores of row `r` and keys from j on with what is added; -inf where there is none to be seen."""
             column = code.splat(to_int32(j)) + code.lane_numbers()
@@ -273,6 +356,11 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
                 known = code["table_places"]
                 at = code["table"] + (head * (known * 2 - 1) + known - 1 + j - here[r]) * 4
                 vector = fma(code.load_where(at, F32, there), code.splat(unscaled), vector)
+            if places.position_key:
+                at = lines + line_bytes * r + (code["positions"] - 1 + j - here[r] - start) * 4
+                vector = vector + code.load(at, F32, lanes)
+            if places.position_query:
+                vector = vector + code.load(of_keys + (here[r] * width + j) * 4, F32, lanes)
             if places.window:
                 vector = select(code.splat(to_float(to_int32(code["window"]))) < absolute(away), -math.inf, vector)
             return select(there, vector, code.vector(-math.inf))
@@ -281,15 +369,7 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
             """Scores of so many vectors of keys, `[j / lanes, rows, lanes]`, and the greatest in each lane of a row."""
             tile = keys + j * (4 * blocks * lanes)
 
-            def multiply(d: Value, *totals: Value) -> Sequence[Value]:
-                line = [code.load(tile + d * (8 * lanes) + 4 * half * lanes, word, lanes) for half in range(halves)]
-                made = []
-                for r in range(rows):
-                    q = code.splat(code.load(queries + d * 4 + 4 * r * blocks * lanes, word))
-                    made += [dot(totals[halves * r + half], q, line[half]) for half in range(halves)]
-                return made
-
-            totals = code.loop(0, depth, 1, multiply, *[code.vector()] * (halves * rows))
+            totals = products(queries, rows, tile, halves)
             following = []
             for r in range(rows):
                 row = totals[halves * r : halves * r + halves]

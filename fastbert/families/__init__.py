@@ -8,12 +8,12 @@ from fastbert.families.albert import ALBERT
 from fastbert.families.bert import BERT, ELECTRA
 from fastbert.families.deberta import DEBERTA_V2, DEBERTA_V2_OWN_HEAD
 from fastbert.families.distilbert import DISTILBERT
-from fastbert.families.gte import GTE, NEW
+from fastbert.families.gte import GTE, GTE_CLASS, NEW
 from fastbert.families.jina import JINA
 from fastbert.families.modernbert import MODERNBERT
 from fastbert.families.mpnet import MPNET
 from fastbert.families.names import Family
-from fastbert.families.nomic import NOMIC, NOMIC_ORIGINAL
+from fastbert.families.nomic import NOMIC, NOMIC_CLASS, NOMIC_ORIGINAL
 from fastbert.families.roberta import ROBERTA
 
 _ALL = (
@@ -28,8 +28,10 @@ _ALL = (
     MODERNBERT,
     NOMIC,
     NOMIC_ORIGINAL,
+    NOMIC_CLASS,
     NEW,
     GTE,
+    GTE_CLASS,
     JINA,
 )
 

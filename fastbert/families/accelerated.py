@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastbert.errors import ArgumentError, FastbertError
 from fastbert.families import FAMILIES
-from fastbert.families.forward import AnyForward, Forward, InPlace, TorchForward
+from fastbert.families.forward import MARK, AnyForward, Forward, InPlace, TorchForward, attach, detach
 from fastbert.families.names import Family
 from fastbert.families.whole import ModelForward
 
@@ -25,9 +25,6 @@ Model = TypeVar("Model", bound=nn.Module)
 # By the names of the classes that they compute.
 ENCODERS = {name: family for family in FAMILIES.values() for name in family.encoders}
 MODELS = {name: family for family in FAMILIES.values() for name in family.models}
-
-# The attribute of an encoder that says what computes it, also where somebody wraps a function around its `forward`.
-MARK = "_fastbert_forward"
 
 # Where random inputs end, of three sequences; a batch with much padding, and a sequence of one token.
 LENGTHS = (17, 9, 1)
@@ -71,8 +68,7 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
     made: list[tuple[nn.Module, InPlace]] = []
-    encoders: dict[int, Forward] = {}
-    wholes: list[tuple[nn.Module, Family]] = []
+    strange: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         kind = Family.class_name(module)
         encodes, whole = ENCODERS.get(kind), MODELS.get(kind)
@@ -85,24 +81,23 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
         if of_torch:
             with _refused(argument):
                 made.append((module, TorchForward(module, strict=strict)))
-        if whole is not None:
-            wholes.append((module, whole))
-        family = encodes or whole
-        if family is not None and (encodes or not family.within):
+        if encodes is not None:
             with _refused(argument):
-                encoders[id(module)] = Forward(module, family, strict=strict)
-            if encodes:
-                made.append((module, encoders[id(module)]))
-    made += [(whole, ModelForward(whole, encoders[id(whole.get_submodule(of.within))])) for whole, of in wholes]
+                made.append((module, Forward(module, encodes, strict=strict)))
+        if whole is not None:
+            inner = module._modules.get(whole.within) if whole.within else module
+            if whole.within and ENCODERS.get(Family.class_name(inner)) is not whole:  # which may hold one of ours
+                strange.append((argument, f"{type(module).__name__} whose {whole.within} is a {type(inner).__name__}"))
+                continue
+            with _refused(argument):
+                made.append((module, ModelForward(module, whole, strict=strict)))
+    if not made and strange:
+        raise ArgumentError(*strange[0], "one that is as transformers made it")
     if not made:
         known = ", ".join(sorted(name.rpartition(".")[2] for name in (*{**ENCODERS, **MODELS}, "TransformerEncoder")))
         raise ArgumentError("model", type(model).__name__, f"a model with one of these in it: {known}")
     for module, forward in made:
-        if MARK in module.__dict__:  # it stays where it is, with what was wrapped around it
-            vars(module.__dict__[MARK]).update(vars(forward))
-        else:
-            module.forward = forward
-            setattr(module, MARK, forward)
+        attach(module, forward)
     return model
 
 
@@ -124,10 +119,7 @@ def restore(model: Model) -> Model:
         ArgumentError: it is no module.
     """
     for module, forward in list(accelerated(model)):
-        del module.__dict__[MARK]
-        if module.__dict__.get("forward") is forward:
-            del module.__dict__["forward"]
-        else:
+        if not detach(module, forward):
             forward.on = False
     return model
 
@@ -156,12 +148,14 @@ def verify(model: nn.Module) -> list[Difference]:
     found: list[Difference] = []
     generator = torch.Generator().manual_seed(0)
     for module, forward in accelerated(model):
-        encoder = cast(AnyForward, forward.encoder if isinstance(forward, ModelForward) else forward)
+        encoder = forward.encoder if isinstance(forward, ModelForward) else cast(AnyForward, forward)
+        if encoder is None:  # another came into its place
+            continue
         name = type(module).__name__
         own = copy.deepcopy(module).eval()
-        for part in own.modules():
-            for attribute in ("forward", MARK):
-                part.__dict__.pop(attribute, None)
+        for part, made in list(accelerated(own)):
+            detach(part, made)
+            part.__dict__.pop("forward", None)  # with what was wrapped around it
         exact = copy.deepcopy(own).double()
         fast = copy.deepcopy(own)
         accelerate(fast, strict=True)
@@ -176,6 +170,7 @@ def verify(model: nn.Module) -> list[Difference]:
         kept = torch.arange(seqlen, device="cpu") < torch.tensor(LENGTHS, dtype=torch.int64, device="cpu")[:, None]
         kept = kept.to(like.device)
         dout *= kept[..., None]
+        x *= kept[..., None]  # as embeddings are where their neighbours see it, in DeBERTa's convolution
         results = [_results(forward, one, x, kept, dout) for one in (fast, own, exact)]
         for key in results[0]:
             got, plain, wanted = (result[key].double() for result in results)

@@ -38,18 +38,27 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
     if inner != 1:
         raise ArgumentError("config.inner_group_num", repr(inner), "1, as in the published ones")
     order = tuple(int(i / (read.num_layers / groups)) for i in range(read.num_layers))
-    return replace(read, embedding_size=given["embedding_size"], layer_order=order)
+    return replace(read, embedding_size=given["embedding_size"], layer_order=order, dropped=("attention_output",))
 
 
 def layers(encoder: Any) -> list[nn.Module]:
     """A group's layers come as often as the config says."""
-    given = encoder.config
+    given, groups = encoder.config, encoder.albert_layer_groups
     found: list[nn.Module] = []
     for i in range(given.num_hidden_layers):
-        group = encoder.albert_layer_groups[int(i / (given.num_hidden_layers / given.num_hidden_groups))]
-        found += group.albert_layers
+        group = int(i / (given.num_hidden_layers / given.num_hidden_groups))
+        if group >= len(groups):
+            got = repr(given.num_hidden_groups)
+            raise ArgumentError("config.num_hidden_groups", got, f"{len(groups)}, the groups that there are")
+        found += groups[group].albert_layers
     return found
 
+
+_PREDICTIONS = {
+    "predictions.dense": "predictions.dense",
+    "predictions.norm": "predictions.LayerNorm",
+    "predictions": "predictions",
+}
 
 ALBERT = Family(
     model_types={"albert": "Albert"},
@@ -72,11 +81,8 @@ ALBERT = Family(
     layer="encoder.albert_layer_groups.{}.albert_layers.0",
     prefix="albert.",
     heads={
-        "ForMaskedLM": {
-            "predictions.dense": "predictions.dense",
-            "predictions.norm": "predictions.LayerNorm",
-            "predictions": "predictions",
-        },
+        "ForMaskedLM": _PREDICTIONS,
+        "ForPreTraining": {**_PREDICTIONS, "next_sentence": "sop_classifier.classifier"},
         "ForSequenceClassification": CLASSIFIER,
         "ForMultipleChoice": CLASSIFIER,
         "ForTokenClassification": CLASSIFIER,
@@ -86,6 +92,7 @@ ALBERT = Family(
     tied={"predictions.decoder.weight": WORD, "predictions.decoder.bias": "predictions.bias"},
     encoders=("albert.modeling_albert.AlbertTransformer",),
     models={"albert.modeling_albert.AlbertModel": "BaseModelOutputWithPooling"},
+    dropouts=dict.fromkeys(("text", "choice", "pair", "token"), ("classifier_dropout_prob", 0.1)),
     layers=layers,
     entry="embedding_hidden_mapping_in",
 )

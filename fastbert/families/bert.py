@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from fastbert.config import EncoderConfig, HeadShape
-from fastbert.families.names import OURS, Family
+from fastbert.config import HF_ACTIVATIONS, Activation, EncoderConfig, HeadShape
+from fastbert.errors import ArgumentError
+from fastbert.families.names import CLASSIFIER_DROPOUT, OURS, Family
 
 BODY = {
     "embeddings.word": "embeddings.word_embeddings",
@@ -53,14 +54,36 @@ BERT = Family(
 )
 
 
+_ELECTRA_HEADS = HeadShape(transformed=("text", "choice"), activation="gelu", drop_first=True, predict="gelu")
+
+
 def electra_config(given: Mapping[str, Any]) -> EncoderConfig:
     """Of a transformers `ElectraConfig`."""
     usual = {"hidden_size": 256, "embedding_size": 128, "num_attention_heads": 4, "intermediate_size": 1024}
     given = {**usual, **given}
     width = given["embedding_size"]
     config = EncoderConfig.from_hf({**given, "embedding_size": None})
-    heads = HeadShape(transformed=("text", "choice"), activation="gelu", drop_first=True, predict="gelu")
-    return replace(config, embedding_size=None if width == config.hidden_size else width, heads=heads)
+    return replace(config, embedding_size=None if width == config.hidden_size else width, heads=_ELECTRA_HEADS)
+
+
+def _summary(given: Mapping[str, Any]) -> HeadShape:
+    """What comes before ELECTRA's classifier of choices, which config.json may say.
+
+    Raises:
+        ArgumentError: it is no linear layer of the first token with an activation that we have.
+    """
+    for name, usual in {"summary_type": "first", "summary_use_proj": True, "summary_proj_to_labels": False}.items():
+        if given.get(name, usual) != usual:
+            raise ArgumentError(f"config.{name}", repr(given[name]), repr(usual))
+    activations: dict[str, Activation | Literal["tanh"]] = {**HF_ACTIVATIONS, "tanh": "tanh"}
+    activation = activations.get(given.get("summary_activation", "gelu"))
+    if activation is None:
+        got = repr(given["summary_activation"])
+        raise ArgumentError("config.summary_activation", got, f"one of {', '.join(activations)}")
+    try:
+        return replace(_ELECTRA_HEADS, activation=activation, first_dropout=given.get("summary_first_dropout") or 0.0)
+    except ArgumentError as error:
+        raise ArgumentError("config.summary_first_dropout", error.got, error.expected) from error
 
 
 ELECTRA = replace(
@@ -74,6 +97,10 @@ ELECTRA = replace(
             "predictions.dense": "generator_predictions.dense",
             "predictions.norm": "generator_predictions.LayerNorm",
             "predictions.bias": "generator_lm_head.bias",
+        },
+        "ForReplacedTokens": {
+            "dense": "discriminator_predictions.dense",
+            "replaced": "discriminator_predictions.dense_prediction",
         },
         "ForSequenceClassification": {"transform.dense": "classifier.dense", "classifier": "classifier.out_proj"},
         "ForMultipleChoice": {"transform.dense": "sequence_summary.summary", "classifier": "classifier"},
@@ -90,6 +117,12 @@ ELECTRA = replace(
         *NUMBERS,
     ),
     tied={"generator_lm_head.weight": WORD},
+    class_names={"ForReplacedTokens": "ElectraForPreTraining"},
+    dropouts={
+        **dict.fromkeys(("text", "token"), CLASSIFIER_DROPOUT),
+        "choice": ("summary_last_dropout", 0.1),
+    },
+    shapes={"choice": _summary},
     encoders=("electra.modeling_electra.ElectraEncoder",),
     models={"electra.modeling_electra.ElectraModel": "BaseModelOutputWithPastAndCrossAttentions"},
 )

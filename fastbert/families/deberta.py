@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastbert.config import HF_ACTIVATIONS, Disentangled, EncoderConfig, HeadShape
+from fastbert.config import HF_ACTIVATIONS, Convolution, Disentangled, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import ANSWERS, CLASSIFIER, NUMBERS, WORD
-from fastbert.families.names import OURS, Family
+from fastbert.families.names import OURS, Family, first_layer
 
 _USUAL = {
     "vocab_size": 128100,
@@ -26,10 +26,7 @@ _USUAL = {
 def config(given: Mapping[str, Any]) -> EncoderConfig:
     """Of a transformers `DebertaV2Config`."""
     given = {**_USUAL, **given}
-    if given.get("conv_kernel_size") not in (None, 0):
-        expected = "0: the convolution of DeBERTa v2's largest models is not computed"
-        raise ArgumentError("config.conv_kernel_size", repr(given["conv_kernel_size"]), expected)
-    read = EncoderConfig.from_hf({**given, "type_vocab_size": None})
+    read = EncoderConfig.from_hf({**given, "type_vocab_size": None, "embedding_size": None})
     same = {"attention_head_size": read.head_dim, "pooler_hidden_size": read.hidden_size}
     for name, size in same.items():
         if given.get(name) not in (None, size):
@@ -46,18 +43,27 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
         )
     except ArgumentError as error:
         raise ArgumentError("config.pooler_dropout", error.got, error.expected) from error
+    width = given.get("embedding_size")
+    try:
+        read = replace(read, embedding_size=None if width == read.hidden_size else width, project_first=True)
+    except ArgumentError as error:
+        raise ArgumentError("config.embedding_size", error.got, error.expected) from error
     return replace(
         read,
         type_vocab_size=given["type_vocab_size"],
         positions="columns" if given.get("position_biased_input", True) else "none",
         disentangled=_disentangled(given),
+        convolution=_convolution(given, read.hidden_size),
         heads=heads,
     )
 
 
 def _disentangled(given: Mapping[str, Any]) -> Disentangled | None:
     terms = given.get("pos_att_type") or []
-    terms = tuple(term.strip() for term in terms.lower().split("|")) if isinstance(terms, str) else tuple(terms)
+    terms = terms.lower().split("|") if isinstance(terms, str) else terms
+    if not isinstance(terms, list | tuple) or not all(isinstance(term, str) for term in terms):
+        raise ArgumentError("config.pos_att_type", repr(terms), "a list of c2p and p2c, or null")
+    terms = tuple(term.strip() for term in terms if term.strip() not in ("", "none"))
     relative = bool(given.get("relative_attention", False))
     if relative != bool(terms):
         expected = "c2p or p2c with relative_attention, and none without"
@@ -68,23 +74,65 @@ def _disentangled(given: Mapping[str, Any]) -> Disentangled | None:
     for name, size in sizes.items():
         if not isinstance(size, int):
             raise ArgumentError(f"config.{name}", repr(size), "a whole number, -1 for none")
+    norms = given.get("norm_rel_ebd", "none")
+    if not isinstance(norms, str):
+        raise ArgumentError("config.norm_rel_ebd", repr(norms), "layer_norm or none")
     farthest, buckets = sizes.values()
     try:
         return Disentangled(
-            terms=terms,
+            terms=tuple(terms),
             farthest=given["max_position_embeddings"] if farthest < 1 else farthest,
             buckets=buckets if buckets > 0 else None,
             shared=bool(given.get("share_att_key", False)),
-            normalised="layer_norm" in [one.strip() for one in given.get("norm_rel_ebd", "none").lower().split("|")],
+            normalised="layer_norm" in [one.strip() for one in norms.lower().split("|")],
         )
     except ArgumentError as error:
         name = {"terms": "pos_att_type", "farthest": "max_relative_positions"}.get(error.argument, "position_buckets")
         raise ArgumentError(f"config.{name}", error.got, error.expected, error.mend) from error
 
 
+def _convolution(given: Mapping[str, Any], hidden: int) -> Convolution | None:
+    width, groups = given.get("conv_kernel_size") or 0, given.get("conv_groups", 1)
+    if width == 0:
+        return None
+    activation = given.get("conv_act", "tanh")
+    if activation != "tanh" and activation not in HF_ACTIVATIONS:
+        raise ArgumentError("config.conv_act", repr(activation), f"one of {', '.join((*HF_ACTIVATIONS, 'tanh'))}")
+    try:
+        made = Convolution(width, groups, "tanh" if activation == "tanh" else HF_ACTIVATIONS[activation])
+    except ArgumentError as error:
+        name = {"width": "conv_kernel_size", "groups": "conv_groups"}[error.argument]
+        raise ArgumentError(f"config.{name}", error.got, error.expected) from error
+    if hidden % groups:
+        raise ArgumentError("config.conv_groups", groups, f"a divisor of hidden_size={hidden}")
+    return made
+
+
 def hf(encoder: Any) -> Any:
     """The config, which only parts of its layers hold."""
-    return encoder.layer[0].attention.config
+    return first_layer(encoder).attention.config
+
+
+def unlike(encoder: Any, read: EncoderConfig) -> str | None:
+    """What of its relative positions is not as the config says."""
+    asked = read.disentangled
+    wanted = {"relative_attention": asked is not None}
+    if asked is not None:
+        wanted |= {"max_relative_positions": asked.farthest, "position_buckets": asked.buckets or -1}
+    of_layer = wanted | ({} if asked is None else {"pos_ebd_size": asked.span})
+    held = [(encoder, wanted), *((layer.attention.self, of_layer) for layer in encoder.layer)]
+    for module, sizes in held:
+        for name, size in sizes.items():
+            given = getattr(module, name, None)
+            if given != size and not (name == "position_buckets" and size == -1 and given is not None and given < 1):
+                return f"a {name} other than the config's"
+    if asked is not None and ("layer_norm" in encoder.norm_rel_ebd) != asked.normalised:
+        return "a norm_rel_ebd other than the config's"
+    for layer in encoder.layer if asked is not None else ():
+        attention = layer.attention.self
+        if set(attention.pos_att_type) != set(asked.terms) or attention.share_att_key != asked.shared:
+            return "a pos_att_type or share_att_key other than the config's"
+    return None
 
 
 def has_own_head(given: Mapping[str, Any], keys: Collection[str]) -> bool:
@@ -111,6 +159,9 @@ DEBERTA_V2 = Family(
         "embeddings.position": "embeddings.position_embeddings",
         "embeddings.token_type": "embeddings.token_type_embeddings",
         "embeddings.norm": "embeddings.LayerNorm",
+        "embeddings.project": "embeddings.embed_proj",
+        "encoder.layer.0.convolution.conv": "encoder.conv.conv",
+        "encoder.layer.0.convolution.LayerNorm": "encoder.conv.LayerNorm",
         "encoder.relative": "encoder.rel_embeddings",
         "encoder.relative_norm": "encoder.LayerNorm",
     },
@@ -140,11 +191,15 @@ DEBERTA_V2 = Family(
     ),
     tied={"cls.predictions.decoder.weight": WORD, "cls.predictions.decoder.bias": "cls.predictions.bias"},
     encoders=("deberta_v2.modeling_deberta_v2.DebertaV2Encoder",),
-    classifier_dropout="cls_dropout",
+    models={"deberta_v2.modeling_deberta_v2.DebertaV2Model": "BaseModelOutput"},
+    as_made={"z_steps": 0},
+    dropouts=dict.fromkeys(("text", "choice"), ("cls_dropout", None)),
     hf=hf,
     relative="rel_embeddings",
     relative_norm="LayerNorm",
+    convolution="conv",
     only_padding=True,
+    unlike=unlike,
 )
 
 DEBERTA_V2_OWN_HEAD = replace(
@@ -162,4 +217,5 @@ DEBERTA_V2_OWN_HEAD = replace(
     },
     tied={},
     encoders=(),
+    models={},
 )

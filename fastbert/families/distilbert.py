@@ -8,12 +8,12 @@ from typing import Any
 
 from fastbert.config import EncoderConfig, HeadShape
 from fastbert.families.bert import ANSWERS, CLASSIFIER, NUMBERS, WORD
-from fastbert.families.names import Family, Names
+from fastbert.families.names import Family, Names, first_layer
 
 
 def hf(encoder: Any) -> Any:
     """The config, which only its layers hold."""
-    return encoder.layer[0].attention.config
+    return first_layer(encoder).attention.config
 
 
 # Its names of BERT's fields, and their values by default.
@@ -26,15 +26,18 @@ _FIELDS = {
     "dropout": ("hidden_dropout_prob", 0.1),
     "attention_dropout": ("attention_probs_dropout_prob", 0.1),
 }
+# What transformers reads under BERT's names too, which then come first.
+_BERTS = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def config(given: Mapping[str, Any]) -> EncoderConfig:
     """Of a transformers `DistilBertConfig`."""
     named = {theirs: given.get(name, usual) for name, (theirs, usual) in _FIELDS.items()}
+    named |= {name: given[name] for name in _BERTS if name in given}
     same = ("vocab_size", "max_position_embeddings", "pad_token_id", "initializer_range")
     read = EncoderConfig.from_hf({**named, **{name: given[name] for name in same if name in given}})
     heads = HeadShape(transformed=("text", "choice"), activation="relu")
-    return replace(read, type_vocab_size=0, heads=heads)
+    return replace(read, type_vocab_size=0, dropped=("output",), heads=heads)
 
 
 _TRANSFORMED = {"transform.dense": "pre_classifier", "classifier": "classifier"}
@@ -77,6 +80,10 @@ DISTILBERT = Family(
     carried=("vocab_", "pre_classifier.", "classifier.", "qa_outputs.", *NUMBERS),
     tied={"vocab_projector.weight": WORD},
     num_layers="n_layers",
+    dropouts={
+        **dict.fromkeys(("text", "choice"), ("seq_classif_dropout", 0.2)),
+        "answer": ("qa_dropout", 0.1),
+    },
     encoders=("distilbert.modeling_distilbert.Transformer",),
     models={"distilbert.modeling_distilbert.DistilBertModel": "BaseModelOutput"},
     within="transformer",

@@ -7,16 +7,19 @@ adapter, say) is seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fastbert.config import EncoderConfig
+from fastbert.errors import ArgumentError
 from fastbert.families.names import Family, Names
 from fastbert.model.encoder import Encoder
 from fastbert.model.layer import Layer, probability
 from fastbert.ops.common import observed
+from fastbert.packing import Packing
+from fastbert.run.eager import normalised
 from fastbert.run.kept import Kept
 from fastbert.run.parts import Group, SelfAttention
 from fastbert.run.steps import OWN, PROJECTIONS, layer_steps
@@ -117,8 +120,7 @@ class ForeignLayer(Layer):
         shared: dict[str, Place],
         following: Place | None,
     ) -> None:
-        drop_wide = names.dropout_of_activation is not None
-        super().__init__(layer_steps(config, i, last_norm=following is not None, drop_wide=drop_wide))
+        super().__init__(layer_steps(config, i, last_norm=following is not None))
         self.theirs = (theirs,)  # in a tuple, for a module would become a child
         self.places: dict[str, Place | Borrowed] = {
             part: Place.of(theirs, getattr(names, part)) for part in ("attention_output", "attention_norm", "output")
@@ -142,11 +144,16 @@ class ForeignLayer(Layer):
             else:
                 self.joined += ((part, ForeignLinears(places)),)
         self.dropout_of_weights = names.dropout_of_weights
-        of_activation = [names.dropout_of_activation] if drop_wide else []
+        of_activation = [names.dropout_of_activation] if "intermediate" in config.dropped else []
         self.other_dropouts = [
             None if path is None else Place.of(theirs, path)
             for path in (names.dropout_of_context, *of_activation, names.dropout_of_output)
         ]
+
+    def add_convolution(self, theirs: nn.Module) -> None:
+        """What follows it; see `Family.convolution`."""
+        self.places |= {"convolution": Place(theirs, "conv"), "convolution_norm": Place(theirs, "LayerNorm")}
+        self.other_dropouts.append(Place(theirs, "dropout"))
 
     def parts(self) -> dict[str, nn.Module]:
         """See Layer."""
@@ -187,7 +194,10 @@ class ForeignEncoder(Encoder):
     layer_type: type[ForeignLayer] = ForeignLayer
 
     def __init__(self, theirs: nn.Module, family: Family) -> None:
-        config = family.config(family.hf(theirs).to_dict())
+        layers = family.layers(theirs)
+        if not layers:
+            raise ArgumentError("layers", "none", "one or more")
+        config = family.config(family.own(theirs, family.hf(theirs).to_dict()))
         tables: dict[str, str | None] = {}
         if config.relative_buckets is not None or config.disentangled is not None:
             tables["relative"] = family.relative
@@ -195,7 +205,9 @@ class ForeignEncoder(Encoder):
             tables["relative_norm"] = family.relative_norm
         shared = {name: Place.of(theirs, path) for name, path in tables.items() if path is not None}
         last_norm = None if family.last_norm is None else Place.of(theirs, family.last_norm)
-        self._read(theirs, config, family.layers(theirs), family.modules or family.names, shared, last_norm)
+        self._read(theirs, config, layers, family.modules or family.names, shared, last_norm)
+        if config.convolution is not None and family.convolution is not None:
+            cast(ForeignLayer, self.layer[0]).add_convolution(theirs.get_submodule(family.convolution))
 
     def _read(
         self,
@@ -219,6 +231,14 @@ class ForeignEncoder(Encoder):
             if key not in made:
                 made[key] = self.layer_type(layer, i, names, config, shared, following)
             self.layer.append(made[key])
+        self.first_norm = Place.of(layers[0], names.output_norm) if config.norm_first else None
+
+    def registers(self, x: Tensor, packing: Packing) -> dict[str, Tensor]:
+        """See Encoder; layers that normalise first begin with a LayerNorm of the first of them, if it has one."""
+        if self.first_norm is None:
+            return super().registers(x, packing)
+        norm = self.first_norm.get()
+        return {"x": x if type(norm) is nn.Identity else normalised(norm, x, packing), "sum": x}
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Theirs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from abc import ABC, abstractmethod
@@ -17,9 +18,14 @@ from fastbert.families.attention import NAME
 from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
 from fastbert.families.torch_encoder import TorchEncoder
+from fastbert.model.masks import read_mask
 from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
 from fastbert.ops.watch import Members
+from fastbert.packing import Packing
 from fastbert.run.parts import is_hooked
+
+# The attribute of a module that says what computes it, also where somebody wraps a function around its `forward`.
+MARK = "_fastbert_forward"
 
 # Whose hooks gather hidden states, which it is told by us.
 TOLD = "transformers.utils.output_capturing"
@@ -27,8 +33,18 @@ TOLD = "transformers.utils.output_capturing"
 # Whose functions a model is made of.
 THEIRS = ("transformers.", "torch.")
 
+# Attributes of attention that say how many heads there are, and how wide one is.
+HEADS, HEAD_DIM = ("num_attention_heads", "n_heads"), ("attention_head_size", "head_dim")
+
 # Attributes of their modules that what was read of them depends on.
-WATCHED = ("scaling", "activation", "norm_first", "num_heads", "batch_first")
+WATCHED = (
+    *HEADS, *HEAD_DIM, "scaling", "activation", "norm_first", "num_heads", "batch_first", "attention_scaling",
+    "full_attention_attention_scaling", "sliding_attention_attention_scaling", "attention_type", "relative_attention",
+    "max_relative_positions", "position_buckets", "pos_ebd_size", "pos_att_type", "share_att_key", "norm_rel_ebd",
+)  # fmt: skip
+
+# Fields of a config that no encoder reads, and that may be long.
+LABELS = ("id2label", "label2id")
 
 
 class InPlace(ABC):
@@ -36,11 +52,15 @@ class InPlace(ABC):
 
     Attributes:
         theirs: the module.
+        strict: raise where the module's own code would run.
         on: False where it was taken back, and only a function that somebody wrapped around it still calls it.
     """
 
-    theirs: nn.Module
     on = True
+
+    def __init__(self, theirs: nn.Module, *, strict: bool) -> None:
+        self.theirs, self.strict = theirs, strict
+        self.said: set[str] = set()
 
     @property
     def __code__(self) -> CodeType:
@@ -59,18 +79,58 @@ class InPlace(ABC):
     def width(self) -> int:
         """Of what comes in."""
 
+    def replica(self) -> nn.Module:
+        """What `torch.nn.DataParallel` asks the module for: a copy that has other weights, with its own `forward`."""
+        self.say("torch.nn.DataParallel makes copies of it, with weights of their own; use DistributedDataParallel")
+        made = type(self.theirs)._replicate_for_data_parallel(self.theirs)  # type: ignore[no-untyped-call]
+        detach(made, self)
+        return cast(nn.Module, made)
+
+    def say(self, reason: str) -> None:
+        """Say, once, why the module's own code runs; or raise BackendError, if it must not."""
+        name = type(self.theirs).__name__
+        if self.strict:
+            raise BackendError(name, reason, "a call that fastbert serves", "Or accelerate without strict=True.")
+        if reason not in self.said and not torch.compiler.is_compiling():
+            self.said.add(reason)
+            warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
+
+
+def attach(module: nn.Module, forward: InPlace) -> None:
+    """Let `forward` compute a module."""
+    if MARK in module.__dict__:  # it stays where it is, with what was wrapped around it
+        vars(module.__dict__[MARK]).update(vars(forward))
+        return
+    module.forward = forward
+    module._replicate_for_data_parallel = forward.replica  # type: ignore[method-assign]
+    setattr(module, MARK, forward)
+
+
+def detach(module: nn.Module, forward: InPlace) -> bool:
+    """Take back what `attach` did; gives False where a function that was wrapped around `forward` stays."""
+    held = module.__dict__
+    for name in (MARK, "_replicate_for_data_parallel"):
+        held.pop(name, None)
+    if held.get("forward") is not forward:
+        return False
+    del held["forward"]
+    return True
+
 
 class AnyForward(InPlace):
     """What stands in the place of an encoder's `forward`."""
 
     def __init__(self, theirs: nn.Module, *, strict: bool) -> None:
-        self.theirs, self.strict = theirs, strict
-        self.said: set[str] = set()
+        super().__init__(theirs, strict=strict)
         self._build()
 
     @abstractmethod
     def _read(self) -> ForeignEncoder:
         """What computes their modules as they are now."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """The config that what was read depends on, by the names of its fields."""
 
     @abstractmethod
     def _called(self) -> list[nn.Module]:
@@ -82,7 +142,7 @@ class AnyForward(InPlace):
 
     def _build(self) -> None:
         """Read their modules as they are now."""
-        tree = _Tree(self.theirs)
+        tree = _Tree(self.theirs, self._settings)
         self.ours = self._read()
         self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
         called = [*self._called(), *(part for layer in self.layers for part in layer.computed())]
@@ -131,15 +191,6 @@ class AnyForward(InPlace):
             return "a hook on a module that is never called by itself: put it on the model, a linear layer or a norm"
         return None
 
-    def say(self, reason: str) -> None:
-        """Say, once, why the model's own code runs; or raise BackendError, if it must not."""
-        name = type(self.theirs).__name__
-        if self.strict:
-            raise BackendError(name, reason, "a call that fastbert serves", "Or accelerate without strict=True.")
-        if reason not in self.said and not torch.compiler.is_compiling():
-            self.said.add(reason)
-            warnings.warn(f"{name} runs its own code, not fastbert's: {reason}", stacklevel=3)
-
 
 class Forward(AnyForward):
     """Of an encoder of transformers."""
@@ -159,9 +210,13 @@ class Forward(AnyForward):
         self.hf = self.family.hf(self.theirs)
         return ForeignEncoder(self.theirs, self.family)
 
+    def _settings(self) -> dict[str, Any]:
+        return vars(self.family.hf(self.theirs))
+
     def _called(self) -> list[nn.Module]:
         paths = [self.family.entry, *(["embeddings"] if not self.family.within else [])]
-        return [self.theirs.get_submodule(path) for path in filter(None, paths)]
+        first = self.ours.first_norm
+        return [*([] if first is None else [first.get()]), *map(self.theirs.get_submodule, filter(None, paths))]
 
     def width(self) -> int:
         """See InPlace."""
@@ -186,10 +241,14 @@ class Forward(AnyForward):
         for layer in self.layers:
             if type(layer.theirs[0].get_submodule((self.family.modules or self.family.names).activation)) is not asked:
                 return "an activation other than the config's"
-            scaling = getattr(layer.attention(), "scaling", None)
-            if scaling is not None and abs(scaling - self.ours.config.head_dim**-0.5) > 1e-6:
+            attention, config = layer.attention(), self.ours.config
+            scaling = getattr(attention, "scaling", None)
+            if scaling is not None and abs(scaling - config.head_dim**-0.5) > 1e-6:
                 return "another scaling of attention's scores"
-        return None
+            for names, size in ((HEADS, config.num_heads), (HEAD_DIM, config.head_dim)):
+                if any(getattr(attention, name, size) != size for name in names):
+                    return "other heads than the config's"
+        return self.family.unlike(self.theirs, self.ours.config)
 
     def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own arguments and result."""
@@ -201,16 +260,26 @@ class Forward(AnyForward):
             of_padding = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
             if reason is None and self.family.only_padding and not of_padding:
                 reason = "an attention_mask that is not [batch, seqlen]"
+            if reason is None:
+                try:
+                    packing, bias = self._mask(hidden_states, attention_mask)
+                except FastbertError as error:
+                    reason = f"{error.argument}: {error.got}"
         if reason is not None:
             self.say(reason)
         if reason is not None or not self.on:
             return type(self.theirs).forward(self.theirs, hidden_states, attention_mask, *args, **kwargs)
-        hidden_states = self.entered(hidden_states)
-        states = kwargs.get("output_hidden_states", self.output_hidden_states)
-        out: Any = self.ours(hidden_states, attention_mask, output_hidden_states=states)
+        states = bool(kwargs.get("output_hidden_states", self.output_hidden_states))
+        x = packing.pack(self.entered(hidden_states))
+        out: Any = self.ours.answer(x, packing, bias, packed=False, output_hidden_states=states)
         if kwargs.get("return_dict", self.return_dict) is False:
             return out.to_tuple()
         return self.output(last_hidden_state=out.last_hidden_state, hidden_states=out.hidden_states)
+
+    def _mask(self, hidden_states: Tensor, attention_mask: Any) -> tuple[Packing, Tensor | None]:
+        (batch, seqlen), by_distance = hidden_states.shape[:2], self.ours.config.by_distance
+        device = hidden_states.device
+        return read_mask(attention_mask, batch, seqlen, device, by_distance=by_distance, zeros_at_padding=True)
 
     def entered(self, x: Tensor) -> Tensor:
         """What the first layer gets of what the encoder is given."""
@@ -245,6 +314,9 @@ class TorchForward(AnyForward):
     def _read(self) -> ForeignEncoder:
         return TorchEncoder(self.theirs)
 
+    def _settings(self) -> dict[str, Any]:
+        return {}
+
     def _called(self) -> list[nn.Module]:
         return self.ours.called()
 
@@ -278,24 +350,41 @@ class TorchForward(AnyForward):
 
 
 class _Tree:
-    """The modules below an encoder, their classes and what is `WATCHED` of them, when it was made."""
+    """The modules below an encoder, their classes, what is `WATCHED` of them and the config, when it was made."""
 
-    def __init__(self, top: nn.Module) -> None:
-        self.groups = [module for module in top.modules() if module._modules]
+    def __init__(self, top: nn.Module, settings: Callable[[], dict[str, Any]]) -> None:
+        modules = list(top.modules())
+        self.groups = [module for module in modules if module._modules]
+        self.below = [module for module in self.groups if module is not top]  # which gets attributes of ours
         self.kinds = list({type(module) for module in self.groups})
-        self.watched = [
-            (module.__dict__, name) for module in self.groups for name in WATCHED if name in module.__dict__
-        ]
-        self.members = Members(module._modules for module in self.groups)
+        self.watched = [(module.__dict__, name) for module in modules for name in WATCHED if name in module.__dict__]
+        tables = [module._buffers for module in modules if module._buffers]
+        held = [buffer for table in tables for buffer in table.values() if buffer is not None]
+        self.buffers = [buffer for buffer in held if not buffer.is_inference()]  # whose writes torch counts
+        self.members = Members([*(module._modules for module in self.groups), *tables])
+        self.settings, given = settings, settings()
+        self.count = len(given)
+        self.fields = [(name, _copied(value)) for name, value in given.items() if name not in LABELS]
         self.marks = self._current()
 
     def _current(self) -> list[Any]:
         forwards, watched = [kind.forward for kind in self.kinds], [held.get(name) for held, name in self.watched]
-        return [forwards, watched, *[len(module.__dict__) for module in self.groups], *map(type, self.groups)]
+        writes = [buffer._version for buffer in self.buffers]
+        return [forwards, watched, writes, *[len(module.__dict__) for module in self.below], *map(type, self.groups)]
 
     def same(self) -> bool:
         """Whether they are what they were."""
-        return self.members.same() and self._current() == self.marks
+        return self.members.same() and self._current() == self.marks and self._says_the_same()
+
+    def _says_the_same(self) -> bool:
+        """Whether the config has the same fields."""
+        given = self.settings()
+        return len(given) == self.count and all(given.get(name, LABELS) == value for name, value in self.fields)
+
+
+def _copied(value: Any) -> Any:
+    """A field that may be changed in place as it is now."""
+    return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
 
 
 def _global_hooks() -> bool:

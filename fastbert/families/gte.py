@@ -13,8 +13,8 @@ from typing import Any
 from fastbert.config import EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import ANSWERS, CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, model_layers, scaled_rope
-from fastbert.families.nomic import MODULES
+from fastbert.families.names import Family, Names, check_head_dim, scaled_rope
+from fastbert.families.nomic import MODULES, has_names_of_classes, layers, unlike
 
 # Of new-impl's `NewConfig`.
 _USUAL = {
@@ -34,7 +34,7 @@ _SERVED = {
 
 
 def config(given: Mapping[str, Any]) -> EncoderConfig:
-    """Of a `NewConfig`. The dropout between gate and last product, which it has in training, is left out."""
+    """Of a `NewConfig`."""
     return _read({**_USUAL, **given}, 10_000.0)
 
 
@@ -50,6 +50,7 @@ def _read(given: Mapping[str, Any], base: float) -> EncoderConfig:
             raise ArgumentError(f"config.{name}", repr(given[name]), repr(served))
     types = given["type_vocab_size"]
     read = EncoderConfig.from_hf({**given, "position_embedding_type": "absolute", "type_vocab_size": types or 1})
+    check_head_dim(given, read)
     rotary, scale = scaled_rope(given, base, read.head_dim)
     return replace(
         read,
@@ -57,6 +58,7 @@ def _read(given: Mapping[str, Any], base: float) -> EncoderConfig:
         positions="none",
         gated=True,
         no_bias=("intermediate",),
+        dropped=("attention_output", "intermediate", "output"),
         rotary=rotary,
         rotary_scale=scale,
     )
@@ -110,9 +112,26 @@ GTE = replace(
     model_types={"gte": "Gte"},
     config=gte_config,
     prefix="gte.",
+    other_prefixes=("new.",),  # of files that were written for new-impl; transformers reads it too
     modules=replace(MODULES, dropout_of_activation="mlp.dropout"),
     models={"gte.modeling_gte.GteModel": "BaseModelOutputWithPooling"},
     within="",
-    layers=model_layers,
+    layers=layers,
+    unlike=unlike,
     heads={name: NEW.heads[name] for name in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")},
+)
+
+# Its names in transformers' class, which a state dict has.
+GTE_CLASS = replace(
+    GTE,
+    model_types={"gte, by its class": "Gte"},
+    form_of="gte",
+    told_by=has_names_of_classes,
+    models={},
+    names=replace(MODULES, dropout_of_activation="mlp.dropout"),
+    layer="layers.{}",
+    heads={
+        **GTE.heads,
+        "ForMaskedLM": {**GTE.heads["ForMaskedLM"], "predictions.norm": "lm_head.layer_norm"},
+    },
 )

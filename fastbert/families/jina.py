@@ -20,7 +20,7 @@ _ACTIVATIONS: dict[str, Activation] = {"geglu": "gelu", "reglu": "relu"}
 
 
 def config(given: Mapping[str, Any]) -> EncoderConfig:
-    """Of a `JinaBertConfig`. The dropout between gate and last product, which it has in training, is left out.
+    """Of a `JinaBertConfig`.
 
     Raises:
         ArgumentError: it is of another implementation, or has BERT's feed-forward.
@@ -34,7 +34,13 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
         raise ArgumentError("config.feed_forward_type", repr(kind), f"one of {', '.join(_ACTIVATIONS)}")
     read = EncoderConfig.from_hf({**given, "position_embedding_type": "absolute"})
     return replace(
-        read, activation=_ACTIVATIONS[kind], positions="none", gated=True, no_bias=("intermediate",), alibi=True
+        read,
+        activation=_ACTIVATIONS[kind],
+        positions="none",
+        gated=True,
+        no_bias=("intermediate",),
+        dropped=("attention_output", "intermediate"),
+        alibi=True,
     )
 
 
@@ -55,8 +61,10 @@ JINA = replace(
         output="mlp.wo",
         output_norm="mlp.layernorm",
         activation="mlp.act",
-        dropout_of_output="mlp.dropout",
+        dropout_of_output=None,
+        dropout_of_activation="mlp.dropout",
     ),
     body={ours: theirs for ours, theirs in BODY.items() if ours != "embeddings.position"},
     encoders=(),
+    models={},
 )

@@ -52,4 +52,5 @@ MPNET = Family(
     encoders=("mpnet.modeling_mpnet.MPNetEncoder",),
     models={"mpnet.modeling_mpnet.MPNetModel": "BaseModelOutputWithPooling"},
     relative="relative_attention_bias",
+    dropouts={},
 )

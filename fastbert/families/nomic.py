@@ -6,14 +6,24 @@ described by text-embeddings-inference, `backends/candle/src/models/nomic.rs`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastbert.config import HF_ACTIVATIONS, EncoderConfig
+from torch import nn
+
+from fastbert.config import HF_ACTIVATIONS, EncoderConfig, HeadShape
 from fastbert.errors import ArgumentError
 from fastbert.families.bert import CLASSIFIER, WORD
-from fastbert.families.names import Family, Names, model_layers, read_fields, scaled_rope
+from fastbert.families.names import (
+    Family,
+    Names,
+    check_head_dim,
+    model_layers,
+    other_turns,
+    read_fields,
+    scaled_rope,
+)
 
 PRODUCTS = ("qkv", "attention_output", "intermediate", "output")
 
@@ -28,8 +38,7 @@ def config(given: Mapping[str, Any]) -> EncoderConfig:
         "max_position_embeddings": 2048,
     }
     read = EncoderConfig.from_hf({**usual, **given})
-    if given.get("head_dim") not in (None, read.head_dim):
-        raise ArgumentError("config.head_dim", repr(given["head_dim"]), f"{read.head_dim}: hidden_size by heads")
+    check_head_dim(given, read)
     base, scale = scaled_rope(given, 1000.0, read.head_dim)
     return replace(read, positions="none", gated=True, no_bias=PRODUCTS, rotary=base, rotary_scale=scale)
 
@@ -90,6 +99,7 @@ def original_config(given: Mapping[str, Any]) -> EncoderConfig:
         "mlp_fc1_bias": ("intermediate",),
         "mlp_fc2_bias": ("output",),
     }
+    biased = bool(given.get("mlp_fc1_bias", True))
     return EncoderConfig(
         **fields,
         activation=HF_ACTIVATIONS[activation],
@@ -97,6 +107,7 @@ def original_config(given: Mapping[str, Any]) -> EncoderConfig:
         gated=True,
         no_bias=tuple(part for name, parts in biases.items() if not given.get(name, True) for part in parts),
         rotary=float(given.get("rotary_emb_base", 1000.0)),
+        heads=HeadShape(bias=biased, decoder_bias=biased),
     )
 
 
@@ -106,7 +117,24 @@ def _multiple(number: int, of: int) -> int:
 
 def is_original(given: Mapping[str, Any], keys: Collection[str]) -> bool:
     """Whether a checkpoint is one for the remote code; transformers keeps its fields, and has another prefix."""
-    return "n_embd" in given and not any(key.startswith(NOMIC.prefix) for key in keys)
+    own = has_names_of_classes(given, keys) or any(key.startswith(NOMIC.prefix) for key in keys)
+    return "n_embd" in given and not own
+
+
+def has_names_of_classes(given: Mapping[str, Any], keys: Collection[str]) -> bool:
+    """Whether the keys are those of a state dict of transformers' class, which `save_pretrained` writes otherwise."""
+    return any(key.endswith(f"layers.0.{MODULES.query}.weight") for key in keys)
+
+
+def layers(model: Any) -> Sequence[nn.Module]:
+    """Of the `layers` those that the config counts, as transformers' forward does."""
+    return model_layers(model)[: model.config.num_hidden_layers]
+
+
+def unlike(model: Any, read: EncoderConfig) -> str | None:
+    """What of its rotary positions is not as the config says."""
+    assert read.rotary is not None
+    return other_turns(model.rotary_emb, "", read.rotary, read.rotary_scale)
 
 
 # In transformers' classes, of which those of GTE are like them.
@@ -165,7 +193,8 @@ NOMIC = Family(
     modules=MODULES,
     models={"nomic_bert.modeling_nomic_bert.NomicBertModel": "BaseModelOutputWithPooling"},
     within="",
-    layers=model_layers,
+    layers=layers,
+    unlike=unlike,
 )
 
 NOMIC_ORIGINAL = replace(
@@ -176,6 +205,28 @@ NOMIC_ORIGINAL = replace(
     models={},
     config=original_config,
     prefix="bert.",
-    heads={"ForSequenceClassification": CLASSIFIER},
+    heads={
+        "ForMaskedLM": {
+            "predictions.dense": "cls.predictions.transform.dense",
+            "predictions.norm": "cls.predictions.transform.layer_norm",
+            "predictions.bias": "cls.predictions.decoder.bias",
+        },
+        "ForSequenceClassification": CLASSIFIER,
+    },
+    tied={"cls.predictions.decoder.weight": WORD},
+    class_names={"ForMaskedLM": "NomicBertForPreTraining"},
+    dropouts={"text": ("classifier_dropout", "embd_pdrop")},
     num_layers="n_layer",
+)
+
+# Its names in transformers' class, which a state dict has.
+NOMIC_CLASS = replace(
+    NOMIC,
+    model_types={"nomic_bert, by its class": "NomicBert"},
+    form_of="nomic_bert",
+    told_by=has_names_of_classes,
+    models={},
+    names=MODULES,
+    body={**NOMIC.body, "embeddings.norm": "embeddings.LayerNorm"},
+    layer="layers.{}",
 )

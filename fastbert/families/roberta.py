@@ -8,6 +8,7 @@ from typing import Any
 
 from fastbert.config import EncoderConfig, HeadShape
 from fastbert.families.bert import ANSWERS, BERT, CLASSIFIER, NUMBERS, WORD
+from fastbert.families.names import CLASSIFIER_DROPOUT
 
 HEADS = HeadShape(transformed=("text",), activation="tanh", drop_first=True, predict="gelu")
 
@@ -39,6 +40,7 @@ ROBERTA = replace(
     config=config,
     prefix="roberta.",
     heads=HEAD_NAMES,
+    dropouts=dict.fromkeys(("text", "token"), CLASSIFIER_DROPOUT),
     carried=CARRIED,
     tied=TIED,
     encoders=(

@@ -15,7 +15,6 @@ from fastbert.families.foreign import Borrowed, ForeignEncoder, ForeignLayer, Pl
 from fastbert.families.names import Names
 from fastbert.model.masks import read_mask
 from fastbert.packing import Packing
-from fastbert.run.eager import normalised
 
 POST_NORM = Names(
     query="self_attn",
@@ -64,18 +63,11 @@ class TorchEncoder(ForeignEncoder):
         names = PRE_NORM if config.norm_first else POST_NORM
         self._read(theirs, config, layers, names, shared={}, last_norm=None)
         self.batch_first = bool(layers[0].self_attn.batch_first)
-        self.first_norm = Place.of(layers[0], "norm1")
 
     def called(self) -> list[nn.Module]:
         """What is called, or computed, outside the layers."""
         norm = self.theirs[0]._modules.get("norm")
-        return [*([self.first_norm.get()] if self.config.norm_first else []), *([] if norm is None else [norm])]
-
-    def registers(self, x: Tensor, packing: Packing) -> dict[str, Tensor]:
-        """See Encoder; layers that normalise first begin with a LayerNorm of the first of them."""
-        if not self.config.norm_first:
-            return super().registers(x, packing)
-        return {"x": normalised(self.first_norm.get(), x, packing), "sum": x}
+        return [*([] if self.first_norm is None else [self.first_norm.get()]), *([] if norm is None else [norm])]
 
     def layout(self, x: Tensor) -> Tensor:
         """Their layout as `[batch, seqlen, hidden]`, and back."""
@@ -148,6 +140,7 @@ def read_config(layers: list[Any]) -> EncoderConfig:
         num_heads=heads,
         activation=activation,
         norm_first=norm_first,
+        dropped=("attention_output", "intermediate", "output"),
     )
 
 

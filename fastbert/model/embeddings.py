@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastbert.config import EncoderConfig
 from fastbert.model.encoder import initialise
 from fastbert.ops.dropout import drop
-from fastbert.ops.embedding import embedding
+from fastbert.ops.embedding import check_inside, embedding
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import Linear
 from fastbert.run.parts import norm_weights
@@ -26,8 +26,9 @@ class Embeddings(nn.Module):
         self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
         self.position = None if config.positions == "none" else nn.Embedding(config.max_positions, width)
         self.token_type = nn.Embedding(types, width) if types else None
-        self.norm = nn.LayerNorm(width, eps=config.eps, bias=config.norm_bias)
-        self.project = Linear(width, hidden) if config.embedding_size else None
+        widens, first = config.embedding_size is not None, config.project_first
+        self.norm = nn.LayerNorm(hidden if first else width, eps=config.eps, bias=config.norm_bias)
+        self.project = Linear(width, hidden, bias=not first) if widens else None
         initialise(self, config.initializer_range)
 
     def forward(
@@ -51,9 +52,15 @@ class Embeddings(nn.Module):
         position, types = self._table(self.position), self._table(self.token_type)
         position_ids = torch.zeros_like(position_ids) if self.position is None else position_ids
         norm = norm_weights(self.norm)
-        if inputs_embeds is not None:
+        first = self.project if self.config.project_first else None
+        if inputs_embeds is not None or first is not None:
+            words = self._words(input_ids) if inputs_embeds is None else inputs_embeds
+            check_inside("position_ids", position_ids, position)
+            if token_type_ids is not None:
+                check_inside("token_type_ids", token_type_ids, types)
             row = types[0] if token_type_ids is None else F.embedding(token_type_ids, types)
-            x = layer_norm(inputs_embeds + F.embedding(position_ids, position) + row, *norm, eps=self.norm.eps)
+            x = words + F.embedding(position_ids, position) + row
+            x = layer_norm(x if first is None else first(x), *norm, eps=self.norm.eps)
             x = x if seed is None else drop(x, seed, dropout)
         else:
             assert input_ids is not None
@@ -71,7 +78,14 @@ class Embeddings(nn.Module):
                 padding_idx=self.config.pad_token_id,
                 sparse=self.word.sparse,
             )
-        return x if self.project is None else self.project(x)
+        return x if self.project is None or first is not None else self.project(x)
+
+    def _words(self, input_ids: Tensor | None) -> Tensor:
+        """Rows of the word table."""
+        assert input_ids is not None
+        check_inside("input_ids", input_ids, self.word.weight)
+        padding = self.config.pad_token_id
+        return F.embedding(input_ids, self.word.weight, padding_idx=padding, sparse=self.word.sparse)
 
     def _table(self, of: nn.Embedding | None) -> Tensor:
         """A table; one that adds nothing where the model has none."""

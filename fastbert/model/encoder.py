@@ -20,7 +20,7 @@ from fastbert.ops.linear import with_slack
 from fastbert.ops.watch import hooks_of
 from fastbert.packing import Packing
 from fastbert.run import cpu, onednn, prepared
-from fastbert.run.eager import Registers
+from fastbert.run.eager import Registers, normalised
 from fastbert.run.eight_bits import EightBitLinear
 from fastbert.run.frozen import FrozenLinear, changes, freeze, thaw
 from fastbert.run.kept import Kept
@@ -143,20 +143,25 @@ class Encoder(nn.Module):
             x = packing.pack(x)
         elif attention_mask is not None:
             raise ArgumentError("attention_mask", "a mask beside a packing", "one of the two")
-        if x.dim() != 2 or x.shape[1] != self.config.hidden_size:
-            raise ArgumentError(
-                "hidden_states", f"shape {tuple(hidden_states.shape)}", f"a last dimension of {self.config.hidden_size}"
-            )
-        collected = collected_by_transformers()
-        every = bool(output_hidden_states) or "hidden_states" in collected
-        states = self.run(x, packing, bias, every=every, unpack=not packed)
-
-        def layout(state: Tensor) -> Tensor:
-            return state if packed or state is states[-1] else packing.unpack(state)
-
-        append_hidden_states(collected, states, layout)
-        out = EncoderOutput(states[-1], tuple(layout(state) for state in states) if output_hidden_states else None)
+        out = self.answer(x, packing, bias, packed=packed, output_hidden_states=bool(output_hidden_states))
         return out.to_tuple() if return_dict is False else out
+
+    def answer(
+        self, x: Tensor, packing: Packing, bias: Tensor | None, *, packed: bool, output_hidden_states: bool
+    ) -> EncoderOutput:
+        """What `forward` gives of packed rows and what `masks.read_mask` made of a mask; padded unless `packed`.
+
+        Raises:
+            ArgumentError: rows of another width.
+        """
+        if x.dim() != 2 or x.shape[1] != self.config.hidden_size:
+            expected = f"a last dimension of {self.config.hidden_size}"
+            raise ArgumentError("hidden_states", f"rows of shape {tuple(x.shape)}", expected)
+        collected = collected_by_transformers()
+        every = output_hidden_states or "hidden_states" in collected
+        states = self.run(x, packing, bias, every=every, unpack=not packed)
+        append_hidden_states(collected, states)
+        return EncoderOutput(states[-1], tuple(states) if output_hidden_states else None)
 
     def run(
         self,
@@ -171,8 +176,9 @@ class Encoder(nn.Module):
         """The packed input and the packed output of each layer, `num_layers + 1` tensors `[rows, hidden]`.
 
         Without `every` only the last of them is there, and no other is kept. With `read`, int64 `[reads]`, the last of
-        them is `[reads, hidden]`: only these rows of it, and no work for the others. With `unpack` the last of them is
-        `[batch, seqlen, hidden]`. See `Layer.forward`.
+        them is `[reads, hidden]`: only these rows of it, and no work for the others. With `unpack` they are
+        `[batch, seqlen, hidden]` in the dtype of `x`, which autocast would have changed, and each layer reads what the
+        one before it gave, so that all of them have gradients. See `Layer.forward`.
         """
         if not every and bias is None and (program := self._program(x)) is not None:
             backend.take(program.name)
@@ -182,9 +188,11 @@ class Encoder(nn.Module):
         layers = cast(list[Layer], list(self.layer))
         if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
-        sizes = len(layers), layers[0].steps.drops
+        sizes = len(layers), max(layer.steps.drops for layer in layers)
         seeds = torch.randint(2**63 - 1, sizes, device=x.device) if self.drops() else None
-        rows, states = len(x), [x]
+        rows, dtype = len(x), x.dtype
+        first_state, x = self._shown(x, packing, every=every, unpack=unpack)
+        states = [first_state]
         first = self.in_eight_bits()
         if first is not None:
             first.check(x)
@@ -198,7 +206,7 @@ class Encoder(nn.Module):
         registers = Registers(floats, {} if first is None else {"x": first.quantize(x)})
         for i, layer in enumerate(layers):
             last = i + 1 == len(layers)
-            seed = None if seeds is None else seeds[i]
+            seed = None if seeds is None else seeds[i, : layer.steps.drops]
             if is_hooked(layer):  # by one who knows transformers' padded layout
                 if layer.steps.carried != ("x",):
                     mend = "Register them on the encoder, or on a linear layer or norm in it."
@@ -210,10 +218,31 @@ class Encoder(nn.Module):
                 x = layer(x, packing, bias, seed, read if last else None, last_unpacks and last, registers)
             state = x if last else registers.floats[layer.steps.state]
             state = state[:rows] if slack and not (last and read is not None) else state
+            if every and unpack and not last:
+                state, again = self._shown(state.to(dtype), packing, every=every, unpack=unpack)
+                if state.requires_grad:
+                    x = with_slack(again, slack) if slack else again
+                    registers = Registers(self._read_again(layer, x, packing))
+                    x = registers.floats["x"]
             states = [*states, state] if every else [state]
-        if unpack and not last_unpacks:
-            states[-1] = packing.unpack(states[-1])
+        if unpack:
+            states[-1] = (states[-1] if last_unpacks else packing.unpack(states[-1])).to(dtype)
         return states
+
+    @staticmethod
+    def _shown(x: Tensor, packing: Packing, *, every: bool, unpack: bool) -> tuple[Tensor, Tensor]:
+        """A state as it is given back, and the rows that go on: those of what is given back, if it has a gradient."""
+        if not (every and unpack):
+            return x, x
+        shown = packing.unpack(x)
+        return shown, packing.pack(shown) if shown.requires_grad else x
+
+    @staticmethod
+    def _read_again(layer: Layer, x: Tensor, packing: Packing) -> dict[str, Tensor]:
+        """What the layer after `layer` reads, of the state between them."""
+        if layer.steps.carried == ("x",):
+            return {"x": x}
+        return {"x": normalised(layer.parts()["output_norm"], x, packing), layer.steps.state: x}
 
     def registers(self, x: Tensor, packing: Packing) -> dict[str, Tensor]:
         """What the first layer reads, of the rows that come in; see `steps.layer_steps`."""

@@ -88,8 +88,10 @@ class HeadModel(nn.Module):
         return linear
 
     def _drop(self, x: Tensor) -> Tensor:
-        given = self.head_config.classifier_dropout
-        return F.dropout(x, self.config.hidden_dropout if given is None else given, self.training)
+        probability = self.head_config.classifier_dropout
+        if probability is None:
+            probability = 0.0 if self.reads in ("answer", "pair") else self.config.hidden_dropout
+        return F.dropout(x, probability, self.training)
 
     def _states_at(
         self, inputs: Inputs, rows: Tensor, output_hidden_states: bool | None
@@ -180,7 +182,7 @@ class Transform(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """Masked-token prediction up to the decoder, whose weight is the word table, and the decoder's bias."""
+    """Masked-token prediction up to the decoder, whose weight is the word table, and the decoder's bias, if any."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -188,7 +190,7 @@ class PredictionHead(nn.Module):
         width, shape = config.embedding_size or config.hidden_size, config.heads
         self.dense = Linear(config.hidden_size, width, bias=shape.bias)
         self.norm = nn.LayerNorm(width, eps=config.eps, bias=config.norm_bias)
-        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if shape.decoder_bias else None
         initialise(self, config.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,10 +235,11 @@ class EncoderForMaskedLM(LabelledModel):
 
 
 class EncoderForPreTraining(HeadModel):
-    """Masked-token and next-sentence prediction: BERT as it is pretrained."""
+    """Masked-token and next-sentence prediction: BERT as it is pretrained; of ALBERT the order of the sentences."""
 
     parts = ("predictions", "next_sentence")
     pooler = True
+    reads = "pair"
 
     def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
         super().__init__(config, head)
@@ -265,7 +268,8 @@ class EncoderForPreTraining(HeadModel):
         Args:
             labels: int64 as `input_ids`, -100 where a token is not to be predicted; with them no `prediction_logits`.
                 See EncoderForMaskedLM.
-            next_sentence_label: int64 `[batch]`; 0 where the second text follows the first, 1 where it does not.
+            next_sentence_label: int64 `[batch]`; 0 where the second text follows the first, 1 where it does not, or,
+                of ALBERT, where the two were swapped.
         """
         refuse_what_asks(hf, "fastbert's model")
         inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
@@ -283,13 +287,40 @@ class EncoderForPreTraining(HeadModel):
             )
             first = _zero_where_empty(x[:batch], inputs.packing)
             losses.append(self.predictions.loss(x[batch:], word, labels))
-        relation = self.next_sentence(self.bert.pool(first))
+        relation = self.next_sentence(self._drop(self.bert.pool(first)))
         if next_sentence_label is not None:
             losses.append(cross_entropy(relation, next_sentence_label.flatten(), "next_sentence_label"))
         return _as_asked(
             PreTrainingOutput(torch.stack(losses).sum() if losses else None, logits, relation, hidden_states),
             return_dict,
         )
+
+
+class EncoderForReplacedTokens(LabelledModel):
+    """Which tokens were put in the place of others: ELECTRA's discriminator, as it is pretrained.
+
+    Logits `[batch, seqlen]`, 0 at padding (packed: `[tokens]`), of a token being a replaced one; `labels` int64 as
+    `input_ids`: 1 for a replaced token, 0 for another, -100 where a token has none. The loss is the mean binary
+    cross-entropy.
+    """
+
+    parts = ("dense", "replaced")
+    pooler = False
+
+    def __init__(self, config: EncoderConfig, head: HeadConfig = _LABELS) -> None:
+        super().__init__(config, head)
+        self.dense = self._linear(config.hidden_size)
+        self.replaced = self._linear(1)
+
+    def _answer(self, inputs: Inputs, labels: Tensor | None, output_hidden_states: bool | None) -> HeadOutput:
+        x, hidden_states = self._all_states(inputs, output_hidden_states)
+        logits = self.replaced(activated(self.dense(x), self.config.activation)).squeeze(1)
+        loss = None
+        if labels is not None:
+            check_labels(labels, inputs.shape, 2, logits.device)
+            both = torch.stack([torch.zeros_like(logits), logits], 1)  # whose softmax is the logits' sigmoid
+            loss = cross_entropy(both, inputs.pack(labels))
+        return HeadOutput(loss, inputs.layout(logits), hidden_states)
 
 
 class EncoderForNextSentencePrediction(LabelledModel):
@@ -413,7 +444,7 @@ class EncoderForQuestionAnswering(HeadModel):
         refuse_what_asks(hf, "fastbert's model")
         inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
         x, hidden_states = self._token_states(inputs, output_hidden_states)
-        both = self.qa_outputs(x)
+        both = self.qa_outputs(self._drop(x))
         on_grid = inputs.packing.unpack(both, fill=-torch.inf).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.config import Disentangled, EncoderConfig
+from fastbert.config import Convolution, Disentangled, EncoderConfig
 from fastbert.errors import ArgumentError
 from fastbert.model.masks import read_mask
 from fastbert.packing import Packing
@@ -28,11 +28,11 @@ from fastbert.run.steps import OWN, PROJECTIONS, Parts, Steps, layer_steps
 class Output(Group):
     """The modules of a product that ends in a residual sum and a LayerNorm."""
 
-    def __init__(self, inputs: int, config: EncoderConfig, *, bias: bool) -> None:
+    def __init__(self, inputs: int, config: EncoderConfig, part: str) -> None:
         super().__init__()
-        self.dense = nn.Linear(inputs, config.hidden_size, bias=bias)
+        self.dense = nn.Linear(inputs, config.hidden_size, bias=part not in config.no_bias)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.eps, bias=config.norm_bias)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout) if part in config.dropped else nn.Identity()
 
 
 class Attention(Group):
@@ -41,7 +41,7 @@ class Attention(Group):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.self = SelfAttention(config)
-        self.output = Output(config.hidden_size, config, bias="attention_output" not in config.no_bias)
+        self.output = Output(config.hidden_size, config, "attention_output")
         if config.disentangled is not None:
             self.position_dropout = nn.Dropout(config.hidden_dropout)
             for term in () if config.disentangled.shared else config.disentangled.terms:
@@ -55,6 +55,18 @@ class Intermediate(Group):
         super().__init__()
         columns = config.intermediate_size * (2 if config.gated else 1)
         self.dense = nn.Linear(config.hidden_size, columns, bias="intermediate" not in config.no_bias)
+        self.dropout = nn.Dropout(config.hidden_dropout) if "intermediate" in config.dropped else None
+
+
+class ConvolutionGroup(Group):
+    """The modules of the convolution after the first layer."""
+
+    def __init__(self, asked: Convolution, config: EncoderConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, asked.width
+        self.conv = nn.Conv1d(hidden, hidden, width, padding=width // 2, groups=asked.groups)
+        self.LayerNorm = nn.LayerNorm(hidden, eps=config.eps, bias=config.norm_bias)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
 
 class Layer(nn.Module, ABC):
@@ -196,7 +208,9 @@ class EncoderLayer(Layer):
         self.config = config
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
-        self.output = Output(config.intermediate_size, config, bias="output" not in config.no_bias)
+        self.output = Output(config.intermediate_size, config, "output")
+        if config.convolution is not None and i == 0:
+            self.convolution = ConvolutionGroup(config.convolution, config)
         for name, part in (shared or {}).items():
             self.add_module(name, part)
 
@@ -213,6 +227,9 @@ class EncoderLayer(Layer):
             "output": output["dense"],
             "output_norm": output["LayerNorm"],
         }
+        if "convolution" in modules:
+            of_convolution = modules["convolution"]._modules
+            parts |= {"convolution": of_convolution["conv"], "convolution_norm": of_convolution["LayerNorm"]}
         if "relative" in modules:
             parts["relative"] = modules["relative"]
             if self.config.disentangled is not None:
@@ -230,17 +247,20 @@ class EncoderLayer(Layer):
         return parts
 
     def dropouts(self) -> tuple[float, ...]:
-        """Of attention's weights, of relative positions where they have one, of its output, and the feed-forward's."""
+        """In the order of its steps; of relative positions, the activation and a convolution where it has such ones."""
         modules: dict[str, Any] = self._modules
-        attention = modules["attention"]._modules
+        attention, intermediate = modules["attention"]._modules, modules["intermediate"]._modules
         if isinstance(attention["self"], EightBitLinear):
-            return 0.0, 0.0, 0.0
-        of_weights, of_context, of_output = (
-            probability(one._modules["dropout"]) for one in (attention["self"], attention["output"], modules["output"])
-        )
+            return (0.0,) * self.steps.drops
+        places = [attention["self"]._modules["dropout"], attention["output"]._modules["dropout"]]
         if self.config.disentangled is not None:
-            return of_weights, probability(attention["position_dropout"]), of_context, of_output
-        return of_weights, of_context, of_output
+            places.insert(1, attention["position_dropout"])
+        if (of_activation := intermediate.get("dropout")) is not None:
+            places.append(of_activation)
+        places.append(modules["output"]._modules["dropout"])
+        if "convolution" in modules:
+            places.append(modules["convolution"]._modules["dropout"])
+        return tuple(map(probability, places))
 
 
 def probability(dropout: nn.Module | None) -> float:

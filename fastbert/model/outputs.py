@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -127,8 +126,8 @@ def collected_by_transformers() -> dict[str, Any]:
     return collector.get() or {}
 
 
-def append_hidden_states(collected: dict[str, Any], states: list[Tensor], layout: Callable[[Tensor], Tensor]) -> None:
-    """Append `layout(state)` of each state that `collected` asks for; see `collected_by_transformers`.
+def append_hidden_states(collected: dict[str, Any], states: list[Tensor]) -> None:
+    """Append each state that `collected` asks for; see `collected_by_transformers`.
 
     Raises:
         ArgumentError: attention weights are asked for; no kernel ever holds them.
@@ -138,5 +137,5 @@ def append_hidden_states(collected: dict[str, Any], states: list[Tensor], layout
     if "hidden_states" in collected:
         selected = collected.get("_hidden_states_layers")
         collected["hidden_states"] += [
-            layout(state) if selected is None or i in selected else None for i, state in enumerate(states)
+            state if selected is None or i in selected else None for i, state in enumerate(states)
         ]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert import reference
 from fastbert.cpu.machine import Machine
@@ -125,15 +124,18 @@ class _DroppedAttention(torch.autograd.Function):
             weights.mul_(keep.to(weights.dtype))
             _from_grid(_product(weights.to(value.dtype), value, drop_scale(dropout)), block, out)
             kept.append(keep)
-        ctx.save_for_backward(qkv, *kept)
+        ctx.save_for_backward(qkv, seed, *kept)
         ctx.options = packing, scale, dropout
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, *kept = ctx.saved_tensors
+        qkv, seed, *kept = ctx.saved_tensors
         packing, scale, dropout = ctx.options
+        if torch.is_grad_enabled():  # a gradient of the gradient may be asked for: torch knows it
+            keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, dropout)
+            out, _ = reference.attention(_exact(qkv), packing, scale=scale, keep=keep, dropout=dropout)
+            return *torch.autograd.grad(out, qkv, dout.to(out.dtype), create_graph=True), None, None, None, None
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         dqkv[packing.tokens :] = 0
         for block, keep in zip(packing.blocks, kept, strict=True):

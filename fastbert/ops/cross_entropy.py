@@ -90,11 +90,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             at_label = logits.gather(1, _index(labels, kept, rows)).squeeze(1)
             losses[rows] = torch.where(kept[rows], lse[rows] - at_label, 0.0)
         ctx.save_for_backward(x, weight, bias, labels, kept, count, lse)
+        ctx.ignore_index = ignore_index
         return losses.sum() / count
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, labels, kept, count, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient may be asked for: torch knows it
+            logits = _exact(F.linear(_kept_rows(x, kept, slice(None)), weight, bias))
+            total = F.cross_entropy(logits, labels, ignore_index=ctx.ignore_index, reduction="sum")
+            needed = ctx.needs_input_grad[:3]
+            given = [one for one, is_needed in zip((x, weight, bias), needed, strict=True) if is_needed]
+            grads = iter(torch.autograd.grad(total / count, given, upstream, create_graph=True))
+            return *(next(grads) if is_needed else None for is_needed in needed), None, None
         grad_x = torch.empty_like(x)
         # Chunks are summed in float32, and rounded once.
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype)

@@ -90,20 +90,20 @@ def rows_of_distances(places: int, asked: Disentangled) -> tuple[int, int]:
 @lru_cache(maxsize=4096)
 def _needed(places: int, asked: Disentangled) -> tuple[int, int]:
     most = max(places, 1)
-    rows = _rows(torch.arange(1 - most, most, dtype=torch.int64, device="cpu"), asked)
+    rows = rows_by_distance(torch.arange(1 - most, most, dtype=torch.int64, device="cpu"), asked)
     return int(rows.min()), int(rows.max())
 
 
 def rows_of_pairs(places: int, asked: Disentangled, device: torch.device) -> Tensor:
     """int64 `[places, places]`: the row of the table for each pair, by how far the first is behind the second."""
     place = torch.arange(places, dtype=torch.int64, device="cpu")
-    return _rows(place[:, None] - place, asked).to(device)
+    return rows_by_distance(place[:, None] - place, asked).to(device)
 
 
-def _rows(distance: Tensor, asked: Disentangled) -> Tensor:
-    """int64 as `distance`: its row of the table, as `make_log_bucket_position` of transformers' `deberta_v2` has it.
+def rows_by_distance(distance: Tensor, asked: Disentangled) -> Tensor:
+    """int64 as `distance`, on the CPU: its row of the table, as transformers' `make_log_bucket_position` has it.
 
-    On the CPU and in float32, as there: rounding decides where a bucket ends.
+    In float32, as there (`modeling_deberta_v2.py`): rounding decides where a bucket ends.
     """
     if asked.buckets is not None:
         half, far = asked.buckets // 2, distance.abs().clamp(min=asked.buckets // 2)

@@ -97,7 +97,7 @@ def _check_ids(name: str, ids: Tensor, input_ids: Tensor, word: Tensor) -> None:
         raise ArgumentError(name, described(ids), f"int64 [tokens], as many as input_ids, on {word.device}")
 
 
-def _check_inside(name: str, ids: Tensor, table: Tensor) -> None:
+def check_inside(name: str, ids: Tensor, table: Tensor) -> None:
     """Raise ArgumentError for an id outside its table; only on the CPU, where looking costs no wait for a device."""
     if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
         return
@@ -117,10 +117,10 @@ def _embedding_torch(
     sparse: bool,
 ) -> Tensor:
     (input_ids, position_ids, token_type_ids), (word, position, token_type, weight, bias) = ids, tables
-    _check_inside("input_ids", input_ids, word)
-    _check_inside("position_ids", position_ids, position)
+    check_inside("input_ids", input_ids, word)
+    check_inside("position_ids", position_ids, position)
     if token_type_ids is not None:
-        _check_inside("token_type_ids", token_type_ids, token_type)
+        check_inside("token_type_ids", token_type_ids, token_type)
     machine = native_machine(*tables, *ids)
     if machine is not None and dropout == 0.0 and not wants_gradient(*tables):
         from fastbert.cpu import embedding as kernel

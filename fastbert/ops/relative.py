@@ -24,7 +24,8 @@ def relative_table(weight: Tensor, packing: Packing) -> Tensor:
         packing: whose `max_seqlen` is the number of places.
 
     Returns:
-        `[heads, 2 * max_seqlen - 1]` in the dtype of `weight`; entry `max_seqlen - 1 + column - row`.
+        `[heads, 2 * max_seqlen - 1]` in the dtype of `weight`, of one token where there are none; entry
+        `max_seqlen - 1 + column - row`.
 
     Raises:
         ArgumentError: a shape or dtype is wrong.
@@ -33,7 +34,7 @@ def relative_table(weight: Tensor, packing: Packing) -> Tensor:
     if weight.dim() != 2 or len(weight) % 4 or not len(weight) or not weight.is_floating_point():
         got = f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise ArgumentError("weight", got, "a floating [buckets, heads] tensor, of a multiple of 4 buckets")
-    places, rows = packing.max_seqlen, len(weight)
+    places, rows = max(packing.max_seqlen, 1), len(weight)
     numbers = packing.kept(("relative", rows), lambda: bucket_numbers(places, rows, weight.device))
     return weight.index_select(0, numbers).t().contiguous()
 

@@ -10,26 +10,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.config import Activation
+from fastbert.config import Activation, Disentangled
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
-from fastbert.cpu.layout import in_blocks_together
+from fastbert.cpu.layout import in_blocks, in_blocks_together
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import room
 from fastbert.ops.attention_torch import WIDEST_HEAD
 from fastbert.ops.common import multiplies_bare, native_machine
+from fastbert.ops.disentangled import rows_by_distance, rows_of_distances
 from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
 from fastbert.ops.relative import bucket_numbers
 from fastbert.ops.rotary import angles_of_places
 from fastbert.packing import Packing
-from fastbert.run.eager import formats, made_dtype
+from fastbert.run.eager import formats, made_dtype, of_positions
 from fastbert.run.eight_bits import Int8Linear
 from fastbert.run.frozen import FrozenLinear
 from fastbert.run.parts import SelfAttention, is_frozen, is_plain, matrix, weights
-from fastbert.run.steps import Attend, Layers, Parts, Product, Steps
+from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Layers, Parts, Product, Steps
 
 if TYPE_CHECKING:
     from fastbert.cpu.program import Call, Program
@@ -67,13 +69,17 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
             if step.rotary is not None and widths[step.x] // (3 * step.heads) % 2:
                 return "rotary positions of heads of odd width"
             if step.disentangled is not None:
-                return "scores with terms of relative positions"
+                reason = _positions_unserved(step.disentangled, parts, x)
+                if reason is not None:
+                    return reason
             if step.window is not None and step.window < 0:
                 return "a window of less than 0 places"
             if step.relative is not None and type(parts[step.relative]) is not nn.Embedding:
                 return f"{step.relative} that is not an nn.Embedding"
             widths[step.into] = widths[step.x] // 3
             continue
+        if isinstance(step, Convolve):
+            return "a convolution"
         part = parts[step.part]
         if step.norm is not None and not is_plain(parts[step.norm]):
             return f"{step.norm} that is not an nn.LayerNorm on which nothing looks"
@@ -96,6 +102,18 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
         if step.gated and width % 2:
             return f"{step.part} of {width} outputs, half of which would be gates"
         widths[step.into] = width // 2 if step.gated else width
+    return None
+
+
+def _positions_unserved(asked: Disentangled, parts: Parts, x: Tensor) -> str | None:
+    if type(parts["relative"]) is not nn.Embedding or parts["relative"].weight.dtype != x.dtype:
+        return f"a table of positions that is not an nn.Embedding of {x.dtype}"
+    if asked.normalised and not is_plain(parts["relative_norm"]):
+        return "relative_norm that is not an nn.LayerNorm on which nothing looks"
+    for term in asked.terms:
+        part = parts[PROJECTIONS[term]]
+        if not is_plain(part) and type(part) is not FrozenLinear:
+            return f"{PROJECTIONS[term]} that is not an nn.Linear on which nothing looks"
     return None
 
 
@@ -168,6 +186,7 @@ class CpuProgram:
         self.buffers, self.runs = Buffers(), _Runs()
         self.weights = _kernel_weights(machine, layers)
         self.tables: dict[tuple[int, int], Tensor] = {}
+        self.positions: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self.added = [{step: _added(step) for step in steps.of if isinstance(step, Attend)} for steps, _ in layers]
 
     def run(self, registers: Mapping[str, Tensor], packing: Packing, read: Tensor | None = None) -> Tensor:
@@ -180,7 +199,7 @@ class CpuProgram:
             return self._run_again(registers, packing)
         run = _Recorded(self, registers, packing.cu_seqlens, packing.max_seqlen, packing.tokens)
         if read is not None:
-            run.record(until_last_attend=True)
+            run.record(until_last_look=True)
             Program(run.calls).run()
             run.take(read)
         out = room((len(x) if read is None else len(read), x.shape[1]), x.dtype)
@@ -196,6 +215,31 @@ class CpuProgram:
             weight = cast(Tensor, part.weight).detach()
             numbers = bucket_numbers(places, len(weight), weight.device)
             made = self.tables[id(part), places] = weight.index_select(0, numbers).t().float().contiguous()
+        return made
+
+    def of_positions(self, layer: int, step: Attend, qkv: Tensor, max_seqlen: int) -> dict[str, Tensor]:
+        """What `Attend.disentangled` multiplies a layer's queries and keys by, as attention's kernel takes it.
+
+        Args:
+            qkv: `[rows, 3, heads, head_dim]`.
+        """
+        asked = step.disentangled
+        if asked is None:
+            return {}
+        places, made = self.positions.get(layer, (0, {}))
+        if places < max_seqlen:
+            places = -(-max_seqlen // PLACES_AT_ONCE) * PLACES_AT_ONCE
+            first, last = rows_of_distances(places, asked)
+            distance = torch.arange(1 - places, places, dtype=torch.int64, device="cpu")
+            # the kernel has those of queries by column - row, and those of keys by row - column
+            numbers = {"c2p": rows_by_distance(-distance, asked), "p2c": rows_by_distance(distance, asked)}
+            made = {}
+            for term, rows in of_positions(asked, self.layers[layer][1], first, last).items():
+                by_distance = rows.detach().to(qkv.dtype).index_select(0, numbers[term] - first)
+                by_head = by_distance.unflatten(1, qkv.shape[2:]).transpose(0, 1)  # [heads, 2 * places - 1, head_dim]
+                columns = F.pad(by_head, (0, 0, 0, 1)).flatten(0, 1)
+                made[PROJECTIONS[term]] = in_blocks(columns, 2 * self.machine.vectors.lanes)
+            self.positions[layer] = places, made
         return made
 
     def _run_again(self, registers: Mapping[str, Tensor], packing: Packing) -> Tensor:
@@ -238,19 +282,19 @@ class _Recorded:
         self.calls: list[Call] = []
         self.todo = [(layer, i) for layer, (steps, _) in enumerate(program.layers) for i in range(len(steps.of))]
 
-    def record(self, *, until_last_attend: bool = False, out: Tensor | None = None) -> None:
-        """The steps that are left; those up to the last attention, or all, the last of which writes `out`."""
+    def record(self, *, until_last_look: bool = False, out: Tensor | None = None) -> None:
+        """The steps that are left; those up to the last that looks at other rows, or all, the last writing `out`."""
         layers = self.program.layers
-        last = len(layers) - 1, layers[-1][0].last_attend
+        last = len(layers) - 1, layers[-1][0].last_look
         while self.todo:
             layer, i = self.todo.pop(0)
             steps, parts = layers[layer]
             step = steps.of[i]
             if isinstance(step, Attend):
-                self._attend(step, parts, self.program.added[layer][step])
+                self._attend(layer, step, parts)
             else:
                 self._product(steps, i, parts, self.program.weights[layer][step.part], None if self.todo else out)
-            if until_last_attend and (layer, i) == last:
+            if until_last_look and (layer, i) == last:
                 return
 
     def take(self, read: Tensor) -> None:
@@ -262,7 +306,7 @@ class _Recorded:
             self.registers[name] = _Rows(floats.index_select(0, read), None)
         self.rows, self.calls = len(read), []
 
-    def _attend(self, step: Attend, parts: Parts, added: Mapping[str, Tensor]) -> None:
+    def _attend(self, layer: int, step: Attend, parts: Parts) -> None:
         from fastbert.cpu.attention import attention_forward
 
         qkv = self.registers[step.x].floats
@@ -274,8 +318,10 @@ class _Recorded:
         angles = None if step.rotary is None else angles_of_places(longest, head_dim, step.rotary, step.rotary_scale)
         relative = None if step.relative is None else self.program.table(parts[step.relative], longest)
         call = attention_forward(
-            self.machine, heads, self.cu_seqlens, longest, head_dim**-0.5, context.view(self.rows, *heads.shape[2:]),
-            window=step.window, angles=angles, relative=relative, **added,
+            self.machine, heads, self.cu_seqlens, longest, step.scale(head_dim),
+            context.view(self.rows, *heads.shape[2:]),
+            window=step.window, angles=angles, relative=relative, **self.program.added[layer][step],
+            **self.program.of_positions(layer, step, heads, longest),
         )  # fmt: skip
         self.calls.append(call)
         self.registers[step.into] = _Rows(context, None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import Disentangled, Term
@@ -23,8 +24,8 @@ from fastbert.ops.relative import relative_table
 from fastbert.ops.rotary import rotary
 from fastbert.packing import Packing
 from fastbert.run.eight_bits import After, EightBitLinear, Rows, attention_dtype
-from fastbert.run.parts import call, is_hooked, is_plain, norm_weights, weights
-from fastbert.run.steps import PROJECTIONS, Attend, Parts, Product, Steps, drops, readers, writes
+from fastbert.run.parts import call, is_plain, norm_weights, reads_grid, weights
+from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Parts, Product, Steps, drops, readers, writes
 
 
 @dataclass
@@ -83,15 +84,18 @@ def run(
         unpack: give "x" in the padded layout; not together with `read`.
     """
     layer, left = _Layer(steps, parts, registers, packing), iter(dropouts)
-    early = read is not None and not any(map(is_hooked, parts.values()))
+    early = read is not None and not any(map(reads_grid, parts.values()))
     for i, step in enumerate(steps.of):
         of_step = [next(left, NO_DROPOUT) for _ in range(drops(step))]
+        dropout = of_step[0] if of_step else NO_DROPOUT
+        layout = packing if unpack and i + 1 == len(steps.of) else None
         if isinstance(step, Attend):
             layer.attend(step, bias, *of_step)
+        elif isinstance(step, Convolve):
+            layer.convolve(step, bias, dropout, layout)
         else:
-            dropout = of_step[0] if of_step else NO_DROPOUT
-            layer.product(i, step, dropout, packing if unpack and i + 1 == len(steps.of) else None)
-        if read is not None and early and i == steps.last_attend:
+            layer.product(i, step, dropout, layout)
+        if read is not None and early and i == steps.last_look:
             registers.take(steps.late, read)
     if read is not None and not early:
         registers.take(["x"], read)
@@ -109,6 +113,16 @@ class _Layer:
     def attend(self, step: Attend, bias: Tensor | None, *dropouts: Dropout) -> None:
         qkv = self.registers.floats[step.x]
         self.registers.write(step.into, attend(step, self.parts, qkv, self.packing, bias, *dropouts))
+
+    def convolve(self, step: Convolve, bias: Tensor | None, dropout: Dropout, layout: Packing | None) -> None:
+        """With a layout the result is unpacked."""
+        floats, (probability, seed) = self.registers.floats, dropout
+        made = convolved(self.parts[step.part], floats[step.x], self.packing, bias)
+        if seed is not None and probability > 0.0:
+            made = drop(made, seed, probability)
+        total = floats[step.add] + (torch.tanh(made) if step.activation == "tanh" else activated(made, step.activation))
+        made = normalised(self.parts[step.norm], total, self.packing)
+        self.registers.write(step.into, made if layout is None else layout.unpack(made))
 
     def product(self, i: int, step: Product, dropout: Dropout, layout: Packing | None) -> None:
         """Step `i`; with a layout the result is unpacked."""
@@ -172,6 +186,21 @@ def normalised(norm: nn.Module, x: Tensor, packing: Packing) -> Tensor:
     return layer_norm(x, *norm_weights(plain), eps=plain.eps)
 
 
+def convolved(part: nn.Module, x: Tensor, packing: Packing, bias: Tensor | None = None) -> Tensor:
+    """`[rows, hidden]` -> `[rows, hidden]`: a convolution over the padded grid, which is 0 where there is no token.
+
+    A token that `bias` hides from all others is none.
+    """
+    if not packing.tokens:
+        return x  # no rows, and a grid that may be narrower than the convolution
+    grid = packing.unpack(x)
+    if bias is not None:
+        hidden = bias.isneginf().all(1).all(1)
+        hidden = F.pad(hidden, (0, grid.shape[1] - hidden.shape[1]))
+        grid = grid.masked_fill(hidden[:, :, None], 0.0)
+    return packing.pack(cast(Tensor, part(grid.transpose(1, 2))).transpose(1, 2), len(x))
+
+
 def attend(
     step: Attend,
     parts: Parts,
@@ -207,20 +236,28 @@ def _disentangled(
 
     Only those rows of the table are read that the longest sequence needs, unless hooks look on.
     """
-    projections = {term: parts[PROJECTIONS[term]] for term in asked.terms}
-    hooked = any(map(is_hooked, projections.values()))
+    hooked = any(reads_grid(parts[PROJECTIONS[term]]) for term in asked.terms)
     first, last = (0, 2 * asked.span - 1) if hooked else rows_of_distances(packing.max_seqlen, asked)
+    made = {term: rows.to(qkv.dtype) for term, rows in of_positions(asked, parts, first, last, dropout).items()}
+    made = {term: rows.unflatten(1, qkv.shape[2:]) for term, rows in made.items()}
+    return disentangled_bias(qkv, packing, made.get("c2p"), made.get("p2c"), asked, first=first, scale=scale)
+
+
+def of_positions(
+    asked: Disentangled, parts: Parts, first: int, last: int, dropout: Dropout = NO_DROPOUT
+) -> dict[Term, Tensor]:
+    """Of each term the keys or queries of these rows of the table, `[last + 1 - first, heads * head_dim]`."""
     rows = cast(Tensor, parts["relative"]._parameters["weight"])[first : last + 1]
     if asked.normalised:
         norm = cast(nn.LayerNorm, parts["relative_norm"])
         rows = layer_norm(rows, *norm_weights(norm), eps=norm.eps) if is_plain(norm) else norm(rows)
     probability, seed = dropout
     rows = rows if seed is None or probability == 0.0 else drop(rows, seed, probability)
-    made: dict[Term, Tensor] = {}
-    for term, part in projections.items():
-        columns = linear(rows, *weights(part)) if is_plain(part) else part(rows[None])[0]
-        made[term] = columns.to(qkv.dtype).unflatten(1, qkv.shape[2:])
-    return disentangled_bias(qkv, packing, made.get("c2p"), made.get("p2c"), asked, first=first, scale=scale)
+    projections = {term: parts[PROJECTIONS[term]] for term in asked.terms}
+    return {
+        term: linear(rows, *weights(part)) if is_plain(part) else part(rows[None])[0]
+        for term, part in projections.items()
+    }
 
 
 def made_dtype(steps: Steps, i: int, part: nn.Module, x: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from fastbert.ops.linear_activation import APPROXIMATE, activated
 from fastbert.packing import Packing
 from fastbert.run.eager import attend
 from fastbert.run.parts import is_plain, norm_weights, weights
-from fastbert.run.steps import Attend, Layers, Product
+from fastbert.run.steps import Attend, Convolve, Layers, Product
 
 
 def unserved(layers: Layers, x: Tensor) -> str | None:
@@ -27,6 +27,8 @@ def unserved(layers: Layers, x: Tensor) -> str | None:
         return "the Triton path is forced"
     for steps, parts in layers:
         for step in steps.of:
+            if isinstance(step, Convolve):
+                return "a convolution"
             if isinstance(step, Product):
                 if not is_plain(parts[step.part]) or (step.norm is not None and not is_plain(parts[step.norm])):
                     return f"{step.part} or {step.norm} on which something looks, or of another kind"
@@ -73,8 +75,8 @@ class OneDnnProgram:
                 if isinstance(step, Attend):
                     held[step.into] = attend(step, parts, held[step.x], packing)
                 else:
-                    self._product(step, self.linears[layer][step.part], parts, held)
-                if read is not None and layer + 1 == len(self.layers) and i == steps.last_attend:
+                    self._product(cast(Product, step), self.linears[layer][step.part], parts, held)
+                if read is not None and layer + 1 == len(self.layers) and i == steps.last_look:
                     held |= {name: held[name].index_select(0, read) for name in steps.late}
         return held["x"] if read is not None or not slack else held["x"][:rows]
 

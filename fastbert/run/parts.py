@@ -21,6 +21,9 @@ from fastbert.ops.watch import hooks_of
 from fastbert.packing import Packing
 from fastbert.run.frozen import FrozenLinear
 
+# Whose modules in the place of a linear layer or a norm compute each row by itself.
+BY_ROWS = ("torch.", "fastbert.", "peft.", "transformers.", "torchao.", "bitsandbytes.")
+
 
 class Group(nn.Module):
     """Modules under one name. It is never called itself, so hooks on it are refused."""
@@ -66,7 +69,7 @@ class SelfAttention(Group):
         some that save state dicts (accelerate) take tensors of one storage for copies of each other and drop them.
         """
         linears = self.linears()
-        if not all(map(is_plain, linears)):
+        if observed() or not all(map(is_plain, linears)):
             self._forget()
             return
         weights, biases = ([one._parameters[name] for one in linears] for name in ("weight", "bias"))
@@ -200,19 +203,33 @@ def norm_weights(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
 
 
 def call(part: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
-    """What `part` makes of `x`; in the padded layout where hooks look on, as they would in transformers."""
+    """What `part` makes of `x`; in the padded layout where it may look at more than rows, see `reads_grid`."""
     if isinstance(part, SelfAttention):
         return torch.cat([call(linear, x, packing) for linear in part.linears()], 1)
-    if packing is None or not is_hooked(part):
+    if packing is None or not reads_grid(part):
         return cast(Tensor, part(x))
     return packing.pack(part(packing.unpack(x)), len(x))
 
 
-def is_hooked(module: nn.Module, but: str = "torch.distributed") -> bool:
+def reads_grid(part: nn.Module) -> bool:
+    """Whether `part` has to get the padded layout, as in transformers.
+
+    Hooks look on, its `forward` was replaced, or a module in it is of a class of which nobody knows that it computes
+    each row by itself.
+    """
+    if isinstance(part, SelfAttention):
+        return any(map(reads_grid, part.linears()))
+    if type(part) is nn.Linear or type(part) is nn.LayerNorm:
+        return "forward" in part.__dict__ or is_hooked(part)
+    by_rows = all(type(module).__module__.startswith(BY_ROWS) for module in part.modules())
+    return not by_rows or "forward" in part.__dict__ or is_hooked(part)
+
+
+def is_hooked(module: nn.Module, but: str | tuple[str, ...] = "torch.distributed") -> bool:
     """Whether functions of a user are called beside the forward pass of `module` or its gradient.
 
     Args:
-        but: the package whose hooks are no user's.
+        but: the packages whose hooks are no user's.
     """
     if isinstance(module, SelfAttention):
         return any(is_hooked(linear, but) for linear in module.linears())
@@ -236,6 +253,9 @@ def _movable(parts: Sequence[Tensor | None]) -> bool:
         return False
     tensors = cast(list[Tensor], parts)
     if len({(part.shape, part.dtype, part.device) for part in tensors}) > 1:
+        return False
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (part.untyped_storage() for part in tensors)}
+    if sum(storages.values()) > sum(part.nbytes for part in tensors):  # views of more than these: a flat optimizer's
         return False
     return first.device.type == "cuda" or not any(part.is_shared() for part in tensors)  # with other processes
 

@@ -30,7 +30,7 @@ from fastbert.packing import Packing
 from fastbert.run.eager import Registers, formats
 from fastbert.run.eight_bits import Fp8Linear, fp8_product
 from fastbert.run.parts import is_plain, weights
-from fastbert.run.steps import Attend, Parts, Product, Step, Steps
+from fastbert.run.steps import Attend, Convolve, Parts, Product, Step, Steps
 
 # A step that is prepared: it reads and writes registers, given its weights.
 Prepared = Callable[[Registers, Packing, Any], None]
@@ -121,6 +121,8 @@ def _steps_unserved(steps: Steps) -> str | None:
         if isinstance(step, Attend):
             if not step.plain:
                 return "a window, ALiBi or rotary positions"
+        elif isinstance(step, Convolve):
+            return "a convolution"
         elif step.gated:
             return "a gated product"
         elif step.sum is not None or (step.add is None) != (step.norm is None) or (step.norm and step.activation):
@@ -187,6 +189,7 @@ def _prepare(steps: Steps, parts: Parts, registers: Registers, packing: Packing)
             widths[step.into] = widths[step.x] // 3
             prepared.append(_attend(step, x.new_empty((len(x), widths[step.x])), packing, quantized))
             continue
+        step = cast(Product, step)  # a convolution is not served
         part = parts[step.part]
         like = x.new_empty((len(x), widths[step.x]))
         if isinstance(part, Fp8Linear):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Product:
         add: the register of the residual. What is added to it is dropped out in training.
         norm: the part of a LayerNorm.
         sum: the register that keeps the sum as it was before the LayerNorm.
-        drop: the outputs are dropped out in training though nothing is added.
+        drop: the outputs are dropped out in training though nothing is added, after the activation and the gate.
     """
 
     x: str
@@ -97,7 +97,28 @@ class Attend:
         return None if self.alibi is None else torch.tensor(self.alibi, dtype=torch.float32, device=device)
 
 
-Step: TypeAlias = Product | Attend
+@dataclass(frozen=True)
+class Convolve:
+    """`into = norm(add + activation(dropout(convolution(x))))`, over the columns of a sequence.
+
+    Where a sequence has no token, past its ends and in columns that a mask hides from all others, its rows are 0.
+
+    Attributes:
+        x, into, add: registers.
+        part: an nn.Conv1d, or what is in its place.
+        activation: of what it makes.
+        norm: the part of a LayerNorm.
+    """
+
+    x: str
+    part: str
+    into: str
+    activation: Activation | Literal["tanh"]
+    add: str
+    norm: str
+
+
+Step: TypeAlias = Product | Attend | Convolve
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,24 +127,24 @@ class Steps:
 
     Attributes:
         carried: the registers that a layer reads of the one before.
-        last_attend: the number of the step after which no row looks at another.
-        late: the registers that are read after it.
+        last_look: the number of the step after which no row looks at another.
+        late: the registers that are read after it; after the last step "x".
         state: the register whose rows are the layer's hidden states.
         drops: how many dropouts they have in training.
     """
 
     of: tuple[Step, ...]
     carried: tuple[str, ...] = field(init=False)
-    last_attend: int = field(init=False)
+    last_look: int = field(init=False)
     late: tuple[str, ...] = field(init=False)
     state: str = field(init=False)
     drops: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "carried", live(self.of, -1))
-        attends = [i for i, step in enumerate(self.of) if isinstance(step, Attend)]
-        object.__setattr__(self, "last_attend", attends[-1])
-        object.__setattr__(self, "late", live(self.of, attends[-1]))
+        look = [i for i, step in enumerate(self.of) if not isinstance(step, Product)]
+        object.__setattr__(self, "last_look", look[-1])
+        object.__setattr__(self, "late", live(self.of, look[-1]) or ("x",))
         kept = self.of[-1].sum if isinstance(self.of[-1], Product) else None
         object.__setattr__(self, "state", kept or "x")
         object.__setattr__(self, "drops", sum(map(drops, self.of)))
@@ -146,15 +167,16 @@ Layers: TypeAlias = Sequence[tuple[Steps, Parts]]
 
 
 @cache
-def layer_steps(config: EncoderConfig, i: int = 0, *, last_norm: bool = True, drop_wide: bool = False) -> Steps:
+def layer_steps(config: EncoderConfig, i: int = 0, *, last_norm: bool = True) -> Steps:
     """Layer `i`: attention, then the feed-forward, each with a residual sum and a LayerNorm after it.
 
     With `config.norm_first` the residual is the sum as it was before the LayerNorm, which is that before the next half
     of a layer.
 
+    With `config.convolution` the first layer ends with it, and keeps its input for that.
+
     Args:
         last_norm: whether a LayerNorm follows the layer; after the last one that normalises first there may be none.
-        drop_wide: whether the feed-forward has a dropout after its activation.
     """
     window = None if config.windows is None else config.windows[i]
     in_window = window is not None and config.rotary_in_windows is not None
@@ -172,15 +194,20 @@ def layer_steps(config: EncoderConfig, i: int = 0, *, last_norm: bool = True, dr
     kept = "sum" if config.norm_first else None
     residual = kept or "x"
     norm, total = ("output_norm", kept) if last_norm else (None, None)
-    return shared(
-        (
-            Product("x", "qkv", into="qkv"),
-            attend,
-            Product("context", "attention_output", into="x", add=residual, norm="attention_norm", sum=kept),
-            Product("x", "intermediate", into="wide", activation=config.activation, gated=config.gated, drop=drop_wide),
-            Product("wide", "output", into="x", add=residual, norm=norm, sum=total),
-        )
+    drop = "intermediate" in config.dropped
+    convolution = config.convolution if i == 0 else None
+    half, made = ("x", "x") if convolution is None else ("half", "made")
+    steps: tuple[Step, ...] = (
+        Product("x", "qkv", into="qkv"),
+        attend,
+        Product("context", "attention_output", into=half, add=residual, norm="attention_norm", sum=kept),
+        Product(half, "intermediate", into="wide", activation=config.activation, gated=config.gated, drop=drop),
+        Product("wide", "output", into=made, add=kept or half, norm=norm, sum=total),
     )
+    if convolution is not None:
+        activation, norm = convolution.activation, "convolution_norm"
+        steps += (Convolve("x", "convolution", into="x", activation=activation, add=made, norm=norm),)
+    return shared(steps)
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
@@ -215,7 +242,7 @@ def live(steps: tuple[Step, ...], i: int) -> tuple[str, ...]:
 
 def reads(step: Step) -> tuple[str, ...]:
     """The registers that a step reads."""
-    add = step.add if isinstance(step, Product) else None
+    add = None if isinstance(step, Attend) else step.add
     return (step.x,) if add is None else (step.x, add)
 
 
@@ -229,4 +256,4 @@ def drops(step: Step) -> int:
     """How many dropouts a step has in training: attention that of its weights, then that of its relative positions."""
     if isinstance(step, Attend):
         return 1 if step.disentangled is None else 2
-    return 1 if step.add is not None or step.drop else 0
+    return 1 if isinstance(step, Convolve) or step.add is not None or step.drop else 0
