@@ -1,7 +1,7 @@
 # The set-up lives in .venv and is made when it is missing or pyproject.toml changes. Variables:
 #   PYTHON   the Python to make it with, 3.10 or later
 #   TRITON   the triton to install; `make test TRITON=triton` takes the newest
-#   CPU      what `make test` leaves of this CPU: avx512 (no bfloat16, no int8), avx2, or none (none of our kernels)
+#   CPU      what `make test` leaves of this CPU: avx512 (no bfloat16, no VNNI), avx2, or none (none of our kernels)
 #   MINUTES  how long `make fuzz` draws
 #   MARK     the marker of the tests that `make test` runs, cpu for those that CPU= may change
 #   CHECK    1 has `make test` watch the memory of our CPU kernels; see docs/cpu.md

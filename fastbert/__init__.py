@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from fastbert.model.heads import EncoderForSequenceClassification as EncoderForSequenceClassification
     from fastbert.model.heads import EncoderForTokenClassification as EncoderForTokenClassification
     from fastbert.model.quantization import quantize as quantize
+    from fastbert.ops.fastest import choose_products as choose_products
     from fastbert.ops.watch import weights_changed as weights_changed
     from fastbert.packing import Packing as Packing
     from fastbert.tasks.classify import TextClassifier as TextClassifier
@@ -94,6 +95,7 @@ _HOMES = {
     "TextScorer": "tasks.score",
     "TextTagger": "tasks.tag",
     "accelerate": "families.accelerated",
+    "choose_products": "ops.fastest",
     "classify": "tasks.classify",
     "encode": "tasks.encode",
     "graphed": "model.graphs",

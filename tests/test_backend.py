@@ -12,6 +12,7 @@ from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import target
 from fastbert.model.body import BertModel
+from fastbert.ops.fastest import fastest
 
 pytestmark = pytest.mark.cpu
 
@@ -89,15 +90,15 @@ def test_case_20_launches_are_guarded_by_the_device_of_the_tensor(monkeypatch, c
     assert calls == [torch.device("cuda", 1)] * switches
 
 
-def test_the_kernels_of_the_cpu_are_asked_for_by_name(monkeypatch):
+def test_the_kernels_of_the_cpu_are_asked_for_by_name(choose):
     if not isinstance(host(), Machine):
         with pytest.raises(BackendError, match="kernels are compiled"), backend.use_backend("native"):
             pass
         return
-    monkeypatch.setattr(backend.native_machine, "multiplies_well", lambda: False)
-    assert not backend.multiplies_well()
+    choose("blas")
+    assert fastest(torch.float32, 9, "laid out") == "blas"
     with backend.use_backend("native"):
-        assert backend.decide(torch.device("cpu")).path == "native" and backend.multiplies_well()
+        assert backend.decide(torch.device("cpu")).path == "native" and fastest(torch.float32, 9, "laid out") == "own"
 
 
 def test_paths_taken_are_counted_inside_the_block():

@@ -35,7 +35,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LANES = ["triton", "contracted", "torch"]
 
 needs_int8 = pytest.mark.skipif(
-    not (isinstance(host(), Machine) and host().int8), reason="needs a CPU with AVX512-VNNI: int8 of Zen 4, Ice Lake"
+    not (isinstance(host(), Machine) and host().int8), reason="needs a CPU with products of int8"
 )
 
 

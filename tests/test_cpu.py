@@ -2,9 +2,11 @@
 
 import copy
 import math
+import re
 import time
 from dataclasses import replace
 
+import llvmlite.binding as llvm
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +21,10 @@ from fastbert.cpu import linear as native_linear
 from fastbert.cpu import linear_int8 as native_linear_int8
 from fastbert.cpu import pooling as native_pooling
 from fastbert.cpu import weight_gradient as native_weight_gradient
-from fastbert.cpu.instructions import AVX2, AVX512_VNNI
-from fastbert.cpu.int8 import Int8Matrix, Int8Rows
+from fastbert.cpu.instructions import AVX2, AVX2_INT8, AVX512, AVX512_INT8, AVX512_VNNI, AVX_VNNI, INT8
+from fastbert.cpu.int8 import COLUMNS, PAIR, Int8Matrix, Int8Rows, pair_sums
 from fastbert.cpu.machine import Machine, host
+from fastbert.cpu.program import Program
 from fastbert.cpu.row_wise import row_wise
 from fastbert.errors import ArgumentError
 from fastbert.ops import linear as ops_linear
@@ -40,7 +43,7 @@ if not isinstance(HOST, Machine):
     pytest.skip(f"{HOST}: Linux on x86-64 with AVX2 runs this", allow_module_level=True)
 
 # Without AVX-512 the vectors are half as wide, and there are half as many.
-NARROW = Machine("x86-64-v3", "", AVX2)
+NARROW = Machine("x86-64-v3", "", AVX2, int8=AVX2_INT8)
 MACHINES = [pytest.param(HOST, id="host"), pytest.param(NARROW, id="AVX2")]
 # A machine of each width of vectors, and the dtypes that it multiplies, emulated where this CPU doesn't.
 EVERY_FORM = [
@@ -477,8 +480,8 @@ def test_weight_gradient(rows, inputs, outputs, machine, generator):
 @pytest.fixture
 def recorded(monkeypatch):
     """Grows by one item with each linear layer that is recorded by kernels, which here are meant for every CPU."""
-    seen, kernel = [], ops_linear._by_kernel
-    monkeypatch.setattr(ops_linear, "_by_kernel", lambda *args: seen.append(1) or kernel(*args))
+    seen, kernel = [], ops_linear.by_kernel
+    monkeypatch.setattr(ops_linear, "by_kernel", lambda *args: seen.append(1) or kernel(*args))
     with backend.use_backend("native"):
         yield seen
 
@@ -577,7 +580,7 @@ def forced(run):
 def test_linear_int8(rows, depth, width, dtype, step, generator):
     """The kernel gives what torch computes from the same integers."""
     if not HOST.int8:
-        pytest.skip("no products of int8 here: a CPU with them runs this (AVX512-VNNI; without FASTBERT_CPU)")
+        pytest.skip("no products of int8 here: a CPU with them runs this")
     served(HOST, dtype)
     weight = Int8Matrix.of(torch.randn(width, depth, generator=generator) / depth**0.5)
     bias, norm_weight, norm_bias = torch.randn(3, width, generator=generator)
@@ -598,6 +601,92 @@ def test_linear_int8(rows, depth, width, dtype, step, generator):
     assert (int8.floats() - total).abs().max() <= 0.51 * plain_int8.scale.max()
     nothing, only = linear_int8(x, weight, bias, dtype, out=False, int8=True, **options)
     assert nothing is None and torch.equal(only.values, int8.values)
+
+
+def int8_machines():
+    """The host, and each way to multiply int8 that it can be held to; vpdpbusd of 256 bits is AVX512-VNNI's here."""
+    if HOST.int8:
+        yield pytest.param(HOST, id="host")
+    yield pytest.param(NARROW, id="AVX2")
+    yield pytest.param(WIDE, id="wide")
+    if HOST.vectors is AVX512:
+        yield pytest.param(replace(HOST, int8=AVX512_INT8), id="AVX-512")
+    if "+avxvnni" in HOST.features or HOST.int8 is AVX512_VNNI:
+        yield pytest.param(replace(HOST, vectors=AVX2, int8=AVX_VNNI, bfloat16=None), id="VNNI of 256 bits")
+
+
+# Neighbours whose sum is the most that a weight may have, or that cancel.
+EXTREMES = [(64, 64), (-64, -64), (127, 1), (1, 127), (-127, -1), (-128, 0), (0, -128), (127, -127), (-128, 127)]
+
+
+@pytest.mark.parametrize("machine", [*int8_machines()])
+@pytest.mark.parametrize("depth", [4, 12, 1004, 4096])
+@pytest.mark.parametrize("many", [False, True])
+def test_sums_of_int8_are_exact(many, depth, machine, generator):
+    """To the bit, with activations at their ends and weights at theirs, in both kernels and at each end of a block."""
+    rows = native_linear_int8.FEW_ROWS * torch.get_num_threads() + 5 if many else 7
+    pairs = torch.tensor(EXTREMES, dtype=torch.int8)
+    alike = pairs.repeat(1, depth // 2)
+    mixed = pairs[torch.randint(len(pairs), (73 - len(pairs), depth // 2), generator=generator)].flatten(1)
+    weight = torch.cat([alike, mixed])
+    assert pair_sums(weight).max() == PAIR
+    x = Int8Rows(torch.full((rows, depth), 255, dtype=torch.uint8), torch.ones(rows), torch.zeros(rows))
+    x.values[1] = 0
+    x.values[2:] = 255 * torch.randint(2, (rows - 2, depth), generator=generator)
+    matrix = Int8Matrix(native_layout.in_blocks(weight, COLUMNS), torch.ones(73), torch.zeros(73))
+    out = torch.full((rows, 73), torch.nan)
+    Program(native_linear_int8.linear_int8(machine, x, matrix, torch.zeros(73), out=out)).run()
+    exact = x.values.to(torch.int32) @ weight.to(torch.int32).t()
+    assert torch.equal(out, exact.float())
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(3, 7),
+        -torch.ones(3, 8),
+        torch.tensor([[1.0, 1.0, 0.0], [0.5, -1e30, 1e-30], [63.5, 63.5, 1.0]]),
+        torch.zeros(2, 4),
+        torch.linspace(-1, 3, 200 * 500).view(200, 500),
+    ],
+)
+def test_a_weight_in_int8_leaves_room_for_sums_of_two(weight):
+    """By rounding to nearest, and no more coarsely than that asks for."""
+    for dtype in DTYPES:
+        matrix = Int8Matrix.of(weight.to(dtype))
+        most = pair_sums(matrix.plain().t()).amax(1)
+        assert most.max() <= PAIR
+        assert (most[weight.any(1)] >= PAIR - 2).all()
+        near = (matrix.plain()[: weight.shape[1]].float() * matrix.scale).t()
+        assert ((near - weight.to(dtype).float()).abs() <= 0.5001 * matrix.scale[:, None]).all()
+
+
+@pytest.mark.parametrize(
+    ("int8", "vectors", "features", "instruction"),
+    [
+        (AVX512_VNNI, AVX512, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni", r"vpdpbusd\s.*zmm"),
+        (AVX512_INT8, AVX512, "avx512f,avx512bw,avx512dq,avx512vl", r"vpmaddubsw\s.*zmm"),
+        (AVX_VNNI, AVX2, "avxvnni", r"\{vex\}\s+vpdpbusd\s.*ymm"),
+        (AVX2_INT8, AVX2, "fma", r"vpmaddubsw\s.*ymm"),
+    ],
+    ids=["AVX512-VNNI", "AVX-512", "AVX-VNNI", "AVX2"],
+)
+def test_the_instruction_that_multiplies_int8(int8, vectors, features, instruction, monkeypatch):
+    """Which this CPU may not have: the code is made and looked at, not run. What is not asked for is not in it."""
+    make, made = llvm.create_mcjit_compiler, []
+
+    def kept(module, target):
+        made.append(target.emit_assembly(module))
+        return make(module, target)
+
+    monkeypatch.setattr(llvm, "create_mcjit_compiler", kept)
+    flags = ",".join(f"+{name}" for name in features.split(",")) + vectors.flags
+    machine = Machine("x86-64-v3", flags, vectors, int8=int8)
+    rows, weight = Int8Rows.empty(20, 36), Int8Matrix.of(torch.ones(40, 36))
+    native_linear_int8.linear_int8(machine, rows, weight, torch.zeros(40), out=torch.empty(20, 40))
+    product = next(code for code in made if "linear_int8" in code)
+    assert re.search(instruction, product)
+    assert ("vpdpbusd" in product) == ("vnni" in features) and ("zmm" in product) == (vectors is AVX512)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -673,7 +762,7 @@ def test_laid_out_int8_encoder(lengths, dtype, generator, runs, nan_empty):
     """It computes what the quantized layers do one by one; the rows of a batch of few are shared out otherwise."""
     served(HOST, dtype)
     if not HOST.int8:
-        pytest.skip("no products of int8 here: a CPU with them runs this (AVX512-VNNI; without FASTBERT_CPU)")
+        pytest.skip("no products of int8 here: a CPU with them runs this")
     model = quantize(random_model(generator).to(dtype), dtype="int8")
     packing = Packing.from_lengths(lengths)
     ids = torch.randint(50, (packing.tokens,), generator=generator)
@@ -730,6 +819,7 @@ def test_a_run_that_is_kept_reads_and_writes_anew(generator, runs):
 @pytest.mark.parametrize(("rows", "at_once"), [(1, 1), (3, 2), (4, 4), (13, 8), (16, 8), (24, 12), (60, 12)])
 def test_rows_at_once(rows, at_once):
     assert AVX512_VNNI.rows_at_once(rows) == at_once
+    assert all(int8.rows_at_once(rows) <= min(rows, int8.rows) for int8 in INT8)
 
 
 def test_slack_of_a_laid_out_run_is_not_read(generator, runs):
@@ -806,7 +896,7 @@ def test_what_a_machine_has_decides(monkeypatch):
 def test_one_task_more_than_rows_of_a_task(generator):
     """Rows that end inside a task, in a kernel whose tasks share out rows evenly."""
     if not HOST.int8:
-        pytest.skip("no products of int8 here: a CPU with them runs this (AVX512-VNNI; without FASTBERT_CPU)")
+        pytest.skip("no products of int8 here: a CPU with them runs this")
     for rows in (HOST.int8.rows, HOST.int8.rows + 1, 2 * native_linear_int8.TASK_ROWS + 1):
         x = torch.randn(rows, 16, generator=generator)
         product = quantize_rows_int8(x), Int8Matrix.of(torch.randn(16, 16, generator=generator)), torch.zeros(16)

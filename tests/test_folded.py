@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.model import folded
 from fastbert.model.body import BertModel
@@ -43,10 +42,9 @@ def batch(lengths, generator):
 
 
 @pytest.fixture
-def runs(monkeypatch):
+def runs(monkeypatch, choose):
     """Grows by one item with each run of a folded encoder, which here is meant for every CPU."""
-    monkeypatch.setattr(folded, "made_by_amd", lambda: False)
-    monkeypatch.setattr(backend, "multiplies_well", lambda: False)
+    choose("blas")
     seen = []
     run = folded.FoldedEncoder.run
 

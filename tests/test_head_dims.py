@@ -115,7 +115,7 @@ def test_user_case_05_gradients_of_a_model(sizes, generator):
 def test_user_case_05_texts(name, tmp_path, generator):
     """`encode` of a folder, which the kernels of the CPU run whole where they run other models so."""
     if name != "fp32" and not (isinstance(host(), Machine) and host().bfloat16 and host().int8):
-        pytest.skip("needs a CPU with AVX512-BF16 and VNNI, such as Zen 4")
+        pytest.skip("needs a CPU with products of bfloat16 and int8, such as Zen 4")
     hf_bert(**TINYBERT, vocab_size=len(VOCABULARY)).save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     texts = ["the film was fine", "a plot", "ada hopper met grace turing in paris , and the music was lovely ."] * 9
@@ -128,10 +128,9 @@ def test_user_case_05_texts(name, tmp_path, generator):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_odd_heads_are_laid_out_as_others_are(int8, monkeypatch, generator):
+def test_odd_heads_are_laid_out_as_others_are(int8, generator):
     if not isinstance(host(), Machine) or (int8 and not host().int8):
-        pytest.skip("needs a CPU with AVX2; for int8 AVX512-VNNI")
-    monkeypatch.setattr(backend, "multiplies_well", lambda: True)
+        pytest.skip("needs a CPU with kernels, for int8 with products of it")
     sizes = {"hidden_size": 312, "num_layers": 1, "intermediate_size": 64}
     served = {}
     for heads in (12, 39, 1):

@@ -11,7 +11,6 @@ from gradients import check_gradients, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend, reference
-from fastbert.cpu.machine import made_by_amd
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import choices, linear_gelu_choices
 from fastbert.kernels.linear_gelu import linear_gelu_forward as launch_kernel
@@ -153,10 +152,11 @@ class Recorder(TorchDispatchMode):
     ],
     ids=["no_grad", "inference", "gradient", "disabled"],
 )
-def test_onednn_fuses_where_it_may(context, fuses, dtype, generator):
+def test_onednn_fuses_where_it_may(context, fuses, dtype, generator, choose):
+    choose("onednn")
     x, weight, bias = projection(3, 16, 24, dtype, generator)
     weight.requires_grad_(context is contextlib.nullcontext)
-    fuses = fuses and (made_by_amd() if dtype == torch.float32 else torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    fuses = fuses and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     for run in (
         lambda: linear_gelu(x, weight, bias),
         lambda: linear_layer_norm(x, weight, bias, torch.zeros(3, 24, dtype=dtype), bias, bias, eps=1e-5),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import subprocess
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +35,9 @@ print("oneDNN bfloat16", backend.onednn_multiplies_bfloat16())
 layer = torch.ops.mkldnn._linear_pointwise(torch.ones(2, 64), torch.ones(64, 64), None, "none", [], "")
 machine = host()
 if isinstance(machine, Machine):
-    print("kernels", machine.vectors.lanes, machine.bfloat16 is not None, machine.int8 is not None)
+    from fastbert.cpu import instructions as sets
+    int8 = [name for name, one in vars(sets).items() if machine.int8 is not None and one is machine.int8]
+    print("kernels", machine.vectors.lanes, machine.bfloat16 is not None, *int8)
     import llvmlite.binding as llvm
     make, made = llvm.create_mcjit_compiler, []
     def kept(module, target):
@@ -76,10 +81,10 @@ def lane_of(cpu: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("cpu", "expected"),
     [
-        ("avx512", ["torch AVX512", "isa:Intel AVX-512", "kernels 16 False False", "zmm"]),
+        ("avx512", ["torch AVX512", "isa:Intel AVX-512", "kernels 16 False AVX512_INT8", "zmm"]),
         (
             "avx2",
-            ["torch AVX2", "oneDNN bfloat16 False", "isa:Intel AVX2", "kernels 8 False False", "vectors xmm ymm\n"],
+            ["torch AVX2", "oneDNN bfloat16 False", "isa:Intel AVX2", "kernels 8 False AVX2_INT8", "vectors xmm ymm\n"],
         ),
         (
             "none",
@@ -138,6 +143,31 @@ def test_sums_of_a_tile_fit_the_registers() -> None:
     for vectors in sets.VECTORS:
         columns = vectors.columns // vectors.lanes
         assert vectors.rows * columns + columns + 1 <= vectors.registers
+    linear_int8 = importlib.import_module("fastbert.cpu.linear_int8")
+    for int8 in sets.INT8:
+        vectors = next(vectors for vectors in sets.VECTORS if vectors.needs <= int8.needs)
+        assert 2 * int8.rows + 2 + 1 <= vectors.registers
+        assert linear_int8.TASK_ROWS % int8.rows == 0
+
+
+def test_each_cpu_multiplies_int8_in_the_best_way_it_has(
+    features: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels")
+    avx512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+    for named, vectors, int8 in (
+        ((*avx512, "avx512vnni", "avxvnni"), sets.AVX512, sets.AVX512_VNNI),
+        (avx512, sets.AVX512, sets.AVX512_INT8),
+        (("avxvnni",), sets.AVX2, sets.AVX_VNNI),
+        ((), sets.AVX2, sets.AVX2_INT8),
+    ):
+        features.update({name: name in named for name in features if name.startswith("avx512")})
+        features.update({"avxvnni": "avxvnni" in named, "avx2": True, "fma": True})
+        machine = native_machine.host.__wrapped__()
+        assert machine.vectors is vectors and machine.int8 is int8
+    features["avxvnni"] = True
+    monkeypatch.setenv("FASTBERT_CPU", "avx2")
+    assert native_machine.host.__wrapped__().int8 is sets.AVX2_INT8
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
@@ -165,4 +195,8 @@ def test_int8_that_is_slower_than_float32_warns(monkeypatch: pytest.MonkeyPatch,
     machine = Machine("a 486", "", sets.AVX2)
     monkeypatch.setattr(backend, "host", lambda: machine)
     with pytest.warns(UserWarning, match=r"int8 is slower than float32 here: a 486 has no instructions for int8"):
+        quantize(model, dtype="int8")
+    machine = replace(machine, int8=sets.AVX2_INT8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         quantize(model, dtype="int8")

@@ -12,7 +12,7 @@ from tiny_bert import random_model
 
 import fastbert
 from fastbert import backend
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.errors import ArgumentError, BackendError, CheckpointError
 from fastbert.kernels.target import KNOWN, pretend
 from fastbert.model.heads import BertForSequenceClassification
 from fastbert.model.quantization import in_int8
@@ -231,6 +231,19 @@ def test_int8_weights_are_saved_and_loaded_and_take_a_quarter(generator, tmp_pat
     assert torch.equal(run(loaded, ids, packing), run(quantized, ids, packing))
     matrices = sum(layer.weight.nbytes for layer in model.encoder.modules() if isinstance(layer, torch.nn.Linear))
     assert sum(buffer.nbytes for buffer in quantized.encoder.buffers()) < 0.3 * matrices
+
+
+def test_int8_weights_that_might_not_be_summed_exactly_are_refused(generator):
+    """Two neighbours of one sign, here as weights were until each machine had products of int8."""
+    quantized = fastbert.quantize(random_model(generator), dtype="int8")
+    state = quantized.state_dict()
+    name = next(name for name in state if name.endswith("values"))
+    state[name] = state[name].clone()
+    state[name][0, 0, 3, 2:] = torch.tensor([-127, -2])
+    with pytest.raises(CheckpointError, match=rf"{name}: got two weights that sum to 129; expected at most 128"):
+        quantized.load_state_dict(state)
+    state[name][0, 0, 3, 2:] = torch.tensor([-127, 127])
+    quantized.load_state_dict(state)
 
 
 def test_int8_is_for_a_cpu(generator):

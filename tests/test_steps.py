@@ -326,10 +326,8 @@ def test_longer_and_shorter_texts_in_turns(plan: str, generator: torch.Generator
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("read", [None, [0, 7, 24]], ids=str)
 @pytest.mark.parametrize("plan", PLANS)
-def test_onednn(plan: str, read: list[int] | None, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        common, "made_by_amd", lambda: True
-    )  # where it is taken for float32, which it multiplies anywhere
+def test_onednn(plan: str, read: list[int] | None, generator: torch.Generator, choose: Any) -> None:
+    choose("onednn")
     case = Case(plan, generator)
     layers = [(case.steps, parts) for parts in case.layers]
     with torch.no_grad():

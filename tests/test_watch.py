@@ -11,9 +11,7 @@ from test_dropin_arguments import pair
 from torch import nn
 
 import fastbert
-from fastbert import backend
 from fastbert.config import EncoderConfig
-from fastbert.model import folded
 from fastbert.model.body import BertModel
 from fastbert.ops.watch import Watch, weights_changed
 
@@ -147,11 +145,10 @@ def test_what_no_sample_feels_can_be_said():
 
 
 @pytest.fixture(params=["user_case_43", "user_case_43b"], ids=["kernels", "folded"])
-def encoder(request, tmp_path, monkeypatch):
-    """43: weights laid out for this CPU's kernels; 43b: folded, as on an Intel CPU."""
+def encoder(request, tmp_path, choose):
+    """43: weights laid out for this CPU's kernels; 43b: folded for a BLAS."""
     if request.param == "user_case_43b":
-        monkeypatch.setattr(folded, "made_by_amd", lambda: False)
-        monkeypatch.setattr(backend, "multiplies_well", lambda: False)
+        choose("blas")
     pair(tmp_path)
     return fastbert.TextEncoder.from_folder(tmp_path)
 

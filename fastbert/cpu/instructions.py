@@ -51,7 +51,7 @@ class Vectors:
 
     @property
     def columns(self) -> int:
-        """Outputs of a product of floats that are made together: two vectors of sums for each row."""
+        """Outputs of a product that are made together: two vectors of sums for each row."""
         return 2 * self.lanes
 
     @property
@@ -107,7 +107,7 @@ class Int8:
     """Products of 8 bits: the dot is of fours, uint8 in a and int8 in b; words and the total are int32 `[lanes]`.
 
     Attributes:
-        rows: most that are made together, with the outputs of a block of `int8.COLUMNS`.
+        rows: most that are made together, with `Vectors.columns` outputs.
     """
 
     needs: frozenset[str]
@@ -119,7 +119,8 @@ class Int8:
 
         The last block begins where it ends with the last row.
         """
-        return min((n for n in (self.rows, 8, 4, 2, 1) if n <= rows), key=lambda n: -(-rows // n) * max(n, 4))
+        sizes = (n for n in (self.rows, 8, 4, 2, 1) if n <= min(rows, self.rows))
+        return min(sizes, key=lambda n: -(-rows // n) * max(n, 4))
 
 
 def float32_dot(total: Value, a: Value, b: Value) -> Value:
@@ -133,8 +134,20 @@ def _dpbf16ps(total: Value, a: Value, b: Value) -> Value:
 
 
 def _vpdpbusd(total: Value, a: Value, b: Value) -> Value:
-    a, b = (bitcast(x, ir.VectorType(I8, 64)) for x in (a, b))
-    return intrinsic("llvm.x86.avx512.vpdpbusd.512", total.type, total, a, b, suffix="")
+    lanes = total.type.count
+    a, b = (bitcast(x, ir.VectorType(I8, 4 * lanes)) for x in (a, b))
+    return intrinsic(f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", total.type, total, a, b, suffix="")
+
+
+def _vpmaddubsw(total: Value, a: Value, b: Value) -> Value:
+    # It sums two products in int16, and would saturate; `int8.PAIR` keeps them from that.
+    lanes = total.type.count
+    names = {8: ("avx2.pmadd.ub.sw", "avx2.pmadd.wd"), 16: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512")}
+    narrow, wide = names[lanes]
+    halves = ir.VectorType(I16, 2 * lanes)
+    a, b = (bitcast(x, ir.VectorType(I8, 4 * lanes)) for x in (a, b))
+    pairs = intrinsic(f"llvm.x86.{narrow}", halves, a, b, suffix="")
+    return total + intrinsic(f"llvm.x86.{wide}", total.type, pairs, pairs.like(1), suffix="")
 
 
 # group_bytes are half of the second cache of a Zen 3 and of a Zen 4.
@@ -148,13 +161,16 @@ AVX512 = Avx512(
     flags=",-prefer-256-bit",  # which LLVM does on many CPUs with AVX-512
 )
 AVX512_BF16 = Bfloat16(AVX512.needs | {"avx512bf16"}, _dpbf16ps)
-# With two vectors of outputs 12 rows are 24 sums of 32 registers.
+# With two vectors of outputs 12 rows are 24 sums of 32 registers, and 6 are 12 of 16.
 AVX512_VNNI = Int8(AVX512.needs | {"avx512vnni"}, _vpdpbusd, rows=12)
+AVX512_INT8 = Int8(AVX512.needs, _vpmaddubsw, rows=12)
+AVX_VNNI = Int8(AVX2.needs | {"avxvnni"}, _vpdpbusd, rows=6)
+AVX2_INT8 = Int8(AVX2.needs, _vpmaddubsw, rows=6)
 
 # Of each kind, the best first.
 VECTORS = (AVX512, AVX2)
 BFLOAT16 = (AVX512_BF16,)
-INT8 = (AVX512_VNNI,)
+INT8 = (AVX512_VNNI, AVX512_INT8, AVX_VNNI, AVX2_INT8)
 
 # float32 in the widest vector: scratch whose rows are whole vectors of so many serves every set.
 MOST_LANES = max(vectors.lanes for vectors in VECTORS)

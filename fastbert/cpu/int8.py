@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.cpu.layout import in_blocks
@@ -13,6 +14,16 @@ from fastbert.cpu.memory import FLOAT32, INT8, UINT8, Argument, room
 # Outputs of a block: two vectors of AVX-512's. The same on every machine, because a quantized model's `state_dict` has
 # its weights in such blocks.
 COLUMNS = 32
+
+# What two neighbours of a weight may sum to where both have one sign. Without VNNI a CPU sums two products in int16,
+# and 255 * 128 = 32640 still fits there, as does -32640. The same on every machine, for the same reason as COLUMNS.
+PAIR = 128
+
+
+def pair_sums(values: Tensor) -> Tensor:
+    """`[..., an even number]` -> `[..., half]`: of two neighbours, what those of one sign sum to, the greater."""
+    pairs = values.unflatten(-1, (-1, 2))
+    return torch.maximum(pairs.clamp_min(0).sum(-1), -pairs.clamp_max(0).sum(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +62,8 @@ class Int8Matrix:
     """The weight of a linear layer in int8, a scale for each output.
 
     Attributes:
-        values: int8 `[blocks of outputs, words of inputs, COLUMNS, 4]`, see `layout.in_blocks`.
+        values: int8 `[blocks of outputs, words of inputs, COLUMNS, 4]`, see `layout.in_blocks`; no `pair_sums` of
+            them is over PAIR.
         scale: float32 `[out]`.
         sum: float32 `[out]`, scale * the sum of the values: what a zero point of 1 takes off a product.
     """
@@ -62,9 +74,9 @@ class Int8Matrix:
 
     @classmethod
     def of(cls, weight: Tensor) -> Int8Matrix:
-        """`[out, in]`, floating; of each output the largest magnitude becomes 127."""
+        """`[out, in]`, floating; of each output the largest of `pair_sums` becomes 127, and by rounding at most 128."""
         exact = weight.detach().float()
-        scale = exact.abs().amax(1).clamp_min(1e-30) / 127.0
+        scale = pair_sums(F.pad(exact, (0, exact.shape[1] % 2))).amax(1).clamp_min(1e-30) / (PAIR - 1)
         values = (exact / scale[:, None]).round().to(torch.int8)
         total = scale * values.sum(1, dtype=torch.int32)
         return cls(in_blocks(values, COLUMNS), scale, total)

@@ -1,12 +1,12 @@
 """linear_int8: a product of int8 rows and an int8 weight, and all that happens to its rows, on a CPU.
 
-A task is up to `TASK_ROWS` rows of the product. They are copied side by side; then for `COLUMNS` outputs at a time
-their weights, which lie together, meet `Int8.rows` rows after as many. A sum stays in its int32 register until it
-is whole; then it is scaled, and goes through bias, activation and residual sum into the nearest cache as float32.
-LayerNorm and the writing follow there, see `row_wise`.
+A task is up to `TASK_ROWS` rows of the product. They are copied side by side; then for `Vectors.columns` outputs at a
+time their weights, of a block of `COLUMNS` or a part of it, meet `Int8.rows` rows after as many. A sum stays in its
+int32 register until it is whole; then it is scaled, and goes through bias, activation and residual sum into the nearest
+cache as float32. LayerNorm and the writing follow there, see `row_wise`.
 
-Few rows are not enough tasks, and each thread would read all weights: there a task is `COLUMNS` outputs of all rows,
-and `row_wise` follows as a call of its own.
+Few rows are not enough tasks, and each thread would read all weights: there a task is `Vectors.columns` outputs of all
+rows, and `row_wise` follows as a call of its own.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def linear_int8(
         product = room((rows, width), torch.float32)
         few = FewSteps(words, width, machine.int8.rows_at_once(rows), activation, residual_dtype)
         return [
-            _few_kernel(machine, few)(weight.values.shape[0], **read, out=(product, FLOAT32, rows * width)),
+            _few_kernel(machine, few)(
+                -(-width // machine.vectors.columns), **read, out=(product, FLOAT32, rows * width)
+            ),
             row_wise(machine, product, norm=norm, out=out, out_int8=out_int8),
         ]
     parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
@@ -161,7 +163,7 @@ def _multiply(
     """
     assert code.machine.int8 is not None
     lanes, last, dot = code.lanes, code["rows"] - 1, code.machine.int8.dot
-    weight = code["weight"] + column * (steps.words * 4)
+    weight = code["weight"] + (column // COLUMNS * (steps.words * COLUMNS) + column % COLUMNS) * 4
 
     def multiply(k: Value, *totals: Value) -> Sequence[Value]:
         line = weight + k * (4 * COLUMNS)
@@ -192,13 +194,15 @@ def _multiply(
 
 
 def _product_of_few(code: Code, steps: FewSteps) -> None:
+    columns = code.machine.vectors.columns
+
     def column_block(counts: Sequence[int]) -> None:
         def row_block(begin: Value) -> None:
             first = minimum(begin, code["rows"] - steps.rows)
             _multiply(
                 code,
                 steps,
-                code.task * COLUMNS,
+                code.task * columns,
                 counts,
                 width=steps.width,
                 rows=steps.rows,
@@ -211,12 +215,13 @@ def _product_of_few(code: Code, steps: FewSteps) -> None:
 
         code.loop(0, code["rows"], steps.rows, row_block)
 
-    in_columns(code, code.task, COLUMNS, steps.width, column_block)
+    in_columns(code, code.task, columns, steps.width, column_block)
 
 
 def _product(code: Code, steps: Steps) -> None:
     lanes, words, width = code.lanes, steps.words, steps.finish.width
     assert code.machine.int8 is not None
+    columns = code.machine.vectors.columns
     task_rows, tile_rows = code["task_rows"], code.machine.int8.rows
     first = code.task * task_rows
     last = code["rows"] - 1
@@ -253,8 +258,8 @@ def _product(code: Code, steps: Steps) -> None:
 
         code.loop(0, task_rows, tile_rows, row_block)
 
-    whole = width // COLUMNS * COLUMNS
-    code.loop(0, whole, COLUMNS, lambda column: column_block(column, column_counts(COLUMNS, lanes)))
+    whole = width // columns * columns
+    code.loop(0, whole, columns, lambda column: column_block(column, column_counts(columns, lanes)))
     if whole < width:
         column_block(code.number(whole), column_counts(width - whole, lanes))
 

@@ -1,7 +1,7 @@
 """The CPU that kernels are compiled for: which instruction sets it has, its caches, and torch's threads on it.
 
 FASTBERT_CPU=avx512, avx2 or none takes some of it away, so that what a weaker CPU does is seen on a stronger one:
-AVX-512 without bfloat16 and int8, AVX2, or no kernels at all. `make test CPU=...` tells torch and its libraries the
+AVX-512 without bfloat16 and VNNI, AVX2, or no kernels at all. `make test CPU=...` tells torch and its libraries the
 same.
 """
 
@@ -129,18 +129,3 @@ def openmp() -> dict[str, Any]:
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     return {name: getattr(library, name) for name in ("GOMP_parallel", "GOMP_barrier")}
-
-
-@cache
-def made_by_amd() -> bool:
-    """Whether the CPU at hand is AMD's."""
-    machine = host()
-    return isinstance(machine, Machine) and machine.cpu.startswith("znver")
-
-
-def multiplies_well() -> bool:
-    """Whether products of floats by a kernel of ours were measured to be faster than a BLAS: on AMD's, Zen 3 to Zen 5.
-
-    Not measured on Intel's, whose AMX multiplies bfloat16 faster than any vectors, and whose BLAS torch brings.
-    """
-    return made_by_amd()

@@ -15,8 +15,9 @@ from fastbert.model import mapping
 from fastbert.model.layer import EncoderLayer, Layer
 from fastbert.model.masks import read_mask
 from fastbert.model.outputs import EncoderOutput, append_hidden_states, collected_by_transformers, refuse_what_asks
-from fastbert.ops.common import multiplies_bare, native_machine, onednn_fuses, onednn_rows, wants_gradient
-from fastbert.ops.linear import with_slack
+from fastbert.ops.common import multiplies_bare, native_machine, wants_gradient
+from fastbert.ops.fastest import FEW, fastest, onednn_fuses
+from fastbert.ops.products import onednn_rows, with_slack
 from fastbert.ops.watch import hooks_of
 from fastbert.packing import Packing
 from fastbert.run import cpu, onednn, prepared
@@ -262,7 +263,7 @@ class Encoder(nn.Module):
         if path == "triton" or self.training or self.drops():
             return None
         steps = tuple([layer.steps for layer in self.layer])
-        purpose = steps, x.dtype, x.shape[1], path, backend.multiplies_well(), mkldnn
+        purpose = steps, x.dtype, x.shape[1], path, fastest(x.dtype, len(x), "laid out"), mkldnn
         return self.kept.get([self.watched()], purpose, lambda: self._made(x))
 
     def watched(self) -> nn.Module:
@@ -272,10 +273,10 @@ class Encoder(nn.Module):
     def executors(self) -> dict[str, str | None]:
         """What may compute it in inference, in the order of choice, and what each does not serve; None: it serves all.
 
-        For rows in the dtype of its weights, where they are.
+        For many rows in the dtype of its weights, where they are.
         """
         like = next(self.parameters())
-        x, layers = like.new_zeros(1, self.config.hidden_size), self.layers()
+        x, layers = like.new_zeros(FEW + 1, self.config.hidden_size), self.layers()
         with torch.no_grad():
             if backend.decide(x.device).path == "triton":
                 reasons = (prepared.unserved(steps, parts) for steps, parts in layers)
@@ -317,7 +318,7 @@ class Encoder(nn.Module):
         like = next(self.parameters(), None)
         if like is None or self.training or self.is_frozen() or self.in_eight_bits() is not None:
             return self.is_frozen()
-        x = like.new_zeros((1, self.config.hidden_size), dtype=like.dtype, device=like.device)
+        x = like.new_zeros((FEW + 1, self.config.hidden_size), dtype=like.dtype, device=like.device)
         with torch.no_grad():
             machine = native_machine(x) if cpu.unserved(self.layers(), x) is None else None
         if machine is None or self.config.hidden_size % machine.vectors.columns:

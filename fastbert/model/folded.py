@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.config import Activation, EncoderConfig
-from fastbert.cpu.machine import made_by_amd
 from fastbert.model.encoder import Encoder
 from fastbert.model.layer import EncoderLayer
 from fastbert.ops.attention_torch import attend
 from fastbert.ops.common import multiplies_bare
+from fastbert.ops.fastest import fastest
 from fastbert.ops.linear import Buffers
 from fastbert.packing import Packing
 from fastbert.run.steps import Steps, layer_steps
@@ -53,7 +53,7 @@ def unserved(encoder: Encoder, x: Tensor) -> str | None:
         return f"rows of {x.dtype}"
     if len(x) < FEWEST_ROWS:
         return f"fewer than {FEWEST_ROWS} rows"
-    if made_by_amd() or backend.decide(x.device).path == "triton":
+    if backend.decide(x.device).path == "triton" or fastest(x.dtype, len(x), "laid out") != "blas":
         return "products that another path makes faster"
     if encoder.training or not len(encoder.layer) or encoder.in_eight_bits() is not None or not encoder.is_plain():
         return "training, products in 8 bits, or a part that is not an nn.Linear or nn.LayerNorm without hooks"

@@ -38,8 +38,8 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
 
     Args:
         model: any module with a `fastbert.Encoder` in it, in eval mode.
-        dtype: "int8" runs on a CPU, fast where it multiplies int8 (AVX512-VNNI), else slower than float32, with a
-            warning; float32 rounds the least beside it.
+        dtype: "int8" runs on a CPU, by kernels where it has AVX2 or AVX-512, fastest with VNNI; elsewhere it is slower
+            than float32, with a warning. float32 rounds the least beside it.
             "fp8", for e4m3, runs on NVIDIA GPUs from sm_89 on, in bfloat16; on a CPU it computes the same numbers
             slowly, to test accuracy. By default what the device of the model runs fast: int8 on a CPU, else fp8.
 

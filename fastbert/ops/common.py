@@ -1,4 +1,4 @@
-"""What the ops share: their checks, and whether oneDNN can fuse a linear layer with what follows."""
+"""What the ops share: their checks, and whether kernels may run on some tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
 from fastbert import backend
-from fastbert.cpu.machine import Machine, host, made_by_amd
+from fastbert.cpu.machine import Machine, host
 from fastbert.cpu.memory import is_plain
 from fastbert.errors import ArgumentError
 from fastbert.packing import check_dense
@@ -148,32 +148,6 @@ def native_machine(x: Tensor, *others: Tensor | None) -> Machine | None:
         return None
     machine = host()
     return machine if isinstance(machine, Machine) and x.dtype in machine.dtypes else None
-
-
-def onednn_fuses(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether oneDNN's fused linear layers run on these tensors: where they beat all else.
-
-    That is in bfloat16, where the CPU multiplies it. In float32 the BLAS that torch brings, Intel's, is as fast on an
-    Intel CPU, and faster by what oneDNN's forms copy; on an AMD CPU it takes a tenth to a third more time.
-    """
-    return bool(
-        x.dtype in (torch.bfloat16, torch.float32)
-        and x.shape[1] > 0
-        and multiplies_bare(x, *others)
-        and all(other is None or other.dim() > 1 or other.is_contiguous() for other in others)  # a bias: it reads past
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and (backend.onednn_multiplies_bfloat16() if x.dtype == torch.bfloat16 else made_by_amd())
-    )
-
-
-def onednn_rows(rows: int) -> int:
-    """How many rows oneDNN gets for so many: rounded up to one of 16 numbers from a power of two to the next.
-
-    It keeps half a megabyte for each product of other sizes, 1,024 of them. So no two batches may each bring their own.
-    """
-    step = 1 << max(rows.bit_length() - 5, 0)
-    return -(-rows // step) * step
 
 
 def described(x: Tensor) -> str:

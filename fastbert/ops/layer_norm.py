@@ -22,11 +22,12 @@ from fastbert.ops.common import (
     check_rows,
     launcher,
     multiplies_bare,
-    onednn_fuses,
     wants_gradient,
 )
 from fastbert.ops.dropout import drop
-from fastbert.ops.linear import by_onednn, product
+from fastbert.ops.fastest import onednn_fuses
+from fastbert.ops.linear import product
+from fastbert.ops.products import by_onednn
 from fastbert.packing import Packing, check_dense
 
 

@@ -9,20 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import backend
-from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import room
-from fastbert.ops.common import (
-    autocasts,
-    check_linear,
-    native_machine,
-    observed,
-    onednn_fuses,
-    onednn_rows,
-    wants_gradient,
-)
-from fastbert.reference import Approximate
+from fastbert.ops.common import autocasts, check_linear, native_machine, observed, wants_gradient
+from fastbert.ops.fastest import fastest, onednn_fuses
+from fastbert.ops.products import by_kernel, by_onednn, weight_gradient
 
 T = TypeVar("T")
 
@@ -57,31 +48,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x, weight, bias)
 
 
-def by_onednn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    gelu: Approximate | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """A linear layer and GELU or a residual sum, `[rows, out]`, on tensors for which `onednn_fuses`.
-
-    The weight may be laid out for oneDNN, as `mkldnn._reorder_linear_weight` does.
-    """
-    rows = len(x)
-    bias = None if bias is None else bias.contiguous()  # oneDNN's form reads it as if it were
-    slack = onednn_rows(rows) - rows
-    if slack:
-        x, residual = with_slack(x, slack), None if residual is None else with_slack(residual, slack)
-    if residual is not None:
-        made = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-    else:
-        after: tuple[str, list[Any], str] = ("none", [], "") if gelu is None else ("gelu", [], gelu)
-        made = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *after)
-    return made[:rows] if slack else made
-
-
 class Linear(nn.Linear):
     """An `nn.Linear`, of rows by oneDNN where that is for them: a pooler's or a head's, of any number of rows."""
 
@@ -92,19 +58,18 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
-def with_slack(x: Tensor, rows: int) -> Tensor:
-    """`x` with so many rows of zeros after its own."""
-    return F.pad(x, (0, 0, 0, rows))
-
-
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` unchecked; where it is recorded by kernels of this CPU, if they are faster than its BLAS."""
     machine = native_machine(x, weight, bias)
     recorded = wants_gradient(x, weight, bias) and not autocasts(x)
     exact = x.dtype == weight.dtype == torch.float32
-    if machine is not None and recorded and exact and len(x) >= LEAST_ROWS and backend.multiplies_well():
+    if machine is not None and recorded and exact and len(x) >= LEAST_ROWS and _own(x):
         return _Linear.apply(machine, x, weight, bias)  # type: ignore[no-untyped-call]
     return F.linear(x, weight, bias)
+
+
+def _own(x: Tensor) -> bool:
+    return fastest(x.dtype, len(x), "recorded") == "own"
 
 
 class _Linear(torch.autograd.Function):
@@ -114,7 +79,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.machine = machine
-        return _by_kernel(machine, x, weight, bias)
+        return by_kernel(machine, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,26 +88,5 @@ class _Linear(torch.autograd.Function):
         dbias = dout.sum(0) if of_bias else None
         if torch.is_grad_enabled() or observed():  # a gradient of the gradient may be asked for: torch knows it
             return None, dout @ weight if of_x else None, dout.t() @ x if of_weight else None, dbias
-        dx = _by_kernel(ctx.machine, dout, weight.t(), None) if of_x else None
-        return None, dx, _weight_gradient(ctx.machine, x, dout) if of_weight else None, dbias
-
-
-def _by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from fastbert.cpu import linear as kernel
-
-    bias = x.new_zeros(len(weight)) if bias is None else _as_kernels_read(bias)
-    out = room((len(x), len(weight)), x.dtype)
-    kernel.linear(machine, _as_kernels_read(x), in_blocks(weight, machine.vectors.columns), bias, out).run()
-    return out
-
-
-def _weight_gradient(machine: Machine, x: Tensor, dout: Tensor) -> Tensor:
-    from fastbert.cpu import weight_gradient as kernel
-
-    dweight = room((dout.shape[1], x.shape[1]), x.dtype).zero_()
-    kernel.weight_gradient(machine, _as_kernels_read(x), _as_kernels_read(dout), dweight).run()
-    return dweight
-
-
-def _as_kernels_read(x: Tensor) -> Tensor:
-    return x.resolve_neg().contiguous()  # a gradient may come negated
+        dx = by_kernel(ctx.machine, dout, weight.t(), None) if of_x else None
+        return None, dx, weight_gradient(ctx.machine, x, dout) if of_weight else None, dbias

@@ -13,8 +13,10 @@ from fastbert import backend
 from fastbert.errors import BackendError
 from fastbert.kernels import choices, linear_gelu_choices, target
 from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, check_approximate
-from fastbert.ops.common import cast_states, check_linear, launcher, multiplies_bare, onednn_fuses, wants_gradient
-from fastbert.ops.linear import by_onednn, linear
+from fastbert.ops.common import cast_states, check_linear, launcher, multiplies_bare, wants_gradient
+from fastbert.ops.fastest import onednn_fuses
+from fastbert.ops.linear import linear
+from fastbert.ops.products import by_onednn
 from fastbert.reference import Approximate
 
 

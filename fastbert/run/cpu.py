@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import backend
 from fastbert.config import Activation, Disentangled
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.cpu.layout import in_blocks, in_blocks_together
@@ -22,6 +21,7 @@ from fastbert.cpu.memory import room
 from fastbert.ops.attention_torch import WIDEST_HEAD
 from fastbert.ops.common import multiplies_bare, native_machine
 from fastbert.ops.disentangled import rows_by_distance, rows_of_distances
+from fastbert.ops.fastest import fastest
 from fastbert.ops.layer_norm import in_float32
 from fastbert.ops.linear import Buffers
 from fastbert.ops.relative import bucket_numbers
@@ -91,7 +91,7 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
             width = len(part.scale)
         elif not is_plain(part) and not is_frozen(part):
             return f"{step.part} that is not an nn.Linear on which nothing looks"
-        elif not backend.multiplies_well():
+        elif not is_frozen(part) and fastest(x.dtype, len(x), "laid out") != "own":
             return "products that another path makes faster"
         else:
             width, depth, dtype = _shape(part)

@@ -7,6 +7,7 @@ result in floats, and the result in the format for the next product.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from fastbert import reference
 from fastbert.config import Activation
-from fastbert.cpu.int8 import Int8Matrix, Int8Rows
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.cpu.int8 import PAIR, Int8Matrix, Int8Rows, pair_sums
+from fastbert.errors import ArgumentError, BackendError, CheckpointError
 from fastbert.kernels import precision, target
 from fastbert.ops.common import native_machine, wants_gradient
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
@@ -156,6 +157,16 @@ class Int8Linear(EightBitLinear):
             self.register_buffer(name, cast(Tensor, getattr(matrix, name)).view(torch.int32))
         self.bias = bias
         self.training = False
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Raise CheckpointError for values that some machine would not sum exactly."""
+        name = f"{prefix}values"
+        values = state_dict.get(name)
+        if isinstance(values, Tensor) and values.shape == self.values.shape:
+            largest = int(pair_sums(values).max())
+            if largest > PAIR:
+                raise CheckpointError(name, f"two weights that sum to {largest}", f"at most {PAIR}", "Quantize anew.")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def matrix(self) -> Int8Matrix:

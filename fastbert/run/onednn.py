@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend
-from fastbert.ops.common import onednn_fuses, onednn_rows
+from fastbert.ops.fastest import fastest, onednn_serves
 from fastbert.ops.layer_norm import layer_norm
-from fastbert.ops.linear import by_onednn, with_slack
 from fastbert.ops.linear_activation import APPROXIMATE, activated
+from fastbert.ops.products import by_onednn, onednn_rows, with_slack
 from fastbert.packing import Packing
 from fastbert.run.eager import attend
 from fastbert.run.parts import is_plain, norm_weights, weights
@@ -21,8 +21,10 @@ from fastbert.run.steps import Attend, Convolve, Layers, Product
 
 def unserved(layers: Layers, x: Tensor) -> str | None:
     """Why oneDNN does not serve these layers for inputs as `x`; None where it does."""
-    if torch.is_grad_enabled() or not onednn_fuses(x):  # first, for torch.compile, which can't read what follows
-        return "a gradient, autocast, what looks on, another device, or products that another path makes faster"
+    if torch.is_grad_enabled() or not onednn_serves(x):  # first, for torch.compile, which can't read what follows
+        return "a gradient, autocast, what looks on, or another device or dtype"
+    if fastest(x.dtype, len(x), "laid out") != "onednn":
+        return "products that another path makes faster"
     if backend.decide(x.device).path == "triton":
         return "the Triton path is forced"
     for steps, parts in layers:
