@@ -1,7 +1,7 @@
 """A model of each shape on real lengths: loaded, and accelerated in transformers, beside transformers and its exports.
 
 `pytest benchmarks/bench_families.py -s` prints tokens/s of each, all in turns. Weights are random, 6 layers of 384;
-batches are of 32 texts, sorted by length. Ours is to be at least as fast as each of the others.
+batches are of 16 texts, sorted by length. Ours is to be at least as fast as each of the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastbert.packing import Packing
 
 transformers = pytest.importorskip("transformers", reason="the rival")
 
-BATCHES, BATCH, LONGEST = 2, 32, 256
+BATCHES, BATCH, LONGEST = 2, 16, 256
 SIZES = {
     "vocab_size": 30522,
     "hidden_size": 384,
@@ -70,7 +70,7 @@ TOLERANCE = 1e-3  # of outputs of about 1; the tests hold the error rule
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
-    """`(ids, mask)`, int64 `[32, longest]` each: evenly taken of 1,000 texts that are sorted by length."""
+    """`(ids, mask)`, int64 `[16, longest]` each: evenly taken of 1,000 texts that are sorted by length."""
     of = corpus(1000)
     rows = [int(row) for row in np.argsort(of.tokens.lengths) if of.tokens.lengths[row] <= LONGEST]
     step = len(rows) // BATCHES

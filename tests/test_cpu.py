@@ -30,6 +30,7 @@ from fastbert.errors import ArgumentError
 from fastbert.ops import linear as ops_linear
 from fastbert.ops.attention import attention
 from fastbert.ops.attention_torch import WIDEST_HEAD
+from fastbert.ops.fastest import FEW
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.rotary import angles_of_places
 from fastbert.packing import Packing
@@ -489,7 +490,7 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("wanted", ["all", "x", "weight", "no bias"])
 def test_gradients_of_a_linear_layer(wanted, generator, recorded):
     """Of operands that are no neighbours in memory, against float64."""
-    rows = ops_linear.LEAST_ROWS + 5
+    rows = FEW + 5
     x = torch.randn(40, rows, generator=generator).t().requires_grad_(wanted != "weight")
     weight = torch.randn(40, 70, generator=generator).t().requires_grad_(wanted != "x")
     bias = None if wanted == "no bias" else torch.randn(70, generator=generator).requires_grad_(wanted == "all")

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import room
 from fastbert.ops.common import autocasts, check_linear, native_machine, observed, wants_gradient
-from fastbert.ops.fastest import fastest, onednn_fuses
+from fastbert.ops.fastest import FEW, fastest, onednn_fuses
 from fastbert.ops.products import by_kernel, by_onednn, weight_gradient
 
 T = TypeVar("T")
-
-# Rows from which on a product is worth its weight's being laid out: MiniLM's, on Zen 5.
-LEAST_ROWS = 64
 
 
 class Buffers(threading.local):
@@ -63,13 +60,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     machine = native_machine(x, weight, bias)
     recorded = wants_gradient(x, weight, bias) and not autocasts(x)
     exact = x.dtype == weight.dtype == torch.float32
-    if machine is not None and recorded and exact and len(x) >= LEAST_ROWS and _own(x):
+    if machine is not None and recorded and exact and len(x) > FEW and fastest(x.dtype, len(x), "recorded") == "own":
         return _Linear.apply(machine, x, weight, bias)  # type: ignore[no-untyped-call]
     return F.linear(x, weight, bias)
-
-
-def _own(x: Tensor) -> bool:
-    return fastest(x.dtype, len(x), "recorded") == "own"
 
 
 class _Linear(torch.autograd.Function):
