@@ -150,7 +150,7 @@ def int8_unserved(device: torch.device) -> str | None:
         return None
     machine = host()
     if isinstance(machine, Machine):
-        return None if machine.int8 else f"{machine.cpu} has no instructions for int8 (AVX512-VNNI)"
+        return None if machine.int8 else f"{machine.cpu} has no instructions for int8 (AVX512-VNNI, dotprod of ARM64)"
     return machine
 
 

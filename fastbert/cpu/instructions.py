@@ -19,6 +19,7 @@ from fastbert.cpu.values import (
     Value,
     bitcast,
     constant,
+    exclusive_or,
     fma,
     intrinsic,
     nearest,
@@ -107,7 +108,8 @@ class Int8:
     """Products of 8 bits: the dot is of fours, uint8 in a and int8 in b; words and the total are int32 `[lanes]`.
 
     Attributes:
-        rows: most that are made together, with the outputs of a block of `int8.COLUMNS`.
+        rows: most that are made together, with the outputs of a block of `int8.COLUMNS`; a divisor of
+            `linear_int8.TASK_ROWS`.
     """
 
     needs: frozenset[str]
@@ -119,7 +121,8 @@ class Int8:
 
         The last block begins where it ends with the last row.
         """
-        return min((n for n in (self.rows, 8, 4, 2, 1) if n <= rows), key=lambda n: -(-rows // n) * max(n, 4))
+        fits = min(rows, self.rows)
+        return min((n for n in (self.rows, 8, 4, 2, 1) if n <= fits), key=lambda n: -(-rows // n) * max(n, 4))
 
 
 def float32_dot(total: Value, a: Value, b: Value) -> Value:
@@ -137,6 +140,27 @@ def _vpdpbusd(total: Value, a: Value, b: Value) -> Value:
     return intrinsic("llvm.x86.avx512.vpdpbusd.512", total.type, total, a, b, suffix="")
 
 
+def _bfdot(total: Value, a: Value, b: Value) -> Value:
+    a, b = (bitcast(x, ir.VectorType(BFloatType(), 8)) for x in (a, b))
+    return intrinsic("llvm.aarch64.neon.bfdot.v4f32.v8bf16", total.type, total, a, b, suffix="")
+
+
+def _neon_int8(name: str, total: Value, a: Value, b: Value) -> Value:
+    a, b = (bitcast(x, ir.VectorType(I8, 16)) for x in (a, b))
+    return intrinsic(f"llvm.aarch64.neon.{name}.v4i32.v16i8", total.type, total, a, b, suffix="")
+
+
+def _usdot(total: Value, a: Value, b: Value) -> Value:
+    return _neon_int8("usdot", total, a, b)
+
+
+def _sdot(total: Value, a: Value, b: Value) -> Value:
+    # Both are int8 to it, so that it is given a - 128. What that takes off is the same for all rows that meet b, and
+    # LLVM computes it once for them.
+    sign = a.like(0x80808080 - 2**32)
+    return _neon_int8("sdot", total, exclusive_or(a, sign), b) - _neon_int8("sdot", total.like(0), sign, b)
+
+
 # group_bytes are half of the second cache of a Zen 3 and of a Zen 4.
 AVX2 = Vectors(frozenset({"avx2", "fma"}), lanes=8, registers=16, rows=6, group_bytes=2**18)
 AVX512 = Avx512(
@@ -151,10 +175,17 @@ AVX512_BF16 = Bfloat16(AVX512.needs | {"avx512bf16"}, _dpbf16ps)
 # With two vectors of outputs 12 rows are 24 sums of 32 registers.
 AVX512_VNNI = Int8(AVX512.needs | {"avx512vnni"}, _vpdpbusd, rows=12)
 
+# 12 rows are 24 sums of 32 registers. group_bytes are half of the second cache of a Neoverse N1.
+NEON = Vectors(frozenset({"neon"}), lanes=4, registers=32, rows=12, group_bytes=2**19)
+NEON_BF16 = Bfloat16(NEON.needs | {"bf16"}, _bfdot)
+# With eight vectors of outputs 2 rows are 16 sums.
+NEON_I8MM = Int8(NEON.needs | {"i8mm"}, _usdot, rows=2)
+NEON_DOTPROD = Int8(NEON.needs | {"dotprod"}, _sdot, rows=2)
+
 # Of each kind, the best first.
-VECTORS = (AVX512, AVX2)
-BFLOAT16 = (AVX512_BF16,)
-INT8 = (AVX512_VNNI,)
+VECTORS = (AVX512, AVX2, NEON)
+BFLOAT16 = (AVX512_BF16, NEON_BF16)
+INT8 = (AVX512_VNNI, NEON_I8MM, NEON_DOTPROD)
 
 # float32 in the widest vector: scratch whose rows are whole vectors of so many serves every set.
 MOST_LANES = max(vectors.lanes for vectors in VECTORS)
