@@ -32,9 +32,9 @@ DRIVER = Path(__file__).with_name("arm_driver.c")
 THREADS = 2  # of the driver
 
 # As Cortex-A72 (Graviton 1), Neoverse N1 (Graviton 2; Apple's M1 has the same dots) and Neoverse V1 (Graviton 3) are.
-PLAIN = Machine("cortex-a72", "+neon", NEON)
-DOTPROD = Machine("neoverse-n1", "+neon,+dotprod", NEON, None, NEON_DOTPROD)
-FULL = Machine("neoverse-v1", "+neon,+dotprod,+bf16,+i8mm,-sve", NEON, NEON_BF16, NEON_I8MM)
+PLAIN = Machine("cortex-a72", "+neon" + NEON.flags, NEON)
+DOTPROD = Machine("neoverse-n1", "+neon,+dotprod" + NEON.flags, NEON, None, NEON_DOTPROD)
+FULL = Machine("neoverse-v1", "+neon,+dotprod,+bf16,+i8mm" + NEON.flags, NEON, NEON_BF16, NEON_I8MM)
 # What qemu has of each. It knows no Neoverse V1.
 CPUS = {"cortex-a72": "cortex-a72", "neoverse-n1": "neoverse-n1", "neoverse-v1": "max,sve=off"}
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_arm64_takes_torch_until_it_is_asked_for(arm64: dict[str, bool], monkeyp
         arm64.update({name: name not in lost for name in arm64})
         machine = native_machine.host.__wrapped__()
         assert (machine.vectors, machine.bfloat16, machine.int8) == expected
-        assert all(f"-{name}" in machine.features for name in lost)
+        assert all(f"-{name}" in machine.features for name in lost | {"sve"})
     monkeypatch.setenv("FASTBERT_CPU", "avx2")
     with pytest.raises(BackendError, match=r"FASTBERT_CPU: got avx2; .* it lacks avx, avx2"):
         native_machine.host.__wrapped__()
@@ -177,6 +178,31 @@ def test_arm64_takes_torch_until_it_is_asked_for(arm64: dict[str, bool], monkeyp
 def test_a_system_without_kernels_says_so(features: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_machine.platform, "system", lambda: "Windows")
     assert native_machine.host.__wrapped__().startswith("Windows on ")
+
+
+def test_kernels_are_compiled_for_a_cpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_neon.py, which is long, runs them."""
+    sets = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels")
+    from fastbert.cpu import program
+    from fastbert.cpu.int8 import Int8Matrix, Int8Rows
+    from fastbert.cpu.layout import in_blocks
+    from fastbert.cpu.linear import linear
+    from fastbert.cpu.linear_int8 import linear_int8
+
+    objects = []
+
+    def loaded(machine: Machine, *kernel: Any) -> tuple[int, None]:
+        objects.append(program.object_code(machine, "aarch64-linux-gnu", *kernel))
+        return 0, None
+
+    monkeypatch.setattr(program, "_loaded", loaded)
+    machine = Machine("generic", "+bf16,+i8mm", sets.NEON, sets.NEON_BF16, sets.NEON_I8MM)
+    x = torch.ones(20, 64, dtype=torch.bfloat16)
+    linear(machine, x, in_blocks(x, machine.vectors.columns), torch.ones(20).bfloat16(), torch.empty(20, 20).bfloat16())
+    linear_int8(machine, Int8Rows.empty(20, 64), Int8Matrix.of(x), torch.ones(20), out=torch.empty(20, 20))
+    assert len(objects) == 3  # the product of few rows and what follows it are two
+    elf_of_arm64 = 183
+    assert all(one[:4] == b"\x7fELF" and one[18] == elf_of_arm64 for one in objects)
 
 
 def test_sums_of_a_tile_fit_the_registers() -> None:
