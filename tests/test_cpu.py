@@ -575,18 +575,19 @@ def forced(run):
         return run()
 
 
+@pytest.mark.parametrize("machine", [pytest.param(HOST, id="host"), pytest.param(WIDE, id="wide")])
 @pytest.mark.parametrize("step", ["plain", "gelu", "norm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "depth", "width"), [(1, 8, 24), (13, 64, 40), (50, 100, 33), (131, 384, 96)])
-def test_linear_int8(rows, depth, width, dtype, step, generator):
-    """The kernel gives what torch computes from the same integers."""
-    if not HOST.int8:
+def test_linear_int8(rows, depth, width, dtype, step, machine, generator):
+    """The kernels give what torch computes from the same integers."""
+    if not machine.int8:
         pytest.skip("no products of int8 here: a CPU with them runs this")
-    served(HOST, dtype)
+    served(machine, dtype)
     weight = Int8Matrix.of(torch.randn(width, depth, generator=generator) / depth**0.5)
     bias, norm_weight, norm_bias = torch.randn(3, width, generator=generator)
     residual = torch.randn(rows, width, generator=generator).to(dtype)
-    x = quantize_rows_int8(torch.randn(rows, depth, generator=generator))
+    x = quantized(machine, torch.randn(rows, depth, generator=generator))
     options = {"plain": {}, "gelu": {"activation": "gelu"}, "norm": {"norm": (norm_weight, norm_bias, 1e-5)}}[step]
     if step == "norm":
         options["residual"] = residual
@@ -596,12 +597,36 @@ def test_linear_int8(rows, depth, width, dtype, step, generator):
     if step == "norm":
         total = F.layer_norm(total + residual.double(), (width,), norm_weight.double(), norm_bias.double(), 1e-5)
     plain, plain_int8 = forced(lambda: linear_int8(x, weight, bias, dtype, int8=True, **options))
-    out, int8 = linear_int8(x, weight, bias, dtype, int8=True, **options)
+
+    def run(out, int8):
+        Program(native_linear_int8.linear_int8(machine, x, weight, bias, out=out, out_int8=int8, **options)).run()
+
+    out, int8 = torch.full((rows, width), torch.nan, dtype=dtype), Int8Rows.empty(rows, width)
+    run(out, int8)
     assert_close(out, plain, total)
     assert (int8.floats() - plain_int8.floats()).abs().max() <= 1.001 * plain_int8.scale.max()
     assert (int8.floats() - total).abs().max() <= 0.51 * plain_int8.scale.max()
-    nothing, only = linear_int8(x, weight, bias, dtype, out=False, int8=True, **options)
-    assert nothing is None and torch.equal(only.values, int8.values)
+    only = Int8Rows.empty(rows, width)
+    run(None, only)
+    assert torch.equal(only.values, int8.values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_int8_as_an_op(dtype, generator):
+    """It runs the kernels of the CPU at hand, and gives the floats that are asked for, the int8, or both."""
+    if not HOST.int8:
+        pytest.skip("no products of int8 here: a CPU with them runs this (AVX512-VNNI; without FASTBERT_CPU)")
+    served(HOST, dtype)
+    weight, bias = Int8Matrix.of(torch.randn(33, 100, generator=generator) / 10), torch.randn(33, generator=generator)
+    x = quantize_rows_int8(torch.randn(50, 100, generator=generator))
+    expected, expected_int8 = torch.full((50, 33), torch.nan, dtype=dtype), Int8Rows.empty(50, 33)
+    Program(native_linear_int8.linear_int8(HOST, x, weight, bias, out=expected, out_int8=expected_int8)).run()
+    for int8 in (True, False):
+        out, made = linear_int8(x, weight, bias, dtype, int8=int8)
+        assert torch.equal(out, expected)
+        assert torch.equal(made.values, expected_int8.values) if int8 else made is None
+    nothing, only = linear_int8(x, weight, bias, dtype, out=False, int8=True)
+    assert nothing is None and torch.equal(only.values, expected_int8.values)
 
 
 def int8_machines():
@@ -821,6 +846,13 @@ def test_a_run_that_is_kept_reads_and_writes_anew(generator, runs):
 def test_rows_at_once(rows, at_once):
     assert AVX512_VNNI.rows_at_once(rows) == at_once
     assert all(int8.rows_at_once(rows) <= min(rows, int8.rows) for int8 in INT8)
+
+
+@pytest.mark.parametrize("int8", INT8)
+def test_rows_at_once_fit_the_registers_of_their_set(int8):
+    """And a task is whole tiles of the most."""
+    assert all(1 <= int8.rows_at_once(rows) <= min(rows, int8.rows) for rows in range(1, 100))
+    assert native_linear_int8.TASK_ROWS % int8.rows == 0
 
 
 def test_slack_of_a_laid_out_run_is_not_read(generator, runs):

@@ -9,6 +9,7 @@ import subprocess
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_a_lane_is_what_every_library_has(cpu: str, expected: list[str]) -> None
 def test_make_knows_its_lanes() -> None:
     done = subprocess.run(["make", "-n", "test", "CPU=sse9"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "CPU=sse9: expected avx512, avx2 or none" in done.stderr
-    assert set(LANES) == {"avx512", "avx2", "none"}
+    assert set(LANES) - {"neon"} == {"avx512", "avx2", "none"}  # an ARM64 has nothing that could be taken away
 
 
 @pytest.fixture
@@ -133,8 +134,80 @@ def test_a_lane_takes_away_and_never_adds(features: dict[str, bool], monkeypatch
     machine = native_machine.host.__wrapped__()
     assert machine.vectors.lanes == 8 and "+avx512" not in machine.features and "+avx2" in machine.features
     monkeypatch.setenv("FASTBERT_CPU", "fast")
-    with pytest.raises(ArgumentError, match="FASTBERT_CPU: got 'fast'; expected avx512, avx2, none"):
+    with pytest.raises(ArgumentError, match="FASTBERT_CPU: got 'fast'; expected avx512, avx2, neon, none"):
         native_machine.host.__wrapped__()
+
+
+def test_neon_is_no_part_of_this_cpu(features: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTBERT_CPU", "neon")
+    with pytest.raises(BackendError, match=r"FASTBERT_CPU: got neon; expected what this CPU has: it lacks neon"):
+        native_machine.host.__wrapped__()
+
+
+@pytest.fixture(params=[("Linux", "aarch64"), ("Darwin", "arm64")], ids=" ".join)
+def arm64(
+    request: pytest.FixtureRequest, features: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, bool]:
+    """What a CPU of ARM64 has, to be changed; the process takes this one for such a CPU."""
+    system, name = request.param
+    library = native_machine.openmp()
+    monkeypatch.setattr(native_machine, "openmp", lambda: library)
+    monkeypatch.setattr(native_machine.platform, "system", lambda: system)
+    monkeypatch.setattr(native_machine.platform, "machine", lambda: name)
+    has = dict.fromkeys(native_machine.ARM64, True)
+    monkeypatch.setattr(native_machine, "arm64_features", lambda: has)
+    features.clear()
+    return has
+
+
+def test_arm64_takes_torch_until_it_is_asked_for(arm64: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then what it has, the best of each kind."""
+    sets = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels")
+    reason = native_machine.host.__wrapped__()
+    assert "never on such a CPU; FASTBERT_CPU=neon takes them" in reason
+    monkeypatch.setenv("FASTBERT_CPU", "neon")
+    for lost, expected in (
+        (set(), (sets.NEON, sets.NEON_BF16, sets.NEON_I8MM)),
+        ({"i8mm", "bf16"}, (sets.NEON, None, sets.NEON_DOTPROD)),
+        ({"i8mm", "bf16", "dotprod"}, (sets.NEON, None, None)),
+    ):
+        arm64.update({name: name not in lost for name in arm64})
+        machine = native_machine.host.__wrapped__()
+        assert (machine.vectors, machine.bfloat16, machine.int8) == expected
+        assert all(f"-{name}" in machine.features for name in lost | {"sve"})
+    monkeypatch.setenv("FASTBERT_CPU", "avx2")
+    with pytest.raises(BackendError, match=r"FASTBERT_CPU: got avx2; .* it lacks avx, avx2"):
+        native_machine.host.__wrapped__()
+
+
+def test_a_system_without_kernels_says_so(features: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_machine.platform, "system", lambda: "Windows")
+    assert native_machine.host.__wrapped__().startswith("Windows on ")
+
+
+def test_kernels_are_compiled_for_a_cpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_neon.py, which is long, runs them."""
+    sets = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels")
+    from fastbert.cpu import program
+    from fastbert.cpu.int8 import Int8Matrix, Int8Rows
+    from fastbert.cpu.layout import in_blocks
+    from fastbert.cpu.linear import linear
+    from fastbert.cpu.linear_int8 import linear_int8
+
+    objects = []
+
+    def loaded(machine: Machine, *kernel: Any) -> tuple[int, None]:
+        objects.append(program.object_code(machine, "aarch64-linux-gnu", *kernel))
+        return 0, None
+
+    monkeypatch.setattr(program, "_loaded", loaded)
+    machine = Machine("generic", "+bf16,+i8mm", sets.NEON, sets.NEON_BF16, sets.NEON_I8MM)
+    x = torch.ones(20, 64, dtype=torch.bfloat16)
+    linear(machine, x, in_blocks(x, machine.vectors.columns), torch.ones(20).bfloat16(), torch.empty(20, 20).bfloat16())
+    linear_int8(machine, Int8Rows.empty(20, 64), Int8Matrix.of(x), torch.ones(20), out=torch.empty(20, 20))
+    assert len(objects) == 3  # the product of few rows and what follows it are two
+    elf_of_arm64 = 183
+    assert all(one[:4] == b"\x7fELF" and one[18] == elf_of_arm64 for one in objects)
 
 
 def test_sums_of_a_tile_fit_the_registers() -> None:

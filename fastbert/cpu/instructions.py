@@ -19,6 +19,7 @@ from fastbert.cpu.values import (
     Value,
     bitcast,
     constant,
+    exclusive_or,
     fma,
     intrinsic,
     nearest,
@@ -107,7 +108,7 @@ class Int8:
     """Products of 8 bits: the dot is of fours, uint8 in a and int8 in b; words and the total are int32 `[lanes]`.
 
     Attributes:
-        rows: most that are made together, with `Vectors.columns` outputs.
+        rows: most that are made together, with `Vectors.columns` outputs; a divisor of `linear_int8.TASK_ROWS`.
     """
 
     needs: frozenset[str]
@@ -150,6 +151,27 @@ def _vpmaddubsw(total: Value, a: Value, b: Value) -> Value:
     return total + intrinsic(f"llvm.x86.{wide}", total.type, pairs, pairs.like(1), suffix="")
 
 
+def _bfdot(total: Value, a: Value, b: Value) -> Value:
+    a, b = (bitcast(x, ir.VectorType(BFloatType(), 8)) for x in (a, b))
+    return intrinsic("llvm.aarch64.neon.bfdot.v4f32.v8bf16", total.type, total, a, b, suffix="")
+
+
+def _neon_int8(name: str, total: Value, a: Value, b: Value) -> Value:
+    a, b = (bitcast(x, ir.VectorType(I8, 16)) for x in (a, b))
+    return intrinsic(f"llvm.aarch64.neon.{name}.v4i32.v16i8", total.type, total, a, b, suffix="")
+
+
+def _usdot(total: Value, a: Value, b: Value) -> Value:
+    return _neon_int8("usdot", total, a, b)
+
+
+def _sdot(total: Value, a: Value, b: Value) -> Value:
+    # Both are int8 to it, so that it is given a - 128. What that takes off is the same for all rows that meet b, and
+    # LLVM computes it once for them.
+    sign = a.like(0x80808080 - 2**32)
+    return _neon_int8("sdot", total, exclusive_or(a, sign), b) - _neon_int8("sdot", total.like(0), sign, b)
+
+
 # group_bytes are half of the second cache of a Zen 3 and of a Zen 4.
 AVX2 = Vectors(frozenset({"avx2", "fma"}), lanes=8, registers=16, rows=6, group_bytes=2**18)
 AVX512 = Avx512(
@@ -167,10 +189,23 @@ AVX512_INT8 = Int8(AVX512.needs, _vpmaddubsw, rows=12)
 AVX_VNNI = Int8(AVX2.needs | {"avxvnni"}, _vpdpbusd, rows=6)
 AVX2_INT8 = Int8(AVX2.needs, _vpmaddubsw, rows=6)
 
+# 12 rows are 24 sums of 32 registers. group_bytes are half of the second cache of a Neoverse N1.
+NEON = Vectors(
+    frozenset({"neon"}),
+    lanes=4,
+    registers=32,
+    rows=12,
+    group_bytes=2**19,
+    flags=",-sve",  # else LLVM mixes some of it in, which the emulated CPUs of our tests do not have
+)
+NEON_BF16 = Bfloat16(NEON.needs | {"bf16"}, _bfdot)
+NEON_I8MM = Int8(NEON.needs | {"i8mm"}, _usdot, rows=12)
+NEON_DOTPROD = Int8(NEON.needs | {"dotprod"}, _sdot, rows=12)
+
 # Of each kind, the best first.
-VECTORS = (AVX512, AVX2)
-BFLOAT16 = (AVX512_BF16,)
-INT8 = (AVX512_VNNI, AVX512_INT8, AVX_VNNI, AVX2_INT8)
+VECTORS = (AVX512, AVX2, NEON)
+BFLOAT16 = (AVX512_BF16, NEON_BF16)
+INT8 = (AVX512_VNNI, AVX512_INT8, AVX_VNNI, AVX2_INT8, NEON_I8MM, NEON_DOTPROD)
 
 # float32 in the widest vector: scratch whose rows are whole vectors of so many serves every set.
 MOST_LANES = max(vectors.lanes for vectors in VECTORS)

@@ -2,7 +2,7 @@
 
 FASTBERT_CPU=avx512, avx2 or none takes some of it away, so that what a weaker CPU does is seen on a stronger one:
 AVX-512 without bfloat16 and VNNI, AVX2, or no kernels at all. `make test CPU=...` tells torch and its libraries the
-same.
+same. On ARM64 the kernels run only with FASTBERT_CPU=neon, since nobody has measured them there yet.
 """
 
 from __future__ import annotations
@@ -25,11 +25,21 @@ if TYPE_CHECKING:
 
 _Set = TypeVar("_Set", "Vectors", "Bfloat16", "Int8")
 
-# What each lane leaves of the features of a CPU whose names begin with "avx" and "amx".
+# What each lane leaves of the features of a CPU whose names begin with "avx" and "amx". ARM64 has none of those.
 LANES = {
     "avx512": {"avx", "avx2", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
     "avx2": {"avx", "avx2"},
+    "neon": {"neon"},
     "none": set[str](),
+}
+
+# Features of ARM64 that kernels need, by LLVM's names: where Linux says so, an entry of getauxval (HWCAP, HWCAP2) and a
+# bit of it, from asm/hwcap.h; and Apple's name, of "hw.optional.".
+ARM64 = {
+    "neon": (16, 1, "AdvSIMD"),
+    "dotprod": (16, 20, "arm.FEAT_DotProd"),
+    "bf16": (26, 14, "arm.FEAT_BF16"),
+    "i8mm": (26, 13, "arm.FEAT_I8MM"),
 }
 
 
@@ -83,8 +93,12 @@ def host() -> Machine | str:
     """
     if lane() == "none":
         return "FASTBERT_CPU=none is set"
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return f"{platform.system()} on {platform.machine()}: CPU kernels are written for Linux on x86-64"
+    where = f"{platform.system()} on {platform.machine()}"
+    arm = where in ("Linux on aarch64", "Darwin on arm64")
+    if not arm and where not in ("Linux on x86_64", "Linux on AMD64"):
+        return f"{where}: CPU kernels are written for Linux on x86-64"
+    if arm and lane() is None:
+        return f"{where}: kernels for it ran in an emulator and never on such a CPU; FASTBERT_CPU=neon takes them"
     try:
         import llvmlite.binding as llvm
     except ImportError:
@@ -96,6 +110,8 @@ def host() -> Machine | str:
     except (OSError, AttributeError) as error:
         return f"torch's OpenMP can't be used: {error}"
     features = llvm.get_host_cpu_features()
+    if arm:
+        features.update(arm64_features())
     if (kept := LANES.get(lane() or "")) is not None:
         if missing := sorted(name for name in kept if not features.get(name)):
             raise BackendError("FASTBERT_CPU", lane(), f"what this CPU has: it lacks {', '.join(missing)}")
@@ -113,6 +129,22 @@ def _first(sets: Sequence[_Set], features: Mapping[str, bool]) -> _Set | None:
     return next((one for one in sets if all(map(features.get, one.needs))), None)
 
 
+def arm64_features() -> dict[str, bool]:
+    """Which features of `ARM64` the CPU at hand has. LLVM's own list leaves out some of them."""
+    libc = ctypes.CDLL(None)
+    if platform.system() == "Darwin":
+        return {name: _sysctl(libc, f"hw.optional.{apple}") == 1 for name, (_, _, apple) in ARM64.items()}
+    libc.getauxval.argtypes, libc.getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return {name: bool(libc.getauxval(entry) >> bit & 1) for name, (entry, bit, _) in ARM64.items()}
+
+
+def _sysctl(libc: Any, name: str) -> int:
+    """A number that macOS knows by this name; 0 where it does not know it."""
+    number, size = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+    libc.sysctlbyname(name.encode(), ctypes.byref(number), ctypes.byref(size), None, ctypes.c_size_t(0))
+    return number.value
+
+
 @cache
 def last_cache() -> int:
     """Bytes of the last cache before the memory, which cores share; 32 MiB where Linux does not say."""
@@ -127,5 +159,6 @@ def openmp() -> dict[str, Any]:
     Raises:
         OSError, AttributeError: torch brings no such thing.
     """
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    file = "libtorch_cpu.dylib" if platform.system() == "Darwin" else "libtorch_cpu.so"
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / file))
     return {name: getattr(library, name) for name in ("GOMP_parallel", "GOMP_barrier")}

@@ -207,14 +207,50 @@ def compiled(machine: Machine, name: str, parameters: Sequence[str], body: Calla
     Args:
         parameters: names of the int64 arguments: numbers, addresses, or `float_bits`.
     """
+    return Kernel(name, *_loaded(machine, name, parameters, body), _places(parameters))
+
+
+def _loaded(machine: Machine, name: str, parameters: Sequence[str], body: Callable[[Code], None]) -> tuple[int, Any]:
+    """Where a kernel's worker lies in this process, and what keeps it there."""
     with _compiling:
-        return _compiled(machine, name, parameters, body)
+        _initialise()
+        target = _target(machine, llvm.get_process_triple(), jit=True)
+        engine = llvm.create_mcjit_compiler(_optimised(machine, target, name, parameters, body), target)
+        engine.finalize_object()
+        return engine.get_function_address(name), engine
 
 
-def _compiled(machine: Machine, name: str, parameters: Sequence[str], body: Callable[[Code], None]) -> Kernel:
-    _initialise()
+def object_code(
+    machine: Machine, triple: str, name: str, parameters: Sequence[str], body: Callable[[Code], None]
+) -> bytes:
+    """The object file of the kernel that `compiled` gives, for a linker: its function `name` is the kernel's worker.
+
+    Args:
+        triple: LLVM's name of the platform, "aarch64-linux-gnu" say, which need not be the one at hand.
+    """
+    with _compiling:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+        target = _target(machine, triple, jit=False)
+        return target.emit_object(_optimised(machine, target, name, parameters, body))
+
+
+def _target(machine: Machine, triple: str, jit: bool) -> Any:
+    target = llvm.Target.from_triple(triple)
+    return target.create_target_machine(cpu=machine.cpu, features=machine.features, opt=3, jit=jit)
+
+
+def _places(parameters: Sequence[str]) -> dict[str, int]:
+    """Where the argument for each parameter is among the fields."""
+    return {parameter: 3 + i for i, parameter in enumerate(parameters)}
+
+
+def _optimised(
+    machine: Machine, target: Any, name: str, parameters: Sequence[str], body: Callable[[Code], None]
+) -> Any:
+    """LLVM's module with the worker, for one of its target machines."""
     module = ir.Module(name)
-    module.triple = llvm.get_process_triple()
+    module.triple = target.triple
     worker = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name)
     worker.attributes.alignstack = 64  # else a vector that is kept on the stack lies in two lines of the cache
     worker.attributes.add("nounwind")  # llvmlite writes no attributes where it has only the one before
@@ -226,8 +262,7 @@ def _compiled(machine: Machine, name: str, parameters: Sequence[str], body: Call
     one = ir.Constant(I64, 1)
     number = builder.atomic_rmw("add", field(1), one, "monotonic")
     tasks = builder.load(field(2), typ=I64)
-    places = {parameter: 3 + i for i, parameter in enumerate(parameters)}
-    arguments = {parameter: builder.load(field(i), typ=I64) for parameter, i in places.items()}
+    arguments = {parameter: builder.load(field(i), typ=I64) for parameter, i in _places(parameters).items()}
     following, inside, done = (builder.append_basic_block(label) for label in ("next", "task", "end"))
     builder.branch(following)
     builder.position_at_end(following)
@@ -241,14 +276,9 @@ def _compiled(machine: Machine, name: str, parameters: Sequence[str], body: Call
 
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
-    target_machine = llvm.Target.from_triple(module.triple).create_target_machine(
-        cpu=machine.cpu, features=machine.features, opt=3, jit=True
-    )
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     options.slp_vectorization = options.loop_vectorization = False
     options.loop_unrolling = False
-    passes = llvm.create_pass_builder(target_machine, options)
+    passes = llvm.create_pass_builder(target, options)
     passes.getModulePassManager().run(parsed, passes)
-    engine = llvm.create_mcjit_compiler(parsed, target_machine)
-    engine.finalize_object()
-    return Kernel(name, engine.get_function_address(name), engine, places)
+    return parsed

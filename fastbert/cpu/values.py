@@ -128,6 +128,11 @@ def select(condition: Value, yes: Value | float, no: Value) -> Value:
     return Value(no.builder, no.builder.select(condition.raw, no.like(yes).raw, no.raw))
 
 
+def exclusive_or(a: Value, b: Value) -> Value:
+    """The bits of integers that are set in one of the two."""
+    return Value(a.builder, a.builder.xor(a.raw, b.raw))
+
+
 def fma(a: Value, b: Value | float, c: Value | float) -> Value:
     """a * b + c, rounded once."""
     return intrinsic("llvm.fma", a.type, a, a.like(b), a.like(c))
