@@ -57,7 +57,7 @@ def fewer(mark: Any) -> Any:
 def on_arm(judge: Any) -> Callable[..., None]:
     """The same test, with machines of ARM64 in place of those that it names."""
     asked = signature(judge).parameters
-    forms = [DOTPROD, FULL] if judge.__name__ == "test_linear_int8" else [PLAIN, FULL]
+    forms = [DOTPROD, FULL] if "int8" in judge.__name__ else [PLAIN, FULL]
     if "dtype" in asked:
         of_machines = pytest.mark.parametrize(("machine", "dtype"), forms)
     else:
