@@ -114,6 +114,24 @@ def test_another_machine_version_or_number_of_threads_has_its_own(
     assert len(json.loads((untold / fastest.FILE).read_text())) == 3
 
 
+def test_a_package_that_is_not_installed(untold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare checkout is none, and a platform without kernels has no llvmlite."""
+
+    def version(name: str) -> str:
+        if name != "torch":
+            raise fastest.PackageNotFoundError(name)
+        return "9"
+
+    monkeypatch.setattr(fastest, "version", version)
+    fastest._versions.cache_clear()
+    try:
+        slow(monkeypatch, ["blas", "onednn", "own"])
+        assert choice(Kind(torch.float32, False, "plain")).way == "blas"
+        assert "no fastbert, torch 9, no llvmlite" in (untold / fastest.FILE).read_text()
+    finally:
+        fastest._versions.cache_clear()
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     "text",

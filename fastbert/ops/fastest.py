@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -213,7 +213,13 @@ def _limited() -> bool:
 
 @cache
 def _versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("fastbert", "torch", "llvmlite"))
+    found = []
+    for name in ("fastbert", "torch", "llvmlite"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:  # a bare checkout; a platform without kernels
+            found.append(f"no {name}")
+    return ", ".join(found)
 
 
 def _machine() -> str:
