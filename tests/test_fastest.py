@@ -132,10 +132,13 @@ def test_a_package_that_is_not_installed(untold: Path, monkeypatch: pytest.Monke
         fastest._versions.cache_clear()
 
 
+TIMES = '{"here": {"kind": {"way": "own", "milliseconds": {"own": "fast"}}}}'
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"here": 3}', '{"here": {"kind": 3}}', '{"here": {"kind": {"way": "magic"}}}'],
+    ["", "{", "[]", "null", '{"here": 3}', '{"here": {"kind": 3}}', '{"here": {"kind": {"way": "magic"}}}', TIMES],
 )
 def test_a_damaged_file_is_as_none(text: str, untold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untold.mkdir()
