@@ -202,6 +202,15 @@ DEBERTA_V2 = Family(
     convolution="conv",
     only_padding=True,
     unlike=unlike,
+    watched=(
+        "relative_attention",
+        "max_relative_positions",
+        "position_buckets",
+        "pos_ebd_size",
+        "pos_att_type",
+        "share_att_key",
+        "norm_rel_ebd",
+    ),
 )
 
 DEBERTA_V2_OWN_HEAD = replace(

@@ -36,12 +36,8 @@ THEIRS = ("transformers.", "torch.")
 # Attributes of attention that say how many heads there are, and how wide one is.
 HEADS, HEAD_DIM = ("num_attention_heads", "n_heads"), ("attention_head_size", "head_dim")
 
-# Attributes of their modules that what was read of them depends on.
-WATCHED = (
-    *HEADS, *HEAD_DIM, "scaling", "activation", "norm_first", "num_heads", "batch_first", "attention_scaling",
-    "full_attention_attention_scaling", "sliding_attention_attention_scaling", "attention_type", "relative_attention",
-    "max_relative_positions", "position_buckets", "pos_ebd_size", "pos_att_type", "share_att_key", "norm_rel_ebd",
-)  # fmt: skip
+# Attributes of any encoder's modules that what was read of them depends on.
+WATCHED = (*HEADS, *HEAD_DIM, "scaling", "activation")
 
 # Fields of a config that no encoder reads, and that may be long.
 LABELS = ("id2label", "label2id")
@@ -133,6 +129,10 @@ class AnyForward(InPlace):
         """The config that what was read depends on, by the names of its fields."""
 
     @abstractmethod
+    def _watched(self) -> tuple[str, ...]:
+        """Attributes of modules that it depends on beside `WATCHED`."""
+
+    @abstractmethod
     def _called(self) -> list[nn.Module]:
         """Modules that are called before the layers, or after them."""
 
@@ -142,7 +142,7 @@ class AnyForward(InPlace):
 
     def _build(self) -> None:
         """Read their modules as they are now."""
-        tree = _Tree(self.theirs, self._settings)
+        tree = _Tree(self.theirs, self._settings, (*WATCHED, *self._watched()))
         self.ours = self._read()
         self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
         called = [*self._called(), *(part for layer in self.layers for part in layer.computed())]
@@ -212,6 +212,9 @@ class Forward(AnyForward):
 
     def _settings(self) -> dict[str, Any]:
         return vars(self.family.hf(self.theirs))
+
+    def _watched(self) -> tuple[str, ...]:
+        return self.family.watched
 
     def _called(self) -> list[nn.Module]:
         paths = [self.family.entry, *(["embeddings"] if not self.family.within else [])]
@@ -317,6 +320,9 @@ class TorchForward(AnyForward):
     def _settings(self) -> dict[str, Any]:
         return {}
 
+    def _watched(self) -> tuple[str, ...]:
+        return "norm_first", "num_heads", "batch_first"
+
     def _called(self) -> list[nn.Module]:
         return self.ours.called()
 
@@ -350,14 +356,14 @@ class TorchForward(AnyForward):
 
 
 class _Tree:
-    """The modules below an encoder, their classes, what is `WATCHED` of them and the config, when it was made."""
+    """The modules below an encoder, their classes, what is `watched` of them and the config, when it was made."""
 
-    def __init__(self, top: nn.Module, settings: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, top: nn.Module, settings: Callable[[], dict[str, Any]], watched: tuple[str, ...]) -> None:
         modules = list(top.modules())
         self.groups = [module for module in modules if module._modules]
         self.below = [module for module in self.groups if module is not top]  # which gets attributes of ours
         self.kinds = list({type(module) for module in self.groups})
-        self.watched = [(module.__dict__, name) for module in modules for name in WATCHED if name in module.__dict__]
+        self.watched = [(module.__dict__, name) for module in modules for name in watched if name in module.__dict__]
         tables = [module._buffers for module in modules if module._buffers]
         held = [buffer for table in tables for buffer in table.values() if buffer is not None]
         self.buffers = [buffer for buffer in held if not buffer.is_inference()]  # whose writes torch counts

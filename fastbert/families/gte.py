@@ -118,6 +118,7 @@ GTE = replace(
     within="",
     layers=layers,
     unlike=unlike,
+    watched=("attention_scaling",),
     heads={name: NEW.heads[name] for name in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")},
 )
 

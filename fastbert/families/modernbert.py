@@ -162,4 +162,5 @@ MODERNBERT = Family(
     layers=model_layers,
     own=own,
     unlike=unlike,
+    watched=("attention_type", "full_attention_attention_scaling", "sliding_attention_attention_scaling"),
 )

@@ -239,6 +239,7 @@ class Family:
         own: of such an encoder and the dict of its config that dict as the encoder's modules have it, where they read
             it no more.
         unlike: of such an encoder what its modules do otherwise than the config says; None where nothing is.
+        watched: attributes of such an encoder's modules that `own` and `unlike` read.
         layers: of such an encoder, in the order in which they run; a layer may come several times.
         relative: of such an encoder the module with the table of distances; None where there is none.
         relative_norm: of such an encoder the LayerNorm that goes over that table; None where there is none.
@@ -278,6 +279,7 @@ class Family:
     hf: Callable[[nn.Module], Any] = own_hf
     own: Callable[[Any, dict[str, Any]], dict[str, Any]] = as_config_says
     unlike: Callable[[Any, EncoderConfig], str | None] = nothing
+    watched: tuple[str, ...] = ()
     layers: Callable[[nn.Module], Sequence[nn.Module]] = own_layers
     relative: str | None = None
     relative_norm: str | None = None

@@ -195,6 +195,7 @@ NOMIC = Family(
     within="",
     layers=layers,
     unlike=unlike,
+    watched=("attention_scaling",),
 )
 
 NOMIC_ORIGINAL = replace(

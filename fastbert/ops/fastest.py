@@ -252,10 +252,12 @@ def _write(of_machine: dict[str, Any]) -> bool:
 def _kept(kind: Kind, ways: list[Way]) -> Choice | None:
     of_machine = _read().get(_machine())
     found = of_machine.get(kind.name) if isinstance(of_machine, dict) else None
-    times = found.get("milliseconds") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or found.get("way") not in ways:
+        return None
+    times = found.get("milliseconds")
     if not isinstance(times, dict) or not all(isinstance(one, float) for one in times.values()):
         return None
-    return Choice(found["way"], f"kept in {files.folder() / FILE}", times) if found.get("way") in ways else None
+    return Choice(found["way"], f"kept in {files.folder() / FILE}", times)
 
 
 def _keep(kind: Kind, made: Choice) -> Choice:
