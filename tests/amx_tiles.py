@@ -132,19 +132,13 @@ def _flushed(x: Array) -> Array:
 
 
 def _fma(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c of float32, rounded once to nearest even, and flushed. Products of bfloat16 are exact in float64.
+    """a * b + c, rounded once to nearest even, and flushed; a and b of bfloat16, c float32.
 
-    A sum that is not is made odd in its last place, towards the exact one; then the second rounding errs in nothing.
+    In float64 the product is exact. Where the sum is not, the lesser of the two lies too far below the other's last
+    place for the result to be near the middle between two float32: to round it again errs in nothing.
     """
     with np.errstate(invalid="ignore", over="ignore"):
-        product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
-        total = np.asarray(product + c)
-        back = total - product
-        rest = (product - (total - back)) + (c - back)
-        even = (total.view(np.int64) & 1) == 0
-        towards = np.where(rest > 0, np.inf, -np.inf)
-        total = np.where((rest != 0) & np.isfinite(rest) & even, np.nextafter(total, towards), total)
-        return _flushed(total.astype(np.float32))
+        return _flushed((a.astype(np.float64) * b + c).astype(np.float32))
 
 
 class Faults(list[InvalidUseError]):
