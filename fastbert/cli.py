@@ -358,7 +358,7 @@ def info(
     import torch
 
     from fastbert import backend
-    from fastbert.cpu.machine import lane
+    from fastbert.cpu.machine import amx_unused, lane
     from fastbert.tasks.loading import default_dtype
 
     print("versions")
@@ -382,6 +382,8 @@ def info(
     for device in devices:
         decision = backend.decide(device)
         _row(str(device), f"{decision.path}, because {decision.reason}")
+        if device.type == "cpu" and (unused := amx_unused()) is not None:
+            _row("", f"AMX is left alone, because {unused}")
         _row("", f"--dtype {default_dtype(device)} by default")
         for name, unserved, instead in (
             ("bf16", backend.bfloat16_unserved(device), "computes in float32"),

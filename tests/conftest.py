@@ -29,7 +29,7 @@ os.environ.setdefault("FASTBERT_PRODUCTS", "own" if isinstance(host(), Machine) 
 # A machine with a GPU that is lent may lack these, and no test that runs kernels needs them.
 NEEDS = {
     "hypothesis": ("test_fuzz.py", "test_packing_by_hand.py", "test_tokenizer_parity.py"),
-    "llvmlite": ("test_guard_pages.py", "test_guards.py", "test_cpu.py", "test_neon.py"),
+    "llvmlite": ("test_amx.py", "test_cpu.py", "test_guard_pages.py", "test_guards.py", "test_neon.py"),
     "matplotlib": ("test_kernel_pages.py", "test_report.py"),
     "typer": ("test_cli.py",),
 }

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+import amx_tiles
 import guard_pages
 import pytest
 import torch
@@ -43,7 +44,12 @@ if not isinstance(HOST, Machine):
     pytest.skip(f"{HOST}: Linux on x86-64 with AVX2 runs this", allow_module_level=True)
 
 # Which is why no lane of a weaker CPU need run this: no mark `cpu`.
-MACHINES = {"host": HOST, "AVX2": Machine("x86-64-v3", "", AVX2, int8=AVX2_INT8), "wide": WIDE}
+MACHINES = {
+    "host": HOST,
+    "AVX2": Machine("x86-64-v3", "", AVX2, int8=AVX2_INT8),
+    "wide": WIDE,
+    "tiles": amx_tiles.MACHINE,
+}
 
 ROWS = [1, 2, 5, 17, 33]
 WIDTHS = [1, 7, 8, 15, 16, 17, 26, 33, 64, 100, 312]
@@ -298,6 +304,15 @@ def test_a_kernel_touches_nothing_outside_of_its_memory(kernel: str, machine: st
     assert made.stdout.split() == ["front", "end"]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", ["linear", "linear_int8"])
+def test_tiles_touch_nothing_outside_of_their_memory(kernel: str) -> None:
+    """The model of AMX reads and writes where the instructions would."""
+    made = ended(kernel, "tiles")
+    assert made.returncode == 0, f"ended with {made.returncode} after:\n{made.stdout}{made.stderr}"
+    assert made.stdout.split() == ["front", "end"]
+
+
 @pytest.mark.parametrize(("fault", "sides"), [("row too many", ["front"]), ("element too early", [])])
 def test_a_touch_outside_of_memory_ends_the_process(fault: str, sides: list[str]) -> None:
     """The guarded page at the end is what sees a row too many: in front of one, the rest of its page is there."""
@@ -310,4 +325,5 @@ if __name__ == "__main__":
     name, machine_name = sys.argv[1:]
     for side in ("front", "end"):
         run_guarded((KERNELS | FAULTS)[name], MACHINES[machine_name], side)  # type: ignore[arg-type]
+        amx_tiles.faults.check()
         print(side, flush=True)

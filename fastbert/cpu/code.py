@@ -12,6 +12,9 @@ from fastbert.cpu.instructions import Dot, float32_dot
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.values import F32, I32, I64, POINTER, Value, bitcast, constant, intrinsic, shuffled, to_int32
 
+# The sums of a block of a product: `sums(n, body)` has `body(row, sums)` follow for vector n of each row's outputs.
+Sums = Callable[[int, Callable[["Value | int", Value], None]], None]
+
 
 class Code:
     """The kernel being written.

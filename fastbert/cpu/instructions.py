@@ -96,11 +96,38 @@ class Avx512(Vectors):
 
 
 @dataclass(frozen=True, eq=False)
+class Tiles:
+    """Registers of 16 rows of 16 words beside those of vectors, and products of them; see `amx`.
+
+    Attributes:
+        product: the instruction that adds the products of two tiles to a third.
+        prefix: what LLVM puts before an instruction's name. The tests put another there, of functions that do the same.
+    """
+
+    product: str
+    prefix: str = "llvm.x86."
+
+    @property
+    def rows(self) -> int:
+        """Most rows of a product that are made together: two tiles of them, so that four tiles of sums take turns."""
+        return 32
+
+    def rows_at_once(self, rows: int) -> int:
+        """Of so many. The last block begins where it ends with the last row."""
+        return min(self.rows, 1 << (max(rows, 1).bit_length() - 1))
+
+
+@dataclass(frozen=True, eq=False)
 class Bfloat16:
-    """Products of bfloat16: the dot is of pairs, words are int32 `[lanes]`, and the total float32."""
+    """Products of bfloat16: the dot is of pairs, words are int32 `[lanes]`, and the total float32.
+
+    Attributes:
+        tiles: what products with weights are made with, where there are any.
+    """
 
     needs: frozenset[str]
     dot: Dot
+    tiles: Tiles | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +136,13 @@ class Int8:
 
     Attributes:
         rows: most that are made together, with `Vectors.columns` outputs; a divisor of `linear_int8.TASK_ROWS`.
+        tiles: what products are made with instead, where there are any.
     """
 
     needs: frozenset[str]
     dot: Dot
     rows: int
+    tiles: Tiles | None = None
 
     def rows_at_once(self, rows: int) -> int:
         """The fastest way through so many: n rows take n cycles a word, 4 at least, since sums wait for sums.
@@ -188,6 +217,9 @@ AVX512_VNNI = Int8(AVX512.needs | {"avx512vnni"}, _vpdpbusd, rows=12)
 AVX512_INT8 = Int8(AVX512.needs, _vpmaddubsw, rows=12)
 AVX_VNNI = Int8(AVX2.needs | {"avxvnni"}, _vpdpbusd, rows=6)
 AVX2_INT8 = Int8(AVX2.needs, _vpmaddubsw, rows=6)
+# `machine.host` sees a CPU's AMX only where FASTBERT_AMX=1 asks for it.
+AMX_BF16 = Bfloat16(AVX512_BF16.needs | {"amx-tile", "amx-bf16"}, _dpbf16ps, Tiles("tdpbf16ps"))
+AMX_INT8 = Int8(AVX512_VNNI.needs | {"amx-tile", "amx-int8"}, _vpdpbusd, rows=12, tiles=Tiles("tdpbusd"))
 
 # 12 rows are 24 sums of 32 registers. group_bytes are half of the second cache of a Neoverse N1.
 NEON = Vectors(
@@ -204,8 +236,8 @@ NEON_DOTPROD = Int8(NEON.needs | {"dotprod"}, _sdot, rows=12)
 
 # Of each kind, the best first.
 VECTORS = (AVX512, AVX2, NEON)
-BFLOAT16 = (AVX512_BF16, NEON_BF16)
-INT8 = (AVX512_VNNI, AVX512_INT8, AVX_VNNI, AVX2_INT8, NEON_I8MM, NEON_DOTPROD)
+BFLOAT16 = (AMX_BF16, AVX512_BF16, NEON_BF16)
+INT8 = (AMX_INT8, AVX512_VNNI, AVX512_INT8, AVX_VNNI, AVX2_INT8, NEON_I8MM, NEON_DOTPROD)
 
 # float32 in the widest vector: scratch whose rows are whole vectors of so many serves every set.
 MOST_LANES = max(vectors.lanes for vectors in VECTORS)

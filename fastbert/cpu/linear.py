@@ -2,7 +2,7 @@
 
 A task is `Vectors.columns` outputs of a group of rows: as many as half of a second cache holds, so that the tasks of a
 group find them there. The weights of a task lie together and meet up to `Vectors.rows` rows at a time; a sum stays in
-its register until it is whole. bfloat16 is multiplied by pairs, into float32.
+its register until it is whole. bfloat16 is multiplied by pairs, into float32; by `amx` where the machine has tiles.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.cpu.code import Code
+from fastbert.cpu import amx
+from fastbert.cpu.code import Code, Sums
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.maths import activated
+from fastbert.cpu.memory import Argument, PerWorker
 from fastbert.cpu.program import Call, Kernel, compiled
 from fastbert.cpu.row_wise import load_states
 from fastbert.cpu.values import F32, I32, Value, minimum, select, to_bfloat16
@@ -41,6 +43,11 @@ class Steps(NamedTuple):
     activation: Activation | None
     residual: bool
 
+    def block(self, machine: Machine) -> amx.Block | None:
+        """What is made at a time by tiles; None where it is by vectors."""
+        tiles = machine.tiles(self.dtype)
+        return None if tiles is None else amx.Block.of(tiles, self.rows, self.words, CHUNK)
+
 
 def linear(
     machine: Machine,
@@ -63,10 +70,13 @@ def linear(
     """
     (rows, width), (blocks, words, *_) = out.shape, weight.shape
     vectors, dtypes = machine.vectors, (x.dtype,)
-    at_once = vectors.rows if rows >= vectors.rows else 1 << (max(rows, 1).bit_length() - 1)
+    most = (machine.tiles(x.dtype) or vectors).rows
+    at_once = most if rows >= most else 1 << (max(rows, 1).bit_length() - 1)
     group_rows = max(vectors.group_bytes // (4 * words * at_once), 1) * at_once
-    kernel = _kernel(machine, Steps(x.dtype, words, width, at_once, activation, residual is not None))
-    return kernel(
+    steps = Steps(x.dtype, words, width, at_once, activation, residual is not None)
+    block = steps.block(machine)
+    sums: dict[str, Argument] = {} if block is None else {"sums": PerWorker(block.bytes)}
+    return _kernel(machine, steps)(
         -(-rows // group_rows) * blocks,
         x=(x, machine.dtypes, rows * words * 4 // x.itemsize),
         rows=rows,
@@ -76,18 +86,19 @@ def linear(
         bias=(bias, dtypes, width),
         residual=(residual, dtypes, rows * width),
         out=(out, dtypes, rows * width),
+        **sums,
     )
 
 
 @cache
 def _kernel(machine: Machine, steps: Steps) -> Kernel:
-    return compiled(machine, "linear", PARAMETERS, partial(_product, steps=steps))
+    parameters = PARAMETERS if steps.block(machine) is None else (*PARAMETERS, "sums")
+    return compiled(machine, "linear", parameters, partial(_product, steps=steps))
 
 
 def _product(code: Code, steps: Steps) -> None:
     lanes, columns, words, width = code.lanes, code.machine.vectors.columns, steps.words, steps.width
-    bfloat16, dot = steps.dtype == torch.bfloat16, code.dot(steps.dtype)
-    word = I32 if bfloat16 else F32
+    bfloat16, tiles = steps.dtype == torch.bfloat16, steps.block(code.machine)
     blocks = -(-width // columns)
     block = code.task % blocks
     column = block * columns
@@ -106,39 +117,69 @@ def _product(code: Code, steps: Steps) -> None:
                     for line in range(0, steps.dtype.itemsize * sum(counts), 64):
                         code.prefetch(code["residual"] + ((row + r) * width + column) * steps.dtype.itemsize + line)
 
-            def multiply(k: Value, *totals: Value) -> Sequence[Value]:
-                line = weight + k * (4 * columns)
-                vectors = [code.load(line + 4 * lanes * n, word, lanes) for n in range(len(counts))]  # [lanes] words
-                for n in range(len(counts)):
-                    code.prefetch(line + 4 * lanes * n + ahead)
-                made = []
-                for r in range(steps.rows):
-                    value = code.splat(code.load(x + k * 4 + r * (words * 4), word))
-                    made += [dot(totals[r * len(counts) + n], value, vector) for n, vector in enumerate(vectors)]
-                return made
+            if tiles is None:
+                sums = _sums(code, steps, x, weight, ahead, len(counts))
+            else:
+                sums = amx.sums(code, tiles, x, words * 4, weight, len(counts), F32)
+            for n in range(len(counts)):
+                follow(sums, n, row)
 
-            zeros = [code.vector()] * (steps.rows * len(counts))
+        def follow(sums: Sums, n: int, row: Value) -> None:
+            bias = load_states(code, "bias", steps.dtype, column + n * lanes, counts[n])
 
-            def add_chunk(begin: Value, *totals: Value) -> Sequence[Value]:
-                sums = code.loop(begin, minimum(begin + CHUNK, words), 1, multiply, *zeros)
-                return [total + part for total, part in zip(totals, sums, strict=True)]
+            def write(r: Value | int, total: Value) -> None:
+                place = (row + r) * width + column + n * lanes
+                total = total + bias
+                if steps.activation is not None:
+                    total = activated(code, total, steps.activation, coarse=bfloat16)
+                if steps.residual:
+                    total = total + load_states(code, "residual", steps.dtype, place, counts[n])
+                total = to_bfloat16(total) if bfloat16 else total
+                code.store(total, code["out"] + place * steps.dtype.itemsize, counts[n])
 
-            totals = code.loop(0, words, CHUNK, add_chunk, *zeros)
-            for n, count in enumerate(counts):
-                bias = load_states(code, "bias", steps.dtype, column + n * lanes, count)
-                for r in range(steps.rows):
-                    place = (row + r) * width + column + n * lanes
-                    total = totals[r * len(counts) + n] + bias
-                    if steps.activation is not None:
-                        total = activated(code, total, steps.activation, coarse=bfloat16)
-                    if steps.residual:
-                        total = total + load_states(code, "residual", steps.dtype, place, count)
-                    total = to_bfloat16(total) if bfloat16 else total
-                    code.store(total, code["out"] + place * steps.dtype.itemsize, count)
+            sums(n, write)
 
         code.loop(first, last, steps.rows, row_block)
 
-    in_columns(code, block, columns, width, column_block)
+    def task() -> None:
+        in_columns(code, block, columns, width, column_block)
+
+    task() if tiles is None else amx.task(code, tiles, task)
+
+
+def _sums(code: Code, steps: Steps, x: Value, weight: Value, ahead: Value, count: int) -> Sums:
+    """In registers: of `steps.rows` rows from `x` on and so many vectors of outputs, their weights from `weight` on."""
+    lanes, columns, dot = code.lanes, code.machine.vectors.columns, code.dot(steps.dtype)
+    word = I32 if steps.dtype == torch.bfloat16 else F32
+
+    def multiply(k: Value, *totals: Value) -> Sequence[Value]:
+        line = weight + k * (4 * columns)
+        vectors = [code.load(line + 4 * lanes * n, word, lanes) for n in range(count)]  # [lanes] words
+        for n in range(count):
+            code.prefetch(line + 4 * lanes * n + ahead)
+        made = []
+        for r in range(steps.rows):
+            value = code.splat(code.load(x + k * 4 + r * (steps.words * 4), word))
+            made += [dot(totals[r * count + n], value, vector) for n, vector in enumerate(vectors)]
+        return made
+
+    zeros = [code.vector()] * (steps.rows * count)
+
+    def add_chunk(begin: Value, *totals: Value) -> Sequence[Value]:
+        parts = code.loop(begin, minimum(begin + CHUNK, steps.words), 1, multiply, *zeros)
+        return [total + part for total, part in zip(totals, parts, strict=True)]
+
+    return in_registers(steps.rows, count, code.loop(0, steps.words, CHUNK, add_chunk, *zeros))
+
+
+def in_registers(rows: int, count: int, totals: Sequence[Value]) -> Sums:
+    """Sums of rows that have `count` vectors each, row after row."""
+
+    def over_rows(n: int, body: Callable[[Value | int, Value], None]) -> None:
+        for r in range(rows):
+            body(r, totals[r * count + n])
+
+    return over_rows
 
 
 def in_columns(code: Code, block: Value, columns: int, width: int, body: Callable[[Sequence[int]], None]) -> None:

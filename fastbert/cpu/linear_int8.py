@@ -2,8 +2,9 @@
 
 A task is up to `TASK_ROWS` rows of the product. They are copied side by side; then for `Vectors.columns` outputs at a
 time their weights, of a block of `COLUMNS` or a part of it, meet `Int8.rows` rows after as many. A sum stays in its
-int32 register until it is whole; then it is scaled, and goes through bias, activation and residual sum into the nearest
-cache as float32. LayerNorm and the writing follow there, see `row_wise`.
+int32 register until it is whole, or is made by `amx` where the machine has tiles; then it is scaled, and goes through
+bias, activation and residual sum into the nearest cache as float32. LayerNorm and the writing follow there, see
+`row_wise`.
 
 Few rows are not enough tasks, and each thread would read all weights: there a task is `Vectors.columns` outputs of all
 rows, and `row_wise` follows as a call of its own.
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from fastbert.config import Activation
-from fastbert.cpu.code import Code
+from fastbert.cpu import amx
+from fastbert.cpu.code import Code, Sums
+from fastbert.cpu.instructions import Int8
 from fastbert.cpu.int8 import COLUMNS, Int8Matrix, Int8Rows
-from fastbert.cpu.linear import column_counts, in_columns
+from fastbert.cpu.linear import column_counts, in_columns, in_registers
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.maths import activated
 from fastbert.cpu.memory import FLOAT32, Argument, PerWorker, room
@@ -29,7 +32,8 @@ from fastbert.cpu.program import Call, Kernel, compiled
 from fastbert.cpu.row_wise import Finish, finish, load_states, row_wise
 from fastbert.cpu.values import F32, I32, Value, fma, minimum, to_float
 
-# Most rows of a task: a weight is read from the caches far away once for so many. A multiple of `Int8.rows`.
+# Most rows of a task: a weight is read from the caches far away once for so many. A multiple of `Int8.rows`, and filled
+# up to one of `Tiles.rows`.
 TASK_ROWS = 48
 # Rows, a thread, up to which a task is some outputs of all rows.
 FEW_ROWS = 32
@@ -99,6 +103,7 @@ def linear_int8(
     threads = torch.get_num_threads()
     residual_dtype = None if residual is None else residual.dtype
     assert machine.int8 is not None
+    made_by = machine.int8.tiles or machine.int8
     read: dict[str, Argument] = {
         **x.arguments("x", rows, 4 * words),
         "rows": rows,
@@ -108,36 +113,60 @@ def linear_int8(
     }
     if 0 < rows <= FEW_ROWS * threads:
         product = room((rows, width), torch.float32)
-        few = FewSteps(words, width, machine.int8.rows_at_once(rows), activation, residual_dtype)
+        few = FewSteps(words, width, made_by.rows_at_once(rows), activation, residual_dtype)
         return [
             _few_kernel(machine, few)(
-                -(-width // machine.vectors.columns), **read, out=(product, FLOAT32, rows * width)
+                -(-width // machine.vectors.columns),
+                **read,
+                out=(product, FLOAT32, rows * width),
+                **_sums_memory(machine, few.rows, words),
             ),
             row_wise(machine, product, norm=norm, out=out, out_int8=out_int8),
         ]
     parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     tasks = -(-max(rows, 1) // (TASK_ROWS * threads)) * threads  # as many for each thread
-    task_rows = -(-max(rows, 1) // (tasks * machine.int8.rows)) * machine.int8.rows
+    task_rows = -(-max(rows, 1) // (tasks * made_by.rows)) * made_by.rows
+    most = _most_rows(machine.int8)
     call = _kernel(machine, Steps(words, activation, residual_dtype, parts))(
         -(-rows // task_rows),
         **read,
         task_rows=task_rows,
-        copy=PerWorker(TASK_ROWS * (words + GAP) * 4),
-        scratch=PerWorker(TASK_ROWS * parts.scratch_width * 4),
+        copy=PerWorker(most * (words + GAP) * 4),
+        scratch=PerWorker(most * parts.scratch_width * 4),
         **parts.arguments(rows, norm, out),
         **parts.int8_arguments(rows, out_int8),
+        **_sums_memory(machine, made_by.rows, words),
     )
     return [call]
 
 
+def _most_rows(int8: Int8) -> int:
+    """`TASK_ROWS`, filled up to whole blocks."""
+    rows = (int8.tiles or int8).rows
+    return -(-TASK_ROWS // rows) * rows
+
+
+def _block(machine: Machine, rows: int, words: int) -> amx.Block | None:
+    """What is made at a time by tiles; None where it is by vectors."""
+    tiles = machine.tiles(torch.int8)
+    return None if tiles is None else amx.Block.of(tiles, rows, words, max(words // amx.WORDS, 1) * amx.WORDS)
+
+
+def _sums_memory(machine: Machine, rows: int, words: int) -> dict[str, Argument]:
+    block = _block(machine, rows, words)
+    return {} if block is None else {"sums": PerWorker(block.bytes)}
+
+
 @cache
 def _kernel(machine: Machine, steps: Steps) -> Kernel:
-    return compiled(machine, "linear_int8", PARAMETERS, partial(_product, steps=steps))
+    parameters = PARAMETERS if machine.tiles(torch.int8) is None else (*PARAMETERS, "sums")
+    return compiled(machine, "linear_int8", parameters, partial(_product, steps=steps))
 
 
 @cache
 def _few_kernel(machine: Machine, steps: FewSteps) -> Kernel:
-    return compiled(machine, "linear_int8_few", FEW_PARAMETERS, partial(_product_of_few, steps=steps))
+    parameters = FEW_PARAMETERS if machine.tiles(torch.int8) is None else (*FEW_PARAMETERS, "sums")
+    return compiled(machine, "linear_int8_few", parameters, partial(_product_of_few, steps=steps))
 
 
 def _multiply(
@@ -161,30 +190,24 @@ def _multiply(
         first, rows: the first row and how many there are; past the last one it is done again.
         values, out: where the first row's words and results are; values_bytes, out_bytes: from one row to the next.
     """
-    assert code.machine.int8 is not None
-    lanes, last, dot = code.lanes, code["rows"] - 1, code.machine.int8.dot
+    lanes, last, tiles = code.lanes, code["rows"] - 1, _block(code.machine, rows, steps.words)
     weight = code["weight"] + (column // COLUMNS * (steps.words * COLUMNS) + column % COLUMNS) * 4
+    if tiles is None:
+        sums = _sums(code, values, values_bytes, weight, steps.words, rows, len(counts))
+    else:
+        sums = amx.sums(code, tiles, values, values_bytes, weight, len(counts), I32)
 
-    def multiply(k: Value, *totals: Value) -> Sequence[Value]:
-        line = weight + k * (4 * COLUMNS)
-        vectors = [code.load(line + 4 * lanes * n, I32, lanes) for n in range(len(counts))]  # [lanes] words
-        made = []
-        for r in range(rows):
-            x = code.splat(code.load(values + k * 4 + r * values_bytes, I32))
-            made += [dot(totals[r * len(counts) + n], x, w) for n, w in enumerate(vectors)]
-        return made
-
-    totals = code.loop(0, steps.words, 1, multiply, *[code.vector(0, I32)] * (rows * len(counts)))
-    for n, count in enumerate(counts):
+    def follow(n: int, count: int) -> None:
         place = column + n * lanes
         bias, scale, total = (
             code.load_first(code[name] + place * 4, F32, count, lanes)
             for name in ("bias", "weight_scale", "weight_sum")
         )
-        for r in range(rows):
+
+        def write(r: Value | int, whole: Value) -> None:
             there = minimum(first + r, last)
             x_scale, x_zero = (code.splat(code.load(code[name] + there * 4, F32)) for name in ("x_scale", "x_zero"))
-            x = to_float(totals[r * len(counts) + n]) * scale - x_zero * total
+            x = to_float(whole) * scale - x_zero * total
             x = fma(x, x_scale, bias)
             if steps.activation is not None:
                 x = activated(code, x, steps.activation)
@@ -192,9 +215,31 @@ def _multiply(
                 x = x + load_states(code, "residual", steps.residual, there * width + place, count)
             code.store(x, out + r * out_bytes + place * 4, count)
 
+        sums(n, write)
+
+    for n, count in enumerate(counts):
+        follow(n, count)
+
+
+def _sums(code: Code, values: Value, values_bytes: int, weight: Value, words: int, rows: int, count: int) -> Sums:
+    """In registers: of so many rows from `values` on and `count` vectors of outputs, their weights from `weight` on."""
+    assert code.machine.int8 is not None
+    lanes, dot = code.lanes, code.machine.int8.dot
+
+    def multiply(k: Value, *totals: Value) -> Sequence[Value]:
+        line = weight + k * (4 * COLUMNS)
+        vectors = [code.load(line + 4 * lanes * n, I32, lanes) for n in range(count)]  # [lanes] words
+        made = []
+        for r in range(rows):
+            x = code.splat(code.load(values + k * 4 + r * values_bytes, I32))
+            made += [dot(totals[r * count + n], x, w) for n, w in enumerate(vectors)]
+        return made
+
+    return in_registers(rows, count, code.loop(0, words, 1, multiply, *[code.vector(0, I32)] * (rows * count)))
+
 
 def _product_of_few(code: Code, steps: FewSteps) -> None:
-    columns = code.machine.vectors.columns
+    columns, tiles = code.machine.vectors.columns, _block(code.machine, steps.rows, steps.words)
 
     def column_block(counts: Sequence[int]) -> None:
         def row_block(begin: Value) -> None:
@@ -215,20 +260,24 @@ def _product_of_few(code: Code, steps: FewSteps) -> None:
 
         code.loop(0, code["rows"], steps.rows, row_block)
 
-    in_columns(code, code.task, columns, steps.width, column_block)
+    def task() -> None:
+        in_columns(code, code.task, columns, steps.width, column_block)
+
+    task() if tiles is None else amx.task(code, tiles, task)
 
 
 def _product(code: Code, steps: Steps) -> None:
     lanes, words, width = code.lanes, steps.words, steps.finish.width
     assert code.machine.int8 is not None
     columns = code.machine.vectors.columns
-    task_rows, tile_rows = code["task_rows"], code.machine.int8.rows
+    task_rows, tile_rows = code["task_rows"], (code.machine.int8.tiles or code.machine.int8).rows
+    tiles, most = _block(code.machine, tile_rows, words), _most_rows(code.machine.int8)
     first = code.task * task_rows
     last = code["rows"] - 1
     copy_bytes = (words + GAP) * 4
-    copy = code["copy"] + code.worker * (TASK_ROWS * copy_bytes)
+    copy = code["copy"] + code.worker * (most * copy_bytes)
     scratch_bytes = steps.finish.scratch_width * 4
-    scratch = code["scratch"] + code.worker * (TASK_ROWS * scratch_bytes)
+    scratch = code["scratch"] + code.worker * (most * scratch_bytes)
 
     def copy_row(local: Value) -> None:
         source, place = code["x_values"] + minimum(first + local, last) * (words * 4), copy + local * copy_bytes
@@ -258,10 +307,13 @@ def _product(code: Code, steps: Steps) -> None:
 
         code.loop(0, task_rows, tile_rows, row_block)
 
-    whole = width // columns * columns
-    code.loop(0, whole, columns, lambda column: column_block(column, column_counts(columns, lanes)))
-    if whole < width:
-        column_block(code.number(whole), column_counts(width - whole, lanes))
+    def all_columns() -> None:
+        whole = width // columns * columns
+        code.loop(0, whole, columns, lambda column: column_block(column, column_counts(columns, lanes)))
+        if whole < width:
+            column_block(code.number(whole), column_counts(width - whole, lanes))
+
+    all_columns() if tiles is None else amx.task(code, tiles, all_columns)
 
     def finish_row(local: Value) -> None:
         finish(code, first + local, scratch + local * scratch_bytes, steps.finish)

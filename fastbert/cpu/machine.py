@@ -3,11 +3,14 @@
 FASTBERT_CPU=avx512, avx2 or none takes some of it away, so that what a weaker CPU does is seen on a stronger one:
 AVX-512 without bfloat16 and VNNI, AVX2, or no kernels at all. `make test CPU=...` tells torch and its libraries the
 same. On ARM64 the kernels run only with FASTBERT_CPU=neon, since nobody has measured them there yet.
+
+FASTBERT_AMX=1 has bfloat16 and int8 multiplied by AMX, whose kernels no CPU has run yet.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,7 +24,7 @@ import torch
 from fastbert.errors import ArgumentError, BackendError
 
 if TYPE_CHECKING:
-    from fastbert.cpu.instructions import Bfloat16, Int8, Vectors
+    from fastbert.cpu.instructions import Bfloat16, Int8, Tiles, Vectors
 
 _Set = TypeVar("_Set", "Vectors", "Bfloat16", "Int8")
 
@@ -40,6 +43,20 @@ ARM64 = {
     "dotprod": (16, 20, "arm.FEAT_DotProd"),
     "bf16": (26, 14, "arm.FEAT_BF16"),
     "i8mm": (26, 13, "arm.FEAT_I8MM"),
+}
+
+# LLVM's names of what products of bfloat16 and int8 by AMX need.
+AMX = ("amx-tile", "amx-bf16", "amx-int8")
+
+# Of Linux on x86-64: a system call, what it is asked for, and for which part of a thread's state, the tiles of AMX.
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
+# What may be wrong where it says these.
+REFUSALS = {
+    errno.EINVAL: "a Linux before 5.16 knows no such permission",
+    errno.ENOSYS: "a sandbox may forbid it",
+    errno.EPERM: "a sandbox may forbid it",
+    errno.EOPNOTSUPP: "this Linux, or the machine that it is a guest of, has AMX switched off",
+    errno.ENOSPC: "a thread has a stack for signals that is too small for what AMX adds to them",
 }
 
 
@@ -65,11 +82,19 @@ class Machine:
         """What the kernels read and write."""
         return (torch.float32, torch.bfloat16) if self.bfloat16 else (torch.float32,)
 
+    def tiles(self, dtype: torch.dtype) -> Tiles | None:
+        """What multiplies weights of a dtype by tiles; None where nothing does."""
+        numbers = {torch.bfloat16: self.bfloat16, torch.int8: self.int8}.get(dtype)
+        return None if numbers is None else numbers.tiles
+
     @property
     def described(self) -> str:
         """In words."""
         narrow = [name for name in ("bfloat16", "int8") if getattr(self, name)]
-        return f"{self.cpu}, {self.vectors.lanes} floats a vector, products of {' and '.join(['float32', *narrow])}"
+        products = " and ".join(["float32", *narrow])
+        by_tiles = " and ".join(name for name in narrow if self.tiles(getattr(torch, name)) is not None)
+        amx = f", of {by_tiles} by AMX" if by_tiles else ""
+        return f"{self.cpu}, {self.vectors.lanes} floats a vector, products of {products}{amx}"
 
 
 def lane() -> str | None:
@@ -84,12 +109,60 @@ def lane() -> str | None:
     return name
 
 
+def amx_asked() -> bool:
+    """Whether FASTBERT_AMX=1 asks for AMX.
+
+    Raises:
+        ArgumentError: it is something else than that, 0 or nothing.
+    """
+    said = os.environ.get("FASTBERT_AMX", "")
+    if said not in ("", "0", "1"):
+        raise ArgumentError("FASTBERT_AMX", repr(said), "1 for products by AMX, 0 or nothing for those by vectors")
+    return said == "1"
+
+
+def amx_refused() -> str | None:
+    """Ask Linux for the tiles of AMX, for all threads of this process and for the processes that it forks.
+
+    Returns:
+        None where it gives them; else why it does not. A thread that used them then would end the process.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    numbers = map(ctypes.c_long, (ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA))
+    if library.syscall(*numbers) == 0:
+        return None
+    number = ctypes.get_errno()
+    why = f": {REFUSALS[number]}" if number in REFUSALS else ""
+    return f"Linux does not give this process AMX's tiles ({os.strerror(number)}{why})"
+
+
+def amx_unused() -> str | None:
+    """Why our kernels leave the AMX of this CPU alone; None where they don't, or it has none.
+
+    Raises:
+        ArgumentError, BackendError: as `host`.
+    """
+    machine = host()
+    if isinstance(machine, str) or machine.tiles(torch.int8) is not None:
+        return None
+    import llvmlite.binding as llvm
+
+    if not all(map(llvm.get_host_cpu_features().get, AMX)):
+        return None
+    if lane() is not None:
+        return f"FASTBERT_CPU={lane()} is set"
+    return "no CPU has run our products by AMX yet; FASTBERT_AMX=1 allows them (docs/cpu.md)"
+
+
 @cache
 def host() -> Machine | str:
     """The CPU at hand, as far as the `lane` leaves it; or in words why kernels are not compiled for it.
 
+    It has AMX only where `amx_asked`; then Linux is asked for it too.
+
     Raises:
-        ArgumentError, BackendError: FASTBERT_CPU is no lane, or one that this CPU is too weak for.
+        ArgumentError, BackendError: FASTBERT_CPU is no lane, or one that this CPU is too weak for; FASTBERT_AMX asks
+            for what the CPU, the lane or Linux does not give.
     """
     if lane() == "none":
         return "FASTBERT_CPU=none is set"
@@ -117,11 +190,23 @@ def host() -> Machine | str:
             raise BackendError("FASTBERT_CPU", lane(), f"what this CPU has: it lacks {', '.join(missing)}")
         for name in features:
             features[name] = features[name] and (name in kept or not name.startswith(("avx", "amx")))
+    if amx_asked():
+        _check_amx(features)
+    else:
+        features.update({name: False for name in features if name.startswith("amx")})
     vectors = _first(VECTORS, features)
     if vectors is None:
         return "a CPU without AVX2"
     flags = features.flatten() + vectors.flags
     return Machine(llvm.get_host_cpu_name(), flags, vectors, _first(BFLOAT16, features), _first(INT8, features))
+
+
+def _check_amx(features: Mapping[str, bool]) -> None:
+    if missing := [name for name in AMX if not features.get(name)]:
+        taken = f" with FASTBERT_CPU={lane()}" if lane() is not None else ""
+        raise BackendError("FASTBERT_AMX", 1, f"a CPU with AMX: this one{taken} lacks {', '.join(missing)}")
+    if (refused := amx_refused()) is not None:
+        raise BackendError("FASTBERT_AMX", 1, f"permission to use it: {refused}")
 
 
 def _first(sets: Sequence[_Set], features: Mapping[str, bool]) -> _Set | None:

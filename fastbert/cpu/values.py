@@ -93,12 +93,16 @@ def intrinsic(name: str, result: Any, *arguments: Any, flags: str = "", suffix: 
     type_ = suffix if suffix is not None else result if result is not None else raw[0].type
     if type_ != "":
         name += f".{_mangled(type_)}" + (".p0" if "masked" in name else "")
-    module = builder.module
-    function = module.globals.get(name)
+    return Value(builder, called(builder, name, result, raw, flags))
+
+
+def called(builder: Any, name: str, result: Any, raw: Sequence[Any], flags: str = "") -> Any:
+    """What a function that is not of the module gives, of LLVM's type `result`; None for nothing."""
+    function = builder.module.globals.get(name)
     if function is None:
         signature = ir.FunctionType(ir.VoidType() if result is None else result, [x.type for x in raw])
-        function = ir.Function(module, signature, name)
-    return Value(builder, builder.call(function, raw, fastmath=(flags,) if flags else ()))
+        function = ir.Function(builder.module, signature, name)
+    return builder.call(function, raw, fastmath=(flags,) if flags else ())
 
 
 def _mangled(type_: Any) -> str:

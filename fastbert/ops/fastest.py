@@ -25,7 +25,7 @@ from torch import Tensor
 from fastbert import backend, forks
 from fastbert import cache as files
 from fastbert.cpu.layout import in_blocks
-from fastbert.cpu.machine import Machine, host, lane
+from fastbert.cpu.machine import Machine, amx_asked, host, lane
 from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.ops.common import multiplies_bare
@@ -207,8 +207,8 @@ def _cpu() -> str:
 
 
 def _limited() -> bool:
-    """Whether somebody took away a part of the CPU."""
-    return lane() is not None or any(name in os.environ for name in LIMITS)
+    """Whether somebody took away a part of the CPU, or allowed one that is off."""
+    return lane() is not None or amx_asked() or any(name in os.environ for name in LIMITS)
 
 
 @cache
@@ -224,7 +224,7 @@ def _versions() -> str:
 
 def _machine() -> str:
     """What the times hold for."""
-    limits = [f"{name}={os.environ[name]}" for name in ("FASTBERT_CPU", *LIMITS) if name in os.environ]
+    limits = [f"{name}={os.environ[name]}" for name in ("FASTBERT_CPU", "FASTBERT_AMX", *LIMITS) if name in os.environ]
     onednn = "on" if torch.backends.mkldnn.enabled else "off"
     parts = [_cpu(), torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads", f"oneDNN {onednn}"]
     return "; ".join([*parts, _versions(), *limits])
