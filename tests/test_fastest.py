@@ -176,6 +176,9 @@ def test_as_fast_is_ours(untold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernels
 def test_what_was_reviewed_needs_no_times(untold: Path, monkeypatch: pytest.MonkeyPatch, choose: Choose) -> None:
     asked = slow(monkeypatch, ["onednn", "own", "blas"])
+    monkeypatch.setattr(fastest, "lane", lambda: None)
+    for name in fastest.LIMITS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(fastest, "REVIEWED", {fastest._cpu(): {MANY.name: "blas"}})
     assert choice(MANY).way == "blas" and "reviewed" in choice(MANY).source and not asked
     choose("measure")
