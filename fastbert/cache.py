@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
+
+from fastbert.writing import replacing
 
 
 def folder() -> Path:
@@ -14,17 +15,11 @@ def folder() -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, and its folder where there is none.
+    """Write a small file, and its folder where there is none.
 
     Raises:
-        OSError: it can't be written there.
+        OSError, ArgumentError: it can't be written there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

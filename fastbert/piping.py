@@ -164,9 +164,9 @@ def check_output(output: Path | None) -> Path | None:
     """Before any work, see whether `results` could be written there; None stands for stdout.
 
     Raises:
-        ArgumentError: stdout is closed, or see `checkpoints.files.check_replaceable`.
+        ArgumentError: stdout is closed, or see `writing.check_replaceable`.
     """
-    from fastbert.checkpoints.files import check_replaceable
+    from fastbert.writing import check_replaceable
 
     if str(output) in ("-", "/dev/stdout"):
         output = None
@@ -191,7 +191,7 @@ def results(output: Path | None) -> Iterator[IO[bytes]]:
     Raises:
         SystemExit: with READER_GONE, where a pipe's reader has gone.
     """
-    from fastbert.checkpoints.files import replacing
+    from fastbert.writing import replacing
 
     try:
         if output is None:

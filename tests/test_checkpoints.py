@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from fastbert import writing
 from fastbert.checkpoints import files
 from fastbert.checkpoints.architectures import recognise
 from fastbert.checkpoints.load import load, save
@@ -706,7 +707,7 @@ def test_replacing_leaves_the_old_file_when_stopped(tmp_path: Path, error: type[
     path.write_text("old")
 
     def write_half() -> None:
-        with files.replacing(path) as temporary:
+        with writing.replacing(path) as temporary:
             temporary.write_text("half of the n")
             assert path.read_text() == "old"
             raise error
@@ -731,7 +732,7 @@ def test_replacing_never_shows_half_a_file(tmp_path: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     for letter in (b"b", b"a") * 10:
-        with files.replacing(path) as temporary:
+        with writing.replacing(path) as temporary:
             temporary.write_bytes(letter * 1_000_000)
     done.set()
     watcher.join()
@@ -741,7 +742,7 @@ def test_replacing_never_shows_half_a_file(tmp_path: Path) -> None:
 def test_replacing_keeps_links_and_permissions_usual(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
-    with files.replacing(tmp_path / "link") as temporary:
+    with writing.replacing(tmp_path / "link") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "new"
@@ -755,5 +756,5 @@ def test_replacing_refuses_folders_devices_and_missing_folders(tmp_path: Path) -
         (Path(os.devnull), "a folder or device"),
         (tmp_path / "no" / "file", "Make the folder first"),
     ):
-        with pytest.raises(ArgumentError, match=message), files.replacing(path):
+        with pytest.raises(ArgumentError, match=message), writing.replacing(path):
             pass

@@ -13,6 +13,7 @@ import pytest
 import torch
 from processes import PYTHON
 
+from fastbert import writing
 from fastbert.checkpoints import files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_names_are_unique(tmp_path: Path) -> None:
     """Two threads, or two processes with one number in two containers, may write one file at once."""
     path = tmp_path / "file"
-    with files.replacing(path) as one, files.replacing(path) as other:
+    with writing.replacing(path) as one, writing.replacing(path) as other:
         assert one != other and one.parent == other.parent == tmp_path
         assert all(socket.gethostname() in name.name and f".{os.getpid()}." in name.name for name in (one, other))
         one.write_text("one")
@@ -35,7 +36,7 @@ def test_threads_that_write_one_file(tmp_path: Path) -> None:
 
     def write(text: str) -> None:
         for _ in range(50):
-            with files.replacing(path) as temporary:
+            with writing.replacing(path) as temporary:
                 temporary.write_text(text * 1000)
 
     threads = [threading.Thread(target=write, args=(text,)) for text in "abc"]
@@ -49,7 +50,7 @@ def test_threads_that_write_one_file(tmp_path: Path) -> None:
 
 def test_long_names(tmp_path: Path) -> None:
     for name in ("n" * 255, "\u4e2d" * 85):
-        with files.replacing(tmp_path / name) as temporary:
+        with writing.replacing(tmp_path / name) as temporary:
             temporary.write_text("x")
         assert (tmp_path / name).read_text() == "x"
 
@@ -59,8 +60,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from fastbert.checkpoints import files
-with files.replacing(Path({str(path)!r})) as temporary, files.making(Path({str(path)!r})) as folder:
+from fastbert import writing
+with writing.replacing(Path({str(path)!r})) as temporary, writing.making(Path({str(path)!r})) as folder:
     temporary.write_text("half")
     (folder / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -68,7 +69,7 @@ with files.replacing(Path({str(path)!r})) as temporary, files.making(Path({str(p
     killed = subprocess.run([*PYTHON, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2
-    with files.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         assert list(tmp_path.iterdir()) == []
         temporary.write_text("whole")
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
@@ -85,7 +86,7 @@ def test_what_may_be_another_s_stays(tmp_path: Path) -> None:
     }
     for name in others:
         (tmp_path / name).touch()
-    with files.replacing(tmp_path / "file") as temporary:
+    with writing.replacing(tmp_path / "file") as temporary:
         temporary.touch()
     assert {found.name for found in tmp_path.iterdir()} == others | {"file"}
 
@@ -95,10 +96,10 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         (folder / "half").touch()
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), files.making(tmp_path / "made") as folder:
+    with pytest.raises(KeyboardInterrupt), writing.making(tmp_path / "made") as folder:
         stop_in(folder)
     assert list(tmp_path.iterdir()) == []
-    with files.making(tmp_path / "made") as folder:
+    with writing.making(tmp_path / "made") as folder:
         (folder / "whole").touch()
         assert not (tmp_path / "made").exists()
     assert [found.name for found in (tmp_path / "made").iterdir()] == ["whole"]

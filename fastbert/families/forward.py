@@ -145,7 +145,9 @@ class AnyForward(InPlace):
         tree = _Tree(self.theirs, self._settings, (*WATCHED, *self._watched()))
         self.ours = self._read()
         self.layers = [layer for layer in self.ours.layer if isinstance(layer, ForeignLayer)]
-        called = [*self._called(), *(part for layer in self.layers for part in layer.computed())]
+        first = self.ours.first_norm
+        called = [] if first is None else [first.get()]
+        called += [*self._called(), *(part for layer in self.layers for part in layer.computed())]
         apart = {id(self.theirs), *(id(part) for whole in called for part in whole.modules())}
         self.silent = [module for module in self.theirs.modules() if id(module) not in apart]  # these are never called
         self.foreign = self._foreign()
@@ -218,8 +220,7 @@ class Forward(AnyForward):
 
     def _called(self) -> list[nn.Module]:
         paths = [self.family.entry, *(["embeddings"] if not self.family.within else [])]
-        first = self.ours.first_norm
-        return [*([] if first is None else [first.get()]), *map(self.theirs.get_submodule, filter(None, paths))]
+        return list(map(self.theirs.get_submodule, filter(None, paths)))
 
     def width(self) -> int:
         """See InPlace."""

@@ -107,13 +107,15 @@ NEW = Family(
     encoders=(),
 )
 
+_MODULES = replace(MODULES, dropout_of_activation="mlp.dropout")
+
 GTE = replace(
     NEW,
     model_types={"gte": "Gte"},
     config=gte_config,
     prefix="gte.",
     other_prefixes=("new.",),  # of files that were written for new-impl; transformers reads it too
-    modules=replace(MODULES, dropout_of_activation="mlp.dropout"),
+    modules=_MODULES,
     models={"gte.modeling_gte.GteModel": "BaseModelOutputWithPooling"},
     within="",
     layers=layers,
@@ -129,7 +131,7 @@ GTE_CLASS = replace(
     form_of="gte",
     told_by=has_names_of_classes,
     models={},
-    names=replace(MODULES, dropout_of_activation="mlp.dropout"),
+    names=_MODULES,
     layer="layers.{}",
     heads={
         **GTE.heads,

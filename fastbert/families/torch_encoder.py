@@ -67,7 +67,7 @@ class TorchEncoder(ForeignEncoder):
     def called(self) -> list[nn.Module]:
         """What is called, or computed, outside the layers."""
         norm = self.theirs[0]._modules.get("norm")
-        return [*([] if self.first_norm is None else [self.first_norm.get()]), *([] if norm is None else [norm])]
+        return [] if norm is None else [norm]
 
     def layout(self, x: Tensor) -> Tensor:
         """Their layout as `[batch, seqlen, hidden]`, and back."""

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import backend, forks
-from fastbert import cache as files
+from fastbert.cache import folder, write
 from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine, amx_asked, host, lane
 from fastbert.cpu.memory import room
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.errors import ArgumentError, BackendError, FastbertError
 from fastbert.ops.common import multiplies_bare
 from fastbert.ops.products import by_kernel, weight_gradient
 
@@ -95,7 +95,6 @@ _order: list[Way] | None = None  # told by `choose_products`
 _fresh = False  # whether it asked for times of now
 # By kind, and what else the answer depends on within a process.
 _choices: dict[tuple[Kind, int, bool], Choice] = {}
-_ways: dict[tuple[torch.dtype, bool, Weights, int, bool], Way] = {}
 
 
 def fastest(dtype: torch.dtype, rows: int, weights: Weights) -> Way:
@@ -106,11 +105,7 @@ def fastest(dtype: torch.dtype, rows: int, weights: Weights) -> Way:
     """
     if backend.forced() == "native" and weights != "plain":
         return "own"
-    key = dtype, rows <= FEW, weights, torch.get_num_threads(), bool(torch.backends.mkldnn.enabled)
-    way = _ways.get(key)
-    if way is None:
-        way = _ways[key] = choice(Kind(*key[:3])).way
-    return way
+    return choice(Kind(dtype, rows <= FEW, weights)).way
 
 
 def choice(kind: Kind) -> Choice:
@@ -119,6 +114,17 @@ def choice(kind: Kind) -> Choice:
     Raises:
         ArgumentError, BackendError: as `fastest`.
     """
+    at = kind, torch.get_num_threads(), bool(torch.backends.mkldnn.enabled)
+    found = _choices.get(at)
+    if found is None:
+        found = _choose(kind)
+        with _lock:  # not around the times: compiling takes a lock too
+            found = _choices.setdefault(at, found if found.source else _keep(kind, found))
+    return found
+
+
+def _choose(kind: Kind) -> Choice:
+    """Without a source where it was timed and is worth being kept."""
     ways = _served(kind)
     order = _order or _told(os.environ.get("FASTBERT_PRODUCTS", ""))
     if order is not None:
@@ -130,12 +136,7 @@ def choice(kind: Kind) -> Choice:
     reviewed = {} if fresh or _limited() else REVIEWED.get(_cpu(), {})
     if reviewed.get(kind.name) in ways:
         return Choice(reviewed[kind.name], f"reviewed for {_cpu()}", {})
-    at = kind, torch.get_num_threads(), bool(torch.backends.mkldnn.enabled)
-    if at not in _choices:
-        found = (None if fresh else _kept(kind, ways)) or _timed(kind, ways)
-        with _lock:  # not around the times: compiling takes a lock too
-            _choices.setdefault(at, found if found.source else _keep(kind, found))
-    return _choices[at]
+    return (None if fresh else _kept(kind, ways)) or _timed(kind, ways)
 
 
 def choose_products(way: Way | Literal["measure"] | None) -> None:
@@ -155,7 +156,6 @@ def choose_products(way: Way | Literal["measure"] | None) -> None:
     with _lock:
         _order, _fresh = order, way == "measure"
         _choices.clear()
-        _ways.clear()
         if _fresh:
             _write({})
 
@@ -233,9 +233,15 @@ def _machine() -> str:
 def _read() -> dict[str, Any]:
     """What the file holds for all machines; nothing where there is none, or something else."""
     try:
-        held = json.loads((files.folder() / FILE).read_text(encoding="utf-8"))
+        held = json.loads((folder() / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _of_machine() -> dict[str, Any]:
+    """Of that what is for the machine at hand."""
+    held = _read().get(_machine())
     return held if isinstance(held, dict) else {}
 
 
@@ -243,33 +249,30 @@ def _write(of_machine: dict[str, Any]) -> bool:
     """Keep this for the machine at hand; whether it could be."""
     held = {**_read(), _machine(): of_machine}
     try:
-        files.write(files.folder() / FILE, json.dumps(held, indent=1) + "\n")
-    except OSError:
+        write(folder() / FILE, json.dumps(held, indent=1) + "\n")
+    except (OSError, FastbertError):
         return False
     return True
 
 
 def _kept(kind: Kind, ways: list[Way]) -> Choice | None:
-    of_machine = _read().get(_machine())
-    found = of_machine.get(kind.name) if isinstance(of_machine, dict) else None
+    found = _of_machine().get(kind.name)
     if not isinstance(found, dict) or found.get("way") not in ways:
         return None
     times = found.get("milliseconds")
     if not isinstance(times, dict) or not all(isinstance(one, float) for one in times.values()):
         return None
-    return Choice(found["way"], f"kept in {files.folder() / FILE}", times)
+    return Choice(found["way"], f"kept in {folder() / FILE}", times)
 
 
 def _keep(kind: Kind, made: Choice) -> Choice:
-    of_machine = _read().get(_machine())
-    of_machine = dict(of_machine) if isinstance(of_machine, dict) else {}
-    of_machine[kind.name] = {"way": made.way, "milliseconds": made.milliseconds}
-    where = f"kept in {files.folder() / FILE}" if _write(of_machine) else f"{files.folder()} can't be written to"
+    kept = _write({**_of_machine(), kind.name: {"way": made.way, "milliseconds": made.milliseconds}})
+    where = f"kept in {folder() / FILE}" if kept else f"{folder()} can't be written to"
     return replace(made, source=f"timed just now; {where}")
 
 
 def _timed(kind: Kind, ways: list[Way]) -> Choice:
-    """Without a source where it is worth being kept."""
+    """See `_choose`."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         calls = {way: call for way, call in _calls(kind).items() if way in ways}
         for call in calls.values():

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from fastbert.backend import usable_device
-from fastbert.checkpoints.files import read_json, remove
+from fastbert.checkpoints.files import read_json
 from fastbert.checkpoints.load import save
 from fastbert.errors import ArgumentError
 from fastbert.training.allocator import freed_memory_kept
@@ -42,6 +42,7 @@ from fastbert.training.sampler import Sampler
 from fastbert.training.settings import Settings, check
 from fastbert.training.word_gradient import WordGradient
 from fastbert.transfer import fetch
+from fastbert.writing import remove
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process, wherever the shards are
 

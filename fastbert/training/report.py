@@ -14,8 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
-from fastbert.checkpoints.files import replacing
 from fastbert.training.resume import State
+from fastbert.writing import replacing
 
 METRICS, LOSSES, CURVE = "metrics.json", "losses.jsonl", "losses.png"
 SAID_EVERY = 30.0  # seconds between lines on how far the training is, where there is no bar

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from fastbert.checkpoints.files import TORCH_LOAD_ERRORS, making
+from fastbert.checkpoints.files import TORCH_LOAD_ERRORS
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.training.objectives import Examples
+from fastbert.writing import making
 
 CHECKPOINT, STATE = "checkpoint-", "state.pt"  # a folder with the number of its step, and the file in it
 
