@@ -78,7 +78,9 @@ KINDS = [
 
 _ALIKE: dict[Weights, Way] = {"laid out": "own", "plain": "onednn", "recorded": "own"}
 # Of CPUs by LLVM's name: the fastest by `Kind.name`, which two quiet runs of `fastbert info` agreed on.
-REVIEWED: dict[str, dict[str, Way]] = {"znver4": {kind.name: _ALIKE[kind.weights] for kind in KINDS}}
+REVIEWED: dict[str, dict[str, Way]] = {
+    cpu: {kind.name: _ALIKE[kind.weights] for kind in KINDS} for cpu in ("znver4", "znver5")
+}
 
 
 @dataclass(frozen=True)
