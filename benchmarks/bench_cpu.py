@@ -20,13 +20,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contest import Case, Contest, Standing, hold
-from measure import interleaved, pin_threads
+from measure import pin_threads
 from workloads import workload
 
 from fastbert.backend import first_device
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine, host
+from fastbert.rivals.turns import interleaved
 from fastbert.tasks.encode import TextEncoder
 
 pytestmark = [

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 from bench_text import corpus
-from contest import UnservedError
-from measure import interleaved, pin_threads
-from providers import installed
-from runtimes import hidden_states, quietly
+from measure import pin_threads
 from torch import Tensor
 
 import fastbert
 from fastbert.backend import first_device, paths_taken
 from fastbert.packing import Packing
+from fastbert.rivals import runtimes
+from fastbert.rivals.runtimes import Run, Source, UnservedError
+from fastbert.rivals.turns import interleaved
 
 transformers = pytest.importorskip("transformers", reason="the rival")
 
@@ -83,29 +83,13 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def onnx_rivals(model: Any, folder: Path) -> dict[str, Callable[[Tensor, Tensor], Any]]:
+def onnx_rivals(folder: Path) -> dict[str, Run]:
     """onnxruntime and OpenVINO on the model's export; those that are not installed, or can't be made, are told."""
-    path = folder / "model.onnx"
-    names = ["input_ids", "attention_mask"]
-    ids = torch.full((2, 16), 7)
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    found: dict[str, Callable[[Tensor, Tensor], Any]] = {}
+    found: dict[str, Run] = {}
     try:
-        with quietly(), torch.no_grad():
-            torch.onnx.export(
-                hidden_states(model), (ids, mask), str(path), input_names=names, output_names=["hidden"],
-                dynamic_axes={name: {0: "batch", 1: "seqlen"} for name in (*names, "hidden")}, dynamo=False,
-            )  # fmt: skip
-        onnxruntime: Any = installed("onnxruntime")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        found["onnxruntime"] = lambda ids, mask: session.run(None, {names[0]: ids.numpy(), names[1]: mask.numpy()})[0]
-        openvino: Any = installed("openvino")
-        hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        request = openvino.Core().compile_model(str(path), "CPU", hints).create_infer_request()
-        found["OpenVINO"] = lambda ids, mask: request.infer([ids.numpy(), mask.numpy()])[0]
+        graph = runtimes.exported(Source(folder), folder)
+        found["onnxruntime"] = runtimes.onnxruntime_model(graph)
+        found["OpenVINO"] = runtimes.openvino_model(graph, torch.float32)
     except (UnservedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         print(f"\n  no further export: {type(error).__name__}: {str(error).splitlines()[0]:.100}", end="")
     return found
@@ -135,7 +119,7 @@ def test_at_least_as_fast(shape: str) -> None:
         models: dict[str, Callable[[Tensor, Tensor], Any]] = {
             "transformers": lambda ids, mask: theirs(ids, attention_mask=mask).last_hidden_state,
             "fastbert.accelerate": lambda ids, mask: accelerated(ids, attention_mask=mask).last_hidden_state,
-            **onnx_rivals(theirs, Path(folder)),
+            **onnx_rivals(Path(folder)),
         }
         wanted = [models["transformers"](ids, mask)[mask.bool()] for ids, mask in of]
         contenders: dict[str, Callable[[], Any]] = {

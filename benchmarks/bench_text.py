@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runtimes
 import torch
 import torch.nn.functional as F
 from bench_encoder import in_torch
 from contest import Case, Contender, Contest, UnservedError
-from providers import installed
+from providers import of_runtimes
 from roofline import model_costs
 from torch import Tensor
 from workloads import workload
@@ -31,6 +30,7 @@ from fastbert.errors import CheckpointError
 from fastbert.kernels.cost import Cost
 from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
+from fastbert.rivals.runtimes import Run, installed, transformers_model
 from fastbert.tasks.encode import TextEncoder
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.tokens import Tokens
@@ -118,7 +118,7 @@ def fastbert_int8(case: Case, of: Corpus) -> Contender:
     return replace(contender, dtype="int8", least_cosine=INT8_COSINE)
 
 
-def by_length(case: Case, of: Corpus, run: runtimes.Run) -> Contender:
+def by_length(case: Case, of: Corpus, run: Run) -> Contender:
     """Mean-pooled, normalised embeddings as a careful user of a runtime makes them."""
     tokenizer = installed("transformers").AutoTokenizer.from_pretrained(of.folder)
 
@@ -143,7 +143,7 @@ def by_length(case: Case, of: Corpus, run: runtimes.Run) -> Contender:
 
 
 def transformers(case: Case, of: Corpus) -> Contender:
-    model = runtimes.transformers_model(of.folder, case.torch_dtype, case.device)
+    model = transformers_model(of.folder, case.torch_dtype, case.device)
     return by_length(case, of, lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state)
 
 
@@ -169,7 +169,7 @@ PROVIDERS = {
     "fastbert int8": fastbert_int8,
     "transformers": transformers,
     "sentence-transformers": sentence_transformers,
-    **runtimes.providers(by_length),
+    **of_runtimes(by_length),
 }
 CONTEST = Contest(PROVIDERS, operands, plain, exact, costs)
 HEAVY = {"sentence-transformers", "onnxruntime int8", "CTranslate2"}  # under --full

@@ -25,6 +25,7 @@ FLOORS: list[list[str]] = [
     ["text", "text.*"],
     ["training", "training.*"],
     ["tasks", "tasks.*"],
+    ["rivals", "rivals.*"],
     ["__init__", "__main__", "cli", "piping"],
 ]
 
