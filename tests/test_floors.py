@@ -25,7 +25,7 @@ FLOORS: list[list[str]] = [
     ["text", "text.*"],
     ["training", "training.*"],
     ["tasks", "tasks.*"],
-    ["__init__", "__main__", "cli", "piping"],
+    ["__init__", "__main__", "cli", "cli.*"],
 ]
 
 
