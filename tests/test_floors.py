@@ -26,7 +26,7 @@ FLOORS: list[list[str]] = [
     ["training", "training.*"],
     ["tasks", "tasks.*"],
     ["rivals", "rivals.*"],
-    ["__init__", "__main__", "cli", "piping"],
+    ["__init__", "__main__", "cli", "cli.*"],
 ]
 
 

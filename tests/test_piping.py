@@ -18,11 +18,11 @@ import pytest
 import tiny_bert
 from processes import PYTHON, heed_signals
 
-from fastbert import piping
 from fastbert.checkpoints.load import load, save
+from fastbert.cli import piping
+from fastbert.cli.piping import READER_GONE, Lines, check_ending, check_output, results
 from fastbert.errors import ArgumentError, UntrainedWarning
 from fastbert.model.heads import BertForSequenceClassification, BertForTokenClassification
-from fastbert.piping import READER_GONE, Lines, check_ending, check_output, results
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}

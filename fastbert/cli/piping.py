@@ -159,6 +159,11 @@ class Lines:
         if not self._count:
             yield "the input is empty: no results"
 
+    def report(self) -> None:
+        """Say what was odd."""
+        for sentence in self.odd():
+            say(sentence)
+
 
 def check_output(output: Path | None) -> Path | None:
     """Before any work, see whether `results` could be written there; None stands for stdout.
