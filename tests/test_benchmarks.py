@@ -165,44 +165,6 @@ def test_an_unknown_gpu_is_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -
 # Timing
 
 
-def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    clock = {"slow": 0.5, "fast": 0.004}
-
-    def timer(run: Any, calls: int) -> float:
-        name = run()
-        order.extend([name] * (calls > 0))
-        return clock[name]
-
-    samples = turns.interleaved({"slow": lambda: "slow", "fast": lambda: "fast"}, 3, timer=timer)
-    assert samples == {"slow": [0.5] * 3, "fast": [0.004] * 3}
-    assert order == ["slow", "fast", "fast"] + ["slow", "fast"] * 3  # what is fast is tried twice first
-
-
-def test_a_turn_of_something_fast_is_many_calls() -> None:
-    asked: list[int] = []
-
-    def timer(run: Any, calls: int) -> float:
-        asked.append(calls)
-        return 0.001
-
-    turns.interleaved({"fast": lambda: None}, 2, timer=timer)
-    assert asked == [1, 1, 20, 20]
-
-
-@pytest.mark.parametrize(("seconds", "rounds"), [(10.0, 3), (0.5, 10), (1e-9, 25)])
-def test_rounds_are_what_the_budget_allows(seconds: float, rounds: int) -> None:
-    samples = turns.interleaved({"one": lambda: None}, budget=5.2, timer=lambda run, calls: seconds)
-    assert len(samples["one"]) == rounds
-
-
-def test_the_clock_counts_seconds_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "SETTLE", 0)
-    readings = iter([10.0, 16.0])
-    monkeypatch.setattr(turns.time, "perf_counter", lambda: next(readings))
-    assert turns.cpu_seconds(lambda: None, 3) == 2.0
-
-
 def test_busy_seconds_leave_out_what_a_call_waits_for() -> None:
     assert measure.busy_seconds(lambda: time.sleep(0.05), 1) < 0.03
 
@@ -212,11 +174,6 @@ def test_busy_seconds_leave_out_what_a_call_waits_for() -> None:
             pass
 
     assert measure.busy_seconds(busy, 2) >= 0.05
-
-
-def test_spread() -> None:
-    assert turns.Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == turns.Spread(2.5, 1.0, 4.0)
-    assert turns.Spread.of([7.0]) == turns.Spread(7.0, 7.0, 7.0)
 
 
 class FakeGpu:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastbert.backend import first_device
+from fastbert.backend import first_device, usable_device
 from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.rivals.contenders import Answers, Contender, Entry, Job, Kind, entries
@@ -151,6 +151,7 @@ def bench(
     texts: Iterable[Text] | None = None,
     *,
     full: bool = False,
+    device: torch.device | str | None = None,
     max_length: int | None = None,
     progress: bool = False,
 ) -> Report:
@@ -165,6 +166,7 @@ def bench(
         model: a Hugging Face checkpoint folder, of a classifier, a cross-encoder, or an encoder for embeddings.
         texts: strings, or pairs of strings; by default 300 English sentences that come with fastbert.
         full: take all texts; otherwise as many, by chance, as make it about a minute.
+        device: where all compute; the first GPU, or the CPU where there is none.
         max_length: most tokens of a text; by default as for `TextEncoder.encode`.
         progress: show a bar on stderr.
 
@@ -177,7 +179,7 @@ def bench(
     texts = SENTENCES.read_text(encoding="utf-8").splitlines() if texts is None else _listed(texts)
     order = random.Random(0).sample(range(len(texts)), len(texts) if full else min(len(texts), MOST_DRAWN))
     drawn = [texts[i] for i in order]
-    device = first_device()
+    device = first_device() if device is None else usable_device(device)
     with (
         tempfile.TemporaryDirectory(prefix="fastbert-") as scratch,
         quiet_transformers(),
@@ -212,7 +214,8 @@ def bench(
             wanted = answers if wanted is None else wanted
             runs[entry] = partial(contender.run, drawn)
         if not runs:
-            raise BackendError("model", f"{left_out}", "one library that computes it")
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in {**left_out, **wrong}.items())
+            raise BackendError("model", f"nobody who computes it ({reasons})", "one library that does")
         budget = FULL_SECONDS if full else QUICK_SECONDS
         seconds = interleaved(runs, budget=budget, watch=partial(show, "timing"))
     tokens, medians = int(lengths[: len(drawn)].sum()), {entry: Spread.of(seconds[entry]).median for entry in runs}
