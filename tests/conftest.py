@@ -31,7 +31,7 @@ NEEDS = {
     "hypothesis": ("test_fuzz.py", "test_packing_by_hand.py", "test_tokenizer_parity.py"),
     "llvmlite": ("test_amx.py", "test_cpu.py", "test_guard_pages.py", "test_guards.py", "test_neon.py"),
     "matplotlib": ("test_kernel_pages.py", "test_report.py"),
-    "typer": ("test_cli.py", "test_piping.py"),
+    "typer": ("test_cli.py", "test_inputs.py", "test_outputs.py", "test_piping.py"),
 }
 collect_ignore = [file for package, files in NEEDS.items() if find_spec(package) is None for file in files]
 

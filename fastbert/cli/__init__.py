@@ -19,7 +19,7 @@ from fastbert.cli.embeddings import encode
 from fastbert.cli.machine import info, version_of
 from fastbert.cli.piping import READER_GONE, flush_stdout, occupy_standard_streams, say
 from fastbert.cli.training import train
-from fastbert.errors import FastbertError
+from fastbert.errors import ArgumentError, FastbertError
 
 app = typer.Typer(
     add_completion=False,
@@ -44,7 +44,7 @@ def main() -> None:
             flush_stdout()
     except FastbertError as error:
         say(f"error: {error}")
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except BrokenPipeError:
         sys.exit(READER_GONE)
     except OSError as error:
@@ -53,7 +53,7 @@ def main() -> None:
     except MemoryError as error:
         say(f"error: not enough memory: {error}")
         sys.exit(1)
-    except (SystemExit, KeyboardInterrupt):
+    except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001 - the last net, for what no one foresaw; panics of Rust are no Exception
         with NamedTemporaryFile("w", prefix="fastbert-", suffix=".txt", delete=False) as file:

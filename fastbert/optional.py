@@ -1,0 +1,29 @@
+"""Libraries that fastbert does without until they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fastbert.errors import BackendError
+
+
+def optional(module: str, extra: str, purpose: str) -> Any:
+    """A module of a library that need not be installed.
+
+    Args:
+        module: its name, as `import` takes it.
+        extra: of fastbert's extras, the one that brings the library.
+        purpose: what it is needed for, as "to read Parquet".
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        mend = f"pip install {package}, or install fastbert with its extra [{extra}]."
+        raise BackendError(package, "a library that is not installed", f"it, {purpose}", mend) from error
