@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -318,3 +319,114 @@ def test_transformers_is_as_loud_as_before() -> None:
         logging.set_verbosity(before[0])
         if not before[1]:
             logging.disable_progress_bar()
+
+
+# What users of other libraries met
+
+
+def settings(path: Path, **fields: Any) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | fields))
+
+
+def hand_made(folder: Path, pooling: str, texts: list[str]) -> Any:
+    """What by-hand code around transformers makes of a sentence-transformers folder with this pooling."""
+    settings(folder / "sentence_bert_config.json", max_seq_length=48)
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    names = ["idx", "name", "path", "type"]
+    rows = [(i, str(i), path, f"sentence_transformers.models.{kind}") for i, (path, kind) in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
+    (folder / "1_Pooling").mkdir()
+    settings(folder / "1_Pooling" / "config.json", word_embedding_dimension=32, **{f"pooling_mode_{pooling}": True})
+    job = Job.of(folder, torch.device("cpu"), None, pairs=False, scratch=folder)
+    entry = next(one for one in contenders.entries(job.device) if str(one) == "transformers fp32")
+    return entry.make(job).run(texts)
+
+
+@pytest.mark.parametrize("pooling", ["cls_token", "mean_tokens"])
+def test_padding_on_the_left_does_not_reach_what_is_pooled_by_hand(pooling: str, folder: Path) -> None:
+    """huggingface/sentence-transformers#3584: the first row of a text padded on the left is padding's."""
+    pytest.importorskip("transformers", reason="it pads")
+    settings(folder / "tokenizer_config.json", padding_side="left")
+    found = hand_made(folder, pooling, TEXTS)
+    np.testing.assert_allclose(found, fastbert.encode(TEXTS, folder), atol=1e-5)
+
+
+def test_rivals_pad_to_the_longest_of_a_batch(folder: Path) -> None:
+    """chroma-core/chroma#5353: a tokenizer.json that pads to 128 made every text as dear as a long one."""
+    transformers = pytest.importorskip("transformers", reason="it pads")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    padding = {
+        "strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]",
+    }  # fmt: skip
+    settings(folder / "tokenizer.json", padding=padding)
+    job = Job.of(folder, torch.device("cpu"), None, pairs=False, scratch=folder)
+    shapes = []
+
+    def run(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        return ids[..., None].float().expand(-1, -1, 32)
+
+    texts = [TEXTS[1]] * contenders.BATCH + [TEXTS[2]] * contenders.BATCH
+    encode = contenders.by_length(job.their_tokenizer, run, contenders.mean, max_length=48, device=job.device)
+    rows = encode(texts)
+    longest = [int(job.tokenizer.encode([text], 48).lengths[0]) for text in (TEXTS[2], TEXTS[1])]
+    assert shapes == [(contenders.BATCH, length) for length in longest] and longest[1] == 3
+    assert (rows[: contenders.BATCH] == rows[0]).all() and (rows[contenders.BATCH :] == rows[-1]).all()
+    assert rows[0, 0] != rows[-1, 0]  # in the order of the texts
+
+
+def test_half_precision_is_not_taken_for_float32(folder: Path, among: Callable[..., None]) -> None:
+    """openvinotoolkit/openvino.genai#164: where the CPU has bfloat16, OpenVINO takes it unless it is told otherwise."""
+
+    def rounded(rows: Any) -> Any:
+        return torch.from_numpy(rows).bfloat16().float().numpy()
+
+    among(changed(rounded), changed(rounded, dtype="bf16"))
+    report = fastbert.bench(folder, TEXTS)
+    assert list(report.wrong) == ["other fp32"]
+
+
+class SeenError(Exception):
+    pass
+
+
+def seen(*_: Any, **__: Any) -> Any:
+    raise SeenError
+
+
+def with_one_thread_more(run: Callable[[], Any]) -> int:
+    """`run` until it is `seen`; how many threads torch had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        with pytest.raises(SeenError):
+            run()
+    finally:
+        torch.set_num_threads(before)
+    return before + 1
+
+
+def test_onnxruntime_has_as_many_threads_as_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface/sentence-transformers#3987: torch's number of threads does not reach other runtimes."""
+    module = pytest.importorskip("onnxruntime", reason="its threads are counted")
+    options = module.SessionOptions()
+    monkeypatch.setattr(module, "SessionOptions", lambda: options)
+    monkeypatch.setattr(module, "InferenceSession", seen)
+    threads = with_one_thread_more(lambda: runtimes.onnxruntime_model(folder / "graph"))
+    assert options.intra_op_num_threads == threads
+
+
+def test_openvino_has_as_many_threads_as_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("openvino", reason="its threads are counted")
+    asked: list[Any] = []
+
+    def compiled(graph: Any, device: str, options: dict[str, Any]) -> Any:
+        asked.append(options["INFERENCE_NUM_THREADS"])
+        raise SeenError
+
+    core = SimpleNamespace(read_model=lambda path: path, compile_model=compiled)
+    monkeypatch.setattr(module, "Core", lambda: core)
+    threads = with_one_thread_more(lambda: runtimes.openvino_model(folder / "graph", torch.float32))
+    assert asked == [threads]

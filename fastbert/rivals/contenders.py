@@ -108,12 +108,12 @@ class Job:
 
     @cached_property
     def their_tokenizer(self) -> Any:
-        """transformers'.
+        """transformers', which pads on the right: whoever pools by hand reads the first token in column 0.
 
         Raises:
             UnservedError: transformers is not installed.
         """
-        return installed("transformers").AutoTokenizer.from_pretrained(self.transformer)
+        return installed("transformers").AutoTokenizer.from_pretrained(self.transformer, padding_side="right")
 
     @property
     def source(self) -> Source:
