@@ -32,8 +32,8 @@ def on_gpu(case: Case) -> None:
         raise UnservedError("it needs a GPU")
 
 
-def compiled(function: F) -> F:
-    """`torch.compile(function)` for one set of shapes.
+def compiled(function: F, *, dynamic: bool = False) -> F:
+    """`torch.compile(function)` for one set of shapes, or for any of them.
 
     Raises:
         UnservedError: there is no C++ compiler, which its CPU code needs.
@@ -41,7 +41,7 @@ def compiled(function: F) -> F:
     if not torch.cuda.is_available() and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         raise UnservedError("torch.compile needs a C++ compiler, and there is none on PATH")
     torch.compiler.reset()  # what it compiled for other cases counts against its limit of recompilations
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=dynamic)
 
 
 def fresh(packing: Packing) -> Packing:
@@ -103,8 +103,7 @@ def of_runtimes(contend: Callable[[Case, Any, Run], Contender]) -> dict[str, Pro
     def onnxruntime_int8(case: Case, of: Any) -> Contender:
         on_cpu_forward(case, "fp32")
         graph = runtimes.quantised(runtimes.optimised(Source(of.folder), _scratch(of.folder)))
-        contender = contend(case, of, runtimes.onnxruntime_model(graph))
-        return replace(contender, dtype="int8", least_cosine=INT8_COSINE)
+        return in_int8(contend(case, of, runtimes.onnxruntime_model(graph)))
 
     def openvino(case: Case, of: Any) -> Contender:
         on_cpu_forward(case, "fp32", "bf16")
@@ -123,6 +122,28 @@ def of_runtimes(contend: Callable[[Case, Any, Run], Contender]) -> dict[str, Pro
         "OpenVINO": openvino,
         "CTranslate2": ctranslate2,
     }
+
+
+def torchao_model(folder: Path) -> Run:
+    """transformers' model by torch.compile, whose linear layers TorchAO has quantized: int8 weights, and activations
+    rounded to int8 row by row before each product.
+
+    Raises:
+        UnservedError: TorchAO or transformers is not installed, or there is no C++ compiler.
+    """
+    with runtimes.quietly():  # it tells of kernels for GPUs that it can't load
+        quantization: Any = runtimes.installed("torchao.quantization")
+        utilities: Any = runtimes.installed("torchao.utils")
+    model = runtimes.transformers_model(folder, torch.float32, torch.device("cpu"))
+    reduced = utilities.should_reduce_range(torch.device("cpu"))  # without VNNI sums of the whole range overflow
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig(reduce_range=reduced))
+    run = compiled(model, dynamic=True)
+    return lambda ids, mask: run(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+def in_int8(contender: Contender) -> Contender:
+    """A contender that computes in int8, and is held to no more than that."""
+    return replace(contender, dtype="int8", least_cosine=INT8_COSINE)
 
 
 def on_cpu_forward(case: Case, *dtypes: str) -> None:

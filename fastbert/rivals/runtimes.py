@@ -44,11 +44,14 @@ def installed(module: str) -> ModuleType:
     """Import it.
 
     Raises:
-        UnservedError: it is not installed.
+        UnservedError: it is not installed, or not beside the versions of what it needs that are here.
     """
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise UnservedError(f"{module.partition('.')[0]} is not installed")
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnservedError(f"{module} can't be imported: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -195,17 +198,21 @@ def openvino_model(graph: Path, dtype: torch.dtype) -> Run:
     """
     openvino: Any = installed("openvino")
     core = openvino.Core()
-    options = {
-        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",  # all threads work on one batch
-    }
-    request = core.compile_model(core.read_model(graph), "CPU", options).create_infer_request()
+    request = core.compile_model(core.read_model(graph), "CPU", openvino_options(dtype)).create_infer_request()
 
     def run(*inputs: Tensor) -> Any:
         return request.infer([one.numpy() for one in inputs], share_inputs=True, share_outputs=True)[0]
 
     return run
+
+
+def openvino_options(dtype: torch.dtype) -> dict[str, Any]:
+    """What OpenVINO is told: what to compute in, for it would take bfloat16 by itself, and on how many threads."""
+    return {
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",  # all threads work on one batch
+    }
 
 
 def converted(folder: Path, into: Path) -> Path:
