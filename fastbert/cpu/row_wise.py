@@ -1,6 +1,6 @@
 """row_wise: all that happens to a row in one pass over it, on a CPU.
 
-    x  ->  + bias  ->  activation  ->  times a gate  ->  + residual  ->  LayerNorm  ->  as floats, as int8, or as both
+    x -> + bias -> activation -> times a gate -> dropout -> + residual -> LayerNorm -> as floats, as int8, or as both
 
 Each step is there or not. A gate is the second half of x, which is twice as wide where there is one. A row is read once
 and kept as float32 in the nearest cache until it is written.
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fastbert.config import Activation
 from fastbert.cpu.code import Code
+from fastbert.cpu.dropout import PARAMETERS as DROPOUT_PARAMETERS
+from fastbert.cpu.dropout import Draws, Dropout
 from fastbert.cpu.instructions import MOST_LANES
 from fastbert.cpu.int8 import Int8Rows
 from fastbert.cpu.machine import Machine
@@ -54,6 +56,11 @@ PARAMETERS = (
 )  # fmt: skip
 
 
+def filled_up(width: int) -> int:
+    """A row's numbers and as many more as make whole vectors."""
+    return -(-width // MOST_LANES) * MOST_LANES
+
+
 class Finish(NamedTuple):
     """What comes of a row of float32: LayerNorm or not, and in what it is written, floats or int8 or both."""
 
@@ -65,7 +72,7 @@ class Finish(NamedTuple):
     @property
     def scratch_width(self) -> int:
         """float32 of a row, filled up to whole vectors."""
-        return -(-self.width // MOST_LANES) * MOST_LANES
+        return filled_up(self.width)
 
     def arguments(
         self, rows: int, norm: tuple[Tensor, Tensor, float] | None, out: Tensor | None
@@ -93,6 +100,7 @@ class Steps(NamedTuple):
     bias: bool
     activation: Activation | None
     gated: bool
+    dropout: bool
     residual: torch.dtype | None
     finish: Finish
 
@@ -104,6 +112,7 @@ def row_wise(
     bias: Tensor | None = None,
     activation: Activation | None = None,
     gated: bool = False,
+    dropout: Dropout | None = None,
     residual: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
@@ -115,6 +124,7 @@ def row_wise(
         x: contiguous `[rows, width]`, where `gated` `[rows, 2 * width]`, of a dtype of `machine.dtypes`.
         bias: float32, as wide as x.
         activation, gated: of x, or of its first half, which is multiplied by the second.
+        dropout: of a hidden state.
         residual: contiguous `[rows, width]`, of a dtype of `machine.dtypes`.
         norm: LayerNorm's weight and bias, float32 `[width]`, and its eps.
         out: contiguous `[rows, width]` <- the result, if it is wanted; may be `residual` itself, and `x` if not gated.
@@ -124,7 +134,7 @@ def row_wise(
     width = x.shape[1] // halves
     parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     added = None if residual is None else residual.dtype
-    steps = Steps(x.dtype, bias is not None, activation, gated, added, parts)
+    steps = Steps(x.dtype, bias is not None, activation, gated, dropout is not None, added, parts)
     return _kernel(machine, steps)(
         -(-rows // ROWS),
         x=(x, machine.dtypes, rows * halves * width),
@@ -134,28 +144,35 @@ def row_wise(
         scratch=PerWorker(parts.scratch_width * 4),
         **parts.arguments(rows, norm, out),
         **parts.int8_arguments(rows, out_int8),
+        **(dropout.arguments() if dropout is not None else {}),
     )
 
 
 @cache
 def _kernel(machine: Machine, steps: Steps) -> Kernel:
-    return compiled(machine, "row_wise", PARAMETERS, partial(_rows, steps=steps))
+    parameters = PARAMETERS + DROPOUT_PARAMETERS if steps.dropout else PARAMETERS
+    return compiled(machine, "row_wise", parameters, partial(_rows, steps=steps))
 
 
 def _rows(code: Code, steps: Steps) -> None:
     width = steps.finish.width
+    hidden = Draws(code, code.number(0), code.number(0)) if steps.dropout else None
 
     def read_x(row: Value, column: Value, count: int) -> Value:
         x = load_states(code, "x", steps.x, row * (2 * width if steps.gated else width) + column, count)
         return x + code.load_first(code["bias"] + column * 4, F32, count, code.lanes) if steps.bias else x
 
     def reader(row: Value) -> Reader:
+        draws = None if hidden is None else hidden.of(row)
+
         def read(column: Value, count: int) -> Value:
             x = read_x(row, column, count)
             if steps.activation is not None:
                 x = activated(code, x, steps.activation)
             if steps.gated:
                 x = x * read_x(row, column + width, count)
+            if draws is not None:
+                x = draws.kept(x, column)
             if steps.residual is not None:
                 x = x + load_states(code, "residual", steps.residual, row * width + column, count)
             return x
@@ -198,28 +215,39 @@ def load_states(code: Code, name: str, dtype: torch.dtype, place: Value, count: 
     return code.load_first(start, F32, count, code.lanes)
 
 
+def store_states(code: Code, x: Value, name: str, dtype: torch.dtype, place: Value, count: int) -> None:
+    """Write the first `count` of float32 to an argument, from its element number `place` on, rounded to its dtype."""
+    rounded = to_bfloat16(x) if dtype == torch.bfloat16 else x
+    code.store(rounded, code[name] + place * dtype.itemsize, count)
+
+
 def finish(code: Code, row: Value, scratch: Value, steps: Finish) -> None:
     """From the float32 `[width]` at `scratch`: reads norm_weight, norm_bias and eps, writes out, and those of int8."""
     width, lanes = steps.width, code.lanes
 
-    def kept(column: Value, count: int) -> Value:
-        return first_lanes(code.load(scratch + column * 4, F32, lanes), count)
-
+    kept = kept_at(code, scratch)
     if steps.norm:
-        _normalise(code, scratch, width, kept)
+        _normalise(code, scratch, width)
     if steps.out is not None:
         out = steps.out
 
         def write(column: Value, count: int) -> None:
-            x = to_bfloat16(kept(column, lanes)) if out == torch.bfloat16 else kept(column, lanes)
-            code.store(x, code["out"] + (row * width + column) * out.itemsize, count)
+            store_states(code, kept(column, lanes), "out", out, row * width + column, count)
 
         over_columns(code, width, write)
     if steps.int8:
         _quantize(code, row, width, kept)
 
 
-def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, int], Value]) -> None:
+def kept_at(code: Code, scratch: Value) -> Reader:
+    """Reads the float32 of a row at `scratch`; lanes past those that are asked for are 0."""
+    return lambda column, count: first_lanes(code.load(scratch + column * 4, F32, code.lanes), count)
+
+
+def centre(code: Code, scratch: Value, width: int) -> tuple[Reader, Value]:
+    """Of the float32 `[width]` at `scratch`: what reads them less their mean, and a vector of rstd; reads eps."""
+    kept = kept_at(code, scratch)
+
     def mean_of(values: Reader) -> Value:
         def add(column: Value, count: int, total: Value) -> Sequence[Value]:
             return [total + values(column, count)]
@@ -239,7 +267,11 @@ def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, in
         return [fma(x, x, total)]
 
     variance = sum_of_lanes(over_columns(code, width, add_squares, code.vector())[0]) / width
-    rstd = code.splat(code.scalar(1.0) / sqrt(variance + code.float_of("eps")))
+    return centred, code.splat(code.scalar(1.0) / sqrt(variance + code.float_of("eps")))
+
+
+def _normalise(code: Code, scratch: Value, width: int) -> None:
+    centred, rstd = centre(code, scratch, width)
 
     def normalise(column: Value, count: int) -> None:
         weight, bias = (
