@@ -35,6 +35,7 @@ from fastbert.cpu.values import (
     greatest_lane,
     least_lane,
     maximum,
+    maximum_or_nan,
     minimum,
     nearest,
     select,
@@ -46,6 +47,9 @@ from fastbert.cpu.values import (
 
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16
+
+# How many sums of a row are made at once, so that none waits for the last addition to it; a power of 2.
+CHAINS = 4
 
 # Of a column and how many numbers a vector has there: the vector.
 Reader = Callable[[Value, int], Value]
@@ -223,20 +227,22 @@ def store_states(code: Code, x: Value, name: str, dtype: torch.dtype, place: Val
 
 def finish(code: Code, row: Value, scratch: Value, steps: Finish) -> None:
     """From the float32 `[width]` at `scratch`: reads norm_weight, norm_bias and eps, writes out, and those of int8."""
-    width, lanes = steps.width, code.lanes
-
-    kept = kept_at(code, scratch)
+    width, read = steps.width, kept_at(code, scratch)
     if steps.norm:
-        _normalise(code, scratch, width)
+        read = _normed(code, scratch, width)
     if steps.out is not None:
         out = steps.out
 
         def write(column: Value, count: int) -> None:
-            store_states(code, kept(column, lanes), "out", out, row * width + column, count)
+            x = read(column, count)
+            if steps.int8:
+                code.store(x, scratch + column * 4)
+            store_states(code, x, "out", out, row * width + column, count)
 
         over_columns(code, width, write)
+        read = kept_at(code, scratch)
     if steps.int8:
-        _quantize(code, row, width, kept)
+        _quantize(code, row, width, read, scratch)
 
 
 def kept_at(code: Code, scratch: Value) -> Reader:
@@ -248,47 +254,91 @@ def centre(code: Code, scratch: Value, width: int) -> tuple[Reader, Value]:
     """Of the float32 `[width]` at `scratch`: what reads them less their mean, and a vector of rstd; reads eps."""
     kept = kept_at(code, scratch)
 
-    def mean_of(values: Reader) -> Value:
-        def add(column: Value, count: int, total: Value) -> Sequence[Value]:
-            return [total + values(column, count)]
+    def mean_of(total: Value) -> Value:
+        return code.splat(sum_of_lanes(total) / width)
 
-        return code.splat(sum_of_lanes(over_columns(code, width, add, code.vector())[0]) / width)
+    def add(column: Value, count: int, total: Value) -> Sequence[Value]:
+        return [total + kept(column, count)]
 
-    mean = mean_of(kept)
+    mean = mean_of(*folded(code, width, add, [code.vector()], [_added]))
+
+    def add_with_squares(column: Value, count: int, total: Value, squares: Value) -> Sequence[Value]:
+        x = first_lanes(kept(column, code.lanes) - mean, count)
+        return [total + x, fma(x, x, squares)]
+
     # The mean again of what is left: a row of one value leaves a few of its ulps, all the same, which then go exactly.
     # An eps of 1e-12 would make them 0.1 and more.
-    rest = mean_of(lambda column, count: first_lanes(kept(column, code.lanes) - mean, count))
-
-    def centred(column: Value, count: int) -> Value:
-        return first_lanes(kept(column, code.lanes) - mean - rest, count)
-
-    def add_squares(column: Value, count: int, total: Value) -> Sequence[Value]:
-        x = centred(column, count)
-        return [fma(x, x, total)]
-
-    variance = sum_of_lanes(over_columns(code, width, add_squares, code.vector())[0]) / width
-    return centred, code.splat(code.scalar(1.0) / sqrt(variance + code.float_of("eps")))
+    rest, squares = map(mean_of, folded(code, width, add_with_squares, [code.vector()] * 2, [_added] * 2))
+    variance = maximum_or_nan(fma(-rest, rest, squares), 0.0)
+    rstd = code.vector(1.0) / sqrt(variance + code.splat(code.float_of("eps")))
+    return lambda column, count: first_lanes(kept(column, code.lanes) - mean - rest, count), rstd
 
 
-def _normalise(code: Code, scratch: Value, width: int) -> None:
+def _normed(code: Code, scratch: Value, width: int) -> Reader:
+    """Reads LayerNorm of the float32 `[width]` at `scratch`."""
     centred, rstd = centre(code, scratch, width)
 
-    def normalise(column: Value, count: int) -> None:
+    def read(column: Value, count: int) -> Value:
         weight, bias = (
             code.load_first(code[name] + column * 4, F32, count, code.lanes) for name in ("norm_weight", "norm_bias")
         )
-        code.store(fma(centred(column, code.lanes) * rstd, weight, bias), scratch + column * 4)
+        return fma(centred(column, count) * rstd, weight, bias)
 
-    over_columns(code, width, normalise)
+    return read
 
 
-def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], Value]) -> None:
+def folded(
+    code: Code,
+    width: int,
+    body: Callable[..., Sequence[Value]],
+    starts: Sequence[Value],
+    merges: Sequence[Callable[[Value, Value], Value]],
+) -> list[Value]:
+    """`over_columns` of what is carried from vector to vector, of which `CHAINS` do not wait for each other.
+
+    Args:
+        starts: what is carried, before the first vector of each chain.
+        merges: of each what makes one of what two chains end with.
+    """
+    lanes, count = code.lanes, len(starts)
+    at_once = CHAINS * lanes
+
+    def several(column: Value, *states: Value) -> Sequence[Value]:
+        made = []
+        for chain in range(CHAINS):
+            made += body(column + chain * lanes, lanes, *states[chain * count : (chain + 1) * count])
+        return made
+
+    whole = width // at_once * at_once
+    states = code.loop(0, whole, at_once, several, *[*starts] * CHAINS) if whole else [*starts] * CHAINS
+    for chain, column in enumerate(range(whole, width, lanes)):
+        part = slice(chain * count, (chain + 1) * count)
+        states[part] = body(code.number(column), min(lanes, width - column), *states[part])
+    chains = [states[i : i + count] for i in range(0, len(states), count)]
+    while len(chains) > 1:
+        half = len(chains) // 2
+        chains = [
+            [merge(a, b) for merge, a, b in zip(merges, *two, strict=True)]
+            for two in zip(chains[:half], chains[half:], strict=True)
+        ]
+    return chains[0]
+
+
+def _added(a: Value, b: Value) -> Value:
+    return a + b
+
+
+def _quantize(code: Code, row: Value, width: int, read: Reader, scratch: Value) -> None:
+    """The float32 that `read` gives, once, for each column; `scratch` may be where it reads them."""
+
     def span(column: Value, count: int, lowest: Value, highest: Value, nothing: Value) -> Sequence[Value]:
-        x = kept(column, count)
+        x = read(column, count)
+        code.store(x, scratch + column * 4)
         return [minimum(lowest, x), maximum(highest, x), fma(x, 0.0, nothing)]
 
+    merges = minimum, maximum, _added
     # from 0 on: each row can hold it
-    lowest, highest, nothing = over_columns(code, width, span, *[code.vector()] * 3)
+    lowest, highest, nothing = folded(code, width, span, [code.vector()] * 3, merges)
     low, high = least_lane(lowest), greatest_lane(highest)
     step = (high - low) / 255.0
     # `nothing` is NaN where the row has one, or an infinity: the least and the greatest pass over NaN.
@@ -297,6 +347,7 @@ def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], V
     code.store(step, code["out_scale"] + row * 4)
     code.store(zero, code["out_zero"] + row * 4)
     inverse, shift = code.splat(code.scalar(1.0) / step), code.splat(zero)
+    kept = kept_at(code, scratch)
 
     def write(column: Value, count: int) -> None:
         whole = nearest(fma(kept(column, code.lanes), inverse, shift))
