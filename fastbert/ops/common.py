@@ -119,7 +119,9 @@ def torch_differentiates(dout: Tensor) -> bool:
     """Whether a backward has to be of ops that torch differentiates: a gradient of the gradient may be asked for, or
     many gradients at once (`is_grads_batched`), of which `dout` shows one, whose numbers are nowhere.
     """
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dout)
+    if torch.is_grad_enabled():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dout)
 
 
 def runs_bare(*tensors: Tensor | None) -> bool:
