@@ -131,8 +131,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    from fastbert import versions
+    from fastbert import installed
 
-    if (found := versions.version("fastbert")) is None:
+    if (found := installed.version("fastbert")) is None:
         raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .")
     return found

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from fastbert import versions
+from fastbert import installed
 from fastbert.errors import ArgumentError, FastbertError
 from fastbert.piping import (
     READER_GONE,
@@ -500,7 +500,7 @@ def _cpuinfo_fields(cpuinfo: str) -> Iterator[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    return versions.version(package) or "not installed"
+    return installed.version(package) or "not installed"
 
 
 def _row(name: str, value: str) -> None:

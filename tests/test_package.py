@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.versions import DISTRIBUTION
+from fastbert.installed import DISTRIBUTION
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCH = "1700000000"

@@ -27,9 +27,9 @@ from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine, amx_asked, host, lane
 from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError, BackendError, FastbertError
+from fastbert.installed import version
 from fastbert.ops.common import multiplies_bare
 from fastbert.ops.products import by_kernel, weight_gradient
-from fastbert.versions import version
 
 Way = Literal["own", "onednn", "blas"]
 # How the weights of a product come: laid out once by whoever multiplies them, as a module has them, or that and with
