@@ -83,14 +83,16 @@ report: $(INSTALLED)
 	.venv/bin/python benchmarks/report.py
 
 clean:
-	rm -rf .venv build dist fastbert.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
 
-# torch is named in the one command that installs everything, so that nothing else pulls another build of it.
+# torch is named in the one command that installs everything, so that nothing else pulls another build of it. Ours was
+# called fastbert once; an editable install under that name would stay beside the new one.
 $(INSTALLED): pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'fastbert needs Python 3.10 or later, and "$(PYTHON)" is not. Say which to use: make test PYTHON=python3.12'; exit 1; }
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	rm -f .venv/installed-*
+	.venv/bin/python -m pip uninstall --yes -qq fastbert
 	.venv/bin/python -m pip install --upgrade --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[dev]'
 	touch '$@'
 

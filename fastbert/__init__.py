@@ -131,9 +131,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    from fastbert import installed
 
-    try:
-        return version("fastbert")
-    except PackageNotFoundError as error:
-        raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .") from error
+    if (found := installed.version("fastbert")) is None:
+        raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .")
+    return found

@@ -5,7 +5,6 @@ Heavy imports are inside the commands, so that `fastbert --help` is quick and `m
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from fastbert import installed
 from fastbert.errors import ArgumentError, FastbertError
 from fastbert.piping import (
     READER_GONE,
@@ -500,10 +500,7 @@ def _cpuinfo_fields(cpuinfo: str) -> Iterator[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return installed.version(package) or "not installed"
 
 
 def _row(name: str, value: str) -> None:
