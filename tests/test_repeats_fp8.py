@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, BackendError
+from fastbert.families.quantization import quantize
 from fastbert.kernels.target import interpreted
 from fastbert.model.encoder import Encoder
-from fastbert.model.quantization import quantize
 from fastbert.packing import Packing
 from fastbert.run import prepared as executor
 
