@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastbert.backend import int8_unserved
 from fastbert.config import EncoderConfig
@@ -42,18 +42,20 @@ SAVES = ("save", "save_pretrained", "push_to_hub")
 def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
     """A copy of `model`, for inference, whose encoders multiply in 8 bits; the memory of all but matrices is shared.
 
-    Its parameters are objects of its own that require no gradient: a move or a cast of it leaves `model` as it is.
+    It is in eval mode. Its parameters are objects of its own that require no gradient: a move or a cast of it leaves
+    `model` as it is.
 
     Args:
-        model: any module with a `fastbert.Encoder` in it, or that was given to `fastbert.accelerate`; in eval mode.
+        model: any module with a `fastbert.Encoder` in it, or that was given to `fastbert.accelerate`; encoders in eval
+            mode.
         dtype: "int8" runs on a CPU, by kernels where it has AVX2 or AVX-512, fastest with VNNI; elsewhere it is slower
             than float32, with a warning. float32 rounds the least beside it.
             "fp8", for e4m3, runs on NVIDIA GPUs from sm_89 on, in bfloat16; on a CPU it computes the same numbers
             slowly, to test accuracy. By default what the device of the model runs fast: int8 on a CPU, else fp8.
 
     Raises:
-        ArgumentError: `dtype` is not known; or `model` has no encoder, is in training mode, has an encoder that others
-            changed, or has widths that are not multiples of 16 (fp8).
+        ArgumentError: `dtype` is not known; or `model` has no encoder, or one that is in training mode, that others
+            changed, or whose widths are not multiples of 16 (fp8).
         BackendError: the device can't, or the model is not in bfloat16 (fp8 on a GPU); also later, where the copy was
             moved to one that can't, or a gradient is asked for.
     """
@@ -65,14 +67,13 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
         dtype = "int8" if on_cpu else "fp8"
     if dtype not in get_args(QuantizedDType):
         raise ArgumentError("dtype", repr(dtype), "'fp8' or 'int8'")
-    if model.training:
-        raise ArgumentError("model", "a model in training mode", "one in eval mode", "Call model.eval() first.")
     if dtype == "int8" and (slow := int8_unserved(next(model.parameters()).device)) is not None:
         warnings.warn(f"int8 is slower than float32 here: {slow}", stacklevel=2)
     encoders = {name: encoder for name, encoder in _encoders(model) if encoder.in_eight_bits() is None}
     if not encoders:
         raise ArgumentError("model", type(model).__name__, expected)
     copies: dict[int, Any] = {id(parameter): _shared(parameter) for parameter in model.parameters()}
+    copies |= {id(x): x.detach() for module in model.modules() for x in vars(module).values() if _is_made(x)}
     for name, encoder in encoders.items():
         _check(name or "model", encoder, dtype)
         for layer in dict.fromkeys(cast(list[Layer], list(encoder.layer))):
@@ -83,7 +84,7 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
         _keep_from_harm(made, name)
     for _, forward in _forwards(made):
         forward.build()  # nothing of the matrices of before
-    return made
+    return made.eval()
 
 
 def in_int8(encoder: Encoder) -> bool:
@@ -97,10 +98,12 @@ def _encoders(model: nn.Module) -> Iterator[tuple[str, Encoder]]:
         if type(module) is Encoder:
             yield name, module
     for name, forward in _forwards(model):
-        with refused(name or "model"):
-            forward.build()
+        if not forward.tree.same():
+            with refused(name or "model"):
+                forward.build()
         if (reason := forward.changed()) is not None:
             raise ArgumentError(name or "model", reason, "an encoder that fastbert computes")
+        forward.ours.follow()
         yield name, forward.ours
 
 
@@ -120,8 +123,15 @@ def _shared(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
+def _is_made(x: Any) -> bool:
+    """Whether it is what a pass with a gradient left in a module, which torch copies nowhere."""
+    return isinstance(x, Tensor) and not x.is_leaf
+
+
 def _check(name: str, encoder: Encoder, dtype: QuantizedDType) -> None:
     """Raise ArgumentError or BackendError where an encoder can't be quantized."""
+    if encoder.training:
+        raise ArgumentError(name, "an encoder in training mode", "one in eval mode", "Call model.eval() first.")
     if dtype == "fp8":
         _check_config(encoder.config)
     for parameter in encoder.parameters():

@@ -87,9 +87,11 @@ class EightBitLinear(nn.Module, ABC):
         """Raise BackendError unless the device of `x` multiplies so, into its dtype."""
 
     def check(self, x: Tensor) -> None:
-        """Raise BackendError unless the device of `x` multiplies so, and no gradient is asked for."""
+        """Raise BackendError unless the device of `x` multiplies so, and no gradient or trace is asked for."""
         if wants_gradient(x):
             raise BackendError("quantize", "a gradient asked for", "torch.no_grad() around it")
+        if torch._C._is_tracing():
+            raise BackendError("quantize", "torch.jit.trace", "torch.export, or the model that it was made of")
         self.check_device(x)
 
     @abstractmethod
@@ -110,7 +112,7 @@ class EightBitLinear(nn.Module, ABC):
 
         Raises:
             ArgumentError: `x` is not floating, or of another width.
-            BackendError: its device does not multiply so, or a gradient is asked for.
+            BackendError: see `check`.
         """
         if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
             raise ArgumentError("x", described(x), f"a floating tensor of shape [..., {self.in_features}]")

@@ -78,7 +78,8 @@ class SelfAttention(Group):
         if self._joined is not None and _places(_flat(held)) == self._places:
             return  # a second move would be for nothing, and a CUDA graph may hold the addresses
         self._forget()
-        if not all(map(_movable, held)) or not (quantized or isinstance(held[0][0], nn.Parameter)):
+        of_a_replica = not quantized and type(held[0][0]) is Tensor  # DataParallel's, on the way to its gradients
+        if of_a_replica or not all(map(_movable, held)):
             return
         if not quantized:
             weight, *bias = map(_moved, held)
@@ -178,16 +179,17 @@ def is_plain(module: nn.Module | None) -> bool:
 
 def in_eight_bits(part: nn.Module) -> bool:
     """Whether `part` is a linear layer in 8 bits on which nothing looks, or a SelfAttention of such, of one kind."""
-    if isinstance(part, SelfAttention):
-        linears = part.linears()
-        first = linears[0]
-        return all(
-            type(linear) is type(first)
-            and in_eight_bits(linear)
-            and (linear._parameters["bias"] is None) is (first._parameters["bias"] is None)
-            for linear in linears
-        )
-    return type(part) in (Fp8Linear, Int8Linear) and not any(hooks_of(part)) and "forward" not in part.__dict__
+    linears = linears_of(part)
+    first = linears[0]
+    if type(first) not in (Fp8Linear, Int8Linear):
+        return False
+    return all(
+        type(linear) is type(first)
+        and (linear._parameters["bias"] is None) is (first._parameters["bias"] is None)
+        and not any(hooks_of(linear))
+        and "forward" not in linear.__dict__
+        for linear in linears
+    )
 
 
 def eight_bits(part: nn.Module) -> EightBitLinear:
