@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastbert.families.accelerated import restore as restore
     from fastbert.families.accelerated import verify as verify
     from fastbert.families.attention import register_attention as register_attention
+    from fastbert.families.quantization import quantize as quantize
     from fastbert.model.body import BertModel as BertModel
     from fastbert.model.body import EncoderModel as EncoderModel
     from fastbert.model.encoder import Encoder as Encoder
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from fastbert.model.heads import EncoderForReplacedTokens as EncoderForReplacedTokens
     from fastbert.model.heads import EncoderForSequenceClassification as EncoderForSequenceClassification
     from fastbert.model.heads import EncoderForTokenClassification as EncoderForTokenClassification
-    from fastbert.model.quantization import quantize as quantize
     from fastbert.ops.fastest import choose_products as choose_products
     from fastbert.ops.watch import weights_changed as weights_changed
     from fastbert.packing import Packing as Packing
@@ -101,7 +101,7 @@ _HOMES = {
     "graphed": "model.graphs",
     "load": "checkpoints.load",
     "paths_taken": "backend",
-    "quantize": "model.quantization",
+    "quantize": "families.quantization",
     "register_attention": "families.attention",
     "restore": "families.accelerated",
     "save": "checkpoints.load",

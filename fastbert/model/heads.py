@@ -21,12 +21,11 @@ from fastbert.model.body import EncoderModel, Inputs
 from fastbert.model.encoder import initialise
 from fastbert.model.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
-from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.layer_norm import layer_norm, norm_weights
 from fastbert.ops.linear import Linear, linear
 from fastbert.ops.linear_activation import activated
 from fastbert.ops.pooling import first_rows, first_tokens, pool
 from fastbert.packing import Packing
-from fastbert.run.parts import norm_weights
 from fastbert.transfer import send
 
 if TYPE_CHECKING:

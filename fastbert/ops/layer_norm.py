@@ -193,6 +193,13 @@ def _check(
         raise ArgumentError("unpack", given, f"as many tokens as x has rows, {len(x)}, on {x.device}")
 
 
+def norm_weights(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a plain LayerNorm; a bias of zeros where it has none."""
+    parameters: dict[str, Any] = norm._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    return weight, torch.zeros_like(weight, requires_grad=False) if bias is None else bias
+
+
 def in_float32(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     """Weight and bias of a LayerNorm in float32, and its eps, as the kernels of a CPU take them."""
     weight = norm.weight.detach().float().contiguous()

@@ -23,8 +23,8 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import load
 from fastbert.checkpoints.sentence import Recipe, read_recipe
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.families.quantization import in_int8
 from fastbert.model.body import EncoderModel
-from fastbert.model.quantization import in_int8
 from fastbert.model.sentence import SIMILARITIES, Embedder, Mode, Truncate
 from fastbert.packing import Packing
 from fastbert.tasks.loading import DTYPES, DTypeName, parameter_dtype, quantized
