@@ -19,7 +19,7 @@ from fastbert.packing import Packing
 from fastbert.tasks.loading import DTypeName, with_trained_head
 from fastbert.tasks.max_length import tokens_at_most
 from fastbert.tasks.results import not_finite, results
-from fastbert.text.checks import check_texts
+from fastbert.text.checks import items_of
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.words import DEFAULT, WordRule, parted_by_spaces
 from fastbert.training.metrics import TAGS, chunks, marked, odd_tag, plain_mark
@@ -176,9 +176,8 @@ def _entities(
 
 
 def _strings_or_words(texts: Iterable[str | Sequence[str]]) -> list[str | list[str]]:
-    check_texts(texts)
     found: list[str | list[str]] = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(items_of(texts)):
         if not isinstance(text, str | list | tuple):
             raise ArgumentError(f"texts[{i}]", f"a {type(text).__name__}", "a string, or a list of words")
         for j, word in enumerate(() if isinstance(text, str) else text):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,32 @@ Text = str | tuple[str, str]
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def items_of(texts: Iterable[Any]) -> Generator[Any, None, None]:
+    """What a list, an array, a column of a table or a generator holds, one after the other; Arrow's values as Python's.
+
+    Closing it closes a generator.
+
+    Raises:
+        ArgumentError: see `check_texts`.
+    """
+    check_texts(texts)
+    return _items_of(iter(texts))
+
+
+def _items_of(texts: Any) -> Generator[Any, None, None]:
+    try:
+        for item in texts:
+            yield item.as_py() if hasattr(item, "as_py") else item
+    finally:
+        if isinstance(texts, Generator):
+            texts.close()
+
+
 def check_texts(texts: object) -> None:
     """Raise ArgumentError for one text that is not in a list, for what can't be gone through, and for tables.
 
-    To go through a dict or a data frame gives the names of its columns, which would be embedded in place of the texts.
+    To go through a dict or a data frame gives the names of its columns, which would be embedded in place of the texts,
+    and a table of another library gives columns or rows.
     """
     if isinstance(texts, str | bytes):
         got = "a single string" if isinstance(texts, str) else "bytes"
@@ -29,6 +51,8 @@ def check_texts(texts: object) -> None:
         raise ArgumentError("texts", got, "a list of strings")
     if (axes := getattr(texts, "ndim", 1)) != 1:
         raise ArgumentError("texts", f"{got} of {axes} dimensions", "a list of strings", "Pass one column of it.")
+    if hasattr(texts, "columns") or hasattr(texts, "column_names"):  # polars, pyarrow, datasets
+        raise ArgumentError("texts", f"{got} of columns", "a list of strings", "Pass one column of it.")
 
 
 def checked_texts(texts: list[Any], pairs: bool) -> list[Any]:
@@ -48,7 +72,9 @@ def checked_texts(texts: list[Any], pairs: bool) -> list[Any]:
             raise ArgumentError(f"texts[{i}]", f"a {type(text).__name__}", expected)
         for string in strings:
             if not isinstance(string, str):
-                raise ArgumentError(f"texts[{i}]", f"a {type(string).__name__}", expected)
+                missing = string is None or string != string  # NaN stands for what is missing in a column
+                got = f"{string}, which is missing" if missing else f"a {type(string).__name__}"
+                raise ArgumentError(f"texts[{i}]", got, expected, "Fill it in, or leave it out." if missing else "")
         if not all(string.isascii() for string in strings):
             mended = [SURROGATE.subn("\ufffd", string) for string in strings]
             replaced += sum(count for _, count in mended)

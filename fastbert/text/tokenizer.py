@@ -20,7 +20,7 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.special_tokens import BERT_NAMES, library_errors
 from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_tokenizer
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.text.checks import SURROGATE, Text, check_texts, checked_texts
+from fastbert.text.checks import SURROGATE, Text, checked_texts, items_of
 from fastbert.text.cutting import neighbours, parts, windows
 from fastbert.text.tokens import SentenceTokens, Tokens, WordTokens
 
@@ -101,8 +101,7 @@ class Tokenizer:
             ArgumentError: an item is something else, or `max_length` leaves no room for a token.
             CheckpointError: the folder's rules fail at one of these texts, or lose a text of a pair.
         """
-        check_texts(texts)
-        texts = list(texts)
+        texts = list(items_of(texts))
         pairs = bool(texts) and not isinstance(texts[0], str)
         special = self._tokenizer.num_special_tokens_to_add(pairs)
         if max_length <= special:
