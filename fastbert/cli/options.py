@@ -20,7 +20,7 @@ InputAs = Annotated[
 Column = Annotated[
     list[str] | None,
     typer.Option(
-        "--column", help='Where a text is, by default in "text" or in the only column. For --pairs give it twice.'
+        "--column", help='The column or key of a text, by default "text" or the only one. Of two texts give it twice.'
     ),
 ]
 Pairs = Annotated[

@@ -419,11 +419,12 @@ class TextEncoder:
     def _embed(
         self, tokens: Tokens, embedder: Embedder, batch_tokens: int | None, description: str | None
     ) -> npt.NDArray[np.float32]:
-        def embeddings(out: Any, packing: Packing) -> Tensor:
+        def embeddings(ids: Tensor, types: Tensor | None, packing: Packing) -> Tensor:
+            out = self.model(ids, token_type_ids=types, packing=packing, output_pooled=False)
             return embedder(out.last_hidden_state, packing)
 
         width = embedder.width(self.model.config.hidden_size)
-        return text_results(self.model, tokens, embeddings, width, batch_tokens, description, output_pooled=False)
+        return text_results(self.model, tokens, embeddings, width, batch_tokens, description)
 
 
 @dataclass(frozen=True, eq=False)

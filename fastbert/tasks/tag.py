@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -141,7 +141,7 @@ class TextTagger:
         encoded = self.tokenizer.encode_words(sentences, max_length)
         shape = (len(encoded.tokens.ids), 2)
         doing = "tagging" if progress else None
-        order, best = results(self.model, encoded.tokens, _likeliest, shape, batch_tokens, doing)
+        order, best = results(self.model, encoded.tokens, self._likeliest, shape, batch_tokens, doing)
         tags = np.zeros(sum(map(len, sentences)), np.int64)
         scores = np.zeros(len(tags), np.float32)
         at = encoded.tokens.take(encoded.words, order)
@@ -157,11 +157,11 @@ class TextTagger:
             found.append(_entities(text, places, [labels[i] for i in tags[mine].tolist()], scores[mine]))
         return found
 
-
-def _likeliest(out: Any, packing: Packing) -> Tensor:
-    """`[tokens, 2]`: the probability of each token's likeliest tag, and its number."""
-    best, label = out.logits.float().softmax(1).max(1)
-    return torch.stack([best, label.float()], dim=1)
+    def _likeliest(self, ids: Tensor, types: Tensor | None, packing: Packing) -> Tensor:
+        """`[tokens, 2]`: the probability of each token's likeliest tag, and its number."""
+        out = self.model(ids, token_type_ids=types, packing=packing)
+        best, label = out.logits.float().softmax(1).max(1)
+        return torch.stack([best, label.float()], dim=1)
 
 
 def _entities(
