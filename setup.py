@@ -37,6 +37,7 @@ setup(
     packages=[
         "fastbert",
         "fastbert.checkpoints",
+        "fastbert.cli",
         "fastbert.cpu",
         "fastbert.families",
         "fastbert.model",

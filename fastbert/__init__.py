@@ -56,8 +56,13 @@ if TYPE_CHECKING:
     from fastbert.tasks.classify import classify as classify
     from fastbert.tasks.encode import TextEncoder as TextEncoder
     from fastbert.tasks.encode import encode as encode
+    from fastbert.tasks.fill_mask import MaskFiller as MaskFiller
+    from fastbert.tasks.fill_mask import fill_mask as fill_mask
     from fastbert.tasks.score import TextScorer as TextScorer
+    from fastbert.tasks.score import rerank as rerank
     from fastbert.tasks.score import score as score
+    from fastbert.tasks.similar import TextIndex as TextIndex
+    from fastbert.tasks.similar import similar as similar
     from fastbert.tasks.tag import TextTagger as TextTagger
     from fastbert.tasks.tag import tag as tag
 
@@ -89,23 +94,28 @@ _HOMES = {
     "EncoderModel": "model.body",
     "FastbertError": "errors",
     "HeadConfig": "config",
+    "MaskFiller": "tasks.fill_mask",
     "Packing": "packing",
     "TextClassifier": "tasks.classify",
     "TextEncoder": "tasks.encode",
+    "TextIndex": "tasks.similar",
     "TextScorer": "tasks.score",
     "TextTagger": "tasks.tag",
     "accelerate": "families.accelerated",
     "choose_products": "ops.fastest",
     "classify": "tasks.classify",
     "encode": "tasks.encode",
+    "fill_mask": "tasks.fill_mask",
     "graphed": "model.graphs",
     "load": "checkpoints.load",
     "paths_taken": "backend",
     "quantize": "families.quantization",
     "register_attention": "families.attention",
+    "rerank": "tasks.score",
     "restore": "families.accelerated",
     "save": "checkpoints.load",
     "score": "tasks.score",
+    "similar": "tasks.similar",
     "tag": "tasks.tag",
     "use_backend": "backend",
     "verify": "families.accelerated",

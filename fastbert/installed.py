@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+from typing import Any
 
 from fastbert.errors import MissingError
 
@@ -22,3 +24,25 @@ def missing(module: str, package: str, extra: str, error: ImportError) -> Missin
     """The error for a module of ours that is made of another project's package, which one of our extras installs."""
     mend = f"Run: pip install {package} (it is what the extra `{extra}` of {DISTRIBUTION} brings)."
     return MissingError(module, error, f"{package} to be installed", mend)
+
+
+def optional(module: str, extra: str, purpose: str, package: str | None = None) -> Any:
+    """A module of a library that need not be installed.
+
+    Args:
+        module: its name, as `import` takes it.
+        extra: of ours, the one that brings the library.
+        purpose: what it is needed for, as "to read Parquet".
+        package: what pip calls it; by default as the module.
+
+    Raises:
+        MissingError: it is not installed.
+    """
+    library = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != library:
+            raise
+        mend = f"Run: pip install {package or library} (it is what the extra `{extra}` of {DISTRIBUTION} brings)."
+        raise MissingError(library, "a library that is not installed", f"it, {purpose}", mend) from error

@@ -27,7 +27,7 @@ FLOORS: list[list[str]] = [
     ["training", "training.*"],
     ["tasks", "tasks.*"],
     ["langchain", "llama_index", "sklearn"],
-    ["__init__", "__main__", "cli", "piping"],
+    ["__init__", "__main__", "cli", "cli.*"],
 ]
 
 

@@ -7,7 +7,7 @@ logits and counts in no loss, whatever its labels say (Hugging Face computes val
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -231,6 +231,21 @@ class EncoderForMaskedLM(LabelledModel):
         rows, labels = _labelled(labels, inputs, word)
         x, hidden_states = self._states_at(inputs, rows, output_hidden_states)
         return HeadOutput(self.predictions.loss(x, word, labels), None, hidden_states)
+
+    def logits_at(
+        self, rows: Tensor, input_ids: Tensor, token_type_ids: Tensor | None, packing: Packing, *, at_once: int
+    ) -> Iterator[Tensor]:
+        """The logits of these rows of packed ids, `[at most at_once, vocab]` each time, and of no others.
+
+        Args:
+            rows: int64 `[n]`.
+            input_ids, token_type_ids, packing: as `forward`.
+            at_once: how many rows.
+        """
+        inputs = self.bert.read(input_ids, None, token_type_ids, None, None, packing)
+        x, _ = self._states_at(inputs, rows, False)
+        for part in x.split(at_once):
+            yield self.predictions.logits(part, self.bert.embeddings.word.weight)
 
 
 class EncoderForPreTraining(HeadModel):
