@@ -1,6 +1,7 @@
 """Pages of the site that lie outside of docs/, and the links that lead to them.
 
-Links on our pages are those of the repository, so that they work where it is browsed. mkdocs knows only what is in docs/.
+Links on our pages are those of the repository, so that they work where it is browsed. mkdocs knows only what is in
+docs/.
 """
 
 from __future__ import annotations

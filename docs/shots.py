@@ -47,9 +47,7 @@ def look(page: Page, address: str, name: str) -> list[str]:
         if needed > pixels:
             wrong.append(f"{needed} pixels wide in a window of {pixels}")
         shot = SHOTS / f"{name.removesuffix('.html').replace('/', '-')}-{width}.png"
-        page.screenshot(
-            path=shot, full_page=True, clip={"x": 0, "y": 0, "width": pixels, "height": min(tall, TALLEST)}
-        )
+        page.screenshot(path=shot, full_page=True, clip={"x": 0, "y": 0, "width": pixels, "height": min(tall, TALLEST)})
     return wrong
 
 
@@ -64,7 +62,7 @@ def main() -> int:
         found = next(filter(None, map(shutil.which, BROWSERS)), None)
         browser = playwright.chromium.launch(executable_path=found)
         for name in names:
-            page = browser.new_page()
+            page = browser.new_page(reduced_motion="reduce")
             for problem in look(page, f"http://127.0.0.1:{server.server_port}", name):
                 print(f"{name}: {problem}")
                 status = 1

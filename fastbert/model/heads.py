@@ -485,8 +485,8 @@ class EncoderForMultipleChoice(HeadModel):
         """Logits `[batch, choices]`.
 
         Args:
-            input_ids: `[batch, choices, seqlen]`; or packed, one sequence a choice, all choices of one question after each
-                other, together with `packing` and `num_choices`.
+            input_ids: `[batch, choices, seqlen]`; or packed, one sequence a choice, all choices of one question after
+                each other, together with `packing` and `num_choices`.
             attention_mask: `[batch, choices, seqlen]`; None for packed ids.
             token_type_ids: as `input_ids`.
             position_ids: as `input_ids`.
