@@ -18,7 +18,7 @@ INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
 MINUTES ?= 20
 
-.PHONY: demo test test-long test-as-gpu test-transformers check fuzz static bench gate gpu report clean
+.PHONY: demo test test-long test-as-gpu test-transformers check docs docs-shot fuzz static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
@@ -61,6 +61,14 @@ check: $(INSTALLED)
 	cp -R kernels build/typed/fastbert
 	.venv/bin/mypy
 
+# The site, into build/site; a warning ends it. The variable turns off a notice of mkdocs-material's about its successor.
+docs: $(INSTALLED)-docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
+
+# Pictures of its pages by Chromium (Debian's package chromium, say), into build/shots, to be looked at.
+docs-shot: docs
+	.venv/bin/python docs/shots.py
+
 # Compile every launch choice for every GPU we know, without one.
 static: $(INSTALLED)
 	.venv/bin/pytest -m static
@@ -99,4 +107,8 @@ $(INSTALLED): pyproject.toml setup.py Makefile
 # torch is named again, so that no rival changes it.
 $(INSTALLED)-rivals: $(INSTALLED)
 	.venv/bin/python -m pip install --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[dev,bench]'
+	touch '$@'
+
+$(INSTALLED)-docs: $(INSTALLED)
+	.venv/bin/python -m pip install --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[dev,docs]'
 	touch '$@'
