@@ -315,16 +315,17 @@ def latencies(request: pytest.FixtureRequest, say: Callable[[str], None]) -> dic
     found: dict[str, Standing] = {}
     seconds: dict[str, list[float]] = {}
     commands = {name: [sys.executable, __file__, name] for name in LATENCY_PROVIDERS}
+    say(f"{LATENCY_CASE}, each in a process:")
     with answering(commands) as processes:
         for name, process in processes.items():
             found[name] = Standing(**answer(process))
-            say(f"{name}, 16 tokens: {found[name].reason or 'right'}")
+            say(f"  {name}: {found[name].reason or 'right'}")
         ready = {name: process for name, process in processes.items() if not found[name].reason}
         for _ in range(0 if request.config.getoption("benchmark_disable") else LATENCY_ROUNDS):
             for name, process in ready.items():
                 time.sleep(PAUSE)
                 seconds.setdefault(name, []).append(ask(process))
-                say(f"  {name}, 16 tokens: {1000 * seconds[name][-1]:.3f} ms")
+                say(f"  {name}: {1000 * seconds[name][-1]:.3f} ms")
     contender = Contender(lambda: None, lambda nothing: nothing, LATENCY_WORK.tokens)
     costs = model_costs(LATENCY_WORK, torch.float32, words=LATENCY_WORK.tokens, backward=False)
     for name, times in seconds.items():

@@ -469,13 +469,13 @@ def test_each_check_is_said_at_once(quick: list[str]) -> None:
     lines: list[str] = []
 
     def last(case: Case, of: Operands) -> Contender:
-        assert len(lines) == 3
+        assert len(lines) == 4
         return right(case, of)
 
     contest.hold(make(fastbert=right, rival=absent, other=wrong, last=last), CASE, say=lines.append)
-    assert lines[0].startswith("fastbert: right; made and checked in ")
-    assert lines[1] == "rival: it is not installed"
-    assert lines[2].startswith("other, bias_gelu forward+backward") and "refusing to time a wrong result" in lines[2]
+    assert lines[0] == f"{CASE}:" and lines[1].startswith("  fastbert: right; made and checked in ")
+    assert lines[2] == "  rival: it is not installed"
+    assert lines[3].startswith("  other, bias_gelu forward+backward") and "refusing to time a wrong result" in lines[3]
 
 
 def test_other_turns_may_be_given(quick: list[str]) -> None:
