@@ -38,6 +38,7 @@ from fastbert.text.tokens import Tokens
 MAX_LENGTH = 256
 BATCH = 32
 MANY = 1000  # texts
+CHECKED = 100  # of them are held to float64; they are in no order
 LEAST_RATIO = 1.3  # of the speed of transformers, with so many
 INT8_COSINE = 0.985  # the least of ours in int8, by the accuracy that the project asks of it
 COSINE = {"fp32": 0.999999, "bf16": 0.9995}  # the least of any text's embedding with the exact one
@@ -79,8 +80,8 @@ def operands(case: Case) -> Corpus:
 
 
 def exact(case: Case, of: Corpus) -> dict[str, Tensor]:
-    ids, _ = of.tokens.packed(range(len(of.texts)))
-    packing = Packing.from_lengths(case.workload.lengths, device=case.device)
+    ids, _ = of.tokens.packed(range(len(of.texts[:CHECKED])))
+    packing = Packing.from_lengths(case.workload.lengths[:CHECKED], device=case.device)
     model = load(of.folder, dtype=torch.float64, device=case.device)
     with torch.inference_mode(), use_backend("torch"):
         hidden = in_torch(model, ids.to(case.device), packing)
@@ -102,7 +103,13 @@ def embedding(case: Case, of: Corpus, encode: Any, padded_tokens: int) -> Conten
     def results(rows: Any) -> dict[str, Tensor]:
         return {"out": torch.from_numpy(rows)}
 
-    return Contender(lambda: encode(of.texts), results, padded_tokens, least_cosine=COSINE[case.dtype])
+    return Contender(
+        lambda: encode(of.texts),
+        results,
+        padded_tokens,
+        least_cosine=COSINE[case.dtype],
+        trial=lambda: encode(of.texts[:CHECKED]),
+    )
 
 
 def fastbert(case: Case, of: Corpus) -> Contender:
@@ -148,20 +155,43 @@ def transformers(case: Case, of: Corpus) -> Contender:
 
 
 def sentence_transformers(case: Case, of: Corpus) -> Contender:
+    return by_sentence_transformers(case, of, "torch", {"dtype": case.torch_dtype})
+
+
+def sentence_transformers_onnx(case: Case, of: Corpus) -> Contender:
+    runtimes.on_cpu_forward(case, "fp32")
+    onnxruntime: Any = installed("onnxruntime")
+    installed("optimum.onnxruntime.modeling")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    settings = {"provider": "CPUExecutionProvider", "session_options": options, "export": True}
+    return by_sentence_transformers(case, of, "onnx", settings)
+
+
+def sentence_transformers_openvino(case: Case, of: Corpus) -> Contender:
+    runtimes.on_cpu_forward(case, "fp32", "bf16")
+    installed("optimum.intel.openvino.modeling")
+    settings = {"ov_config": runtimes.openvino_options(case.torch_dtype), "export": True}
+    return by_sentence_transformers(case, of, "openvino", settings)
+
+
+def by_sentence_transformers(case: Case, of: Corpus, backend: str, settings: dict[str, Any]) -> Contender:
     kind: Any = installed("sentence_transformers").SentenceTransformer
-    model = kind(str(of.folder), device=str(case.device), model_kwargs={"dtype": case.torch_dtype})
+    with runtimes.quietly():
+        model = kind(str(of.folder), device=str(case.device), backend=backend, model_kwargs=settings)
     model.max_seq_length = MAX_LENGTH
 
     def encode(texts: list[str]) -> Any:
-        return (
-            model.encode(texts, batch_size=BATCH, normalize_embeddings=True, convert_to_tensor=True)
-            .float()
-            .cpu()
-            .numpy()
-        )
+        made = model.encode(texts, batch_size=BATCH, normalize_embeddings=True, convert_to_tensor=True)
+        return made.float().cpu().numpy()
 
-    contender = by_length(case, of, lambda ids, mask: None)  # for its padding, which is the same
-    return replace(contender, run=lambda: encode(of.texts))
+    padded_tokens = by_length(case, of, lambda ids, mask: None).padded_tokens  # it sorts by length too
+    return embedding(case, of, encode, padded_tokens)
+
+
+def torchao_int8(case: Case, of: Corpus) -> Contender:
+    runtimes.on_cpu_forward(case, "fp32")
+    return runtimes.in_int8(by_length(case, of, runtimes.torchao_model(of.folder)))
 
 
 PROVIDERS = {
@@ -169,10 +199,21 @@ PROVIDERS = {
     "fastbert int8": fastbert_int8,
     "transformers": transformers,
     "sentence-transformers": sentence_transformers,
+    "sentence-transformers onnx": sentence_transformers_onnx,
+    "sentence-transformers OpenVINO": sentence_transformers_openvino,
+    "TorchAO int8": torchao_int8,
     **runtimes.providers(by_length),
 }
 CONTEST = Contest(PROVIDERS, operands, plain, exact, costs)
-HEAVY = {"sentence-transformers", "onnxruntime int8", "CTranslate2"}  # under --full
+# Under --full.
+HEAVY = {
+    "sentence-transformers",
+    "sentence-transformers onnx",
+    "sentence-transformers OpenVINO",
+    "TorchAO int8",
+    "onnxruntime int8",
+    "CTranslate2",
+}
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +102,45 @@ def busy_seconds(run: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         run()
     return (time.process_time() - begin) / calls
+
+
+@contextmanager
+def answering(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Processes of these commands, by name, until the end. Who is not asked waits, so they can take turns."""
+    processes: dict[str, subprocess.Popen[str]] = {}
+    try:
+        for name, command in commands.items():
+            processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        yield processes
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.communicate()
+
+
+def answer(process: subprocess.Popen[str]) -> Any:
+    """The next line of JSON on its stdout.
+
+    Raises:
+        RuntimeError: it has ended.
+    """
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"it ended without an answer, and said why on stderr: {process.args}")
+    return json.loads(line)
+
+
+def ask(process: subprocess.Popen[str]) -> Any:
+    """What it answers to an empty line on its stdin.
+
+    Raises:
+        RuntimeError: it has ended.
+    """
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return answer(process)
 
 
 class DeviceTimer:

@@ -23,11 +23,14 @@ def installed(module: str) -> ModuleType:
     """Import it.
 
     Raises:
-        UnservedError: it is not installed.
+        UnservedError: it is not installed, or not beside the versions of what it needs that are here.
     """
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise UnservedError(f"{module.partition('.')[0]} is not installed")
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnservedError(f"{module} can't be imported: {error}") from error
 
 
 def on_gpu(case: Case) -> None:
@@ -36,8 +39,8 @@ def on_gpu(case: Case) -> None:
         raise UnservedError("it needs a GPU")
 
 
-def compiled(function: F) -> F:
-    """`torch.compile(function)` for one set of shapes.
+def compiled(function: F, *, dynamic: bool = False) -> F:
+    """`torch.compile(function)` for one set of shapes, or for any of them.
 
     Raises:
         UnservedError: there is no C++ compiler, which its CPU code needs.
@@ -45,7 +48,7 @@ def compiled(function: F) -> F:
     if not torch.cuda.is_available() and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         raise UnservedError("torch.compile needs a C++ compiler, and there is none on PATH")
     torch.compiler.reset()  # what it compiled for other cases counts against its limit of recompilations
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=dynamic)
 
 
 def fresh(packing: Packing) -> Packing:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from contest import Case, Contender, Provider, UnservedError
-from providers import installed
+from providers import compiled, installed
 from torch import Tensor, nn
 from workloads import MODELS, POSITIONS, VOCABULARY
 
@@ -176,17 +176,22 @@ def openvino_model(folder: Path, dtype: torch.dtype) -> Run:
     """
     openvino: Any = installed("openvino")
     core = openvino.Core()
-    options = {
-        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",  # all threads work on one batch
-    }
-    request = core.compile_model(core.read_model(_exported(folder)), "CPU", options).create_infer_request()
+    compiled_model = core.compile_model(core.read_model(_exported(folder)), "CPU", openvino_options(dtype))
+    request = compiled_model.create_infer_request()
 
     def run(ids: Tensor, mask: Tensor) -> Any:
         return request.infer([ids.numpy(), mask.numpy()], share_inputs=True, share_outputs=True)[0]
 
     return run
+
+
+def openvino_options(dtype: torch.dtype) -> dict[str, Any]:
+    """What OpenVINO is told: what to compute in, for it would take bfloat16 by itself, and on how many threads."""
+    return {
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",  # all threads work on one batch
+    }
 
 
 def ctranslate2_model(folder: Path) -> Run:
@@ -206,6 +211,23 @@ def ctranslate2_model(folder: Path) -> Run:
         return encoder.forward_batch(view(ids.int().numpy()), view(lengths)).last_hidden_state
 
     return run
+
+
+def torchao_model(folder: Path) -> Run:
+    """transformers' model by torch.compile, whose linear layers TorchAO has quantized: int8 weights, and activations
+    rounded to int8 row by row before each product.
+
+    Raises:
+        UnservedError: TorchAO or transformers is not installed, or there is no C++ compiler.
+    """
+    with quietly():  # it tells of kernels for GPUs that it can't load
+        quantization: Any = installed("torchao.quantization")
+        utilities: Any = installed("torchao.utils")
+    model = transformers_model(folder, torch.float32, torch.device("cpu"))
+    reduced = utilities.should_reduce_range(torch.device("cpu"))  # without VNNI sums of the whole range overflow
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig(reduce_range=reduced))
+    run = compiled(model, dynamic=True)
+    return lambda ids, mask: run(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 @cache
@@ -260,8 +282,7 @@ def providers(contend: Callable[[Case, Any, Run], Contender]) -> dict[str, Provi
 
     def onnxruntime_int8(case: Case, of: Any) -> Contender:
         on_cpu_forward(case, "fp32")
-        contender = contend(case, of, onnxruntime_model(of.folder, int8=True))
-        return replace(contender, dtype="int8", least_cosine=INT8_COSINE)
+        return in_int8(contend(case, of, onnxruntime_model(of.folder, int8=True)))
 
     def openvino(case: Case, of: Any) -> Contender:
         on_cpu_forward(case, "fp32", "bf16")
@@ -278,6 +299,11 @@ def providers(contend: Callable[[Case, Any, Run], Contender]) -> dict[str, Provi
         "OpenVINO": openvino,
         "CTranslate2": ctranslate2,
     }
+
+
+def in_int8(contender: Contender) -> Contender:
+    """A contender that computes in int8, and is held to no more than that."""
+    return replace(contender, dtype="int8", least_cosine=INT8_COSINE)
 
 
 def on_cpu_forward(case: Case, *dtypes: str) -> None:
