@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from fastbert.ops.fastest import choose_products as choose_products
     from fastbert.ops.watch import weights_changed as weights_changed
     from fastbert.packing import Packing as Packing
+    from fastbert.rivals.bench import bench as bench
     from fastbert.tasks.classify import TextClassifier as TextClassifier
     from fastbert.tasks.classify import classify as classify
     from fastbert.tasks.encode import TextEncoder as TextEncoder
@@ -102,6 +103,7 @@ _HOMES = {
     "TextScorer": "tasks.score",
     "TextTagger": "tasks.tag",
     "accelerate": "families.accelerated",
+    "bench": "rivals.bench",
     "choose_products": "ops.fastest",
     "classify": "tasks.classify",
     "encode": "tasks.encode",

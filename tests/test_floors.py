@@ -26,7 +26,7 @@ FLOORS: list[list[str]] = [
     ["text", "text.*"],
     ["training", "training.*"],
     ["tasks", "tasks.*"],
-    ["langchain", "llama_index", "sklearn"],
+    ["langchain", "llama_index", "sklearn", "rivals", "rivals.*"],
     ["__init__", "__main__", "cli", "cli.*"],
 ]
 
