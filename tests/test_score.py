@@ -144,7 +144,7 @@ DOCUMENTS = ["was fine", "dull plot , with a very lovely scene", "music", "the a
 
 
 def test_rerank_orders_by_the_scores(tmp_path: Path) -> None:
-    folder = with_head(tmp_path, 1)
+    folder = tiny_bert.with_head(tmp_path, 1)
     scorer = fastbert.TextScorer.from_folder(folder, device="cpu")
     scores = scorer.score([("the film", document) for document in DOCUMENTS])
     found = scorer.rerank("the film", (document for document in DOCUMENTS))
@@ -159,7 +159,7 @@ def test_rerank_orders_by_the_scores(tmp_path: Path) -> None:
 
 def test_rerank_is_that_of_sentence_transformers(tmp_path: Path) -> None:
     theirs = pytest.importorskip("sentence_transformers", reason="compares with sentence-transformers")
-    model = theirs.CrossEncoder(str(with_head(tmp_path, 1)), device="cpu")
+    model = theirs.CrossEncoder(str(tiny_bert.with_head(tmp_path, 1)), device="cpu")
     model.save(str(tmp_path / "saved"))
     expected = model.rank("the film", DOCUMENTS[:4], return_documents=True)
     found = fastbert.rerank("the film", DOCUMENTS[:4], tmp_path / "saved")
@@ -178,6 +178,6 @@ def test_rerank_is_that_of_sentence_transformers(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_of_rerank(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
-    scorer = fastbert.TextScorer.from_folder(with_head(tmp_path, 1))
+    scorer = fastbert.TextScorer.from_folder(tiny_bert.with_head(tmp_path, 1))
     with pytest.raises(ArgumentError, match=message):
         scorer.rerank(**{"query": "a", "documents": ["b"], **arguments})
