@@ -23,7 +23,6 @@ import contest
 import environment
 import gpu as gpu_suite
 import measure
-import providers
 import pytest
 import roofline
 import torch
@@ -449,15 +448,6 @@ def test_costs_that_nobody_counted_give_no_ceiling(quick: list[str]) -> None:
     facts = contest.hold(uncounted, CASE)["fastbert"].facts
     assert facts is not None and facts["median_ms"] == 2.0
     assert [facts[name] for name in ("floor_ms", "bound", "percent_of_ceiling")] == [None] * 3
-
-
-def test_a_rival_that_can_t_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rival_of_old.py").write_text("from os import no_such_thing")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UnservedError, match=r"rival_of_old can't be imported: cannot import name 'no_such_thing'"):
-        providers.installed("rival_of_old")
-    with pytest.raises(UnservedError, match="no_such_rival is not installed"):
-        providers.installed("no_such_rival.part")
 
 
 def row(provider: str, median_ms: float, **changes: str) -> dict[str, Any]:
