@@ -28,7 +28,7 @@ from fastbert.ops.cross_entropy import IGNORED
 from fastbert.training import Settings, train
 from fastbert.training.objectives import OBJECTIVES, Batch
 from fastbert.training.optimizer import adamw, learning_rate
-from fastbert.training.records import read_records
+from fastbert.text.records import read_records
 from fastbert.training.sampler import Sampler
 
 HELD_OUT = 1000
