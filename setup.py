@@ -14,6 +14,7 @@ setup(
         "fastbert.families",
         "fastbert.model",
         "fastbert.ops",
+        "fastbert.ray",
         "fastbert.run",
         "fastbert.tasks",
         "fastbert.text",

@@ -26,6 +26,7 @@ FLOORS: list[list[str]] = [
     ["text", "text.*"],
     ["training", "training.*"],
     ["tasks", "tasks.*"],
+    ["ray", "ray.*"],
     ["__init__", "__main__", "cli", "cli.*"],
 ]
 

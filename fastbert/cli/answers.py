@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from fastbert.cli.options import BatchTokens, DType, Input, MaxLength, Output
+from fastbert.cli.corpora import check_no_cluster, on_cluster
+from fastbert.cli.options import BatchTokens, Column, DType, Input, Keep, MaxLength, Output, Ray, Workers
 from fastbert.cli.piping import Lines, check_ending, check_output, end_on_signals, results
 from fastbert.errors import ArgumentError
 
@@ -25,8 +26,25 @@ def classify(
     dtype: DType = None,
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
+    ray: Ray = False,
+    column: Column = None,
+    keep: Keep = None,
+    file_format: Annotated[
+        Literal["parquet", "jsonl", "csv"] | None,
+        typer.Option("--format", help="With --ray: what to write, by default what the input is."),
+    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Label texts, one a line; JSON lines with text, label and the probability of every label."""
+    if ray:
+        from fastbert.ray import classify as run
+
+        where = {"column": column, "keep": keep, "format": file_format, "workers": workers}
+        on_cluster(
+            run, input, output, model=model, dtype=dtype, max_length=max_length, batch_tokens=batch_tokens, **where
+        )
+        return
+    check_no_cluster(column=column, keep=keep, format=file_format, workers=workers)
     from fastbert.tasks.classify import TextClassifier
 
     def records(classifier: TextClassifier, texts: list[str]) -> _Records:

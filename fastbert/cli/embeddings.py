@@ -7,11 +7,12 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastbert.cli.options import BatchTokens, DType, Input, MaxLength
+from fastbert.cli.corpora import check_no_cluster, on_cluster
+from fastbert.cli.options import BatchTokens, Column, DType, Input, Keep, MaxLength, Ray, Workers
 from fastbert.cli.piping import Lines, check_ending, check_output, end_on_signals, results
 from fastbert.errors import ArgumentError
 
@@ -28,8 +29,12 @@ def encode(
     input: Input = Path("-"),
     output: Annotated[Path | None, typer.Option(help="Write here instead of JSON lines on stdout.")] = None,
     file_format: Annotated[
-        Literal["npy", "jsonl"] | None,
-        typer.Option("--format", help="npy: float32 [lines, hidden]. By default the ending of --output tells."),
+        Literal["npy", "jsonl", "parquet", "csv"] | None,
+        typer.Option(
+            "--format",
+            help="npy: float32 [lines, hidden]. By default the ending of --output tells. With --ray parquet, jsonl or "
+            "csv, by default what the input is.",
+        ),
     ] = None,
     pooling: Annotated[
         Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None,
@@ -51,11 +56,33 @@ def encode(
     dtype: DType = None,
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
+    ray: Ray = False,
+    column: Column = None,
+    keep: Keep = None,
+    workers: Workers = None,
 ) -> None:
     """Embed texts, one a line: row i of the result is line i of the input.
 
     Lines end with \\n or \\r\\n. Empty lines are empty texts.
     """
+    how: dict[str, Any] = {
+        "pooling": pooling,
+        "normalize": normalize,
+        "max_length": max_length,
+        "prompt": prompt,
+        "prompt_name": prompt_name,
+        "truncate_dim": truncate_dim,
+        "batch_tokens": batch_tokens,
+    }
+    if ray:
+        from fastbert.ray import encode as run
+
+        where = {"column": column, "keep": keep, "format": file_format, "workers": workers}
+        on_cluster(run, input, output, model=model, dtype=dtype, **where, **how)
+        return
+    check_no_cluster(column=column, keep=keep, workers=workers)
+    if file_format in ("parquet", "csv"):
+        raise ArgumentError("--format", file_format, "npy or jsonl", "Parquet and CSV are for --ray.")
     output = check_output(output)
     if file_format is None:
         file_format = "npy" if output is not None and output.suffix.lower() == ".npy" else "jsonl"
@@ -80,17 +107,7 @@ def encode(
                     taken.append(part)
                 yield part
 
-        arrays = encoder.encode_parts(
-            parts(),
-            pooling=pooling,
-            normalize=normalize,
-            max_length=max_length,
-            prompt=prompt,
-            prompt_name=prompt_name,
-            truncate_dim=truncate_dim,
-            batch_tokens=batch_tokens,
-            progress=sys.stderr.isatty(),
-        )
+        arrays = encoder.encode_parts(parts(), **how, progress=sys.stderr.isatty())
         encoded = ((taken.popleft(), array) for array in arrays)
         if file_format == "npy":
             _write_npy(file, encoder.width(pooling, truncate_dim), encoded)
@@ -116,9 +133,9 @@ def _write_npy(file: IO[bytes], hidden: int, parts: _Parts) -> None:
 
 
 def _write_jsonl(file: IO[bytes], parts: _Parts) -> None:
+    from fastbert.tasks.results import json_list
+
     for texts, embeddings in parts:
         for text, embedding in zip(texts, embeddings, strict=True):
-            # 9 digits give a float32 back exactly
-            numbers = ", ".join([f"{number:.9g}" for number in embedding.tolist()])
-            file.write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n'.encode())
+            file.write(f'{{"text": {json.dumps(text)}, "embedding": {json_list(embedding.tolist())}}}\n'.encode())
         file.flush()

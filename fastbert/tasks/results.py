@@ -103,6 +103,11 @@ def results(
     return order, gathered.cpu().numpy()
 
 
+def json_list(numbers: list[float]) -> str:
+    """Numbers of float32 as a list in JSON: 9 digits give each back exactly."""
+    return f"[{', '.join([f'{number:.9g}' for number in numbers])}]"
+
+
 def not_finite(text: int, model: EncoderModel | HeadModel) -> BackendError:
     """The error of a text, by its number, whose result is NaN or infinite."""
     dtype = next(model.parameters()).dtype

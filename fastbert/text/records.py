@@ -29,6 +29,8 @@ MARKS = {
 OBJECTS = "a JSON object a line, or an array of objects"
 NUL_SHARE = 0.2  # of the first bytes: text in UTF-16 has a NUL beside each Latin letter
 
+_Numbered = Iterator[tuple[int, dict[str, str | None]]]
+
 
 def ending(path: Path) -> str:
     """What a file's name ends with, in lower case; the one before it where that is .gz."""
@@ -69,13 +71,13 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = io.StringIO(_content(path), newline="")
-    for number, row in table_rows(path, lines, delimiter):
+    _, rows = table(path, io.StringIO(_content(path), newline=""), delimiter)
+    for number, row in rows:
         yield f"{path}, line {number}", row
 
 
-def table_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """`(number, row)` of the lines of a table with a header: the number is that of the row's last line.
+def table(path: Path, lines: Iterable[str], delimiter: str) -> tuple[list[str], _Numbered]:
+    """The names of the columns, and `(number, row)` of each row: the number is that of its last line.
 
     A row that is shorter than the header has None at its end.
 
@@ -83,23 +85,31 @@ def table_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tup
         path: for errors.
 
     Raises:
-        ArgumentError: they are damaged, two columns have one name, or a row is longer than the header.
+        ArgumentError: the lines are damaged, two columns have one name, or, when it is read, a row is longer than the
+            header.
     """
     csv.field_size_limit(CSV_FIELD_CHARACTERS)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    read = 1
+    header = [name.strip() for name in _next(path, rows) or []]
+    for name, count in Counter(header).items():
+        if name and count > 1:
+            raise ArgumentError(f"{path}, line 1", f"two columns {name!r}", "columns of different names")
+    return header, _rows(path, header, rows)
+
+
+def _rows(path: Path, header: list[str], rows: Any) -> _Numbered:
+    while (row := _next(path, rows)) is not None:
+        if len(row) > len(header):
+            place, got = f"{path}, line {rows.line_num}", f"{len(row)} fields"
+            raise ArgumentError(place, got, f"{len(header)}, as the header has", "Put texts with commas in quotes.")
+        if row:
+            yield rows.line_num, dict(zip(header, [*row, *[None] * (len(header) - len(row))], strict=True))
+
+
+def _next(path: Path, rows: Any) -> list[str] | None:
+    read = rows.line_num
     try:
-        header = [name.strip() for name in next(rows, [])]
-        for name, count in Counter(header).items():
-            if name and count > 1:
-                raise ArgumentError(f"{path}, line 1", f"two columns {name!r}", "columns of different names")
-        for row in rows:
-            read = rows.line_num
-            if len(row) > len(header):
-                place, got = f"{path}, line {read}", f"{len(row)} fields"
-                raise ArgumentError(place, got, f"{len(header)}, as the header has", "Put texts with commas in quotes.")
-            if row:
-                yield read, dict(zip(header, [*row, *[None] * (len(header) - len(row))], strict=True))
+        return next(rows, None)
     except csv.Error as error:
         place = f"{path}, after line {read}"
         raise ArgumentError(place, str(error), f"a {ending(path)} file with a header") from error
