@@ -31,7 +31,10 @@ def on_cluster(task: Callable[..., Written], input: Path, output: Path | None, *
     """
     if output is None:
         raise ArgumentError("--output", "nothing", "a folder to write to", "Add --output FOLDER.")
-    end_on_signals()
+    from fastbert.ray.run import connect
+
+    connect()
+    end_on_signals()  # only now: Ray has handlers of its own, which abort
     said = {name: value for name, value in options.items() if value is not None}
     written = task(input, output=output, progress=sys.stderr.isatty(), **said)
     print(json.dumps(asdict(written)))

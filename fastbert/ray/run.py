@@ -153,7 +153,7 @@ def _run(task: Task, names: Sequence[str], options: dict[str, Any], ordered: _Or
     from fastbert.checkpoints.files import checkpoint_folder
     from fastbert.tasks.loading import default_dtype
 
-    ray = _ray()
+    _ray()
     for argument, number in (("workers", ordered.workers), ("shard_bytes", ordered.shard_bytes)):
         if number is not None:
             check_whole(argument, number)
@@ -170,7 +170,7 @@ def _run(task: Task, names: Sequence[str], options: dict[str, Any], ordered: _Or
     out = Path(ordered.output).absolute()
     _check_out(out, given)
     shards = shards_of(root, files, ordered.shard_bytes)
-    workers, cpus, gpus = shares(_machines(ray), ordered.workers)
+    workers, cpus, gpus = shares(_machines(), ordered.workers)
     device = "cuda" if gpus else "cpu"
     job = Job(
         task=task,
@@ -196,7 +196,7 @@ def _run(task: Task, names: Sequence[str], options: dict[str, Any], ordered: _Or
         before = len(manifest.done)
         todo = [shard for shard in shards if shard.output not in manifest.done]
         if todo:
-            _write(ray.data, todo, job, min(workers, len(todo)), gpus, manifest, ordered.progress)
+            _write(todo, job, min(workers, len(todo)), gpus, manifest, ordered.progress)
             _check_seen(out, form, [manifest.done[shard.output] for shard in todo])
     _warn(out / MANIFEST, [manifest.done[shard.output] for shard in todo])
     return Written(sum(record["rows"] for record in manifest.done.values()), len(shards), before)
@@ -258,11 +258,21 @@ def _ray() -> Any:
     return ray
 
 
-def _machines(ray: Any) -> list[tuple[int, int]]:
-    """Of each machine of the cluster its cores and GPUs."""
+def connect() -> None:
+    """Join a cluster, as Ray finds it, or start one on this machine, unless that was done before.
+
+    Raises:
+        BackendError: Ray is not installed.
+    """
+    ray = _ray()
     if not ray.is_initialized():
         ray.init()
-    sizes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _machines() -> list[tuple[int, int]]:
+    """Of each machine of the cluster its cores and GPUs."""
+    connect()
+    sizes = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
     return [(int(size.get("CPU", 0)), int(size.get("GPU", 0))) for size in sizes]
 
 
@@ -288,6 +298,8 @@ def shares(machines: Sequence[tuple[int, int]], workers: int | None) -> tuple[in
 
 def _write(shards: Sequence[Shard], job: Job, workers: int, gpus: int, manifest: Manifest, progress: bool) -> None:
     """Have Ray's workers write the shards, and note each in the manifest."""
+    from ray import data
+
     written = data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards)).map(
         Worker,
         fn_constructor_args=(job,),
