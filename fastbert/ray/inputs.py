@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import socket
 import zlib
@@ -34,14 +33,30 @@ class Shard:
 
     Attributes:
         input: the path of the file to read.
+        size, changed: of that file, in bytes and in nanoseconds.
         begin, end: the row groups of Parquet; else the lines that begin at these bytes, up to the last one at WHOLE.
         output: the file to write, a path below the output folder, without the ending.
     """
 
     input: str
+    size: int
+    changed: int
     begin: int
     end: int
     output: str
+
+    @property
+    def name(self) -> str:
+        """Of the file to read, a path below the folder of all."""
+        return self.output.rpartition("-")[0]
+
+    def check_unchanged(self) -> None:
+        """Raise ArgumentError if the file is no longer the one that was cut into shards."""
+        with _opened(Path(self.input)) as file:
+            state = os.fstat(file.fileno())
+        if (state.st_size, state.st_mtime_ns) != (self.size, self.changed):
+            got = "a file that was changed while it was read"
+            raise ArgumentError(self.input, got, "files that stay as they are during a run", "Start the run again.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +144,9 @@ def shards_of(root: Path, files: Sequence[Path], shard_bytes: int) -> list[Shard
     """
 
     def pieces(file: Path) -> list[Shard]:
-        name = file.relative_to(root)
-        return [Shard(str(file), *piece, f"{name}-{i:05d}") for i, piece in enumerate(_pieces(file, shard_bytes))]
+        name, state = file.relative_to(root), file.stat()
+        known = str(file), state.st_size, state.st_mtime_ns
+        return [Shard(*known, *piece, f"{name}-{i:05d}") for i, piece in enumerate(_pieces(file, shard_bytes))]
 
     with ThreadPoolExecutor(16) as threads:  # they wait for the file system
         return list(chain.from_iterable(threads.map(pieces, files)))
@@ -170,7 +186,7 @@ def columns_of(files: Sequence[Path]) -> dict[str, Any]:
             columns = [(name, str) for name in table(file, _decoded(file, lines), DELIMITERS[ending(file)])[0]]
     else:
         found: dict[str, set[type]] = {}
-        rows = chain.from_iterable(_json_rows(Shard(str(file), 0, WHOLE, "")) for file in files)
+        rows = chain.from_iterable(_json_rows(Shard(str(file), 0, 0, 0, WHOLE, "")) for file in files)
         for _, row in islice(rows, SAMPLE):
             for name, value in row.items():
                 found.setdefault(name, set()).update(() if value is None else (type(value),))
@@ -270,12 +286,11 @@ def _table_rows(shard: Shard, column: str) -> Iterator[tuple[int, dict[str, Any]
 
 
 def _decoded(path: Path, lines: IO[bytes]) -> Iterator[str]:
-    number = 0
-    try:
-        for number, line in enumerate(io.TextIOWrapper(lines, encoding="utf-8-sig", newline=""), start=1):  # noqa: B007
-            yield line
-    except UnicodeDecodeError as error:
-        raise _not_utf8(f"{path}, after line {number}", error) from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{path}, line {number}", error) from error
 
 
 def _json_rows(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -313,15 +328,31 @@ def _not_utf8(place: str, error: UnicodeDecodeError) -> ArgumentError:
 
 
 @contextmanager
-def _lines(path: Path) -> Iterator[IO[bytes]]:
-    """A file of lines to read, unpacked if it is compressed."""
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
-        with gzip.open(path) if _zipped(path) else path.open("rb") as file:
-            yield cast(IO[bytes], file)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ArgumentError(str(path), str(error), "a whole gzip file") from error
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
-        raise _unreadable(path, error) from error
+        got = f"{error.strerror} on {socket.gethostname()}"
+        raise ArgumentError(str(path), got, "a file that every machine of the cluster can read") from error
+
+
+@contextmanager
+def _lines(path: Path) -> Iterator[IO[bytes]]:
+    """A file of lines to read, unpacked if it is compressed.
+
+    Raises:
+        ArgumentError: it can't be read or is damaged, now or while it is open.
+    """
+    with _opened(path) as file:
+        if not _zipped(path):
+            yield file
+            return
+        try:
+            with gzip.open(file) as unpacked:
+                yield cast(IO[bytes], unpacked)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ArgumentError(str(path), str(error), "a whole gzip file") from error
 
 
 @contextmanager
@@ -334,15 +365,9 @@ def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with path.open("rb") as file, ParquetFile(file) as opened:
-            yield opened
-    except FileNotFoundError as error:
-        raise _unreadable(path, error) from error
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ArgumentError(str(path), f"{error}".splitlines()[0], "a whole Parquet file") from error
-
-
-def _unreadable(path: Path, error: OSError) -> ArgumentError:
-    got = f"{error.strerror} on {socket.gethostname()}"
-    return ArgumentError(str(path), got, "a file that every machine of the cluster can read")
+    with _opened(path) as file:
+        try:
+            with ParquetFile(file) as opened:
+                yield opened
+        except (pyarrow.ArrowException, OSError) as error:  # it calls damage an OSError too
+            raise ArgumentError(str(path), f"{error}".splitlines()[0], "a whole Parquet file") from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastbert.errors import ArgumentError, shown
+from fastbert.ray.inputs import Shard
 from fastbert.writing import replacing
 
 MANIFEST = "_manifest.jsonl"  # those who read folders pass over such names
@@ -22,37 +23,55 @@ class Manifest:
         done: the records of these shards by their names.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any], form: str) -> None:
+    def __init__(self, path: Path, run: Mapping[str, Any], form: str, shards: Sequence[Shard]) -> None:
         """Go on with the manifest that is there, or begin one.
 
-        A shard whose file is gone, or of another size, is not done.
+        A shard is done if its file is there, as large as noted, and its input is as it was then. The file of a shard
+        whose input has changed is removed.
 
         Args:
             path: of the manifest, in the folder of the shards.
-            run: what has to be the same; values are those of JSON. Under "inputs" the files by their names.
+            run: what has to be the same; values are those of JSON.
             form: the ending of the shards' files.
+            shards: all that there are to be.
 
         Raises:
-            ArgumentError: it is damaged, or that of another run.
+            ArgumentError: the manifest is damaged, or that of another run; or an input is gone whose shards are there.
         """
         self._path = path
         self.done: dict[str, dict[str, Any]] = {}
         if path.exists():
             began, *records = _read(path)
             _check_same(began, run)
-            for record in records:
-                file = path.parent / f"{record['shard']}.{form}"
-                if file.is_file() and file.stat().st_size == record["bytes"]:
-                    self.done[record["shard"]] = record
+            planned = {shard.output: shard for shard in shards}
+            inputs = {shard.name for shard in shards}
+            there = [record for record in records if _size(self._file(record, form)) == record["bytes"]]
+            for record in there:
+                if record["input"] not in inputs:
+                    got = f"no {record['input']}, of which shards are in {path.parent}"
+                    raise ArgumentError("dataset", got, "all files that it had", "Bring it back, or remove its shards.")
+            for record in there:
+                shard = planned.get(record["shard"])
+                if shard is not None and (shard.size, shard.changed) == (record["size"], record["changed"]):
+                    self.done[shard.output] = record
+                else:
+                    self._file(record, form).unlink()
         with replacing(path) as temporary, temporary.open("w") as new:
             for value in (run, *self.done.values()):
                 new.write(json.dumps(value) + "\n")
+
+    def _file(self, record: dict[str, Any], form: str) -> Path:
+        return self._path.parent / f"{record['shard']}.{form}"
 
     def add(self, record: dict[str, Any]) -> None:
         """Note that a shard is done."""
         self.done[record["shard"]] = record
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -73,13 +92,10 @@ def _check_same(began: dict[str, Any], run: Mapping[str, Any]) -> None:
     changed = [name for name in run if run[name] != began.get(name)]
     if not changed:
         return
-    name = changed[0]
-    got, was = run[name], began.get(name)
-    if name == "inputs" and isinstance(was, dict):
-        file = next(file for file in (*got, *was) if got.get(file) != was.get(file))
-        name, got, was = f"dataset: {file}", got.get(file, "no such file"), was.get(file, "no such file")
-    mend = "Go on with the same model, files and settings; others are another run, into another folder."
-    raise ArgumentError(name, f"{shown(got)} where the run began with {shown(was)}", "what it was", mend)
+    got = ", ".join(shown(run[name]) for name in changed)
+    was = ", ".join(shown(began.get(name)) for name in changed)
+    mend = "Go on with the same model and settings; others are another run, into another folder."
+    raise ArgumentError(", ".join(changed), f"{got} where the run began with {was}", "what it was", mend)
 
 
 def fingerprint(folder: str) -> str:

@@ -65,7 +65,7 @@ def encode(
 
     Each shard of the input becomes one file in `output` of the same rows in the same order. It appears when it is
     whole. If a worker dies, another one writes its shard; if the run is stopped, the same call goes on with the shards
-    that are not done. docs/ray.md has formats and names.
+    that are not done, and with those of inputs that are new or have changed. docs/ray.md has formats and names.
 
     Ray is started on this machine if there is no cluster to join: call `ray.init` before for another way.
 
@@ -76,8 +76,8 @@ def encode(
         column: the one of the texts.
         keep: which columns of the input the output has, by default all.
         format: what to write, by default what is read.
-        workers: how many processes, by default one a GPU, or one a machine where there are none. They share GPUs and
-            cores equally.
+        workers: how many processes, by default one a GPU, or one a machine where there are none. Each has an equal
+            share of the cores.
         shard_bytes: of Parquet, decoded, and of JSON lines: how much of a file a shard is, at least. A row group, a
             file of CSV and a compressed one are not cut.
         progress: show Ray's bars on stderr; they count shards.
@@ -148,12 +148,12 @@ class _Order:
 
 
 def _run(task: Task, names: Sequence[str], options: dict[str, Any], ordered: _Order) -> Written:
+    _ray()
     import torch
 
     from fastbert.checkpoints.files import checkpoint_folder
     from fastbert.tasks.loading import default_dtype
 
-    _ray()
     for argument, number in (("workers", ordered.workers), ("shard_bytes", ordered.shard_bytes)):
         if number is not None:
             check_whole(argument, number)
@@ -188,7 +188,7 @@ def _run(task: Task, names: Sequence[str], options: dict[str, Any], ordered: _Or
     )
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK, "writing"):
-        manifest = Manifest(out / MANIFEST, _identity(job, root, files, ordered.shard_bytes), form)
+        manifest = Manifest(out / MANIFEST, _identity(job, ordered.shard_bytes), form, shards)
         for leftover in (*out.rglob(".*.tmp"), *out.rglob(".*.begun")):  # of a run that was killed
             remove(leftover)
         for folder in {(out / shard.output).parent for shard in shards}:
@@ -231,9 +231,8 @@ def _check_out(out: Path, given: Sequence[Path]) -> None:
         raise ArgumentError("output", f"{out}, a folder with files in it", "a new or empty one, or that of this run")
 
 
-def _identity(job: Job, root: Path, files: Sequence[Path], shard_bytes: int) -> dict[str, Any]:
+def _identity(job: Job, shard_bytes: int) -> dict[str, Any]:
     """What has to be the same for a run to go on. The size of batches and the number of workers may change."""
-    states = {str(file.relative_to(root)): file.stat() for file in files}
     return {
         "task": job.task,
         "model": job.fingerprint,
@@ -242,9 +241,16 @@ def _identity(job: Job, root: Path, files: Sequence[Path], shard_bytes: int) -> 
         "column": job.column,
         "keep": job.keep,
         "format": job.form,
+        "columns": None if job.form == "jsonl" else {name: _said(kind) for name, kind in job.columns.items()},
         "shard_bytes": shard_bytes,
-        "inputs": {name: {"bytes": state.st_size, "changed": state.st_mtime_ns} for name, state in states.items()},
     }
+
+
+def _said(kind: Any) -> str:
+    """The type of a column, as the manifest names it."""
+    if kind is None:
+        return "json"
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _ray() -> Any:
@@ -281,14 +287,16 @@ def shares(machines: Sequence[tuple[int, int]], workers: int | None) -> tuple[in
 
     Args:
         machines: of each its cores and GPUs.
-        workers: how many are wanted; None for one a GPU, or one a machine where there is no GPU.
+        workers: how many are wanted; None for one a GPU. Where there is none, None is for workers as large as the
+            smallest machine, which are one a machine where all are alike.
 
     Raises:
         ArgumentError: there are not as many GPUs, or cores where there is no GPU.
     """
     gpus = sum(gpu for _, gpu in machines)
     if workers is None:
-        workers = gpus or sum(cpu > 0 for cpu, _ in machines)
+        smallest = min((cpu for cpu, _ in machines if cpu), default=1)
+        workers = gpus or sum(cpu // smallest for cpu, _ in machines)
     for cpus in range(max((cpu for cpu, _ in machines), default=0), 0, -1):
         if workers and workers <= sum(min(cpu // cpus, gpu) if gpus else cpu // cpus for cpu, gpu in machines):
             return workers, cpus, int(gpus > 0)
@@ -331,4 +339,5 @@ def _warn(manifest: Path, records: Sequence[dict[str, Any]]) -> None:
     heard = [record for record in records if record["warnings"]]
     if heard:
         first = f"of {heard[0]['shard']}: {heard[0]['warnings'][0]}"
-        warnings.warn(f"{len(heard)} shards have warnings, all of them in {manifest}; {first}", stacklevel=4)
+        counted = f"{len(heard)} of {len(records)} shards gave warnings"
+        warnings.warn(f"{counted}, which {manifest} has; the first one is {first}", stacklevel=4)

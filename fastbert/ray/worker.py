@@ -81,14 +81,19 @@ class Worker:
         """Write the shard whose fields are in `row`."""
         shard = Shard(**row)
         self._said.clear()
-        record = {"shard": shard.output, "rows": 0, "bytes": 0, "error": b""}
+        record: dict[str, Any] = {
+            "shard": shard.output,
+            "input": shard.name,
+            "size": shard.size,
+            "changed": shard.changed,
+        }
         try:
             if self._findings is None:
                 self._findings = load(self._job)
-            record["rows"], record["bytes"] = write(shard, self._job, self._findings)
+            rows, size = write(shard, self._job, self._findings)
         except (FastbertError, OSError) as error:
-            record["error"] = pickle.dumps(error)
-        return record | {"warnings": "\n".join(self._said)}
+            return record | {"rows": 0, "bytes": 0, "warnings": "", "error": pickle.dumps(error)}
+        return record | {"rows": rows, "bytes": size, "warnings": "\n".join(self._said), "error": b""}
 
     def _hear(self, message: Warning | str, *_: Any, **__: Any) -> None:
         self._said.append(str(message))
@@ -132,6 +137,7 @@ def write(shard: Shard, job: Job, findings: Embeddings | Labels) -> tuple[int, i
         with replacing(path) as temporary, temporary.open("wb") as file:
             with writing(job.form, file, job.columns, findings) as put:
                 rows = _found(shard, job, findings, put)
+            shard.check_unchanged()
             file.flush()
             os.fsync(file.fileno())
             return rows, file.tell()
