@@ -497,8 +497,9 @@ def test_options_of_ray_need_it(option: str, model: Path, tmp_path: Path) -> Non
 # Here Ray begins.
 
 RUN_ON_RAY = """
-import sys
+import ctypes, signal, sys
 import ray
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it goes with the test, and Ray's processes with it
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=sys.argv[1])
 import fastbert.ray
 {}
@@ -509,7 +510,7 @@ class Cluster:
     """Programs on a local Ray of two cores, told from all else by a variable of their environment."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="fb"))  # a path of pytest is too long for Ray's sockets
+        self.folder = Path(tempfile.mkdtemp(prefix="fbray"))  # a path of pytest is too long for Ray's sockets
         self.mark = f"FASTBERT_TEST_RAY={uuid.uuid4()}"
 
     def start(self, code: str) -> subprocess.Popen[str]:
