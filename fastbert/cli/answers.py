@@ -1,21 +1,39 @@
-"""Texts to what is known of each: `classify`, `score`, `tag`."""
+"""Texts to what is known of each: `classify`, `score`, `tag`, `fill-mask`."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from fastbert.cli.corpora import check_no_cluster, on_cluster
-from fastbert.cli.options import BatchTokens, Column, DType, Input, Keep, MaxLength, Output, Ray, Workers
-from fastbert.cli.piping import Lines, check_ending, check_output, end_on_signals, results
-from fastbert.errors import ArgumentError
+from fastbert.cli.corpora import check_absent, on_cluster
+from fastbert.cli.inputs import InputFormat, Kind, Texts
+from fastbert.cli.options import (
+    ArrayOutput,
+    BatchTokens,
+    Column,
+    Device,
+    DType,
+    Input,
+    InputAs,
+    Keep,
+    MaxLength,
+    Output,
+    OutputAs,
+    Pairs,
+    Ray,
+    Workers,
+)
+from fastbert.cli.outputs import OutputFormat, output_format, writing
+from fastbert.cli.piping import check_output, end_on_signals, results
 
-_Records = Iterator[dict[str, Any]]
+if TYPE_CHECKING:
+    from fastbert.cli.outputs import Columns
+
 Model = TypeVar("Model")
 
 
@@ -23,138 +41,248 @@ def classify(
     model: Annotated[Path, typer.Option(help="A checkpoint folder with a classifier.")],
     input: Input = Path("-"),
     output: Output = None,
+    output_as: OutputAs = None,
+    input_as: InputAs = None,
+    column: Column = None,
+    pairs: Pairs = False,
     dtype: DType = None,
+    device: Device = None,
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
     ray: Ray = False,
-    column: Column = None,
     keep: Keep = None,
-    file_format: Annotated[
-        Literal["parquet", "jsonl", "csv"] | None,
-        typer.Option("--format", help="With --ray: what to write, by default what the input is."),
-    ] = None,
     workers: Workers = None,
 ) -> None:
-    """Label texts, one a line; JSON lines with text, label and the probability of every label."""
+    """Label texts, with the probability of every label.
+
+    \b
+    fastbert classify reviews.csv --model sentiment --output labels.jsonl
+    echo "a lovely film" | fastbert classify --model sentiment
+    """
+    options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens}
     if ray:
         from fastbert.ray import classify as run
 
-        where = {"column": column, "keep": keep, "format": file_format, "workers": workers}
+        check_absent("with --ray", input_format=input_as, device=device, pairs=pairs or None)
         on_cluster(
-            run, input, output, model=model, dtype=dtype, max_length=max_length, batch_tokens=batch_tokens, **where
+            run,
+            input,
+            output,
+            column,
+            model=model,
+            keep=keep,
+            format=output_as,
+            workers=workers,
+            dtype=dtype,
+            **options,
         )
         return
-    check_no_cluster(column=column, keep=keep, format=file_format, workers=workers)
+    check_absent("without --ray", keep=keep, workers=workers)
+
     from fastbert.tasks.classify import TextClassifier
 
-    def records(classifier: TextClassifier, texts: list[str]) -> _Records:
-        found = classifier.classify(
-            texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty()
-        )
-        for text, one in zip(texts, found, strict=True):
-            yield {"text": text, "label": one.label, "probabilities": one.probabilities}
+    def example(classifier: TextClassifier) -> dict[str, Any]:
+        labels = classifier.model.head_config.labels
+        return {"text": ["", ""] if pairs else "", "label": "", "probabilities": dict.fromkeys(labels, 0.0)}
 
-    _answer(input, output, lambda: TextClassifier.from_folder(model, dtype=dtype), records)
+    def answers(classifier: TextClassifier, texts: list[Any]) -> Columns:
+        found = classifier.classify(texts, **options, progress=sys.stderr.isatty())
+        return {
+            "text": texts,
+            "label": [one.label for one in found],
+            "probabilities": [one.probabilities for one in found],
+        }
+
+    answer(
+        (input, input_as, column, "pair" if pairs else "text"),
+        (output, output_as),
+        lambda: TextClassifier.from_folder(model, dtype=dtype, device=device),
+        example,
+        answers,
+    )
 
 
 def score(
     model: Annotated[Path, typer.Option(help="A checkpoint folder with a head of one output, as of a cross-encoder.")],
     input: Input = Path("-"),
-    output: Output = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="A line is two texts with a tab between them.")] = False,
+    output: ArrayOutput = None,
+    output_as: OutputAs = None,
+    input_as: InputAs = None,
+    column: Column = None,
+    pairs: Pairs = False,
     dtype: DType = None,
+    device: Device = None,
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
-    """Score texts or pairs of them, one a line; JSON lines with text and score."""
+    """Score texts or pairs of them: one number each.
+
+    To order documents for a query, see rerank.
+
+    \b
+    fastbert score pairs.jsonl --pairs --model reranker --output scores.npy
+    echo "a lovely film" | fastbert score --model stars
+    """
+    import numpy as np
+
     from fastbert.tasks.score import TextScorer
 
-    def records(scorer: TextScorer, texts: list[str]) -> _Records:
-        given = _pairs(texts) if pairs else texts
-        found = scorer.score(given, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
-        for text, one in zip(given, found.tolist(), strict=True):
-            yield {"text": text, "score": one}
+    def example(scorer: TextScorer) -> dict[str, Any]:
+        return {"text": ["", ""] if pairs else "", "score": np.float32(0)}
 
-    _answer(input, output, lambda: TextScorer.from_folder(model, dtype=dtype), records)
+    def answers(scorer: TextScorer, texts: list[Any]) -> Columns:
+        found = scorer.score(texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
+        return {"text": texts, "score": found}
+
+    answer(
+        (input, input_as, column, "pair" if pairs else "text"),
+        (output, output_as),
+        lambda: TextScorer.from_folder(model, dtype=dtype, device=device),
+        example,
+        answers,
+        npy=True,
+    )
 
 
 def tag(
     model: Annotated[Path, typer.Option(help="A checkpoint folder with a tagger.")],
     input: Input = Path("-"),
     output: Output = None,
+    output_as: OutputAs = None,
+    input_as: InputAs = None,
+    column: Column = None,
     words: Annotated[
         Literal["remembered", "whitespace", "json"],
-        typer.Option(help="As the training file cut them, what spaces part, or each line a JSON list of words."),
+        typer.Option(
+            help='As the training file cut them, what spaces part, or JSON lists of words, "tokens" in an object.'
+        ),
     ] = "remembered",
     dtype: DType = None,
+    device: Device = None,
     max_length: Annotated[
         int | None,
         typer.Option(help="Most tokens of a window, longer texts are several; by default what the folder allows."),
     ] = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
-    """Find entities in texts, one a line; JSON lines with text and its entities.
+    """Find entities in texts.
 
     An entity has a type, start and end in characters, its text, and the mean probability of its tags as score. Of lists
     of words, start and end count words.
+
+    \b
+    fastbert tag letters.txt --model names --output entities.jsonl
+    echo '["Ada", "met", "Alan"]' | fastbert tag --model names --words json
     """
     from fastbert.tasks.tag import TextTagger
 
-    def records(tagger: TextTagger, texts: list[str]) -> _Records:
-        given = _word_lists(texts) if words == "json" else texts
+    listed = words == "json"
+    name = "words" if listed else "text"
+
+    def example(tagger: TextTagger) -> dict[str, Any]:
+        entity = {"type": "", "start": 0, "end": 0, "text": "", "score": 0.0}
+        return {name: [""] if listed else "", "entities": [entity]}
+
+    def answers(tagger: TextTagger, texts: list[Any]) -> Columns:
         found = tagger.tag(
-            given,
+            texts,
             words="whitespace" if words == "whitespace" else "remembered",
             max_length=max_length,
             batch_tokens=batch_tokens,
             progress=sys.stderr.isatty(),
         )
-        for text, entities in zip(given, found, strict=True):
-            yield {
-                "words" if words == "json" else "text": text,
-                "entities": [
-                    {"type": one.kind, "start": one.start, "end": one.end, "text": one.text, "score": one.score}
-                    for one in entities
-                ],
-            }
+        entities = [
+            [
+                {"type": one.kind, "start": one.start, "end": one.end, "text": one.text, "score": one.score}
+                for one in of_text
+            ]
+            for of_text in found
+        ]
+        return {name: texts, "entities": entities}
 
-    _answer(input, output, lambda: TextTagger.from_folder(model, dtype=dtype), records)
+    answer(
+        (input, input_as, column, "words" if listed else "text"),
+        (output, output_as),
+        lambda: TextTagger.from_folder(model, dtype=dtype, device=device),
+        example,
+        answers,
+    )
 
 
-def _answer(
-    input: Path, output: Path | None, load: Callable[[], Model], records: Callable[[Model, list[str]], _Records]
+def fill_mask(
+    model: Annotated[Path, typer.Option(help="A checkpoint folder with a head for masked tokens.")],
+    input: Input = Path("-"),
+    top_k: Annotated[int, typer.Option(help="How many tokens for each mask.")] = 5,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Ask about this word only; may be given again. One token each.")
+    ] = None,
+    output: Output = None,
+    output_as: OutputAs = None,
+    input_as: InputAs = None,
+    column: Column = None,
+    dtype: DType = None,
+    device: Device = None,
+    max_length: MaxLength = None,
+    batch_tokens: BatchTokens = None,
 ) -> None:
-    """Write a JSON line for each text, as they come."""
+    """Find the likeliest tokens for the masks in texts.
+
+    A mask is spelled as the model spells it, [MASK] or <mask> say. Each has a list of tokens with their probabilities.
+
+    \b
+    echo "The capital of France is [MASK]." | fastbert fill-mask --model bert-base-uncased
+    fastbert fill-mask texts.txt --model bert-base-uncased --target good --target bad
+    """
+    from fastbert.tasks.fill_mask import MaskFiller
+
+    def example(filler: MaskFiller) -> dict[str, Any]:
+        return {"text": "", "masks": [[{"token": "", "id": 0, "probability": 0.0}]]}
+
+    def answers(filler: MaskFiller, texts: list[Any]) -> Columns:
+        found = filler.fill(
+            texts,
+            top_k=top_k,
+            targets=target or None,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            progress=sys.stderr.isatty(),
+        )
+        return {"text": texts, "masks": [[list(map(asdict, mask)) for mask in masks] for masks in found]}
+
+    answer(
+        (input, input_as, column, "text"),
+        (output, output_as),
+        lambda: MaskFiller.from_folder(model, dtype=dtype, device=device),
+        example,
+        answers,
+    )
+
+
+def answer(
+    given: tuple[Path, InputFormat | None, list[str] | None, Kind],
+    wanted: tuple[Path | None, OutputFormat | None],
+    load: Callable[[], Model],
+    example: Callable[[Model], dict[str, Any]],
+    answers: Callable[[Model, list[Any]], Columns],
+    *,
+    npy: bool = False,
+) -> None:
+    """Write what a model answers to each part of the texts, as they come.
+
+    Args:
+        given: the arguments of `Texts`.
+        wanted: where to write, and what.
+        load: gives the model.
+        example: a row of what it answers; see `outputs.writing`.
+        answers: the rows of a part.
+        npy: as for `output_format`.
+    """
     end_on_signals()
-    output = check_output(output)
-    check_ending(output)
-    lines = Lines(input)
+    output = check_output(wanted[0])
+    how = output_format(output, wanted[1], npy=npy)
+    texts = Texts(*given)
     model = load()
-    with results(output) as file:
-        for texts in filter(None, lines.parts(file)):
-            file.write("".join(json.dumps(record) + "\n" for record in records(model, texts)).encode())
-            file.flush()
-    lines.report()
-
-
-def _pairs(lines: list[str]) -> list[tuple[str, str]]:
-    found = []
-    for line in lines:
-        first, tab, second = line.partition("\t")
-        if not tab or "\t" in second:
-            raise ArgumentError("INPUT", f"the line {line!r:.80}", "two texts with one tab between them")
-        found.append((first, second))
-    return found
-
-
-def _word_lists(lines: list[str]) -> list[list[str]]:
-    found = []
-    for line in lines:
-        try:
-            words = json.loads(line)
-        except (ValueError, RecursionError):
-            words = None
-        if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
-            raise ArgumentError("INPUT", f"the line {line!r:.80}", 'a JSON list of words, such as ["Ada", "met"]')
-        found.append(words)
-    return found
+    with results(output) as file, writing(file, how, example(model)) as write:
+        for part in filter(None, texts.parts(file)):
+            write(answers(model, part))
+    texts.report()

@@ -16,25 +16,30 @@ if TYPE_CHECKING:
     from fastbert.ray import Written
 
 
-def check_no_cluster(**given: Any) -> None:
-    """Refuse options that only `--ray` has."""
+def check_absent(where: str, **given: Any) -> None:
+    """Refuse options that mean nothing `where` this is."""
     for name, value in given.items():
         if value is not None:
-            raise ArgumentError(f"--{name}", value, "no such option without --ray")
+            raise ArgumentError(f"--{name.replace('_', '-')}", value, f"no such option {where}")
 
 
-def on_cluster(task: Callable[..., Written], input: Path, output: Path | None, **options: Any) -> None:
+def on_cluster(
+    task: Callable[..., Written], input: Path, output: Path | None, columns: list[str] | None, **options: Any
+) -> None:
     """Run a task of `fastbert.ray`, and print what there is then as JSON.
 
     Args:
+        columns: one, that of the texts.
         options: those that are None are left to the task.
     """
     if output is None:
         raise ArgumentError("--output", "nothing", "a folder to write to", "Add --output FOLDER.")
+    if columns is not None and len(columns) != 1:
+        raise ArgumentError("--column", ", ".join(columns), "one column with --ray")
     from fastbert.ray.run import connect
 
     connect()
     end_on_signals()  # only now: Ray has handlers of its own, which abort
+    options["column"] = columns and columns[0]
     said = {name: value for name, value in options.items() if value is not None}
-    written = task(input, output=output, progress=sys.stderr.isatty(), **said)
-    print(json.dumps(asdict(written)))
+    print(json.dumps(asdict(task(input, output=output, progress=sys.stderr.isatty(), **said))))

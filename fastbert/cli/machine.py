@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import platform
 from collections.abc import Iterator
@@ -11,14 +10,20 @@ from typing import Annotated
 
 import typer
 
-from fastbert.cli.options import DType
+from fastbert import installed
+from fastbert.cli.options import Device, DType
 
 
 def info(
     model: Annotated[Path | None, typer.Option(help="A checkpoint folder: also say what computes it, and why.")] = None,
     dtype: DType = None,
+    device: Device = None,
 ) -> None:
-    """Versions, devices, and which path runs on each device and why."""
+    """Versions, devices, and which path runs on each device and why.
+
+    \b
+    fastbert info --model all-MiniLM-L6-v2 --dtype bf16
+    """
     import torch
 
     from fastbert import backend
@@ -43,18 +48,18 @@ def info(
     if len(devices) == 1:
         _row("gpu", f"none that this torch ({torch.__version__}) can use")
     print("paths")
-    for device in devices:
-        decision = backend.decide(device)
-        _row(str(device), f"{decision.path}, because {decision.reason}")
-        if device.type == "cpu" and (unused := amx_unused()) is not None:
+    for one in devices:
+        decision = backend.decide(one)
+        _row(str(one), f"{decision.path}, because {decision.reason}")
+        if one.type == "cpu" and (unused := amx_unused()) is not None:
             _row("", f"AMX is left alone, because {unused}")
-        _row("", f"--dtype {default_dtype(device)} by default")
+        _row("", f"--dtype {default_dtype(one)} by default")
         for name, unserved, instead in (
-            ("bf16", backend.bfloat16_unserved(device), "computes in float32"),
-            ("fp16", backend.float16_unserved(device), "computes in float32"),
-            ("int8", backend.int8_unserved(device), "is slower than fp32"),
+            ("bf16", backend.bfloat16_unserved(one), "computes in float32"),
+            ("fp16", backend.float16_unserved(one), "computes in float32"),
+            ("int8", backend.int8_unserved(one), "is slower than fp32"),
         ):
-            if device.type == "cuda" and name == "int8":
+            if one.type == "cuda" and name == "int8":
                 _row("", "--dtype int8 is for CPUs")
             elif unserved is None:
                 _row("", f"--dtype {name} multiplies in {name} here")
@@ -72,7 +77,7 @@ def info(
     if model is not None:
         from fastbert.tasks.encode import TextEncoder
 
-        loaded = TextEncoder.from_folder(model, dtype=dtype).model
+        loaded = TextEncoder.from_folder(model, dtype=dtype, device=device).model
         print(f"model {model}: the first of these that is not refused computes it, without a gradient")
         for name, reason in loaded.executors().items():
             _row(name, "serves" if reason is None else f"does not serve {reason}")
@@ -101,10 +106,7 @@ def _cpuinfo_fields(cpuinfo: str) -> Iterator[tuple[str, str]]:
 
 def version_of(package: str) -> str:
     """The version that is installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return installed.version(package) or "not installed"
 
 
 def _row(name: str, value: str) -> None:

@@ -7,11 +7,41 @@ from typing import Annotated, Literal
 
 import typer
 
-Input = Annotated[Path, typer.Argument(metavar="INPUT", help="A file of texts, one a line; - for stdin.")]
-Output = Annotated[Path | None, typer.Option(help="Write here instead of to stdout.")]
+from fastbert.cli.inputs import InputFormat
+from fastbert.cli.outputs import OutputFormat
+
+Input = Annotated[
+    Path, typer.Argument(metavar="INPUT", help="A file of texts: lines, .jsonl, .csv, .tsv or .parquet; - for stdin.")
+]
+InputAs = Annotated[
+    InputFormat | None,
+    typer.Option("--input-format", help="What INPUT holds. By default its ending tells; else a text a line."),
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", help='The column or key of a text, by default "text" or the only one. Of two texts give it twice.'
+    ),
+]
+Pairs = Annotated[
+    bool,
+    typer.Option("--pairs", help='Each item is two texts: "text" and "text_pair", or a line with a tab between them.'),
+]
+Output = Annotated[
+    Path | None, typer.Option(help="Write here instead of to stdout; JSON lines, or .parquet by its ending.")
+]
+ArrayOutput = Annotated[
+    Path | None, typer.Option(help="Write here instead of to stdout; JSON lines, or .npy or .parquet by its ending.")
+]
+OutputAs = Annotated[
+    OutputFormat | None, typer.Option("--format", help="What to write. By default the ending of --output tells.")
+]
 DType = Annotated[
     Literal["fp32", "bf16", "fp16", "int8"] | None,
     typer.Option(help="What the model computes in; int8 on a CPU. By default fp16 on a GPU, fp32 on a CPU."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1. By default the first GPU, else the CPU.")
 ]
 MaxLength = Annotated[
     int | None, typer.Option(help="Most tokens of a text, the rest is cut off; by default what the folder allows.")
@@ -25,7 +55,6 @@ Ray = Annotated[
         help="On a Ray cluster: INPUT is Parquet, JSON lines or CSV, a file or a folder of many; --output is a folder.",
     ),
 ]
-Column = Annotated[str | None, typer.Option(help="With --ray: the column of the texts; by default text.")]
 Keep = Annotated[
     list[str] | None,
     typer.Option(help="With --ray: a column of the input that the output has; to be repeated. By default all."),

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fastbert.cli.options import Device
 from fastbert.cli.piping import end_on_signals, say
 
 
@@ -41,13 +42,18 @@ def train(
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs that were not the best.")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints, beside one an epoch.")] = 500,
     seed: Annotated[int, typer.Option(help="Of the new head, the order, dropout and masks.")] = 0,
+    device: Device = None,
     parallel: Annotated[
         Literal["ddp", "fsdp"], typer.Option(help="Under torchrun: a whole model a process, or one sharded over all.")
     ] = "ddp",
 ) -> None:
-    """Train a model; the last metrics go to stdout and to metrics.json in the out folder.
+    """Train a model.
 
-    A run that was interrupted goes on with --resume, bit for bit as if it never stopped.
+    The last metrics go to stdout and to metrics.json in the out folder. A run that was interrupted goes on with
+    --resume, bit for bit as if it never stopped.
+
+    \b
+    fastbert train classify --model bert-base-uncased --train reviews.csv --valid held_out.csv --out sentiment
     """
     from fastbert import training
     from fastbert.training.parallel import is_first, is_one_of_several, leave
@@ -76,7 +82,7 @@ def train(
         seed=seed,
         parallel=parallel,
     )
-    metrics = training.train(settings, resume=resume, progress=sys.stderr.isatty(), say=say)
+    metrics = training.train(settings, resume=resume, device=device, progress=sys.stderr.isatty(), say=say)
     if is_first():
         print(json.dumps(metrics))
     leave()

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fastbert.ray.outputs import Json
 from fastbert.tasks.classify import Classification, TextClassifier
 from fastbert.tasks.encode import TextEncoder
-from fastbert.tasks.results import json_list
+from fastbert.tasks.results import as_json
 
 
 class Embeddings:
@@ -48,7 +48,7 @@ class Embeddings:
     def values(self, found: npt.NDArray[np.float32]) -> Iterator[list[Any]]:
         """A list of numbers."""
         for embedding in found.tolist():
-            yield [Json(json_list(embedding))]
+            yield [Json(as_json(embedding))]
 
 
 class Labels:

@@ -80,8 +80,8 @@ def paths_of(dataset: Dataset) -> list[Path]:
     Raises:
         ArgumentError: one is of no file system, or nothing is there.
     """
-    given = [dataset] if isinstance(dataset, str | os.PathLike) else list(dataset)
-    for name in map(os.fspath, given):
+    given = [os.fspath(path) for path in ([dataset] if isinstance(dataset, str | os.PathLike) else dataset)]
+    for name in given:
         if "://" in name:
             mend = "Mount the store, or copy the files."
             raise ArgumentError("dataset", name, "paths of a file system that all machines share", mend)

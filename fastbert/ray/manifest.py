@@ -98,7 +98,7 @@ def _check_same(began: dict[str, Any], run: Mapping[str, Any]) -> None:
     raise ArgumentError(", ".join(changed), f"{got} where the run began with {was}", "what it was", mend)
 
 
-def fingerprint(folder: str) -> str:
+def checksum_of_files(folder: str) -> str:
     """Of the files of a checkpoint folder that a model is read of."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):

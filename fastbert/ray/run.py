@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.errors import ArgumentError
+from fastbert.installed import optional
 from fastbert.lock import locked
 from fastbert.ray.inputs import ENDINGS, Dataset, Format, Shard, columns_of, files_of, paths_of, shards_of
-from fastbert.ray.manifest import MANIFEST, Manifest, fingerprint
+from fastbert.ray.manifest import MANIFEST, Manifest, checksum_of_files
 from fastbert.ray.worker import Job, Task, Worker
 from fastbert.text.checks import check_whole
 from fastbert.writing import remove
@@ -87,9 +88,9 @@ def encode(
     Raises:
         ArgumentError: an argument is not as described; a file or row of the input is not, and is named; the output
             folder is that of another run, or of one that is under way.
-        BackendError: a result is NaN or infinite, and its row is named; workers died of one shard, time and again; or
-            Ray is not installed.
+        BackendError: a result is NaN or infinite, and its row is named; or workers died of one shard, time and again.
         CheckpointError: the folder is not a checkpoint fastbert reads, or differs between machines.
+        MissingError: Ray Data is not installed.
     """
     options = {
         "pooling": pooling,
@@ -124,7 +125,7 @@ def classify(
     See `encode` for how and for the arguments, and `TextClassifier.classify` for `max_length` and `batch_tokens`.
 
     Raises:
-        ArgumentError, BackendError, CheckpointError: as `encode`.
+        ArgumentError, BackendError, CheckpointError, MissingError: as `encode`.
     """
     options = {"max_length": max_length, "batch_tokens": batch_tokens}
     ordered = _Order(dataset, model, output, column, keep, format, workers, shard_bytes, dtype, progress)
@@ -148,7 +149,7 @@ class _Order:
 
 
 def _run(task: Task, names: Sequence[str], options: dict[str, Any], ordered: _Order) -> Written:
-    _ray()
+    _data()
     import torch
 
     from fastbert.checkpoints.files import checkpoint_folder
@@ -175,7 +176,7 @@ def _run(task: Task, names: Sequence[str], options: dict[str, Any], ordered: _Or
     job = Job(
         task=task,
         model=model,
-        fingerprint=fingerprint(model),
+        checksum=checksum_of_files(model),
         dtype=ordered.dtype or default_dtype(torch.device(device)),
         options=options,
         column=ordered.column,
@@ -235,7 +236,7 @@ def _identity(job: Job, shard_bytes: int) -> dict[str, Any]:
     """What has to be the same for a run to go on. The size of batches and the number of workers may change."""
     return {
         "task": job.task,
-        "model": job.fingerprint,
+        "model": job.checksum,
         "dtype": job.dtype,
         **{name: value for name, value in job.options.items() if name != "batch_tokens"},
         "column": job.column,
@@ -253,24 +254,20 @@ def _said(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
-def _ray() -> Any:
-    """Ray, with Ray Data."""
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        mend = "Install the extra: pip install 'fastbert[ray]'"
-        raise BackendError("ray", str(error), "Ray Data on this machine and on those of the cluster", mend) from error
-    return ray
+def _data() -> Any:
+    """Ray Data."""
+    return optional("ray.data", "ray", "on this machine and on all of the cluster", "ray[data]")
 
 
 def connect() -> None:
     """Join a cluster, as Ray finds it, or start one on this machine, unless that was done before.
 
     Raises:
-        BackendError: Ray is not installed.
+        MissingError: Ray Data is not installed.
     """
-    ray = _ray()
+    _data()
+    import ray
+
     if not ray.is_initialized():
         ray.init()
 
@@ -278,7 +275,9 @@ def connect() -> None:
 def _machines() -> list[tuple[int, int]]:
     """Of each machine of the cluster its cores and GPUs."""
     connect()
-    sizes = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+    import ray
+
+    sizes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(int(size.get("CPU", 0)), int(size.get("GPU", 0))) for size in sizes]
 
 
@@ -306,8 +305,7 @@ def shares(machines: Sequence[tuple[int, int]], workers: int | None) -> tuple[in
 
 def _write(shards: Sequence[Shard], job: Job, workers: int, gpus: int, manifest: Manifest, progress: bool) -> None:
     """Have Ray's workers write the shards, and note each in the manifest."""
-    from ray import data
-
+    data = _data()
     written = data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards)).map(
         Worker,
         fn_constructor_args=(job,),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastbert.errors import BackendError, CheckpointError, FastbertError
 from fastbert.ray.inputs import Format, Part, Shard, read
-from fastbert.ray.manifest import fingerprint
+from fastbert.ray.manifest import checksum_of_files
 from fastbert.ray.outputs import Write, writing
 from fastbert.writing import check_replaceable, replacing
 
@@ -35,7 +35,7 @@ class Job:
     Attributes:
         task: what is found.
         model: the checkpoint folder.
-        fingerprint: of its files; the folder may be another one on another machine.
+        checksum: of its files; the folder may be another one on another machine.
         dtype: what the model computes in.
         options: of `TextEncoder.encode` or `TextClassifier.classify`.
         column: the one of the texts.
@@ -49,7 +49,7 @@ class Job:
 
     task: Task
     model: str
-    fingerprint: str
+    checksum: str
     dtype: Any
     options: dict[str, Any]
     column: str
@@ -105,7 +105,7 @@ def load(job: Job) -> Embeddings | Labels:
     Raises:
         CheckpointError: its folder is another one than that of the job, or is not read.
     """
-    if fingerprint(job.model) != job.fingerprint:
+    if checksum_of_files(job.model) != job.checksum:
         where = f"{job.model} on {socket.gethostname()}"
         raise CheckpointError(where, "other files than on the machine that started the run", "the same on all machines")
     import torch
