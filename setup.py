@@ -42,6 +42,7 @@ setup(
         "fastbert.families",
         "fastbert.model",
         "fastbert.ops",
+        "fastbert.ray",
         "fastbert.rivals",
         "fastbert.run",
         "fastbert.tasks",

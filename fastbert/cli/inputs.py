@@ -144,7 +144,7 @@ class Texts:
         return self._item(several, COLUMNS[self._kind], number)
 
     def _table(self, parts: Iterable[list[str]]) -> Iterator[list[Any]]:
-        from fastbert.training.records import CSV_FIELD_CHARACTERS, DELIMITERS
+        from fastbert.text.records import CSV_FIELD_CHARACTERS, DELIMITERS
 
         csv.field_size_limit(CSV_FIELD_CHARACTERS)
         delimiter = DELIMITERS[f".{self._format}"]

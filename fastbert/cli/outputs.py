@@ -86,11 +86,9 @@ def _in_json(column: Any) -> Iterator[str]:
     if isinstance(column, list):
         yield from map(json.dumps, column)
         return
-    for values in column.tolist():  # 9 digits give a float32 back exactly
-        if isinstance(values, float):
-            yield f"{values:.9g}"
-        else:
-            yield f"[{', '.join([f'{number:.9g}' for number in values])}]"
+    from fastbert.tasks.results import as_json
+
+    yield from map(as_json, column.tolist())
 
 
 @contextmanager
