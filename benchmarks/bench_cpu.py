@@ -58,7 +58,7 @@ COSINES = {"worst": 0.985, "mean": 0.997}
 # Rounds of who may be the best; the others have one.
 TEXTS_ROUNDS, DENSE_ROUNDS, SHARE_ROUNDS, LATENCY_ROUNDS = 3, 5, 5, 5
 TRAINING_ROUNDS, TRAINING_STEPS = 4, 2
-FRONT = 1.2  # of the best rival's time in a precision: who took more in each round so far is not the best
+FRONT = 1.3  # of the best rival's time in a precision: who took more in each round so far is not the best
 CALLS = 100  # of a turn, on 16 tokens
 PAUSE = 0.3  # seconds, because threads of the process before spin for a while
 
@@ -316,16 +316,17 @@ def latencies(request: pytest.FixtureRequest, say: Callable[[str], None]) -> dic
     found: dict[str, Standing] = {}
     seconds: dict[str, list[float]] = {}
     commands = {name: [sys.executable, __file__, name] for name in LATENCY_PROVIDERS}
+    say(f"{LATENCY_CASE}, each in a process:")
     with answering(commands) as processes:
         for name, process in processes.items():
             found[name] = Standing(**answer(process))
-            say(f"{name}, 16 tokens: {found[name].reason or 'right'}")
+            say(f"  {name}: {found[name].reason or 'right'}")
         ready = {name: process for name, process in processes.items() if not found[name].reason}
         for _ in range(0 if request.config.getoption("benchmark_disable") else LATENCY_ROUNDS):
             for name, process in ready.items():
                 time.sleep(PAUSE)
                 seconds.setdefault(name, []).append(ask(process))
-                say(f"  {name}, 16 tokens: {1000 * seconds[name][-1]:.3f} ms")
+                say(f"  {name}: {1000 * seconds[name][-1]:.3f} ms")
     contender = Contender(lambda: None, lambda nothing: nothing, LATENCY_WORK.tokens)
     costs = model_costs(LATENCY_WORK, torch.float32, words=LATENCY_WORK.tokens, backward=False)
     for name, times in seconds.items():

@@ -244,8 +244,9 @@ def hold(
         timer: that of the case's device by default.
         timed: False only checks.
         turns: gives the seconds of each contender's rounds; by default `interleaved` does, with `budget` and `timer`.
-        say: gets a line as each provider is checked.
+        say: gets a line at the start, and one as each provider is checked.
     """
+    say(f"{case}:")
     torch.manual_seed(0)
     operands = contest.operands(case)
     plain, exact = contest.plain(case, operands), contest.exact(case, operands)
@@ -267,8 +268,8 @@ def hold(
             standings[name] = Standing(broken=str(wrong))
         except RuntimeError as error:  # what C++ libraries throw; one that breaks is not to take the others with it
             standings[name] = Standing(broken=f"{name}, {case}: {error}")
-        right = f"{name}: right; made and checked in {time.perf_counter() - begin:.1f} s"
-        say(right if name in contenders else standings[name].reason)
+        right = f"  {name}: right; made and checked in {time.perf_counter() - begin:.1f} s"
+        say(right if name in contenders else f"  {standings[name].reason}")
     del plain, exact
     gc.collect()
     if timed and runs:

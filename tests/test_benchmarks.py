@@ -426,13 +426,13 @@ def test_each_check_is_said_at_once(quick: list[str]) -> None:
     lines: list[str] = []
 
     def last(case: Case, of: Operands) -> Contender:
-        assert len(lines) == 3
+        assert len(lines) == 4
         return right(case, of)
 
     contest.hold(make(fastbert=right, rival=absent, other=wrong, last=last), CASE, say=lines.append)
-    assert lines[0].startswith("fastbert: right; made and checked in ")
-    assert lines[1] == "rival: it is not installed"
-    assert lines[2].startswith("other, bias_gelu forward+backward") and "refusing to time a wrong result" in lines[2]
+    assert lines[0] == f"{CASE}:" and lines[1].startswith("  fastbert: right; made and checked in ")
+    assert lines[2] == "  rival: it is not installed"
+    assert lines[3].startswith("  other, bias_gelu forward+backward") and "refusing to time a wrong result" in lines[3]
 
 
 def test_other_turns_may_be_given(quick: list[str]) -> None:
@@ -478,7 +478,7 @@ def test_who_may_be_the_best_has_more_rounds() -> None:
     dtypes = {"fastbert": "fp32", "fastbert int8": "int8", "A": "fp32", "B": "fp32", "C": "fp32", "D": "int8"}
     seconds: dict[str, list[float]] = {name: [] for name in dtypes}
     assert bench_cpu.in_front(seconds, dtypes) == list(dtypes)
-    seconds = {"fastbert": [9.0], "fastbert int8": [9.0], "A": [1.0, 3.0], "B": [1.19], "C": [1.21], "D": [5.0]}
+    seconds = {"fastbert": [9.0], "fastbert int8": [9.0], "A": [1.0, 3.0], "B": [1.29], "C": [1.31], "D": [5.0]}
     assert bench_cpu.in_front(seconds, dtypes) == ["fastbert", "fastbert int8", "A", "B", "D"]
 
 

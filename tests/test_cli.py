@@ -1,22 +1,24 @@
 from __future__ import annotations
 
-import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_bert
 import torch
+from command_line import COMMAND, ENVIRONMENT, Run
 from fake_gpu import fake_gpu
-from processes import PYTHON, heed_signals
+from processes import heed_signals
+from typer.main import get_command
 
 import fastbert
 from fastbert import backend, cli, paths_taken
@@ -25,51 +27,6 @@ from fastbert.config import HeadConfig
 from fastbert.cpu.machine import Machine
 from fastbert.errors import UntrainedWarning
 from fastbert.tasks.encode import TextEncoder
-
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "COLUMNS": "200"}
-COMMAND = [*PYTHON, "-m", "fastbert"]
-
-
-class Result:
-    def __init__(self, code: int, out: bytes, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def rows(self) -> list[dict[str, object]]:
-        return [json.loads(line) for line in self.out.decode().removesuffix("\n").split("\n")]
-
-
-class Run:
-    """Runs the command line inside this process, which has torch loaded already."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[bytes]) -> None:
-        self.monkeypatch, self.capture = monkeypatch, capture
-
-    def __call__(self, *arguments: object, stdin: bytes = b"") -> Result:
-        self.monkeypatch.setattr(sys, "argv", ["fastbert", *map(str, arguments)])
-        self.monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # which `main` would set for good
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        code: object = 0
-        with tempfile.TemporaryFile() as file:
-            file.write(stdin)
-            file.seek(0)
-            self.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
-            try:
-                cli.main()
-            except SystemExit as stop:
-                code = stop.code or 0
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        out, err = self.capture.readouterr()
-        assert isinstance(code, int)
-        assert b"Traceback" not in err
-        return Result(code, out, err.decode())
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
-    return Run(monkeypatch, capfdbinary)
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +352,28 @@ def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(embeddings, "Texts", memory)
     result = run("encode", "--model", "anything")
     assert (result.code, result.err) == (1, "fastbert: error: not enough memory: 2 TiB\n")
+
+
+COMMANDS = ("encode", "classify", "tag", "fill-mask", "score", "rerank", "similar", "train", "info")
+
+
+def test_every_command_is_known(run: Run) -> None:
+    listed = run("--help").out.decode().partition("Commands:\n")[2]
+    assert tuple(line.split()[0] for line in listed.splitlines()) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples_that_are_understood(command: str, run: Run) -> None:
+    result = run(command, "--help")
+    assert result.code == 0 and result.err == ""
+    _usage, *lines = result.out.decode().splitlines()
+    examples = [line for line in lines if f" fastbert {command} " in line]
+    assert examples
+    parsed: Any = get_command(cli.app).commands[command]  # type: ignore[attr-defined]
+    for example in examples:
+        words = shlex.split(example[example.index("fastbert") :])
+        context = parsed.make_context(command, words[2:])  # which raises for what is no option or lacks one
+        assert context.params["model"] is not None
 
 
 def test_version(run: Run) -> None:

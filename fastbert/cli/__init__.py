@@ -1,4 +1,4 @@
-"""The command line: `fastbert encode`, `train`, `classify`, `score`, `tag`, `bench`, `info`.
+"""The command line: a module for each group of commands.
 
 Heavy imports are inside the commands, so that `fastbert --help` is quick and `main` comes before torch.
 """
@@ -14,10 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fastbert.cli.answers import classify, score, tag
+from fastbert.cli.answers import classify, fill_mask, score, tag
 from fastbert.cli.embeddings import encode
 from fastbert.cli.machine import info, version_of
 from fastbert.cli.piping import READER_GONE, flush_stdout, occupy_standard_streams, say
+from fastbert.cli.ranking import rerank, similar
 from fastbert.cli.rivals import bench
 from fastbert.cli.training import train
 from fastbert.errors import ArgumentError, FastbertError
@@ -81,7 +82,7 @@ def _of_all_commands(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (encode, train, classify, score, tag, bench, info):
+for command in (encode, classify, tag, fill_mask, score, rerank, similar, train, bench, info):
     app.command()(command)
 
 

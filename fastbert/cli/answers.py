@@ -1,14 +1,16 @@
-"""Texts to what is known of each: `classify`, `score`, `tag`."""
+"""Texts to what is known of each: `classify`, `score`, `tag`, `fill-mask`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from fastbert.cli.corpora import check_absent, on_cluster
 from fastbert.cli.inputs import InputFormat, Kind, Texts
 from fastbert.cli.options import (
     ArrayOutput,
@@ -18,10 +20,13 @@ from fastbert.cli.options import (
     DType,
     Input,
     InputAs,
+    Keep,
     MaxLength,
     Output,
     OutputAs,
     Pairs,
+    Ray,
+    Workers,
 )
 from fastbert.cli.outputs import OutputFormat, output_format, writing
 from fastbert.cli.piping import check_output, end_on_signals, results
@@ -44,13 +49,36 @@ def classify(
     device: Device = None,
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
+    ray: Ray = False,
+    keep: Keep = None,
+    workers: Workers = None,
 ) -> None:
-    """Label texts: of each its label and the probability of every label.
+    """Label texts, with the probability of every label.
 
     \b
     fastbert classify reviews.csv --model sentiment --output labels.jsonl
     echo "a lovely film" | fastbert classify --model sentiment
     """
+    options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens}
+    if ray:
+        from fastbert.ray import classify as run
+
+        check_absent("with --ray", input_format=input_as, device=device, pairs=pairs or None)
+        on_cluster(
+            run,
+            input,
+            output,
+            column,
+            model=model,
+            keep=keep,
+            format=output_as,
+            workers=workers,
+            dtype=dtype,
+            **options,
+        )
+        return
+    check_absent("without --ray", keep=keep, workers=workers)
+
     from fastbert.tasks.classify import TextClassifier
 
     def example(classifier: TextClassifier) -> dict[str, Any]:
@@ -58,9 +86,7 @@ def classify(
         return {"text": ["", ""] if pairs else "", "label": "", "probabilities": dict.fromkeys(labels, 0.0)}
 
     def answers(classifier: TextClassifier, texts: list[Any]) -> Columns:
-        found = classifier.classify(
-            texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty()
-        )
+        found = classifier.classify(texts, **options, progress=sys.stderr.isatty())
         return {
             "text": texts,
             "label": [one.label for one in found],
@@ -89,7 +115,9 @@ def score(
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
-    """Score texts or pairs of them: one number for each. To order documents by a query, see rerank.
+    """Score texts or pairs of them: one number each.
+
+    To order documents for a query, see rerank.
 
     \b
     fastbert score pairs.jsonl --pairs --model reranker --output scores.npy
@@ -176,6 +204,55 @@ def tag(
         (input, input_as, column, "words" if listed else "text"),
         (output, output_as),
         lambda: TextTagger.from_folder(model, dtype=dtype, device=device),
+        example,
+        answers,
+    )
+
+
+def fill_mask(
+    model: Annotated[Path, typer.Option(help="A checkpoint folder with a head for masked tokens.")],
+    input: Input = Path("-"),
+    top_k: Annotated[int, typer.Option(help="How many tokens for each mask.")] = 5,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Ask about this word only; may be given again. One token each.")
+    ] = None,
+    output: Output = None,
+    output_as: OutputAs = None,
+    input_as: InputAs = None,
+    column: Column = None,
+    dtype: DType = None,
+    device: Device = None,
+    max_length: MaxLength = None,
+    batch_tokens: BatchTokens = None,
+) -> None:
+    """Find the likeliest tokens for the masks in texts.
+
+    A mask is spelled as the model spells it, [MASK] or <mask> say. Each has a list of tokens with their probabilities.
+
+    \b
+    echo "The capital of France is [MASK]." | fastbert fill-mask --model bert-base-uncased
+    fastbert fill-mask texts.txt --model bert-base-uncased --target good --target bad
+    """
+    from fastbert.tasks.fill_mask import MaskFiller
+
+    def example(filler: MaskFiller) -> dict[str, Any]:
+        return {"text": "", "masks": [[{"token": "", "id": 0, "probability": 0.0}]]}
+
+    def answers(filler: MaskFiller, texts: list[Any]) -> Columns:
+        found = filler.fill(
+            texts,
+            top_k=top_k,
+            targets=target or None,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            progress=sys.stderr.isatty(),
+        )
+        return {"text": texts, "masks": [[list(map(asdict, mask)) for mask in masks] for masks in found]}
+
+    answer(
+        (input, input_as, column, "text"),
+        (output, output_as),
+        lambda: MaskFiller.from_folder(model, dtype=dtype, device=device),
         example,
         answers,
     )

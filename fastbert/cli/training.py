@@ -47,9 +47,10 @@ def train(
         Literal["ddp", "fsdp"], typer.Option(help="Under torchrun: a whole model a process, or one sharded over all.")
     ] = "ddp",
 ) -> None:
-    """Train a model; the last metrics go to stdout and to metrics.json in the out folder.
+    """Train a model.
 
-    A run that was interrupted goes on with --resume, bit for bit as if it never stopped.
+    The last metrics go to stdout and to metrics.json in the out folder. A run that was interrupted goes on with
+    --resume, bit for bit as if it never stopped.
 
     \b
     fastbert train classify --model bert-base-uncased --train reviews.csv --valid held_out.csv --out sentiment

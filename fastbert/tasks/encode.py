@@ -23,14 +23,14 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import load
 from fastbert.checkpoints.sentence import Recipe, read_recipe
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.families.quantization import in_int8
 from fastbert.model.body import EncoderModel
-from fastbert.model.quantization import in_int8
 from fastbert.model.sentence import SIMILARITIES, Embedder, Mode, Truncate
 from fastbert.packing import Packing
 from fastbert.tasks.loading import DTYPES, DTypeName, parameter_dtype, quantized
 from fastbert.tasks.max_length import tokens_at_most, warn_of_cuts
 from fastbert.tasks.results import text_results
-from fastbert.text.checks import Text, check_texts, check_whole
+from fastbert.text.checks import Text, check_whole, items_of
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.tokens import Tokens
 
@@ -296,9 +296,8 @@ class TextEncoder:
         check_whole("texts_at_once", texts_at_once)
         if not 1 <= texts_at_once <= sys.maxsize:
             raise ArgumentError("texts_at_once", texts_at_once, "a positive number of texts")
-        check_texts(texts)
         return self.encode_parts(
-            _parts(iter(texts), texts_at_once),
+            _parts(items_of(texts), texts_at_once),
             pooling=pooling,
             normalize=normalize,
             max_length=max_length,
@@ -416,19 +415,19 @@ class TextEncoder:
         return self.recipe.prompts.get(name, "") if prompt is None and prompt_name is None else prompt
 
     def _tokens(self, texts: Iterable[Text], how: _How) -> Tokens:
-        check_texts(texts)
         if how.prompt:
-            texts = [_after(how.prompt, text) for text in texts]
+            texts = [_after(how.prompt, text) for text in items_of(texts)]
         return self.tokenizer.encode(texts, how.max_length)
 
     def _embed(
         self, tokens: Tokens, embedder: Embedder, batch_tokens: int | None, description: str | None
     ) -> npt.NDArray[np.float32]:
-        def embeddings(out: Any, packing: Packing) -> Tensor:
+        def embeddings(ids: Tensor, types: Tensor | None, packing: Packing) -> Tensor:
+            out = self.model(ids, token_type_ids=types, packing=packing, output_pooled=False)
             return embedder(out.last_hidden_state, packing)
 
         width = embedder.width(self.model.config.hidden_size)
-        return text_results(self.model, tokens, embeddings, width, batch_tokens, description, output_pooled=False)
+        return text_results(self.model, tokens, embeddings, width, batch_tokens, description)
 
 
 @dataclass(frozen=True, eq=False)
@@ -449,9 +448,9 @@ def _after(prompt: str, text: Any) -> Any:
     return text
 
 
-def _parts(texts: Iterator[Text], texts_at_once: int) -> Generator[list[Text], None, None]:
+def _parts(texts: Generator[Text, None, None], texts_at_once: int) -> Generator[list[Text], None, None]:
     """Lists of so many texts, the last one of fewer; if `texts` raises, what it gave before, and an empty list."""
-    try:
+    with closing(texts):
         while True:
             part: list[Text] = []
             try:
@@ -464,6 +463,3 @@ def _parts(texts: Iterator[Text], texts_at_once: int) -> Generator[list[Text], N
             if not part:
                 return
             yield part
-    finally:
-        if isinstance(texts, Generator):
-            texts.close()

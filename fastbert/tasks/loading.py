@@ -12,7 +12,7 @@ from torch import nn
 from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, int8_unserved, usable_device
 from fastbert.checkpoints.load import WithHead, dtype_name, read_model
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.model.quantization import quantize
+from fastbert.families.quantization import quantize
 
 Model = TypeVar("Model", bound=nn.Module)
 
