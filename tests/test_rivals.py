@@ -262,22 +262,30 @@ def test_labels_and_scores(labels: int, brief: None, tmp_path: Path, among: Call
 # The libraries themselves
 
 
-def kind_of_distilbert(folder: Path) -> Path:
-    """DistilBERT has no types of tokens and no pooler, and names its sizes otherwise."""
+def of_another_family(folder: Path, family: str) -> Path:
+    """DistilBERT has no types of tokens and no pooler, and names its sizes otherwise; MPNet has no SDPA."""
     transformers = pytest.importorskip("transformers", reason="it makes the model")
-    config = transformers.DistilBertConfig(
-        vocab_size=len(tiny_bert.VOCABULARY), dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=48
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    if family == "DistilBert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(tiny_bert.VOCABULARY), max_position_embeddings=50, initializer_range=0.2, pad_token_id=0, **sizes
     )
-    transformers.DistilBertModel(config).save_pretrained(folder)
+    getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(tiny_bert.VOCABULARY) + "\n")
+    tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", mask_token="[MASK]", model_max_length=48,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["embeddings", "distilbert", "labels", "pairs", "scores"])
+@pytest.mark.parametrize("kind", ["embeddings", "DistilBert", "MPNet", "labels", "pairs", "scores"])
 def test_libraries_agree(kind: str, brief: None, tmp_path: Path) -> None:
-    if kind == "distilbert":
-        folder = kind_of_distilbert(tmp_path / "model")
+    if kind in ("DistilBert", "MPNet"):
+        folder = of_another_family(tmp_path / "model", kind)
     elif kind == "embeddings":
         folder = tiny_bert.make(tmp_path / "model")
     else:
