@@ -207,20 +207,30 @@ def test_the_next_one_is_the_reference_where_the_first_fails(
         fastbert.bench(folder, TEXTS)
 
 
-def test_quick_takes_as_many_texts_as_a_call_has_time_for(
-    folder: Path, among: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    among()
-    many = TEXTS * 100
-    monkeypatch.setattr(bench, "CALL_SECONDS", 1e-9)
-    few = fastbert.bench(folder, many)
-    assert few.texts == bench.PILOT < few.given == 300
-    monkeypatch.setattr(bench, "CALL_SECONDS", 1e9)
-    assert fastbert.bench(folder, many).texts == 300
+def test_quick_takes_batches_of_like_lengths_spread_over_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def make(job: Job) -> Contender:
+        def run(texts: Sequence[Any]) -> Any:
+            calls.append(list(texts))
+            return np.ones((len(texts), 1), np.float32)
+
+        return Contender(run)
+
+    monkeypatch.setattr(bench, "entries", lambda device: [Entry("one", "fp32", make)])
+    many = [" ".join(["film"] * (1 + i % 40)) for i in range(32 * 20)]  # 16 of each length
+    for seconds, batches in ((1e-9, 1), (1e9, 20)):
+        monkeypatch.setattr(bench, "CALL_SECONDS", seconds)
+        calls.clear()
+        report = fastbert.bench(folder, many)
+        assert report.given == len(many) and report.texts == 32 * batches
+        lengths = sorted((len(text.split()) for text in calls[-1]), reverse=True)
+        groups = [lengths[begin : begin + 32] for begin in range(0, len(lengths), 32)]
+        assert all(group[0] - group[-1] <= 1 for group in groups)
+        assert abs(np.mean(lengths) - 20.5) <= 1.5
     monkeypatch.setattr(bench, "MOST_DRAWN", 100)
     assert fastbert.bench(folder, many).texts == 100
-    monkeypatch.setattr(bench, "CALL_SECONDS", 1e-9)
-    assert fastbert.bench(folder, many, full=True).texts == 300
+    assert fastbert.bench(folder, many, full=True).texts == len(many)
 
 
 def test_without_texts_it_takes_its_own(folder: Path, among: Callable[..., None]) -> None:
