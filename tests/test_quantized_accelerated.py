@@ -19,7 +19,7 @@ import tiny_bert
 import torch
 from adapted import Adapted
 from real_weights import fetched
-from test_accelerate import FAMILIES, IDS, MASKS, RIGHT, T, model_of, states
+from test_accelerate import FAMILIES, IDS, MASKS, RIGHT, T, encoder_of, model_of, states
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -100,6 +100,11 @@ def test_layer_by_layer_it_computes_the_same(family: str) -> None:
             got = states(model, output_hidden_states=True)
         assert "cpu" not in taken and taken
         assert near(got, want) > 0.999  # steps of 8 bits that a rounding of attention's bias decides
+        for made in (model, copy.deepcopy(model)):
+            assert torch.equal(states(made, output_hidden_states=True), got)
+            for part in (part for layer in encoder_of(made)[1].ours.layer for _, part in layer.joined):
+                first = part.linears()[0]
+                assert (part.as_one().values.data_ptr() == first.values.data_ptr()) == (sizes is WIDE)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs its own code")
@@ -199,10 +204,9 @@ def test_minilm_keeps_the_direction_of_real_texts(minilm: Path) -> None:
     theirs = pytest.importorskip("sentence_transformers", reason="its models are meant")
     model, texts = theirs.SentenceTransformer(str(minilm), device="cpu"), reviews(48)
     model.max_seq_length = 64
-    want = model.encode(texts)
     copied = quantize(accelerate(model))
-    assert type(copied) is type(model)
-    got = copied.encode(texts)
+    assert type(copied) is type(model) and model.training and not copied.training  # as it is built
+    got, want = copied.encode(texts), restore(model).encode(texts)
     found = cosines(got, want)
     assert 0.985 <= found.min() < 0.99999 and found.mean() > 0.997
     with pytest.warns(UserWarning, match="fill max_length"):
@@ -470,14 +474,16 @@ def test_models_that_are_refused(change: str) -> None:
         quantize(model)
 
 
-def test_what_was_merged_or_removed_since_is_quantized() -> None:
+def test_what_came_or_was_changed_since_is_quantized() -> None:
     model = accelerate(sized("Bert", **WIDE))
     with torch.no_grad():
         states(model)
-        del model.encoder.layer[1]
+        model.encoder.layer[1] = copy.deepcopy(model.encoder.layer[2])
         model.encoder.layer[0].output.dense.weight.mul_(0.5)
+        copied = quantize(model)
         want = states(model)
-    assert 0.995 < near(states(quantize(model)), want) < 0.99999
+    assert not [name for name, module in copied.encoder.named_modules() if type(module) is nn.Linear]
+    assert 0.995 < near(states(copied), want) < 0.99999
 
 
 # torch.nn.TransformerEncoder
