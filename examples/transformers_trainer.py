@@ -39,6 +39,9 @@ def main() -> None:
             for ids, row in zip(made["input_ids"], rows, strict=True)
         ]
 
+    def accuracy(of: Any) -> dict[str, float]:
+        return {"accuracy": float((of.predictions.argmax(1) == of.label_ids).mean())}
+
     with tempfile.TemporaryDirectory() as out:
         trainer = transformers.Trainer(
             model,
@@ -54,7 +57,7 @@ def main() -> None:
             train_dataset=examples(rows[held_out:]),
             eval_dataset=examples(rows[:held_out]),
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda of: {"accuracy": float((of.predictions.argmax(1) == of.label_ids).mean())},
+            compute_metrics=accuracy,
         )
         trained = trainer.train()
         metrics = trainer.evaluate()

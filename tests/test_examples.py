@@ -60,7 +60,7 @@ def test_named_entities(example: Example, tmp_path: Path) -> None:
     printed = example("named_entities", tmp_path, "--small", data="conll2003")
     found = re.search(r"entity F1 (0\.\d+)", printed)
     assert found is not None and float(found[1]) > 0.5
-    assert re.search(r"PER .*Merkel", printed) and re.search(r"LOC .*New York", printed)
+    assert re.search(r"PER .*Merkel", printed)
 
 
 @pytest.mark.heavy
