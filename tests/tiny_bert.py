@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastbert.checkpoints.load import save
-from fastbert.config import EncoderConfig
+from fastbert.checkpoints.load import load, save
+from fastbert.config import EncoderConfig, HeadConfig, ProblemType
 from fastbert.model.body import BertModel
+from fastbert.model.heads import BertForSequenceClassification
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PLAIN = ["film", "plot", "actor", "scene", "music", "story", "the", "a", "was", "and", "with", "very"]
@@ -38,6 +40,17 @@ def make(folder: Path, *, dropout: float = 0.1, hidden_size: int = 32) -> Path:
         save(BertModel(config), folder)
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     return folder
+
+
+def with_head(folder: Path, labels: int, problem: ProblemType | None = None) -> Path:
+    """Write one with an untrained classifier, and give its folder; the bare one is in `folder / "body"`."""
+    body = make(folder / "body")
+    head = HeadConfig(tuple(f"LABEL_{i}" for i in range(labels)), problem)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        save(load(body, BertForSequenceClassification, head=head), folder / "model")
+    return folder / "model"
 
 
 def opinions(path: Path, count: int, seed: int) -> Path:
