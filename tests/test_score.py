@@ -138,3 +138,46 @@ def test_a_score_that_overflows_is_named(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"texts\[0\]: got a result of NaN or infinity"):
         scorer.score(PAIRS)
     assert scorer.score([]).shape == (0,)
+
+
+DOCUMENTS = ["was fine", "dull plot , with a very lovely scene", "music", "the actor", "was fine", ""]
+
+
+def test_rerank_orders_by_the_scores(tmp_path: Path) -> None:
+    folder = tiny_bert.with_head(tmp_path, 1)
+    scorer = fastbert.TextScorer.from_folder(folder, device="cpu")
+    scores = scorer.score([("the film", document) for document in DOCUMENTS])
+    found = scorer.rerank("the film", (document for document in DOCUMENTS))
+    assert [hit.row for hit in found] == sorted(range(6), key=lambda row: (-scores[row], row))
+    assert all(hit.text == DOCUMENTS[hit.row] and hit.score == pytest.approx(scores[hit.row]) for hit in found)
+    assert scores[0] == scores[4] and [hit.row for hit in found if hit.text == "was fine"] == [0, 4]
+    for count in range(1, 8):
+        assert scorer.rerank("the film", DOCUMENTS, top_k=count) == found[:count]
+    assert fastbert.rerank("the film", np.array(DOCUMENTS), folder, top_k=2) == found[:2]
+    assert scorer.rerank("the film", []) == []
+
+
+def test_rerank_is_that_of_sentence_transformers(tmp_path: Path) -> None:
+    theirs = pytest.importorskip("sentence_transformers", reason="compares with sentence-transformers")
+    model = theirs.CrossEncoder(str(tiny_bert.with_head(tmp_path, 1)), device="cpu")
+    model.save(str(tmp_path / "saved"))
+    expected = model.rank("the film", DOCUMENTS[:4], return_documents=True)
+    found = fastbert.rerank("the film", DOCUMENTS[:4], tmp_path / "saved")
+    assert [(hit.row, hit.text) for hit in found] == [(one["corpus_id"], one["text"]) for one in expected]
+    assert [hit.score for hit in found] == pytest.approx([float(one["score"]) for one in expected], abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"query": ["a"]}, r"query: got a list; expected a string"),
+        ({"documents": "a text"}, r"documents: got a single string"),
+        ({"documents": ["a", ("b", "c")]}, r"documents\[1\]: got a tuple; expected a string"),
+        ({"top_k": 0}, r"top_k: got 0; expected 1 or more"),
+        ({"top_k": 1.5}, r"top_k: got 1.5; expected a whole number"),
+    ],
+)
+def test_bad_arguments_of_rerank(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    scorer = fastbert.TextScorer.from_folder(tiny_bert.with_head(tmp_path, 1))
+    with pytest.raises(ArgumentError, match=message):
+        scorer.rerank(**{"query": "a", "documents": ["b"], **arguments})

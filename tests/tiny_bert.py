@@ -42,8 +42,20 @@ def make(folder: Path, *, dropout: float = 0.1, hidden_size: int = 32) -> Path:
     return folder
 
 
+def with_prompts(folder: Path, **prompts: str) -> Path:
+    """`make`, as a folder of sentence-transformers."""
+    make(folder)
+    modules = [{"path": "", "type": "Transformer"}, {"path": "1_Pooling", "type": "Pooling"}]
+    modules = [module | {"type": f"sentence_transformers.models.{module['type']}"} for module in modules]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32}))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    return folder
+
+
 def with_head(folder: Path, labels: int, problem: ProblemType | None = None) -> Path:
-    """Write one with an untrained classifier, and give its folder; the bare one is in `folder / "body"`."""
+    """A classifier, the same one each time, beside the model that it is made of."""
     body = make(folder / "body")
     head = HeadConfig(tuple(f"LABEL_{i}" for i in range(labels)), problem)
     with torch.random.fork_rng(), warnings.catch_warnings():

@@ -9,10 +9,10 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
-from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, usable_device
+from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, int8_unserved, usable_device
 from fastbert.checkpoints.load import WithHead, dtype_name, read_model
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.model.quantization import quantize
+from fastbert.families.quantization import quantize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,6 +32,17 @@ def default_dtype(device: torch.device) -> DTypeName:
     return "fp16" if device.type == "cuda" else "fp32"
 
 
+def unserved(device: torch.device) -> dict[DTypeName, str]:
+    """Those of `DTYPES` that this device is no faster in than in float32, each with the reason."""
+    int8 = "it is for CPUs" if device.type == "cuda" else int8_unserved(device)
+    reasons: dict[DTypeName, str | None] = {
+        "bf16": bfloat16_unserved(device),
+        "fp16": float16_unserved(device),
+        "int8": int8,
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def parameter_dtype(name: DTypeName | None, device: torch.device) -> torch.dtype:
     """Of the parameters; float32, and said, where half precision would only be slower.
 
@@ -41,8 +52,7 @@ def parameter_dtype(name: DTypeName | None, device: torch.device) -> torch.dtype
     name = default_dtype(device) if name is None else name
     if name not in DTYPES:
         raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
-    unserved = {"bf16": bfloat16_unserved, "fp16": float16_unserved}
-    if name in unserved and (slow := unserved[name](device)) is not None:
+    if name != "int8" and (slow := unserved(device).get(name)) is not None:
         warnings.warn(f"computing in float32, not in {dtype_name(DTYPES[name])}: {slow}", stacklevel=3)
         return torch.float32
     return DTYPES[name]
