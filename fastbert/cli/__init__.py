@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.cli.answers import classify, fill_mask, score, tag
+from fastbert.cli.converting import convert
 from fastbert.cli.embeddings import encode
 from fastbert.cli.machine import info, version_of
 from fastbert.cli.piping import READER_GONE, flush_stdout, occupy_standard_streams, say
@@ -79,7 +80,7 @@ def _of_all_commands(
     pass
 
 
-for command in (encode, classify, tag, fill_mask, score, rerank, similar, train, info):
+for command in (encode, classify, tag, fill_mask, score, rerank, similar, train, convert, info):
     app.command()(command)
 
 

@@ -49,7 +49,8 @@ def train(
 ) -> None:
     """Train a model.
 
-    The last metrics go to stdout and to metrics.json in the out folder. A run that was interrupted goes on with --resume, bit for bit as if it never stopped.
+    The last metrics go to stdout and to metrics.json in the out folder. A run that was interrupted goes on with
+    --resume, bit for bit as if it never stopped.
 
     \b
     fastbert train classify --model bert-base-uncased --train reviews.csv --valid held_out.csv --out sentiment

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastbert.backend import int8_unserved
 from fastbert.config import EncoderConfig
@@ -25,7 +26,7 @@ from fastbert.errors import ArgumentError
 from fastbert.model.encoder import Encoder
 from fastbert.model.layer import Layer
 from fastbert.run.eight_bits import EightBitLinear, Fp8Linear, Int8Linear
-from fastbert.run.parts import weights
+from fastbert.run.parts import SelfAttention, weights
 
 QuantizedDType = Literal["fp8", "int8"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,37 +59,77 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
         raise ArgumentError("dtype", repr(dtype), "'fp8' or 'int8'")
     if model.training:
         raise ArgumentError("model", "a model in training mode", "one in eval mode", "Call model.eval() first.")
-    if dtype == "int8" and (slow := int8_unserved(next(model.parameters()).device)) is not None:
-        warnings.warn(f"int8 is slower than float32 here: {slow}", stacklevel=2)
+    if dtype == "int8":
+        _warn_of_int8(model)
+    kind = KINDS[dtype]
+    return _replaced(model, kind, lambda part, weight, bias: kind(weight, bias))
+
+
+def with_scales(model: Model, scales: Mapping[str, Tensor]) -> Model:
+    """`quantize` to int8 of weights that are whole numbers times known scales; the whole numbers stay what they are.
+
+    Args:
+        model: in eval mode.
+        scales: of each weight that the layers of its encoder multiply by, by its name: float32 `[out]`.
+
+    Raises:
+        ArgumentError: a weight has none; else as `quantize`.
+        BackendError: as `quantize`.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    _warn_of_int8(model)
+
+    def make(part: nn.Module, weight: Tensor, bias: Tensor | None) -> EightBitLinear:
+        mine = [names[id(one)] for one in own_weights(part)]
+        if lacking := [name for name in mine if name not in scales]:
+            raise ArgumentError("scales", f"none for {lacking[0]}", "one for each weight of the layers")
+        return Int8Linear(weight, bias, torch.cat([scales[name] for name in mine]))
+
+    return _replaced(model, Int8Linear, make)
+
+
+def _warn_of_int8(model: nn.Module) -> None:
+    if (slow := int8_unserved(next(model.parameters()).device)) is not None:
+        warnings.warn(f"int8 is slower than float32 here: {slow}", stacklevel=3)
+
+
+def _replaced(
+    model: Model, kind: type[EightBitLinear], make: Callable[[nn.Module, Tensor, Tensor | None], EightBitLinear]
+) -> Model:
+    """A copy of a model, with what `make` gives of each linear part of its encoders, its weight and its bias."""
     parts = model.named_modules()
     encoders = {name: part for name, part in parts if type(part) is Encoder and part.in_eight_bits() is None}
     if not encoders:
         raise ArgumentError("model", type(model).__name__, "a module with a fastbert.Encoder in it")
     copies: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for name, encoder in encoders.items():
-        if dtype == "fp8":
+        if kind is Fp8Linear:
             _check_config(encoder.config)
         for parameter in encoder.parameters():
-            KINDS[dtype].check_device(parameter)
+            kind.check_device(parameter)
         if encoder.is_frozen():
             raise ArgumentError(name or "model", "a frozen model", "one that was loaded without frozen=True")
         if not encoder.is_plain():
             got = "modules other than nn.Linear and nn.LayerNorm, or with hooks, or dropout that is on"
             raise ArgumentError(name or "model", got, "plain ones", "Merge adapters, and remove hooks, first.")
-        for linear, quantized in _in_eight_bits(encoder, KINDS[dtype]):
-            copies[id(linear)] = quantized
+        for part in multiplied(encoder):
+            weight, bias = weights(part)
+            if bias is not None and not isinstance(bias, nn.Parameter):  # that of a SelfAttention
+                bias = nn.Parameter(bias.detach().clone())
+            copies[id(part)] = make(part, weight, bias)
     return copy.deepcopy(model, copies)
 
 
-def _in_eight_bits(encoder: Encoder, kind: type[EightBitLinear]) -> Iterator[tuple[nn.Module, EightBitLinear]]:
-    """The linear parts of each layer, and the same in 8 bits."""
+def multiplied(encoder: Encoder) -> Iterator[nn.Module]:
+    """The linear parts of each layer, those of a SelfAttention as one."""
     for layer in encoder.layer:
-        for part in cast(Layer, layer).parts().values():
-            if not isinstance(part, nn.LayerNorm):
-                weight, bias = weights(part)
-                if bias is not None and not isinstance(bias, nn.Parameter):  # that of a SelfAttention
-                    bias = nn.Parameter(bias.detach().clone())
-                yield part, kind(weight, bias)
+        yield from (part for part in cast(Layer, layer).parts().values() if not isinstance(part, nn.LayerNorm))
+
+
+def own_weights(part: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are the weight of a linear part, one after another."""
+    linears = part.linears() if isinstance(part, SelfAttention) else [part]
+    return [cast(nn.Parameter, linear.weight) for linear in linears]
 
 
 def in_int8(encoder: Encoder) -> bool:

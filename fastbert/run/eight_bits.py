@@ -148,9 +148,9 @@ class Int8Linear(EightBitLinear):
 
     sum: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
         super().__init__()
-        matrix, self.depth = Int8Matrix.of(weight), weight.shape[1]
+        matrix, self.depth = Int8Matrix.of(weight, scale), weight.shape[1]
         self.register_buffer("values", matrix.values)
         # As integers, because `Module.to(dtype)` casts what is floating.
         for name in ("scale", "sum"):
