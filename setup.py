@@ -51,5 +51,9 @@ setup(
         "fastbert.kernels",
     ],
     package_dir={"fastbert.kernels": "kernels"},
-    package_data={"fastbert": ["py.typed"], "fastbert.kernels": ["README.md", "tuned.json"]},
+    package_data={
+        "fastbert": ["py.typed"],
+        "fastbert.kernels": ["README.md", "tuned.json"],
+        "fastbert.rivals": ["sentences.txt"],
+    },
 )

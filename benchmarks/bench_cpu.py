@@ -58,7 +58,7 @@ COSINES = {"worst": 0.985, "mean": 0.997}
 # Rounds of who may be the best; the others have one.
 TEXTS_ROUNDS, DENSE_ROUNDS, SHARE_ROUNDS, LATENCY_ROUNDS = 3, 5, 5, 5
 TRAINING_ROUNDS, TRAINING_STEPS = 4, 2
-FRONT = 1.2  # of the best rival's time in a precision: who took more in each round so far is not the best
+FRONT = 1.3  # of the best rival's time in a precision: who took more in each round so far is not the best
 CALLS = 100  # of a turn, on 16 tokens
 PAUSE = 0.3  # seconds, because threads of the process before spin for a while
 

@@ -23,7 +23,6 @@ import contest
 import environment
 import gpu as gpu_suite
 import measure
-import providers
 import pytest
 import roofline
 import torch
@@ -451,15 +450,6 @@ def test_costs_that_nobody_counted_give_no_ceiling(quick: list[str]) -> None:
     assert [facts[name] for name in ("floor_ms", "bound", "percent_of_ceiling")] == [None] * 3
 
 
-def test_a_rival_that_can_t_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rival_of_old.py").write_text("from os import no_such_thing")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UnservedError, match=r"rival_of_old can't be imported: cannot import name 'no_such_thing'"):
-        providers.installed("rival_of_old")
-    with pytest.raises(UnservedError, match="no_such_rival is not installed"):
-        providers.installed("no_such_rival.part")
-
-
 def row(provider: str, median_ms: float, **changes: str) -> dict[str, Any]:
     facts = {"op": "encoder", "passes": "forward", "workload": "b1", "dtype": "fp32", "mode": "eager"}
     return facts | {"provider": provider, "median_ms": median_ms} | changes
@@ -488,7 +478,7 @@ def test_who_may_be_the_best_has_more_rounds() -> None:
     dtypes = {"fastbert": "fp32", "fastbert int8": "int8", "A": "fp32", "B": "fp32", "C": "fp32", "D": "int8"}
     seconds: dict[str, list[float]] = {name: [] for name in dtypes}
     assert bench_cpu.in_front(seconds, dtypes) == list(dtypes)
-    seconds = {"fastbert": [9.0], "fastbert int8": [9.0], "A": [1.0, 3.0], "B": [1.19], "C": [1.21], "D": [5.0]}
+    seconds = {"fastbert": [9.0], "fastbert int8": [9.0], "A": [1.0, 3.0], "B": [1.29], "C": [1.31], "D": [5.0]}
     assert bench_cpu.in_front(seconds, dtypes) == ["fastbert", "fastbert int8", "A", "B", "D"]
 
 

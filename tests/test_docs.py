@@ -28,7 +28,8 @@ from fastbert.config import EncoderConfig
 from fastbert.model.body import BertModel
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", *(ROOT / "docs").rglob("*.md")]
+PAGES = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "kernels/README.md")]
+PAGES += (ROOT / "docs").rglob("*.md")
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^>]*) -->\n\n?)?^```(?P<language>(?!diff)\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )

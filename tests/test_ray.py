@@ -775,7 +775,10 @@ def test_on_the_command_line(cluster: Cluster, model: Path, tmp_path: Path) -> N
     assert parquet.read_table(out / "few.jsonl-00000.parquet").schema.names == ["id", "embedding"]
     process = cluster.start("-m", "fastbert", "encode", str(few), *options, "--output", str(out))
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and "error: format, columns: got 'jsonl', None where the run began with 'parquet'" in err
+    assert (
+        process.returncode == 2
+        and "error: format, columns: got 'jsonl', None where the run began with 'parquet'" in err
+    )
 
     process = cluster.start("-m", "fastbert", "encode", str(many), *options, "--output", str(tmp_path / "other"))
     writer(tmp_path / "other", process)

@@ -306,6 +306,15 @@ def test_absent_libraries_are_named(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert report.left_out["OpenVINO fp32"] == "openvino is not installed"
 
 
+def test_a_rival_that_can_t_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rival_of_old.py").write_text("from os import no_such_thing")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UnservedError, match=r"rival_of_old can't be imported: cannot import name 'no_such_thing'"):
+        runtimes.installed("rival_of_old")
+    with pytest.raises(UnservedError, match="no_such_rival is not installed"):
+        runtimes.installed("no_such_rival.part")
+
+
 def test_transformers_is_as_loud_as_before() -> None:
     logging = pytest.importorskip("transformers", reason="it is meant").utils.logging
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()

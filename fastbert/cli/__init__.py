@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.cli.answers import classify, fill_mask, score, tag
+from fastbert.cli.converting import convert
 from fastbert.cli.embeddings import encode
 from fastbert.cli.machine import info, version_of
 from fastbert.cli.piping import READER_GONE, flush_stdout, occupy_standard_streams, say
@@ -82,7 +83,7 @@ def _of_all_commands(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (encode, classify, tag, fill_mask, score, rerank, similar, train, bench, info):
+for command in (encode, classify, tag, fill_mask, score, rerank, similar, train, convert, bench, info):
     app.command()(command)
 
 

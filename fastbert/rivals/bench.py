@@ -9,10 +9,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ import torch
 from fastbert.backend import first_device, usable_device
 from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
+from fastbert.installed import version
 from fastbert.rivals.contenders import Answers, Contender, Entry, Job, Kind, entries
 from fastbert.rivals.runtimes import INT8_COSINE, UnservedError, failures, quiet_transformers
 from fastbert.rivals.turns import Spread, interleaved
@@ -82,7 +82,7 @@ class Report:
         cut: how many of these texts are that long, and so may have lost their end.
         machine: what computed.
         threads: of torch, and of every rival.
-        versions: of the libraries that were timed.
+        versions: of the libraries that were timed; None where pip does not know one.
         reference: whose answers the others were held to, and whose speed is 1.
         rows: the fastest first.
         wrong: who was not timed because its answers are others, and how far off they are.
@@ -99,7 +99,7 @@ class Report:
     cut: int
     machine: str
     threads: int
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     reference: str
     rows: list[Row]
     wrong: dict[str, str]
@@ -235,7 +235,7 @@ def bench(
         cut=int((lengths[: len(drawn)] == job.max_length).sum()),
         machine=_machine(device),
         threads=torch.get_num_threads(),
-        versions=_versions({"torch", *(row.name for row in rows)}),
+        versions={name: version(name) for name in sorted({"torch", *(row.name for row in rows)})},
         reference=str(reference),
         rows=rows,
         wrong=wrong,
@@ -295,15 +295,6 @@ def _machine(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     machine = host()
     return f"CPU ({machine.cpu if isinstance(machine, Machine) else platform.machine()})"
-
-
-def _versions(names: set[str]) -> dict[str, str]:
-    """Of what is installed; a checkout that is only on the path has none."""
-    found = {}
-    for name in sorted(names):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _code(job: Job, dtype: str, max_length: int | None) -> str:

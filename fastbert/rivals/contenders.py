@@ -83,7 +83,8 @@ class Job:
         """
         path = checkpoint_folder(folder)
         head = None if has(path / MODULES) else trained_head(path, EncoderForSequenceClassification)
-        embedder = activation = None
+        embedder: Embedder | None = None
+        activation: Callable[[Tensor], Tensor] | None = None
         transformer, lower_case, recipe_limit = path, False, None
         model: TextEncoder | TextClassifier | TextScorer
         kind: Kind

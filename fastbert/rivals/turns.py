@@ -6,12 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 LEAST = 0.02  # seconds that a turn takes at least, so that the clock's grain and a single interruption don't show
 SETTLE = 0.02  # seconds between turns on a CPU: OpenMP's threads of whoever ran before spin for about 5 ms
 
 Timer = Callable[[Callable[[], Any], int], float]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Spread:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], Any]],
+    contenders: Mapping[Name, Callable[[], Any]],
     rounds: int | None = None,
     *,
     budget: float = 5.0,
     timer: Timer | None = None,
     watch: Callable[[int, int], None] | None = None,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of a call of each contender, one sample a round: A B C, A B C, ... after a round that is not counted.
 
     A turn of a fast contender is several calls; its sample is their mean.
@@ -55,7 +56,7 @@ def interleaved(
     if rounds is None:
         one_round = sum(single[name] * calls[name] + SETTLE for name in contenders)
         rounds = min(25, max(3, round(budget / one_round)))
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    samples: dict[Name, list[float]] = {name: [] for name in contenders}
     turns = [name for _ in range(rounds) for name in contenders]
     for done, name in enumerate(turns, 1):
         samples[name].append(timer(contenders[name], calls[name]))
