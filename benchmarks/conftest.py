@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from contest import REPLAY, Case, Contest, Standing, hold, present
+from contest import PRESENTED, REPLAY, Case, Contest, Standing, compared, hold, show
 from environment import environment
 from measure import pin_threads
 
@@ -37,6 +37,12 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info.update(environment())
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if lines := compared(PRESENTED):
+        terminalreporter.section("beside rivals")
+        terminalreporter.write("".join(f"{line}\n" for line in lines))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "benchmark" in getattr(item, "fixturenames", ()):
@@ -53,41 +59,50 @@ def held() -> dict[Case, dict[str, Standing]]:
     return {}
 
 
+@pytest.fixture(scope="session")
+def say(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Print a line at once, whatever pytest captures."""
+    reporter, capture = (pytestconfig.pluginmanager.get_plugin(name) for name in ("terminalreporter", "capturemanager"))
+
+    def line(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(text)
+            reporter.flush()
+
+    return line
+
+
 @pytest.fixture
 def compete(
-    request: pytest.FixtureRequest, benchmark: Any, held: dict[Case, dict[str, Standing]]
-) -> Callable[[Contest, Case, str], dict[str, Standing]]:
-    """Show how a provider did in a contest, which is held when the first of its tests runs; gives all standings."""
+    request: pytest.FixtureRequest, benchmark: Any, held: dict[Case, dict[str, Standing]], say: Callable[[str], None]
+) -> Callable[..., dict[str, Standing]]:
+    """Show how a provider did in a contest, which is held when the first of its tests runs; gives all standings.
 
-    def show(contest: Contest, case: Case, provider: str) -> dict[str, Standing]:
+    What it gives takes a contest, a case, a provider's name, and options of `hold`.
+    """
+
+    def competed(contest: Contest, case: Case, provider: str, **options: Any) -> dict[str, Standing]:
         if case not in held:
             budget = FULL_BUDGET if request.config.getoption("--full") else BUDGET
             names = _asked(request)
             try:
-                held[case] = hold(contest, case, names, budget=budget, timed=benchmark.enabled)
+                held[case] = hold(contest, case, names, budget=budget, timed=benchmark.enabled, **options)
             except (FastbertError, RuntimeError, ValueError) as error:  # told by each of its tests; others go on
                 held[case] = {name: Standing(broken=f"{case}: {type(error).__name__}: {error}") for name in names}
-            _say(request.config, case, held[case])
-        standing = held[case][provider]
-        if standing.unserved:
-            pytest.skip(standing.unserved)
-        if standing.broken:
-            pytest.fail(standing.broken, pytrace=False)
-        present(benchmark, str(case), standing.seconds or [], standing.facts or {})
+            say(_line(case, held[case]))
+        show(benchmark, case, held[case][provider])
         return held[case]
 
-    return show
+    return competed
 
 
-def _say(config: pytest.Config, case: Case, standings: dict[str, Standing]) -> None:
-    """A line of a contest as soon as it ends: the fastest first."""
+def _line(case: Case, standings: dict[str, Standing]) -> str:
+    """What is said of a contest as soon as it ends: the fastest first."""
     times = sorted((one.facts["median_ms"], name) for name, one in standings.items() if one.facts)
     line = "; ".join(f"{name} {median:.2f} ms" for median, name in times)
     lost = [name for name, one in standings.items() if one.broken]
-    reporter, capture = (config.pluginmanager.get_plugin(name) for name in ("terminalreporter", "capturemanager"))
-    with capture.global_and_fixture_disabled():
-        reporter.ensure_newline()
-        reporter.write_line(f"{case}: {line or 'nothing timed'}{'; broken: ' if lost else ''}{', '.join(lost)}")
+    return f"{case}: {line or 'nothing timed'}{'; broken: ' if lost else ''}{', '.join(lost)}"
 
 
 def _asked(request: pytest.FixtureRequest) -> list[str]:

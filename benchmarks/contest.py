@@ -7,6 +7,8 @@ rest once for each case; what pytest-benchmark then shows of each provider was m
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +19,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from environment import device_name
-from measure import REPEATS, SHORT, DeviceTimer, GraphTimer, Spread, Timer, captured, interleaved
+from measure import REPEATS, SHORT, DeviceTimer, GraphTimer, captured
 from roofline import DTYPES, ceilings, floor_of_all
 from torch import Tensor
 from workloads import Workload
 
 from fastbert.backend import first_device
 from fastbert.kernels.cost import Cost
+from fastbert.rivals.runtimes import UnservedError
+from fastbert.rivals.turns import Spread, Timer, interleaved
 from fastbert.testing import assert_close
 
 # In float32. torch.compile adds up a column of 2048 rows one after another, which loses 9 units in the last place.
@@ -31,10 +35,6 @@ RIVAL_ULPS = 16.0
 
 Passes = Literal["forward", "forward+backward"]
 Mode = Literal["eager", "graph"]
-
-
-class UnservedError(Exception):
-    """A provider is not installed, or can't run a case; the message says why."""
 
 
 class WrongResultError(AssertionError):
@@ -116,6 +116,8 @@ class Contender:
         dtype: what it computes in, where that is not the case's.
         least_cosine: for a provider that rounds more than its dtype does (int8), the least cosine of any row of its
             result with the exact one; the others are held to the error rule.
+        trial: what is checked in place of `run`, where that takes seconds: the same on a part of the work, which is
+            the part that `Contest.exact` computes.
         close: gives back what it holds.
     """
 
@@ -124,6 +126,7 @@ class Contender:
     padded_tokens: int
     dtype: str | None = None
     least_cosine: float | None = None
+    trial: Callable[[], Any] | None = None
     close: Callable[[], None] = lambda: None
 
 
@@ -139,7 +142,7 @@ class Contest:
         operands: of a case.
         plain: the results by plain torch in the case's dtype, by name.
         exact: the same in float64.
-        costs: of the ops it consists of.
+        costs: of the ops it consists of; none where nobody counted them, and then no ceiling is given.
         factor: how many times plain torch's error is allowed; see `fastbert.testing.assert_close`. Rivals may have
             twice that: their rounding is not ours to mend, and we only need to know that they compute the same.
     """
@@ -214,6 +217,14 @@ class Standing:
     unserved: str | None = None
     broken: str | None = None
 
+    @property
+    def reason(self) -> str:
+        """Why it was not timed, if it was not."""
+        return self.unserved or self.broken or ""
+
+
+Turns = Callable[[Mapping[str, Contender]], dict[str, list[float]]]
+
 
 def hold(
     contest: Contest,
@@ -223,6 +234,8 @@ def hold(
     budget: float = 5.0,
     timer: Timer | None = None,
     timed: bool = True,
+    turns: Turns | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Standing]:
     """Check and time the providers of these names (all by default) on a case.
 
@@ -230,7 +243,10 @@ def hold(
         budget: seconds to spend on timing.
         timer: that of the case's device by default.
         timed: False only checks.
+        turns: gives the seconds of each contender's rounds; by default `interleaved` does, with `budget` and `timer`.
+        say: gets a line at the start, and one as each provider is checked.
     """
+    say(f"{case}:")
     torch.manual_seed(0)
     operands = contest.operands(case)
     plain, exact = contest.plain(case, operands), contest.exact(case, operands)
@@ -238,6 +254,7 @@ def hold(
     contenders: dict[str, Contender] = {}
     runs: dict[str, Callable[[], Any]] = {}
     for name in contest.providers if names is None else names:
+        begin = time.perf_counter()
         try:
             contender = contest.providers[name](case, operands)
             check(f"{name}, {case}", contender, plain, exact, contest.factor, rival=not name.startswith("fastbert"))
@@ -251,6 +268,8 @@ def hold(
             standings[name] = Standing(broken=str(wrong))
         except RuntimeError as error:  # what C++ libraries throw; one that breaks is not to take the others with it
             standings[name] = Standing(broken=f"{name}, {case}: {error}")
+        right = f"  {name}: right; made and checked in {time.perf_counter() - begin:.1f} s"
+        say(right if name in contenders else f"  {standings[name].reason}")
     del plain, exact
     gc.collect()
     if timed and runs:
@@ -258,7 +277,7 @@ def hold(
             timer = DeviceTimer(case.device)
             if case.mode == "graph" and any(timer(run, REPEATS) < SHORT for run in runs.values()):
                 timer, runs = repeated(case.device, contenders)  # of all, so that none is timed in another way
-        seconds = interleaved(runs, budget=budget, timer=timer)
+        seconds = turns(contenders) if turns else interleaved(runs, budget=budget, timer=timer)
         costs = contest.costs(case, operands)
     for name, contender in contenders.items():
         standings[name] = Standing()
@@ -289,7 +308,7 @@ def check(
         WrongResultError: the result breaks the error rule, or a row is less alike than the contender says.
     """
     factor = 2 * factor if rival else factor
-    results = contender.results(contender.run())
+    results = contender.results((contender.trial or contender.run)())
     if results.keys() != exact.keys():
         raise WrongResultError(f"{what}: refusing to time it: it gives {list(results)}, and not {list(exact)}")
     for name, result in results.items():
@@ -309,7 +328,7 @@ def facts(name: str, case: Case, contender: Contender, seconds: list[float], cos
     """What is kept beside pytest-benchmark's own statistics: the names of this table are those that reports read."""
     spread = Spread.of(seconds)
     dtype = contender.dtype or case.dtype
-    least = floor_of_all(costs, dtype, ceilings(case.device))
+    least = floor_of_all(costs, dtype, ceilings(case.device)) if costs else None
     return {
         "op": case.op,
         "passes": case.passes,
@@ -325,9 +344,9 @@ def facts(name: str, case: Case, contender: Contender, seconds: list[float], cos
         "median_ms": 1000 * spread.median,
         "p20_ms": 1000 * spread.p20,
         "p80_ms": 1000 * spread.p80,
-        "floor_ms": 1000 * least.seconds,
-        "bound": least.bound,
-        "percent_of_ceiling": 100 * least.seconds / spread.median,
+        "floor_ms": least and 1000 * least.seconds,
+        "bound": least and least.bound,
+        "percent_of_ceiling": least and 100 * least.seconds / spread.median,
     }
 
 
@@ -355,9 +374,49 @@ class Replay:
 
 REPLAY = Replay()
 
+# What was measured in this process: the facts of each benchmark that was shown.
+PRESENTED: list[Mapping[str, Any]] = []
+
+
+def compared(measured: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How many rows of facts have ours and a rival, and a line for each of them in which a rival is faster.
+
+    Of transformers' rows first, and the slowest first.
+    """
+    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    for one in measured:
+        if "provider" in one:
+            row = tuple(one[key] for key in ("op", "passes", "workload", "dtype", "mode"))
+            rows.setdefault(row, {})[one["provider"]] = one["median_ms"]
+    count, slower = 0, []
+    for (op, passes, workload, dtype, mode), times in rows.items():
+        ours = [median for name, median in times.items() if name.startswith("fastbert")]
+        rivals = {name: median for name, median in times.items() if not name.startswith("fastbert")}
+        if ours and rivals:
+            count += 1
+            best = min(rivals, key=lambda name: rivals[name])
+            rival = "transformers" if rivals.get("transformers", math.inf) < min(ours) else best
+            if (ratio := rivals[rival] / min(ours)) < 1:
+                what = f"{op} {passes}, {workload}, {dtype}{' graph' if mode == 'graph' else ''}"
+                slower.append((rival != "transformers", ratio, f"{ratio:.2f} of the speed of {rival}: {what}"))
+    if not count:
+        return []
+    return [f"fastbert is slower in {len(slower)} of {count} rows", *(line for _, _, line in sorted(slower))]
+
+
+def show(benchmark: Any, case: Case, standing: Standing) -> None:
+    """Skip or fail the test of a provider that was not timed, with the reason; else `present` what was measured."""
+    if standing.unserved:
+        pytest.skip(standing.unserved)
+    if standing.broken:
+        pytest.fail(standing.broken, pytrace=False)
+    present(benchmark, str(case), standing.seconds or [], standing.facts or {})
+
 
 def present(benchmark: Any, group: str, seconds: list[float], facts: Mapping[str, Any]) -> None:
     """Give pytest-benchmark's fixture, whose timer is `REPLAY`, what was measured; nothing if it is disabled."""
+    if facts:
+        PRESENTED.append(facts)
     benchmark.group = group
     benchmark.extra_info.update(facts)
     REPLAY.load(seconds)

@@ -18,9 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RIVALS = (
     "transformers",
     "sentence-transformers",
+    "optimum-onnx",
+    "optimum-intel",
     "onnxruntime",
     "openvino",
     "ctranslate2",
+    "torchao",
     "flash-attn",
     "xformers",
     "liger-kernel",

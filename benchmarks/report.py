@@ -3,9 +3,9 @@ README.md.
 
     make report                              # or python benchmarks/report.py
 
-It reads benchmarks/results/<machine>/results.json of every machine, which `pytest benchmarks --benchmark-json` writes,
-and benchmarks/baselines/static.json. In the documents only what stands between the markers is replaced. The same files
-give the same bytes.
+It reads results.json and cpu.json in benchmarks/results/<machine> of every machine, which `pytest benchmarks` and
+`pytest benchmarks/bench_cpu.py --full` write with --benchmark-json, and benchmarks/baselines/static.json. In the
+documents only what stands between the markers is replaced. The same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import torch
@@ -28,6 +27,7 @@ from matplotlib import pyplot
 
 sys.path.append(str(Path(__file__).parent))
 from folders import RESULTS
+from roofline import DTYPES
 
 from fastbert.errors import ArgumentError, FastbertError
 from fastbert.kernels import cost
@@ -36,9 +36,15 @@ ROOT = Path(__file__).resolve().parent.parent
 STATIC = ROOT / "benchmarks" / "baselines" / "static.json"
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
 
+# The files of a machine, and what the titles of their sections end in.
+FILES = {"cpu.json": ", what is promised of a CPU", "results.json": ""}
+DRAWN = "results.json"  # has pictures
+HEADLINES = 3  # machines in the README
+READMES = ("README.md", "README.zh-CN.md")
 # Titles of the ops, in the order of the report.
 OPS = {
     "text": "Real text to embeddings",
+    "family": "A model of each shape",
     "encoder": "Encoder",
     "training": "Training",
     "latency": "Latency of one sequence",
@@ -97,18 +103,47 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Results of one run.
+class Promise:
+    """A figure that is asked for, alone or by its ratio to a rival's: the `extra_info` of a test of bench_cpu.py."""
+
+    promise: str
+    ours: float
+    unit: str
+    asked: float
+    at_most: bool
+    rival: str | None = None
+    theirs: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """None where no rival's figure stands beside it."""
+        return None if self.theirs is None else self.ours / self.theirs
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is what was asked for."""
+        held = self.ours if self.ratio is None else self.ratio
+        return held <= self.asked if self.at_most else held >= self.asked
+
+
+@dataclass(frozen=True)
+class Run:
+    """A file of results.
 
     Attributes:
-        folder: its name under benchmarks/results.
+        folder: its machine's name under benchmarks/results.
+        file: a key of `FILES`.
+        date: of its end, "2026-11-28".
         info: what `environment()` said of the machine.
-        results: in the order of the run.
+        results, promises: in the order of the run.
     """
 
     folder: str
+    file: str
+    date: str
     info: dict[str, Any]
     results: list[Result]
+    promises: list[Promise]
 
     @property
     def has_gpu(self) -> bool:
@@ -119,6 +154,11 @@ class Machine:
     def title(self) -> str:
         """The name of what ran it."""
         return str(self.info["device"] if self.has_gpu else self.info["cpu name"])
+
+    @property
+    def commit(self) -> str:
+        """As much of it as git needs."""
+        return str(self.info["commit"])[:10]
 
 
 def read_json(path: Path) -> Any:
@@ -135,8 +175,8 @@ def read_json(path: Path) -> Any:
         raise ArgumentError(str(path), f"no JSON ({error})", "results in JSON", "Run the benchmarks again.") from error
 
 
-def read_machine(path: Path) -> Machine:
-    """A results.json.
+def read_run(path: Path) -> Run:
+    """A file of a machine.
 
     Raises:
         ArgumentError: it is missing, or not what `pytest benchmarks --benchmark-json` writes; it says where.
@@ -148,27 +188,42 @@ def read_machine(path: Path) -> Machine:
     for key in ("cpu name", "device", "threads", "torch", "commit"):
         if not isinstance(info.get(key), str):
             raise ArgumentError(f"{path}: machine_info", f"no text for {key!r}", "what environment.py stamps")
-    return Machine(path.parent.name, info, [_result(path, benchmark) for benchmark in content["benchmarks"]])
+    date = content.get("datetime")
+    if not isinstance(date, str):
+        raise ArgumentError(f"{path}: datetime", repr(date), "when it was measured, as pytest-benchmark stamps it")
+    results, promises = [], []
+    for benchmark in content["benchmarks"]:
+        name = benchmark.get("name", "?") if isinstance(benchmark, dict) else repr(benchmark)
+        facts = benchmark.get("extra_info", {}) if isinstance(benchmark, dict) else {}
+        if "promise" in facts:
+            promises.append(_read(Promise, f"{path}: {name}", facts))
+        else:
+            results.append(_result(f"{path}: {name}", facts))
+    return Run(path.parent.name, path.name, date.partition("T")[0], info, results, promises)
 
 
-def _result(path: Path, benchmark: Any) -> Result:
-    name = benchmark.get("name", "?") if isinstance(benchmark, dict) else repr(benchmark)
-    facts = benchmark.get("extra_info", {}) if isinstance(benchmark, dict) else {}
+def _result(where: str, facts: Any) -> Result:
+    result = _read(Result, where, facts)
+    if result.op not in OPS or not result.median_ms > 0:
+        raise ArgumentError(where, f"{result.op!r} in {result.median_ms} ms", f"one of {sorted(OPS)} in some time")
+    return result
+
+
+_Kind = TypeVar("_Kind", Result, Promise)
+
+
+def _read(kind: type[_Kind], where: str, facts: Any) -> _Kind:
     values: dict[str, Any] = {}
-    for field in fields(Result):
-        optional = field.default is None or field.name == "mode"
+    for field in fields(kind):
+        optional = field.default is not MISSING
         value = facts.get(field.name, field.default if optional else None)
         kinds = (str,) if field.type in ("str", "str | None") else (int, float)
         if not isinstance(value, kinds) and not (optional and value is None):
             raise ArgumentError(
-                f"{path}: {name}: extra_info[{field.name!r}]", repr(value), field.type, "Run the benchmarks again."
+                f"{where}: extra_info[{field.name!r}]", repr(value), field.type, "Run the benchmarks again."
             )
         values[field.name] = value
-    if values["op"] not in OPS or not values["median_ms"] > 0:
-        raise ArgumentError(
-            f"{path}: {name}", f"{values['op']!r} in {values['median_ms']} ms", f"one of {sorted(OPS)} in some time"
-        )
-    return Result(**values)
+    return kind(**values)
 
 
 Row = tuple[str, str, str]  # workload, dtype, mode
@@ -229,40 +284,72 @@ def _throughput(result: Result) -> str:
     return f"{result.tokens_per_second:,.0f} ({padded:,.0f} padded)"
 
 
-def machine_section(machine: Machine, level: str, pictures: str) -> str:
-    """All tables of one machine; `pictures` is where a link finds its pictures."""
-    info = machine.info
-    facts = [f"{info['threads']} threads", f"torch {info['torch']}", f"commit {info['commit'][:10]}"]
-    text = f"{level} {machine.title}\n\n{', '.join(facts)}.\n"
+def promise_table(promises: Iterable[Promise]) -> str:
+    """What is asked for, and what there is."""
+    lines = []
+    for one in promises:
+        ratio = "" if one.ratio is None else f"{one.ratio:.3g}"
+        rival = "" if one.theirs is None else f"{one.rival} {_figure(one.theirs)}"
+        asked = f"{'at most' if one.at_most else 'at least'} {one.asked:g}"
+        lines.append(
+            [one.promise, f"{_figure(one.ours)} {one.unit}".strip(), rival, ratio, asked, "yes" if one.kept else "no"]
+        )
+    return table(["work", "fastbert", "best rival", "ratio", "asked", "kept"], lines)
+
+
+def _figure(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+def run_section(run: Run, level: str, pictures: str) -> str:
+    """All tables of one run; `pictures` is where a link finds its pictures."""
+    facts = [f"{run.info['threads']} threads", f"torch {run.info['torch']}", f"commit {run.commit}", run.date]
+    text = f"{level} {run.title}{FILES[run.file]}\n\n{', '.join(facts)}.\n"
+    if run.promises:
+        text += f"\n{promise_table(run.promises)}"
     for name, caption in PICTURES.items():
-        if _drawable(machine, name):
-            text += f"\n![{caption}]({pictures}/{machine.folder}-{name}.png)\n"
-    for (op, passes), rows in grouped(machine.results).items():
+        if _drawable(run, name):
+            text += f"\n![{caption}]({pictures}/{run.folder}-{name}.png)\n"
+    for (op, passes), rows in grouped(run.results).items():
         unit = "median milliseconds" if op == "latency" else "real tokens/s"
         text += f"\n{level}# {OPS[op]}, {passes}: {unit}\n\n{performance_table(rows, latency=op == 'latency')}"
     return text
 
 
-def summary(machines: Sequence[Machine]) -> str:
-    """For the README: against the best rival, over all workloads of each op and dtype."""
-    lines = []
-    for machine in machines:
-        for (op, passes), rows in grouped(machine.results).items():
-            ratios: dict[str, list[float]] = {}
-            for (_, dtype, mode), row in rows.items():
-                if (times := ratio(row)) is not None:
-                    ratios.setdefault(dtype + (f", {mode}" if mode != "eager" else ""), []).append(times)
-            for dtype, found in ratios.items():
-                spread = f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
-                lines.append([machine.title, f"{OPS[op]}, {passes}", dtype, str(len(found)), spread])
-    text = (
-        table(["machine", "what", "dtype", "workloads", "fastbert / best rival: median (range)"], lines)
-        if lines
-        else ""
-    )
-    if not any(machine.has_gpu for machine in machines):
-        text += "\nNo GPU was measured yet.\n" if text else "Nothing was measured yet.\n"
+def summary(runs: Sequence[Run]) -> str:
+    """For the READMEs: texts to embeddings on the machines that were measured last, a line each, and a picture."""
+    most: dict[str, tuple[int, Run]] = {}  # of each machine the run with the most text
+    for run in runs:
+        tokens = max((result.tokens for result in run.results if result.op == "text"), default=0)
+        if tokens > most.get(run.folder, (0, run))[0]:
+            most[run.folder] = tokens, run
+    newest = sorted(most.values(), key=lambda found: found[1].date, reverse=True)[:HEADLINES]
+    text = "".join(f"{_headline(run, tokens)}\n" for tokens, run in newest)
+    drawn = [run for _, one in newest for run in runs if run.folder == one.folder and _drawable(run, "throughput")]
+    for run in drawn[:1]:
+        text += f"\n![{PICTURES['throughput']}, {run.title}](docs/performance/{run.folder}-throughput.png)\n"
+    if not any(run.has_gpu for run in runs):
+        text += "\nNo GPU was measured yet.\n" if runs else "Nothing was measured yet.\n"
     return text
+
+
+def _headline(run: Run, tokens: int) -> str:
+    texts = [result for result in run.results if result.op == "text" and result.tokens == tokens]
+    order = (*DTYPES, "int8")
+    rows = sorted(grouped(texts)["text", "forward"].items(), key=lambda found: order.index(found[0][1]))
+    figures = []
+    for (_, dtype, mode), row in rows:
+        ours = [one for one in row if one.ours]
+        if ours:
+            figure = f"{dtype}{', graph' if mode == 'graph' else ''} {max(one.tokens_per_second for one in ours):,.0f}"
+            if (times := ratio(row)) is not None:
+                rival = min((one for one in row if not one.ours), key=lambda one: one.median_ms)
+                figure += f" ({times:.2f} times {rival.provider})"
+            figures.append(figure)
+    return (
+        f"- {run.title}, {run.info['threads']} threads: {texts[0].workload} to embeddings by MiniLM, in tokens/s: "
+        f"{'; '.join(figures)}. Commit {run.commit}, {run.date}."
+    )
 
 
 def static_section(evidence: Any) -> str:
@@ -409,24 +496,24 @@ PICTURES = {
 }
 
 
-def _drawable(machine: Machine, picture: str) -> list[Result]:
-    """The results that a picture shows."""
+def _drawable(run: Run, picture: str) -> list[Result]:
+    """The results that a picture shows; none where the file has no pictures."""
     chosen: dict[str, Callable[[Result], bool]] = {
         "throughput": lambda result: (result.op, result.passes) == ("encoder", "forward"),
         "ceiling": lambda result: result.ours and result.percent_of_ceiling is not None,
         "latency": lambda result: result.op == "latency",
     }
-    return [result for result in machine.results if chosen[picture](result)]
+    return [result for result in run.results if run.file == DRAWN and chosen[picture](result)]
 
 
-def draw(machine: Machine, folder: Path) -> None:
-    """Write the pictures of one machine, `<machine>-<picture>.png`."""
+def draw(run: Run, folder: Path) -> None:
+    """Write the pictures of a run, `<machine>-<picture>.png`."""
     for picture, caption in PICTURES.items():
-        results = _drawable(machine, picture)
+        results = _drawable(run, picture)
         if results:
             figure = _dots(results) if picture == "ceiling" else _bars(results, seconds=picture == "latency")
-            figure.suptitle(f"{caption}\n{machine.title}", fontsize=10)
-            path = folder / f"{machine.folder}-{picture}.png"
+            figure.suptitle(f"{caption}\n{run.title}", fontsize=10)
+            path = folder / f"{run.folder}-{picture}.png"
             temporary = path.with_suffix(".tmp")
             # Without the name of matplotlib's version the same results give the same bytes.
             figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
@@ -502,7 +589,45 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def report(results: Path, static: Path, root: Path) -> list[Machine]:
+def read_runs(results: Path) -> list[Run]:
+    """The files of all machines in the folder, those of GPUs last.
+
+    Raises:
+        ArgumentError: as `read_run`.
+    """
+    paths = sorted(path for file in FILES for path in results.glob(f"*/{file}"))
+    return sorted((read_run(path) for path in paths), key=lambda run: run.has_gpu)
+
+
+def documents(runs: Sequence[Run], results: Path, static: Path, root: Path) -> dict[Path, str]:
+    """What `report` writes but the pictures, by file.
+
+    Raises:
+        ArgumentError: a document has no markers, or the evidence can't be read.
+    """
+    performance = root / "docs" / "performance.md"
+    sections = [run_section(run, "##", "performance") for run in runs]
+    if not any(run.has_gpu for run in runs):
+        sections.append(f"## GPUs\n\n{NOT_MEASURED}\n")
+    pages: dict[str, str] = {}
+    if static.exists():
+        section, pages = read_static(static)
+        sections.append(section)
+    found = {
+        performance: between_markers(performance, "\n".join(sections)),
+        **{root / name: between_markers(root / name, summary(runs)) for name in READMES},
+    }
+    for page, text in pages.items():
+        path = root / "docs" / "kernels" / f"{page}.md"
+        found[path] = between_markers(path, text)
+    for folder in dict.fromkeys(run.folder for run in runs):
+        up = Path(*[".."] * len((results / folder).relative_to(root).parts)) / "docs" / "performance"
+        own = [run_section(run, "#", up.as_posix()) for run in runs if run.folder == folder]
+        found[results / folder / "report.md"] = "\n".join(own)
+    return found
+
+
+def report(results: Path, static: Path, root: Path) -> list[Run]:
     """Render everything; nothing is written where something can't be read.
 
     Args:
@@ -510,32 +635,15 @@ def report(results: Path, static: Path, root: Path) -> list[Machine]:
         static: the evidence about machine code; the section is left out where there is no such file.
         root: of the repository whose documents are written.
     """
-    machines = [read_machine(path) for path in sorted(results.glob("*/results.json"))]
-    machines.sort(key=lambda machine: machine.has_gpu)
-    performance, readme, pictures = root / "docs" / "performance.md", root / "README.md", root / "docs" / "performance"
-    sections = [machine_section(machine, "##", "performance") for machine in machines]
-    if not any(machine.has_gpu for machine in machines):
-        sections.append(f"## GPUs\n\n{NOT_MEASURED}\n")
-    pages: dict[str, str] = {}
-    if static.exists():
-        section, pages = read_static(static)
-        sections.append(section)
-    documents = {
-        performance: between_markers(performance, "\n".join(sections)),
-        readme: between_markers(readme, summary(machines)),
-    }
-    for page, text in pages.items():
-        path = root / "docs" / "kernels" / f"{page}.md"
-        documents[path] = between_markers(path, text)
-    for machine in machines:
-        up = Path(*[".."] * len((results / machine.folder).relative_to(root).parts)) / "docs" / "performance"
-        documents[results / machine.folder / "report.md"] = machine_section(machine, "#", up.as_posix())
+    runs = read_runs(results)
+    rendered = documents(runs, results, static, root)
+    pictures = root / "docs" / "performance"
     pictures.mkdir(exist_ok=True)
-    for machine in machines:
-        draw(machine, pictures)
-    for path, text in documents.items():
+    for run in runs:
+        draw(run, pictures)
+    for path, text in rendered.items():
         write(path, text)
-    return machines
+    return runs
 
 
 def main() -> int:
@@ -543,12 +651,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     try:
-        machines = report(RESULTS, STATIC, ROOT)
+        runs = report(RESULTS, STATIC, ROOT)
     except FastbertError as error:
         parser.exit(2, f"{error}\n")
-    for machine in machines:
-        print(f"{machine.title}: {len(machine.results)} results")
-    print(f"docs/performance.md, docs/kernels and README.md are written, of {len(machines)} machines")
+    for run in runs:
+        print(f"{run.title}, {run.file}: {len(run.results)} results, {len(run.promises)} promises")
+    print(f"docs/performance.md, docs/kernels and the READMEs are written, of {len(runs)} files of results")
     return 0
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastbert.families.accelerated import restore as restore
     from fastbert.families.accelerated import verify as verify
     from fastbert.families.attention import register_attention as register_attention
+    from fastbert.families.quantization import quantize as quantize
     from fastbert.model.body import BertModel as BertModel
     from fastbert.model.body import EncoderModel as EncoderModel
     from fastbert.model.encoder import Encoder as Encoder
@@ -49,10 +50,10 @@ if TYPE_CHECKING:
     from fastbert.model.heads import EncoderForReplacedTokens as EncoderForReplacedTokens
     from fastbert.model.heads import EncoderForSequenceClassification as EncoderForSequenceClassification
     from fastbert.model.heads import EncoderForTokenClassification as EncoderForTokenClassification
-    from fastbert.model.quantization import quantize as quantize
     from fastbert.ops.fastest import choose_products as choose_products
     from fastbert.ops.watch import weights_changed as weights_changed
     from fastbert.packing import Packing as Packing
+    from fastbert.rivals.bench import bench as bench
     from fastbert.tasks.classify import TextClassifier as TextClassifier
     from fastbert.tasks.classify import classify as classify
     from fastbert.tasks.encode import TextEncoder as TextEncoder
@@ -103,6 +104,7 @@ _HOMES = {
     "TextScorer": "tasks.score",
     "TextTagger": "tasks.tag",
     "accelerate": "families.accelerated",
+    "bench": "rivals.bench",
     "choose_products": "ops.fastest",
     "classify": "tasks.classify",
     "convert": "checkpoints.convert",
@@ -111,7 +113,7 @@ _HOMES = {
     "graphed": "model.graphs",
     "load": "checkpoints.load",
     "paths_taken": "backend",
-    "quantize": "model.quantization",
+    "quantize": "families.quantization",
     "register_attention": "families.attention",
     "rerank": "tasks.score",
     "restore": "families.accelerated",
@@ -143,9 +145,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    from fastbert import installed
 
-    try:
-        return version("fastbert")
-    except PackageNotFoundError as error:
-        raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .") from error
+    if (found := installed.version("fastbert")) is None:
+        raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .")
+    return found

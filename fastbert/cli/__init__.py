@@ -21,6 +21,7 @@ from fastbert.cli.embeddings import encode
 from fastbert.cli.machine import info, version_of
 from fastbert.cli.piping import READER_GONE, flush_stdout, occupy_standard_streams, say
 from fastbert.cli.ranking import rerank, similar
+from fastbert.cli.rivals import bench
 from fastbert.cli.training import train
 from fastbert.errors import ArgumentError, FastbertError
 
@@ -35,9 +36,6 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point. Exit codes: docs/command_line.md. What went wrong is one sentence on stderr."""
-    # Threads of torch that wait do so asleep: where another process wants the cores too, two that spin were up to ten
-    # times as slow. OpenMP reads this when torch is loaded; what the user says, here or more exactly, is stronger.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     occupy_standard_streams()
     warnings.showwarning = _show_warning
     try:
@@ -76,14 +74,19 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _of_all_commands(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "bench":  # whose rivals are to be what they are in Python
+        # Threads of torch that wait do so asleep: where another process wants the cores too, two that spin were up to
+        # ten times as slow. OpenMP reads this when torch is loaded; what the user says, here or more exactly, is
+        # stronger.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (encode, classify, tag, fill_mask, score, rerank, similar, train, convert, info):
+for command in (encode, classify, tag, fill_mask, score, rerank, similar, train, convert, bench, info):
     app.command()(command)
 
 

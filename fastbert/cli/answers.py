@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from fastbert.cli.corpora import check_absent, on_cluster
 from fastbert.cli.inputs import InputFormat, Kind, Texts
 from fastbert.cli.options import (
     ArrayOutput,
@@ -19,10 +20,13 @@ from fastbert.cli.options import (
     DType,
     Input,
     InputAs,
+    Keep,
     MaxLength,
     Output,
     OutputAs,
     Pairs,
+    Ray,
+    Workers,
 )
 from fastbert.cli.outputs import OutputFormat, output_format, writing
 from fastbert.cli.piping import check_output, end_on_signals, results
@@ -45,6 +49,9 @@ def classify(
     device: Device = None,
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
+    ray: Ray = False,
+    keep: Keep = None,
+    workers: Workers = None,
 ) -> None:
     """Label texts, with the probability of every label.
 
@@ -52,6 +59,26 @@ def classify(
     fastbert classify reviews.csv --model sentiment --output labels.jsonl
     echo "a lovely film" | fastbert classify --model sentiment
     """
+    options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens}
+    if ray:
+        from fastbert.ray import classify as run
+
+        check_absent("with --ray", input_format=input_as, device=device, pairs=pairs or None)
+        on_cluster(
+            run,
+            input,
+            output,
+            column,
+            model=model,
+            keep=keep,
+            format=output_as,
+            workers=workers,
+            dtype=dtype,
+            **options,
+        )
+        return
+    check_absent("without --ray", keep=keep, workers=workers)
+
     from fastbert.tasks.classify import TextClassifier
 
     def example(classifier: TextClassifier) -> dict[str, Any]:
@@ -59,9 +86,7 @@ def classify(
         return {"text": ["", ""] if pairs else "", "label": "", "probabilities": dict.fromkeys(labels, 0.0)}
 
     def answers(classifier: TextClassifier, texts: list[Any]) -> Columns:
-        found = classifier.classify(
-            texts, max_length=max_length, batch_tokens=batch_tokens, progress=sys.stderr.isatty()
-        )
+        found = classifier.classify(texts, **options, progress=sys.stderr.isatty())
         return {
             "text": texts,
             "label": [one.label for one in found],

@@ -6,10 +6,11 @@ import sys
 from collections import deque
 from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from fastbert.cli.corpora import check_absent, on_cluster
 from fastbert.cli.inputs import Texts
 from fastbert.cli.options import (
     ArrayOutput,
@@ -19,8 +20,11 @@ from fastbert.cli.options import (
     DType,
     Input,
     InputAs,
+    Keep,
     MaxLength,
     OutputAs,
+    Ray,
+    Workers,
 )
 from fastbert.cli.outputs import output_format, writing
 from fastbert.cli.piping import check_output, end_on_signals, results
@@ -54,6 +58,9 @@ def encode(
     device: Device = None,
     max_length: MaxLength = None,
     batch_tokens: BatchTokens = None,
+    ray: Ray = False,
+    keep: Keep = None,
+    workers: Workers = None,
 ) -> None:
     """Embed texts: row i of the result is text i of the input.
 
@@ -63,6 +70,33 @@ def encode(
     fastbert encode texts.txt --model all-MiniLM-L6-v2 --output embeddings.npy
     fastbert encode reviews.csv --column review --model all-MiniLM-L6-v2 --output embeddings.parquet
     """
+    options: dict[str, Any] = {
+        "pooling": pooling,
+        "normalize": normalize,
+        "max_length": max_length,
+        "prompt": prompt,
+        "prompt_name": prompt_name,
+        "truncate_dim": truncate_dim,
+        "batch_tokens": batch_tokens,
+    }
+    if ray:
+        from fastbert.ray import encode as run
+
+        check_absent("with --ray", input_format=input_as, device=device)
+        on_cluster(
+            run,
+            input,
+            output,
+            column,
+            model=model,
+            keep=keep,
+            format=output_as,
+            workers=workers,
+            dtype=dtype,
+            **options,
+        )
+        return
+    check_absent("without --ray", keep=keep, workers=workers)
     output = check_output(output)
     how = output_format(output, output_as, npy=True)
 
@@ -84,16 +118,6 @@ def encode(
                     taken.append(part)
                 yield part
 
-        for array in encoder.encode_parts(
-            parts(),
-            pooling=pooling,
-            normalize=normalize,
-            max_length=max_length,
-            prompt=prompt,
-            prompt_name=prompt_name,
-            truncate_dim=truncate_dim,
-            batch_tokens=batch_tokens,
-            progress=sys.stderr.isatty(),
-        ):
+        for array in encoder.encode_parts(parts(), **options, progress=sys.stderr.isatty()):
             write({"text": taken.popleft(), "embedding": array})
     texts.report()

@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 from fastbert.cli import piping
 from fastbert.cli.piping import Lines, Noted, say
 from fastbert.errors import ArgumentError, shown
-from fastbert.optional import optional
+from fastbert.installed import optional
 
 InputFormat = Literal["text", "jsonl", "csv", "tsv", "parquet"]
 # What one item is, and the columns that it is in where nobody says.
@@ -144,7 +144,7 @@ class Texts:
         return self._item(several, COLUMNS[self._kind], number)
 
     def _table(self, parts: Iterable[list[str]]) -> Iterator[list[Any]]:
-        from fastbert.training.records import CSV_FIELD_CHARACTERS, DELIMITERS
+        from fastbert.text.records import CSV_FIELD_CHARACTERS, DELIMITERS
 
         csv.field_size_limit(CSV_FIELD_CHARACTERS)
         delimiter = DELIMITERS[f".{self._format}"]

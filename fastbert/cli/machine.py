@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import platform
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from fastbert import installed
 from fastbert.cli.options import Device, DType
 
 
@@ -106,10 +106,7 @@ def _cpuinfo_fields(cpuinfo: str) -> Iterator[tuple[str, str]]:
 
 def version_of(package: str) -> str:
     """The version that is installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return installed.version(package) or "not installed"
 
 
 def _row(name: str, value: str) -> None:

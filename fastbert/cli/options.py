@@ -47,3 +47,18 @@ MaxLength = Annotated[
     int | None, typer.Option(help="Most tokens of a text, the rest is cut off; by default what the folder allows.")
 ]
 BatchTokens = Annotated[int | None, typer.Option(help="Most tokens of a batch; by default what the last cache holds.")]
+
+Ray = Annotated[
+    bool,
+    typer.Option(
+        "--ray",
+        help="On a Ray cluster: INPUT is Parquet, JSON lines or CSV, a file or a folder of many; --output is a folder.",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(help="With --ray: a column of the input that the output has; to be repeated. By default all."),
+]
+Workers = Annotated[
+    int | None, typer.Option(help="With --ray: how many processes; by default one a GPU, or one a machine without one.")
+]

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fastbert.cli import piping
 from fastbert.errors import ArgumentError
-from fastbert.optional import optional
+from fastbert.installed import optional
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,11 +86,9 @@ def _in_json(column: Any) -> Iterator[str]:
     if isinstance(column, list):
         yield from map(json.dumps, column)
         return
-    for values in column.tolist():  # 9 digits give a float32 back exactly
-        if isinstance(values, float):
-            yield f"{values:.9g}"
-        else:
-            yield f"[{', '.join([f'{number:.9g}' for number in values])}]"
+    from fastbert.tasks.results import as_json
+
+    yield from map(as_json, column.tolist())
 
 
 @contextmanager

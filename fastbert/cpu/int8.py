@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,13 @@ class Int8Matrix:
         else:
             values = (weight.detach().float() / scale[:, None]).round().to(torch.int8)
         total = scale * values.sum(1, dtype=torch.int32)
+        return cls(in_blocks(values, COLUMNS), scale, total)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Int8Matrix]) -> Int8Matrix:
+        """One that has the outputs of all of these, of as many inputs each; a copy."""
+        values = torch.cat([part.plain().t() for part in parts])
+        scale, total = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "sum"))
         return cls(in_blocks(values, COLUMNS), scale, total)
 
     def arguments(self, words: int, width: int) -> dict[str, Argument]:

@@ -21,12 +21,11 @@ from fastbert.model.body import EncoderModel, Inputs
 from fastbert.model.encoder import initialise
 from fastbert.model.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
-from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.layer_norm import layer_norm, norm_weights
 from fastbert.ops.linear import Linear, linear
 from fastbert.ops.linear_activation import activated
 from fastbert.ops.pooling import first_rows, first_tokens, pool
 from fastbert.packing import Packing
-from fastbert.run.parts import norm_weights
 from fastbert.transfer import send
 
 if TYPE_CHECKING:
@@ -453,8 +452,9 @@ class EncoderForQuestionAnswering(HeadModel):
         The loss, where both positions are given, is the mean of that of the start and that of the end.
 
         Args:
-            start_positions, end_positions: int64 `[batch]`, columns of the padded grid, also for packed ids. Negative
-                ones mean column 0, as in Hugging Face's; one that is no token counts for nothing.
+            start_positions: int64 `[batch]`, columns of the padded grid, also for packed ids. Negative ones mean column
+                0, as in Hugging Face's; one that is no token counts for nothing.
+            end_positions: likewise.
         """
         refuse_what_asks(hf, "fastbert's model")
         inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
@@ -499,8 +499,11 @@ class EncoderForMultipleChoice(HeadModel):
         """Logits `[batch, choices]`.
 
         Args:
-            input_ids, attention_mask, token_type_ids, position_ids: `[batch, choices, seqlen]`; or packed, one sequence
-                a choice, all choices of one question after each other, together with `packing` and `num_choices`.
+            input_ids: `[batch, choices, seqlen]`; or packed, one sequence a choice, all choices of one question after
+                each other, together with `packing` and `num_choices`.
+            attention_mask: `[batch, choices, seqlen]`; None for packed ids.
+            token_type_ids: as `input_ids`.
+            position_ids: as `input_ids`.
             labels: int64 `[batch]`, the choice that fits.
         """
         if packing is None:

@@ -23,8 +23,8 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import load
 from fastbert.checkpoints.sentence import Recipe, read_recipe
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.families.quantization import in_int8
 from fastbert.model.body import EncoderModel
-from fastbert.model.quantization import in_int8
 from fastbert.model.sentence import SIMILARITIES, Embedder, Mode, Truncate
 from fastbert.packing import Packing
 from fastbert.tasks.loading import DTYPES, DTypeName, parameter_dtype, quantized
@@ -332,9 +332,34 @@ class TextEncoder:
         how = self._how(pooling, normalize, max_length, prompt, prompt_name, truncate_dim)
         return self._stream(parts, how, batch_tokens, "encoding" if progress else None)
 
+    def embedder(
+        self, pooling: Mode | None = None, normalize: bool | None = None, truncate_dim: int | None = None
+    ) -> Embedder:
+        """What makes embeddings of hidden states, where `encode` is given these arguments; raises as it does."""
+        if pooling is not None and pooling not in get_args(Mode):
+            raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Mode))}")
+        if normalize is not None and not isinstance(normalize, bool | np.bool_):
+            raise ArgumentError("normalize", repr(normalize), "True, False, or None for what the folder says")
+        own = self.recipe.embedder or Embedder()
+        layers = own.layers
+        if normalize is not None and not normalize and layers[-1:] == (F.normalize,):
+            layers = layers[:-1]
+        embedder = Embedder(own.pooling if pooling is None else (pooling,), layers)
+        width = embedder.width(self.model.config.hidden_size)
+        if truncate_dim is not None:
+            check_whole("truncate_dim", truncate_dim)
+            if not 1 <= truncate_dim <= width:
+                raise ArgumentError("truncate_dim", truncate_dim, f"1 to {width}, the columns of an embedding")
+        columns = self.recipe.truncate_dim if truncate_dim is None else truncate_dim
+        if columns is not None:
+            layers = (*layers, Truncate(columns))
+        if (self.recipe.embedder is None if normalize is None else normalize) and layers[-1:] != (F.normalize,):
+            layers = (*layers, F.normalize)
+        return replace(embedder, layers=layers)
+
     def width(self, pooling: Mode | None = None, truncate_dim: int | None = None) -> int:
         """Columns of an embedding, where `encode` is given these arguments."""
-        return self._embedder(pooling, None, truncate_dim).width(self.model.config.hidden_size)
+        return self.embedder(pooling, None, truncate_dim).width(self.model.config.hidden_size)
 
     def _stream(
         self,
@@ -377,35 +402,13 @@ class TextEncoder:
                 known = ", ".join(prompts) or "(it has none)"
                 raise ArgumentError("prompt_name", repr(name), f"one of the folder's prompts: {known}")
             prompt = prompts[name]
-        embedder = self._embedder(pooling, normalize, truncate_dim)
+        embedder = self.embedder(pooling, normalize, truncate_dim)
         own = self.recipe.embedder
         if own is not None and embedder.pooling != own.pooling:
             folders = ", ".join(map(repr, own.pooling))
             warnings.warn(f"pooling={pooling!r} is taken in place of the folder's {folders}", stacklevel=3)
         longest = tokens_at_most(max_length, self.tokenizer, self.model.config, self.recipe.max_length)
         return _How(embedder, longest, prompt or "")
-
-    def _embedder(self, pooling: Mode | None, normalize: bool | None, truncate_dim: int | None) -> Embedder:
-        if pooling is not None and pooling not in get_args(Mode):
-            raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Mode))}")
-        if normalize is not None and not isinstance(normalize, bool | np.bool_):
-            raise ArgumentError("normalize", repr(normalize), "True, False, or None for what the folder says")
-        own = self.recipe.embedder or Embedder()
-        layers = own.layers
-        if normalize is not None and not normalize and layers[-1:] == (F.normalize,):
-            layers = layers[:-1]
-        embedder = Embedder(own.pooling if pooling is None else (pooling,), layers)
-        width = embedder.width(self.model.config.hidden_size)
-        if truncate_dim is not None:
-            check_whole("truncate_dim", truncate_dim)
-            if not 1 <= truncate_dim <= width:
-                raise ArgumentError("truncate_dim", truncate_dim, f"1 to {width}, the columns of an embedding")
-        columns = self.recipe.truncate_dim if truncate_dim is None else truncate_dim
-        if columns is not None:
-            layers = (*layers, Truncate(columns))
-        if (self.recipe.embedder is None if normalize is None else normalize) and layers[-1:] != (F.normalize,):
-            layers = (*layers, F.normalize)
-        return replace(embedder, layers=layers)
 
     def _prompt_of(self, name: str, prompt: str | None, prompt_name: str | None) -> str | None:
         """What a call says, and where it says nothing the folder's prompt of this name, or an empty one."""

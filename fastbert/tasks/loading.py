@@ -9,13 +9,13 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
-from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, usable_device
+from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, int8_unserved, usable_device
 from fastbert.checkpoints import files
 from fastbert.checkpoints.int8 import in_int8
 from fastbert.checkpoints.load import WithHead, dtype_name, read_model
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.families.quantization import quantize
 from fastbert.model.encoder import Encoder
-from fastbert.model.quantization import quantize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,6 +35,17 @@ def default_dtype(device: torch.device) -> DTypeName:
     return "fp16" if device.type == "cuda" else "fp32"
 
 
+def unserved(device: torch.device) -> dict[DTypeName, str]:
+    """Those of `DTYPES` that this device is no faster in than in float32, each with the reason."""
+    int8 = "it is for CPUs" if device.type == "cuda" else int8_unserved(device)
+    reasons: dict[DTypeName, str | None] = {
+        "bf16": bfloat16_unserved(device),
+        "fp16": float16_unserved(device),
+        "int8": int8,
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def parameter_dtype(name: DTypeName | None, folder: str | os.PathLike[str], device: torch.device) -> torch.dtype:
     """Of the parameters of a checkpoint folder; float32, and said, where half precision would only be slower.
 
@@ -51,8 +62,7 @@ def parameter_dtype(name: DTypeName | None, folder: str | os.PathLike[str], devi
             raise ArgumentError("dtype", repr(name), "int8 or nothing, for a folder in int8", mend)
         return torch.float32
     name = default_dtype(device) if name is None else name
-    unserved = {"bf16": bfloat16_unserved, "fp16": float16_unserved}
-    if name in unserved and (slow := unserved[name](device)) is not None:
+    if name != "int8" and (slow := unserved(device).get(name)) is not None:
         warnings.warn(f"computing in float32, not in {dtype_name(DTYPES[name])}: {slow}", stacklevel=3)
         return torch.float32
     return DTYPES[name]

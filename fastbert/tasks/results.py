@@ -104,6 +104,13 @@ def results(
     return order, gathered.cpu().numpy()
 
 
+def as_json(numbers: float | list[float]) -> str:
+    """A float32, or a list of them, as JSON has it: 9 digits give each back exactly."""
+    if isinstance(numbers, float):
+        return f"{numbers:.9g}"
+    return f"[{', '.join([f'{number:.9g}' for number in numbers])}]"
+
+
 def not_finite(text: int, model: EncoderModel | HeadModel) -> BackendError:
     """The error of a text, by its number, whose result is NaN or infinite."""
     dtype = next(model.parameters()).dtype
