@@ -18,7 +18,7 @@ INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
 MINUTES ?= 20
 
-.PHONY: demo test test-long test-as-gpu test-transformers check docs docs-shot fuzz static bench gate gpu report clean
+.PHONY: demo test test-long test-as-gpu test-transformers test-serving check docs docs-shot fuzz static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
@@ -43,6 +43,12 @@ test-as-gpu: $(INSTALLED)
 test-transformers: $(INSTALLED)
 	.venv/bin/python -m pip install --disable-pip-version-check parameterized httpx
 	.venv/bin/python tests/transformers_tests.py $(or $(FOLDER),$(error FOLDER: a checkout of transformers)) $(FAMILIES)
+
+# The service in examples/serving, with clients of others, none of which `make` installs.
+test-serving: $(INSTALLED)
+	.venv/bin/python -m pip install --disable-pip-version-check '$(TORCH)' -e '.[hf,serving]' \
+	  openai langchain-openai llama-index-embeddings-openai llama-index-embeddings-text-embeddings-inference
+	OMP_NUM_THREADS=1 .venv/bin/pytest tests/test_serving.py -m 'long or not long'
 
 # Draw arguments and states of torch for the public API, others each time, for so many minutes; see tests/test_fuzz.py.
 fuzz: $(INSTALLED)

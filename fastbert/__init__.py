@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastbert.backend import paths_taken as paths_taken
     from fastbert.backend import use_backend as use_backend
+    from fastbert.checkpoints.convert import convert as convert
     from fastbert.checkpoints.load import load as load
     from fastbert.checkpoints.load import save as save
     from fastbert.config import EncoderConfig as EncoderConfig
@@ -106,6 +107,7 @@ _HOMES = {
     "bench": "rivals.bench",
     "choose_products": "ops.fastest",
     "classify": "tasks.classify",
+    "convert": "checkpoints.convert",
     "encode": "tasks.encode",
     "fill_mask": "tasks.fill_mask",
     "graphed": "model.graphs",

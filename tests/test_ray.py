@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import tiny_bert
 import torch
-from processes import PYTHON
+from processes import PYTHON, heed_signals
 
 import fastbert
 from fastbert.checkpoints.load import load, save
@@ -75,7 +75,9 @@ def classifier(model: Path) -> Path:
 def write(model: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write the first shard of a file, as a worker would; the file that it wrote."""
 
-    def write(path: Path, form: Any, keep: list[str] | None = None, **other: Any) -> Path:
+    def write(
+        path: Path, form: Any, keep: list[str] | None = None, change: Callable[[], object] = bool, **other: Any
+    ) -> Path:
         (tmp_path / "out").mkdir(exist_ok=True)
         root, _, files = files_of([path])
         columns = columns_of(files)
@@ -86,6 +88,7 @@ def write(model: Path, tmp_path: Path) -> Callable[..., Path]:
         )  # fmt: skip
         job = replace(job, **other)
         shard = shards_of(root, files, 2**20)[0]
+        change()
         rows, size = worker.write(shard, job, worker.load(job))
         written = tmp_path / "out" / f"{shard.output}.{form}"
         assert size == written.stat().st_size and rows == sum(len(part.texts) for part in read(shard, "text", None))
@@ -286,7 +289,7 @@ def test_parquet_from_json(write: Any, model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
-def test_user_case_nothing_after_the_first_rows_is_dropped(
+def test_nothing_after_the_first_rows_is_dropped(
     form: str, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A key first seen behind the sampled rows (DuckDB 25826, Polars 29330, ClickHouse 120348)."""
@@ -349,6 +352,26 @@ def test_a_shard_that_workers_die_of_ends(write: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_worker_has_its_share_of_threads(model: Path, tmp_path: Path) -> None:
+    """Ray's own worker has loaded no torch yet either, when it makes its Worker."""
+    code = f"""
+import os, sys
+from fastbert.ray import worker
+from fastbert.ray.manifest import checksum_of_files
+model, text = {str(model)!r}, {{"text": str}}
+files = checksum_of_files(model)
+job = worker.Job("encode", model, files, "fp32", {OPTIONS}, "text", None, text, "csv", "", 3, "cpu")
+worker.Worker(job)
+assert "torch" not in sys.modules and "tokenizers" not in sys.modules
+worker.load(job)
+import torch
+print(torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "9"}
+    done = subprocess.run([*PYTHON, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["3", "3", "PASSIVE"], done.stderr
+
+
 def test_a_model_that_differs_between_machines(write: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="other files than on the machine that started the run"):
         write(json_lines(tmp_path / "a.jsonl", [{"text": "a"}]), "jsonl", checksum="0")
@@ -383,6 +406,7 @@ def test_a_manifest_goes_on(tmp_path: Path) -> None:
         manifest.add(record(shard, tmp_path))
     with path.open("a") as file:
         file.write('{"shard": "c-00000", "ro')  # killed here
+    record(shards[3], tmp_path)  # renamed, but not noted
     (tmp_path / "a-00001.csv").write_text("damaged")
     again = Manifest(path, RUN, "csv", shards)
     assert list(again.done) == ["a-00000", "b-00000"]
@@ -433,15 +457,13 @@ def test_another_run_is_refused(other: dict[str, Any], message: str, tmp_path: P
     assert path.read_bytes() == before
 
 
-def test_an_input_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+def test_an_input_that_changes_meanwhile_is_refused(write: Any, tmp_path: Path) -> None:
     path = json_lines(tmp_path / "a.jsonl", [{"text": "a"}])
-    (shard,) = shards_of(tmp_path, [path], 99)
-    shard.check_unchanged()
-    for change in (lambda: os.utime(path, ns=(0, 1)), lambda: path.write_text("{}"), path.unlink):
-        (shard,) = shards_of(tmp_path, [path], 99)
-        change()
+    line = path.read_text()
+    for change in (lambda: os.utime(path, ns=(0, 1)), lambda: path.write_text(line * 2), path.unlink):
         with pytest.raises(ArgumentError, match=f"{path}: got (a file that was changed while|No such file .* on )"):
-            shard.check_unchanged()
+            write(path, "jsonl", change=change)
+        assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -509,12 +531,11 @@ def test_options_that_mean_nothing(options: list[str], message: str, model: Path
 # Here Ray begins.
 
 RUN_ON_RAY = """
-import ctypes, signal, sys
+import ctypes, signal
 import ray
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it goes with the test, and Ray's processes with it
-ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=sys.argv[1])
+ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
 import fastbert.ray
-{}
 """
 
 
@@ -525,14 +546,24 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="fbray"))  # a path of pytest is too long for Ray's sockets
         self.mark = f"FASTBERT_TEST_RAY={uuid.uuid4()}"
 
-    def start(self, code: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Python, with these arguments."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-        environment[self.mark.partition("=")[0]] = self.mark.partition("=")[2]
-        program = [*PYTHON, "-c", RUN_ON_RAY.format(code), str(self.folder)]
-        return subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment |= {"RAY_TMPDIR": str(self.folder), self.mark.partition("=")[0]: self.mark.partition("=")[2]}
+        return subprocess.Popen(
+            [*PYTHON, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_signals,
+        )
+
+    def begin(self, code: str) -> subprocess.Popen[str]:
+        return self.start("-c", RUN_ON_RAY + code)
 
     def run(self, code: str) -> str:
-        out, err = (process := self.start(code)).communicate(timeout=300)
+        out, err = (process := self.begin(code)).communicate(timeout=300)
         assert process.returncode == 0, err[-4000:]
         return out
 
@@ -624,7 +655,7 @@ def test_no_row_is_lost_or_doubled_whoever_is_killed(form: str, cluster: Cluster
     given = ", ".join(repr(str(path)) for path in (tmp_path / "in", model, out))
     code = f"print(fastbert.ray.encode({given}, workers=2, shard_bytes={50_000 if form == 'parquet' else 200_000}))"
 
-    process = cluster.start(code)
+    process = cluster.begin(code)
     os.kill(writer(out, process), signal.SIGKILL)
     while len(done(out)) < 4:
         assert process.poll() is None, process.communicate()
@@ -663,8 +694,11 @@ def test_a_bad_row_ends_a_run_and_what_was_done_stays(cluster: Cluster, classifi
     out = tmp_path / "out"
     paths = ", ".join(repr(str(path)) for path in (tmp_path / "in", classifier, out))
     code = f"""
-import time, warnings
+import os, time, warnings
 from fastbert import FastbertError
+from fastbert.lock import locked
+from fastbert.ray.run import LOCK, Path
+out = Path({str(out)!r})
 def go(**more):
     try:
         with warnings.catch_warnings(record=True) as heard:
@@ -673,6 +707,9 @@ def go(**more):
             print([str(one.message) for one in heard if "shards" in str(one.message)])
     except FastbertError as error:
         print(type(error).__name__, error)
+out.mkdir(exist_ok=True)
+with locked(out / LOCK, "writing"):
+    go()
 go()
 for _ in range(100):
     if ray.available_resources().get("CPU") == 2:
@@ -681,7 +718,8 @@ for _ in range(100):
 print(ray.available_resources().get("CPU"), "cores are free again")
 go(dtype="bf16")
 """
-    said = cluster.run(code).splitlines()
+    locked, *said = cluster.run(code).splitlines()
+    assert locked.startswith(f"ArgumentError {out}: got a folder that process ") and " is writing in;" in locked
     assert said[0] == f"ArgumentError {tmp_path}/in/deep/2.parquet, row 10: got None as 'text'; expected a text."
     assert said[1] == "2.0 cores are free again"
     assert said[2].startswith("ArgumentError dtype: got 'bf16' where the run began with 'fp32'")
@@ -690,7 +728,7 @@ go(dtype="bf16")
     written = {path: path.stat().st_mtime_ns for path in before}
 
     parquet.write_table(pyarrow.table({"text": given[20:30]}), tmp_path / "in" / "deep" / "2.parquet")
-    said = cluster.run(code.partition("for _")[0]).splitlines()
+    locked, *said = cluster.run(code.partition("for _")[0]).splitlines()
     assert said[0] == f"Written(rows=40, shards=4, before={len(before)})"
     assert "shards gave warnings, which" in said[1] and "of deep/2.parquet-00000: " in said[1]
     assert "max_length=8 tokens; what is beyond was not read" in said[1]
@@ -710,7 +748,7 @@ def test_a_shard_that_kills_its_workers_ends_the_run(cluster: Cluster, model: Pa
         json_lines(tmp_path / "in" / f"{i}.jsonl", [{"text": text} for text in texts(20_000 if i == 1 else 10, i)])
     out = tmp_path / "out"
     given = ", ".join(repr(str(path)) for path in (tmp_path / "in", model, out))
-    process = cluster.start(f"fastbert.ray.encode({given}, workers=2)")
+    process = cluster.begin(f"fastbert.ray.encode({given}, workers=2)")
     for _ in range(worker.TRIES):
         killed = writer(out, process, "1.jsonl-00000")
         os.kill(killed, signal.SIGKILL)
@@ -721,3 +759,34 @@ def test_a_shard_that_kills_its_workers_ends_the_run(cluster: Cluster, model: Pa
     assert process.returncode == 1 and f"BackendError: {message}" in err, err[-4000:]
     assert sorted(json.loads(line)["shard"] for line in done(out)) == ["0.jsonl-00000", "2.jsonl-00000"]
     assert "before=2" in cluster.run(f"print(fastbert.ray.encode({given}, workers=2))")
+
+
+@pytest.mark.long
+def test_on_the_command_line(cluster: Cluster, model: Path, tmp_path: Path) -> None:
+    rows = [{"id": i, "text": text, "more": [i]} for i, text in enumerate(texts(100_000))]
+    options = ("--ray", "--model", str(model), "--keep", "id", "--workers", "1")
+    few, many = json_lines(tmp_path / "few.jsonl", rows[:10]), json_lines(tmp_path / "many.jsonl", rows)
+    out = tmp_path / "out"
+    command = ("-m", "fastbert", "encode", str(few), *options, "--output", str(out), "--format", "parquet")
+    process = cluster.start(*command)
+    said, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and json.loads(said) == {"rows": 10, "shards": 1, "before": 0}, err[-4000:]
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra ray")
+    assert parquet.read_table(out / "few.jsonl-00000.parquet").schema.names == ["id", "embedding"]
+    process = cluster.start("-m", "fastbert", "encode", str(few), *options, "--output", str(out))
+    _, err = process.communicate(timeout=300)
+    assert (
+        process.returncode == 2
+        and "error: format, columns: got 'jsonl', None where the run began with 'parquet'" in err
+    )
+
+    process = cluster.start("-m", "fastbert", "encode", str(many), *options, "--output", str(tmp_path / "other"))
+    writer(tmp_path / "other", process)
+    process.send_signal(signal.SIGTERM)
+    said, err = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM and said == "" and "Traceback" not in err, err[-4000:]
+    for _ in range(300):
+        if not cluster.processes():
+            break
+        time.sleep(0.1)
+    assert cluster.processes() == []

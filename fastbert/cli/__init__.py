@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that `fastbert --help` is quick and `m
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.cli.answers import classify, fill_mask, score, tag
+from fastbert.cli.converting import convert
 from fastbert.cli.embeddings import encode
 from fastbert.cli.machine import info, version_of
 from fastbert.cli.piping import READER_GONE, flush_stdout, occupy_standard_streams, say
@@ -54,6 +56,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit:
         raise
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except BaseException as error:  # noqa: BLE001 - the last net, for what no one foresaw; panics of Rust are no Exception
         with NamedTemporaryFile("w", prefix="fastbert-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)
@@ -82,7 +86,7 @@ def _of_all_commands(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (encode, classify, tag, fill_mask, score, rerank, similar, train, bench, info):
+for command in (encode, classify, tag, fill_mask, score, rerank, similar, train, convert, bench, info):
     app.command()(command)
 
 

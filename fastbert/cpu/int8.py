@@ -27,6 +27,16 @@ def pair_sums(values: Tensor) -> Tensor:
     return torch.maximum(pairs.clamp_min(0).sum(-1), -pairs.clamp_max(0).sum(-1))
 
 
+def rows_in_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 `[out, in]` and float32 `[out]`, whose product stands for a floating `[out, in]`.
+
+    Of each output the largest of `pair_sums` becomes 127, and by rounding at most 128.
+    """
+    exact = weight.detach().float()
+    scale = pair_sums(F.pad(exact, (0, exact.shape[1] % 2))).amax(1).clamp_min(1e-30) / (PAIR - 1)
+    return (exact / scale[:, None]).round().to(torch.int8), scale
+
+
 @dataclass(frozen=True, eq=False)
 class Int8Rows:
     """Rows in 8 bits, each with a scale and a zero point: `scale * (values - zero)`.
@@ -74,11 +84,12 @@ class Int8Matrix:
     sum: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> Int8Matrix:
-        """`[out, in]`, floating; of each output the largest of `pair_sums` becomes 127, and by rounding at most 128."""
-        exact = weight.detach().float()
-        scale = pair_sums(F.pad(exact, (0, exact.shape[1] % 2))).amax(1).clamp_min(1e-30) / (PAIR - 1)
-        values = (exact / scale[:, None]).round().to(torch.int8)
+    def of(cls, weight: Tensor, scale: Tensor | None = None) -> Int8Matrix:
+        """Of a floating `[out, in]`: by `rows_in_int8`, or the whole numbers that it is of a known scale."""
+        if scale is None:
+            values, scale = rows_in_int8(weight)
+        else:
+            values = (weight.detach().float() / scale[:, None]).round().to(torch.int8)
         total = scale * values.sum(1, dtype=torch.int32)
         return cls(in_blocks(values, COLUMNS), scale, total)
 

@@ -304,7 +304,7 @@ def folded(
     at_once = CHAINS * lanes
 
     def several(column: Value, *states: Value) -> Sequence[Value]:
-        made = []
+        made: list[Value] = []
         for chain in range(CHAINS):
             made += body(column + chain * lanes, lanes, *states[chain * count : (chain + 1) * count])
         return made

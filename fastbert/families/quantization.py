@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastbert.backend import int8_unserved
 from fastbert.config import EncoderConfig
+from fastbert.cpu.int8 import Int8Matrix
 from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.families.accelerated import refused
 from fastbert.families.forward import MARK, AnyForward
@@ -29,11 +30,13 @@ from fastbert.families.whole import ModelForward
 from fastbert.model.encoder import Encoder
 from fastbert.model.layer import Layer
 from fastbert.run.eight_bits import EightBitLinear, Fp8Linear, Int8Linear
+from fastbert.run.parts import weights
 
 QuantizedDType = Literal["fp8", "int8"]
 Model = TypeVar("Model", bound=nn.Module)
 
 KINDS: dict[QuantizedDType, type[EightBitLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear}
+HAS_ENCODER = "a module with a fastbert.Encoder in it, or one that was given to fastbert.accelerate"
 
 # Methods by which models of transformers and sentence-transformers write files that one in floats is read from.
 SAVES = ("save", "save_pretrained", "push_to_hub")
@@ -59,25 +62,53 @@ def quantize(model: Model, *, dtype: QuantizedDType | None = None) -> Model:
         BackendError: the device can't, or the model is not in bfloat16 (fp8 on a GPU); also later, where the copy was
             moved to one that can't, or a gradient is asked for.
     """
-    expected = "a module with a fastbert.Encoder in it, or one that was given to fastbert.accelerate"
     if not isinstance(model, nn.Module):
-        raise ArgumentError("model", f"a {type(model).__name__}", expected)
+        raise ArgumentError("model", f"a {type(model).__name__}", HAS_ENCODER)
     if dtype is None:
         on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
         dtype = "int8" if on_cpu else "fp8"
     if dtype not in get_args(QuantizedDType):
         raise ArgumentError("dtype", repr(dtype), "'fp8' or 'int8'")
-    if dtype == "int8" and (slow := int8_unserved(next(model.parameters()).device)) is not None:
-        warnings.warn(f"int8 is slower than float32 here: {slow}", stacklevel=2)
+    kind = KINDS[dtype]
+    return _replaced(model, kind, lambda linear: kind.of(*weights(linear)))
+
+
+def with_scales(model: Model, scales: Mapping[str, Tensor]) -> Model:
+    """`quantize` to int8 of weights that are whole numbers times known scales; the whole numbers stay what they are.
+
+    Args:
+        model: in eval mode.
+        scales: of each weight that the layers of its encoder multiply by, by its name: float32 `[out]`.
+
+    Raises:
+        ArgumentError: a weight has none; else as `quantize`.
+        BackendError: as `quantize`.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def make(linear: nn.Module) -> EightBitLinear:
+        weight, bias = weights(linear)
+        scale = scales.get(names[id(weight)])
+        if scale is None:
+            raise ArgumentError("scales", f"none for {names[id(weight)]}", "one for each weight of the layers")
+        return Int8Linear(Int8Matrix.of(weight, scale), weight.shape[1], bias)
+
+    return _replaced(model, Int8Linear, make)
+
+
+def _replaced(model: Model, kind: type[EightBitLinear], make: Callable[[nn.Module], EightBitLinear]) -> Model:
+    """A copy of a model, with what `make` gives in the places of what its encoders multiply by."""
+    if kind is Int8Linear and (slow := int8_unserved(next(model.parameters()).device)) is not None:
+        warnings.warn(f"int8 is slower than float32 here: {slow}", stacklevel=3)
     encoders = {name: encoder for name, encoder in _encoders(model) if encoder.in_eight_bits() is None}
     if not encoders:
-        raise ArgumentError("model", type(model).__name__, expected)
+        raise ArgumentError("model", type(model).__name__, HAS_ENCODER)
     copies: dict[int, Any] = {id(parameter): _shared(parameter) for parameter in model.parameters()}
     copies |= {id(x): x.detach() for module in model.modules() for x in vars(module).values() if _is_made(x)}
     for name, encoder in encoders.items():
-        _check(name or "model", encoder, dtype)
+        _check(name or "model", encoder, kind)
         for layer in dict.fromkeys(cast(list[Layer], list(encoder.layer))):
-            for module, quantized in layer.quantized(KINDS[dtype]):
+            for module, quantized in layer.quantized(make):
                 copies[id(module)] = quantized
     made = copy.deepcopy(model, copies)
     for name in encoders:
@@ -128,14 +159,14 @@ def _is_made(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_leaf
 
 
-def _check(name: str, encoder: Encoder, dtype: QuantizedDType) -> None:
+def _check(name: str, encoder: Encoder, kind: type[EightBitLinear]) -> None:
     """Raise ArgumentError or BackendError where an encoder can't be quantized."""
     if encoder.training:
         raise ArgumentError(name, "an encoder in training mode", "one in eval mode", "Call model.eval() first.")
-    if dtype == "fp8":
+    if kind is Fp8Linear:
         _check_config(encoder.config)
     for parameter in encoder.parameters():
-        KINDS[dtype].check_device(parameter)
+        kind.check_device(parameter)
     if encoder.is_frozen():
         raise ArgumentError(name, "a frozen model", "one that was loaded without frozen=True")
     if not encoder.is_plain():
@@ -170,5 +201,5 @@ def _train(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
     """Raise CheckpointError, whatever it is given."""
-    mend = "torch.save keeps its state_dict(), which another quantized one loads."
+    mend = "fastbert.convert writes a folder in int8; torch.save keeps its state_dict(), for another quantized one."
     raise CheckpointError("model", "a quantized model", "the model that it was made of", mend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NoReturn, cast
 
@@ -76,9 +76,9 @@ class TorchLayer(ForeignLayer):
             assert isinstance(place, Place)
             self.places[part] = Borrowed(place, weight, bias)
 
-    def quantized(self, kind: type[EightBitLinear]) -> Iterator[tuple[nn.Module, nn.Module]]:
+    def quantized(self, make: Callable[[nn.Module], EightBitLinear]) -> Iterator[tuple[nn.Module, nn.Module]]:
         """See Layer."""
-        parts, made = self.parts(), dict(super().quantized(kind))
+        parts, made = self.parts(), dict(super().quantized(make))
         attention = cast(nn.MultiheadAttention, self.attention())
         products = (cast(EightBitLinear, made.pop(parts[name])) for name in ("qkv", "attention_output"))
         yield attention, EightBitAttention(attention, *products)

@@ -21,7 +21,7 @@ from fastbert.packing import Packing
 from fastbert.run import eager, prepared
 from fastbert.run.eager import Registers
 from fastbert.run.eight_bits import EightBitLinear
-from fastbert.run.parts import Group, SelfAttention, in_eight_bits, is_plain, linears_of, weights
+from fastbert.run.parts import Group, SelfAttention, in_eight_bits, is_plain, linears_of
 from fastbert.run.steps import OWN, PROJECTIONS, Parts, Product, Steps, layer_steps
 
 
@@ -108,12 +108,16 @@ class Layer(nn.Module, ABC):
         first = linears_of(self.parts()["qkv"])[0]
         return first if isinstance(first, EightBitLinear) else None
 
-    def quantized(self, kind: type[EightBitLinear]) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Modules with the weights of its products, which are plain, and what is to take the place of each."""
+    def multiplied(self) -> Iterator[nn.Module]:
+        """The modules with the weights of its products."""
         parts = self.parts()
         for step in self.steps.of:
-            for linear in linears_of(parts[step.part]) if isinstance(step, Product) else ():
-                yield linear, kind.of(*weights(linear))
+            yield from linears_of(parts[step.part]) if isinstance(step, Product) else ()
+
+    def quantized(self, make: Callable[[nn.Module], EightBitLinear]) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Each of `multiplied`, which are plain, and what `make` gives to take its place."""
+        for linear in self.multiplied():
+            yield linear, make(linear)
 
     def forward(
         self,

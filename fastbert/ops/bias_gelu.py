@@ -108,7 +108,7 @@ class _NativeBiasGelu(torch.autograd.Function):
         x, bias = ctx.saved_tensors
         machine, approximate, gated = ctx.options
         if torch_differentiates(dout) or observed():
-            again = gradients(lambda *of: _bias_gelu_torch(*of, approximate, gated), (x, bias), dout)
+            again = gradients(lambda x, bias: _bias_gelu_torch(x, bias, approximate, gated), (x, bias), dout)
             return None, None, None, *again
         from fastbert.cpu.row_wise_backward import bias_gelu_backward as kernel
 

@@ -47,7 +47,8 @@ class _NativeDropped(torch.autograd.Function):
         machine, dropout = ctx.options
         if torch_differentiates(dout) or observed():
             seed = torch.tensor([dropout.seed], dtype=torch.int64, device=dout.device)
-            keep = reference.hidden_keep_mask(seed, *dout.shape, dropout.probability).to(dout.dtype)
+            rows, hidden = dout.shape
+            keep = reference.hidden_keep_mask(seed, rows, hidden, dropout.probability).to(dout.dtype)
             return None, dout * (keep * drop_scale(dropout.probability)), None
         return None, _by_kernel(machine, dout, dropout), None
 

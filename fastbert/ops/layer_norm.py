@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -315,7 +316,8 @@ class _NativeLayerNorm(torch.autograd.Function):
         given = ctx.saved_tensors
         machine, eps, dtype = ctx.options
         if torch_differentiates(dout) or observed():
-            return None, None, None, *gradients(lambda *of: _normalised_torch(*of, eps, dtype), given, dout)
+            again = partial(_normalised_torch, eps=eps, dtype=dtype)
+            return None, None, None, *gradients(again, given, dout)
         from fastbert.cpu.row_wise_backward import layer_norm_backward as kernel
 
         x, weight, _, residual, x_bias = given

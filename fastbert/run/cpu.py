@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -223,7 +223,7 @@ class CpuProgram:
             made = self.tables[id(part), places] = weight.index_select(0, numbers).t().float().contiguous()
         return made
 
-    def of_positions(self, layer: int, step: Attend, qkv: Tensor, max_seqlen: int) -> dict[str, Tensor]:
+    def of_positions(self, layer: int, step: Attend, qkv: Tensor, max_seqlen: int) -> dict[str, Any]:
         """What `Attend.disentangled` multiplies a layer's queries and keys by, as attention's kernel takes it.
 
         Args:
@@ -457,7 +457,7 @@ def _kernel_weights(machine: Machine, layers: Layers) -> list[dict[str, _Weights
     return made
 
 
-def _added(step: Attend) -> dict[str, Tensor]:
+def _added(step: Attend) -> dict[str, Any]:
     """What is added to the scores of a step, by the kernel's names for it."""
     slopes = step.slopes(torch.device("cpu"))
     return {} if slopes is None else {"alibi_slopes": slopes}

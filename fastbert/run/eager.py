@@ -5,7 +5,7 @@ It serves every plan, and it is the meaning of the others; torch.compile sees it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -71,6 +71,7 @@ def run(
     dropouts: Sequence[Dropout] = (),
     read: Tensor | None = None,
     unpack: bool = False,
+    attention: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Take the steps of a layer; gives what "x" then holds.
 
@@ -82,8 +83,9 @@ def run(
         read: int64 `[reads]`, the rows of the output that are wanted. All rows are attended to, but only these go
             through what comes after attention, unless hooks look on.
         unpack: give "x" in the padded layout; not together with `read`.
+        attention: in the place of `attend`, with its arguments.
     """
-    layer, left = _Layer(steps, parts, registers, packing), iter(dropouts)
+    layer, left = _Layer(steps, parts, registers, packing, attention or attend), iter(dropouts)
     early = read is not None and not any(map(reads_grid, parts.values()))
     for i, step in enumerate(steps.of):
         of_step = [next(left, NO_DROPOUT) for _ in range(drops(step))]
@@ -106,13 +108,16 @@ def run(
 class _Layer:
     """A layer that is being run."""
 
-    def __init__(self, steps: Steps, parts: Parts, registers: Registers, packing: Packing) -> None:
+    def __init__(
+        self, steps: Steps, parts: Parts, registers: Registers, packing: Packing, attention: Callable[..., Tensor]
+    ) -> None:
         self.steps, self.parts, self.registers, self.packing = steps, parts, registers, packing
+        self.attention = attention
         self.x = registers.floats["x"]  # whose dtype all have
 
     def attend(self, step: Attend, bias: Tensor | None, *dropouts: Dropout) -> None:
         qkv = self.registers.floats[step.x]
-        self.registers.write(step.into, attend(step, self.parts, qkv, self.packing, bias, *dropouts))
+        self.registers.write(step.into, self.attention(step, self.parts, qkv, self.packing, bias, *dropouts))
 
     def convolve(self, step: Convolve, bias: Tensor | None, dropout: Dropout, layout: Packing | None) -> None:
         """With a layout the result is unpacked."""

@@ -78,8 +78,8 @@ class SelfAttention(Group):
         if self._joined is not None and _places(_flat(held)) == self._places:
             return  # a second move would be for nothing, and a CUDA graph may hold the addresses
         self._forget()
-        of_a_replica = not quantized and type(held[0][0]) is Tensor  # DataParallel's, on the way to its gradients
-        if of_a_replica or not all(map(_movable, held)):
+        in_their_place = not quantized and type(held[0][0]) is Tensor  # by torch.func or DataParallel, whose they are
+        if in_their_place or not all(map(_movable, held)):
             return
         if not quantized:
             weight, *bias = map(_moved, held)

@@ -120,7 +120,7 @@ class TextEncoder:
         """
         device = first_device() if device is None else usable_device(device)
         transformer, recipe = read_recipe(checkpoint_folder(folder), device)
-        model = load(transformer, dtype=parameter_dtype(dtype, device), device=device)
+        model = load(transformer, dtype=parameter_dtype(dtype, transformer, device), device=device)
         try:
             (recipe.embedder or Embedder()).width(model.config.hidden_size)
         except ArgumentError as error:

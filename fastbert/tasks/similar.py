@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fastbert.errors import ArgumentError
+from fastbert.families.quantization import in_int8
 from fastbert.installed import optional
-from fastbert.model.quantization import in_int8
 from fastbert.model.sentence import SIMILARITIES
 from fastbert.tasks.encode import TextEncoder
 from fastbert.tasks.fingerprint import fingerprint, fingerprint_of_texts
