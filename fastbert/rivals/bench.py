@@ -201,8 +201,8 @@ def bench(
             try:
                 contender = entry.make(job)
                 if wanted is None and not full:
-                    rows = _taken(contender, drawn, lengths)
-                    drawn, lengths = [drawn[i] for i in rows], lengths[rows]
+                    taken = _taken(contender, drawn, lengths)
+                    drawn, lengths = [drawn[i] for i in taken], lengths[taken]
                 answers = contender.array(contender.run(drawn))
             except failures() as error:
                 left_out[str(entry)] = _reason(error)
