@@ -15,7 +15,7 @@ from rich.table import Table
 
 import fastbert
 from fastbert.assets import fetch
-from fastbert.rivals.bench import SENTENCES
+from fastbert.rivals import SENTENCES
 
 QUERIES = ("Tips for baking bread at home", "problems with a computer", "discoveries in astronomy")
 

@@ -32,7 +32,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from fastbert.rivals.bench import SENTENCES
+from fastbert.rivals import SENTENCES
 
 SERVER = Path(__file__).with_name("server.py")
 START_SECONDS = 180

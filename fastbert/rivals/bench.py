@@ -23,6 +23,7 @@ from fastbert.backend import first_device, usable_device
 from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.installed import version
+from fastbert.rivals import SENTENCES
 from fastbert.rivals.contenders import BATCH, Answers, Contender, Entry, Job, Kind, entries
 from fastbert.rivals.runtimes import INT8_COSINE, UnservedError, failures, quiet_transformers
 from fastbert.rivals.turns import Spread, interleaved
@@ -31,8 +32,6 @@ from fastbert.text.checks import Text, check_texts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-SENTENCES = Path(__file__).with_name("sentences.txt")
 
 # Without `full`: seconds of a call of the reference, which say how many texts are taken, and of all rounds together.
 CALL_SECONDS, QUICK_SECONDS = 0.7, 20.0
