@@ -28,7 +28,7 @@ from fastbert.rivals.contenders import BATCH, Answers, Contender, Entry, Job, Ki
 from fastbert.rivals.runtimes import INT8_COSINE, UnservedError, failures, quiet_transformers
 from fastbert.rivals.turns import Spread, interleaved
 from fastbert.tasks.loading import unserved
-from fastbert.text.checks import Text, check_texts
+from fastbert.text.checks import Text, items_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -178,13 +178,7 @@ def bench(
     order = random.Random(0).sample(range(len(texts)), len(texts) if full else min(len(texts), MOST_DRAWN))
     drawn = [texts[i] for i in order]
     device = first_device() if device is None else usable_device(device)
-    with (
-        tempfile.TemporaryDirectory(prefix="fastbert-") as scratch,
-        quiet_transformers(),
-        warnings.catch_warnings(),
-        _bar(progress) as show,
-    ):
-        warnings.simplefilter("ignore")  # each call would count the texts that are cut; the report does
+    with tempfile.TemporaryDirectory(prefix="fastbert-") as scratch, quiet_transformers():
         job = Job.of(model, device, max_length, pairs=not isinstance(drawn[0], str), scratch=Path(scratch))
         lengths = job.tokenizer.encode(drawn, job.max_length).lengths
         if job.lower_case:
@@ -194,29 +188,31 @@ def bench(
         runs: dict[Entry, Callable[[], Any]] = {}
         wrong: dict[str, str] = {}
         wanted: Answers | None = None
-        known = list(entries(device))
-        for done, entry in enumerate(known):
-            show(f"checking {entry}", done, len(known))
-            try:
-                contender = entry.make(job)
-                if wanted is None and not full:
-                    taken = _taken(contender, drawn, lengths)
-                    drawn, lengths = [drawn[i] for i in taken], lengths[taken]
-                answers = contender.array(contender.run(drawn))
-            except failures() as error:
-                left_out[str(entry)] = _reason(error)
-                continue
-            accuracy[entry], flaw = _compare(job.kind, entry.dtype, answers, answers if wanted is None else wanted)
-            if flaw is not None:
-                wrong[str(entry)] = flaw
-                continue
-            wanted = answers if wanted is None else wanted
-            runs[entry] = partial(contender.run, drawn)
-        if not runs:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in {**left_out, **wrong}.items())
-            raise BackendError("model", f"nobody who computes it ({reasons})", "one library that does")
-        budget = FULL_SECONDS if full else QUICK_SECONDS
-        seconds = interleaved(runs, budget=budget, watch=partial(show, "timing"))
+        known = entries(device)
+        with warnings.catch_warnings(), _bar(progress) as show:
+            warnings.simplefilter("ignore")  # said once above; each call would count the texts that are cut
+            for done, entry in enumerate(known):
+                show(f"checking {entry}", done, len(known))
+                try:
+                    contender = entry.make(job)
+                    if wanted is None and not full:
+                        taken = _taken(contender, drawn, lengths)
+                        drawn, lengths = [drawn[i] for i in taken], lengths[taken]
+                    answers = contender.array(contender.run(drawn))
+                except failures() as error:
+                    left_out[str(entry)] = _reason(error)
+                    continue
+                accuracy[entry], flaw = _compare(job.kind, entry.dtype, answers, answers if wanted is None else wanted)
+                if flaw is not None:
+                    wrong[str(entry)] = flaw
+                    continue
+                wanted = answers if wanted is None else wanted
+                runs[entry] = partial(contender.run, drawn)
+            if not runs:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in {**left_out, **wrong}.items())
+                raise BackendError("model", f"nobody who computes it ({reasons})", "one library that does")
+            budget = FULL_SECONDS if full else QUICK_SECONDS
+            seconds = interleaved(runs, budget=budget, watch=partial(show, "timing"))
     tokens, medians = int(lengths.sum()), {entry: Spread.of(seconds[entry]).median for entry in runs}
     reference = next(iter(runs))
     rows = [
@@ -244,8 +240,7 @@ def bench(
 
 
 def _listed(texts: Iterable[Text]) -> list[Text]:
-    check_texts(texts)
-    found = list(texts)
+    found = list(items_of(texts))
     if not found:
         raise ArgumentError("texts", "none", "one text or more", "Leave it out for sentences that come with fastbert.")
     return found
@@ -281,7 +276,7 @@ def _compare(kind: Kind, dtype: str, got: Answers, wanted: Answers) -> tuple[dic
         lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         cosines = (a * b).sum(1) / np.maximum(lengths, np.finfo(np.float64).tiny)
         worst, least = float(cosines.min()), LEAST_COSINE[dtype]
-        flaw = None if worst >= least else f"worst cosine {worst:.4f}, and not {least}"
+        flaw = None if worst >= least else f"worst cosine {worst:.6f}, and not {least}"
         return {"worst cosine": worst, "mean cosine": float(cosines.mean())}, flaw
     differences = np.abs(got - wanted)
     mean, most = float(differences.mean()), MOST_DIFFERENCE[dtype] * max(1.0, float(np.abs(wanted).max()))
