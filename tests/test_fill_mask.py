@@ -120,6 +120,10 @@ def test_batches_and_chunks_change_nothing(bert: Path, monkeypatch: pytest.Monke
                 )
     assert filler.fill([]) == []
     assert filler.fill(iter([("the [MASK]", "was [MASK]")]), top_k=2) != []
+    words = ["great", "dull", "fine", "film", "plot", "music", "ada"]  # more of them than tokens by default
+    for count, expected in ((None, 7), (3, 3), (30, 7)):
+        [[found_words]] = filler.fill(["a [MASK]"], targets=words, top_k=count)
+        assert len(found_words) == expected and {one.token for one in found_words} <= set(words)
     everything = filler.fill(["a [MASK]"], top_k=len(tiny_bert.VOCABULARY))[0][0]
     assert sum(one.probability for one in everything) == pytest.approx(1)
     assert [one.probability for one in everything] == sorted((one.probability for one in everything), reverse=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pytest
 
 from fastbert.cli import piping
@@ -94,6 +95,8 @@ def test_csv(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ("a,b\n1,2\n", r"INPUT, line 1: got the columns a, b; expected text among them"),
         ("text,text\n1,2\n", r"two columns 'text'"),
         ('text\nfine\n"open\nand\non', r"INPUT, line 3: got unexpected end of data"),
+        ("text;label\ngood;pos\n", r"INPUT, line 1: got one column 'text;label'; .* If ';' parts its columns"),
+        ("text\tlabel\ngood\tpos\n", r"got one column 'text\\tlabel'"),
         ('text,n\n"a"b,1\n', r"INPUT, line 2: got .* expected a row of CSV"),
     ],
 )
@@ -167,6 +170,12 @@ def test_parquet(tmp_path: Path, out: IO[bytes], monkeypatch: pytest.MonkeyPatch
     parquet.write_table(arrow.table({"text": ["a", "b", None]}), tmp_path / "a.parquet")
     with pytest.raises(ArgumentError, match=r"INPUT, line 3: got None"):
         Texts(tmp_path / "a.parquet", None, None).all(out)
+    damaged = arrow.py_buffer(b"finecaf\xe9")
+    places = arrow.py_buffer(np.array([0, 4, 8], np.int32).tobytes())
+    texts = arrow.Array.from_buffers(arrow.string(), 2, [None, places, damaged])
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "c.parquet")
+    with pytest.raises(ArgumentError, match=r"c\.parquet: 'utf-8' codec can't decode"):
+        Texts(tmp_path / "c.parquet", None, None).all(out)
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     for path, message in ((tmp_path / "b.parquet", "whole Parquet file"), (Path("-"), "Parquet from stdin")):
         with pytest.raises(ArgumentError, match=message):

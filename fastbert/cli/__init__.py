@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that `fastbert --help` is quick and `m
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -55,6 +56,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit:
         raise
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except BaseException as error:  # noqa: BLE001 - the last net, for what no one foresaw; panics of Rust are no Exception
         with NamedTemporaryFile("w", prefix="fastbert-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)

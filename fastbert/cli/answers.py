@@ -212,7 +212,9 @@ def tag(
 def fill_mask(
     model: Annotated[Path, typer.Option(help="A checkpoint folder with a head for masked tokens.")],
     input: Input = Path("-"),
-    top_k: Annotated[int, typer.Option(help="How many tokens for each mask.")] = 5,
+    top_k: Annotated[
+        int | None, typer.Option(help="How many tokens for each mask; by default 5, or all of --target.")
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="Ask about this word only; may be given again. One token each.")
     ] = None,

@@ -192,6 +192,9 @@ class Texts:
         if all(name in names for name in wanted):
             return wanted
         if not self._columns and len(names) == len(wanted):
+            if self._format == "csv" and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+                mend = f"If {other!r} parts its columns, save it with commas; if not, name the column by --column."
+                raise ArgumentError(place, f"one column {names[0]!r}", "columns with commas between them", mend)
             return names
         got = f"the columns {', '.join(names) or '(none)'}"
         raise ArgumentError(place, got, ", ".join(wanted) + " among them", "Name others by --column.")
@@ -233,12 +236,14 @@ class _Parquet:
                 if batch is None:
                     return
                 found = [batch.column(name).to_pylist() for name in columns]
-            except self._errors as error:
+            except (*self._errors, UnicodeDecodeError) as error:
                 raise self._error(error) from error
             yield list(zip(*found, strict=True))
 
     def _error(self, error: Exception) -> ArgumentError:
-        return ArgumentError("INPUT", f"{self._name}: {error}".splitlines()[0], "a whole Parquet file")
+        return ArgumentError(
+            "INPUT", f"{self._name}: {error}".splitlines()[0], "a whole Parquet file, its texts in UTF-8"
+        )
 
 
 def _rows(lines: list[str], delimiter: str, before: int, *, last: bool) -> tuple[list[tuple[int, list[str]]], int]:

@@ -20,6 +20,7 @@ from fastbert.tasks.results import not_finite, results
 from fastbert.text.checks import Text, check_count, items_of
 from fastbert.text.tokenizer import Tokenizer
 
+USUAL_TOKENS = 5  # of each mask, as in transformers
 LOGITS_AT_ONCE = 2**26  # numbers; a vocabulary of 250,000 tokens would fill gigabytes for a batch of masks
 
 
@@ -43,7 +44,7 @@ def fill_mask(
     texts: Iterable[Text],
     model: str | os.PathLike[str] | MaskFiller,
     *,
-    top_k: int = 5,
+    top_k: int | None = None,
     targets: Sequence[str] | None = None,
     max_length: int | None = None,
     batch_tokens: int | None = None,
@@ -101,7 +102,7 @@ class MaskFiller:
         self,
         texts: Iterable[Text],
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         targets: Sequence[str] | None = None,
         max_length: int | None = None,
         batch_tokens: int | None = None,
@@ -113,7 +114,7 @@ class MaskFiller:
 
         Args:
             texts: strings, or pairs of strings, each with a mask or several.
-            top_k: how many tokens of each mask.
+            top_k: how many tokens of each mask; by default 5, and all targets where there are some.
             targets: the only words that are asked about, each of them one token; probabilities stay those among the
                 whole vocabulary.
             max_length: most tokens of a text, special ones included; the rest is cut off, and a warning counts the
@@ -127,9 +128,13 @@ class MaskFiller:
             BackendError: a result is NaN or infinite; `texts[i]` names the text.
         """
         vocabulary = self.model.config.vocab_size
-        check_count("top_k", top_k, vocabulary)
+        if top_k is not None:
+            check_count("top_k", top_k, vocabulary)
         wanted = None if targets is None else self._ids(targets)
-        count = min(top_k, vocabulary if wanted is None else len(wanted))
+        if wanted is None:
+            count = min(USUAL_TOKENS, vocabulary) if top_k is None else top_k
+        else:
+            count = len(wanted) if top_k is None else min(top_k, len(wanted))
         max_length = tokens_at_most(max_length, self.tokenizer, self.model.config)
         texts = list(items_of(texts))
         tokens = self.tokenizer.encode(texts, max_length)

@@ -103,7 +103,9 @@ class TextIndex:
             encoder: see `TextEncoder.from_folder`.
             embeddings: a file. If it is there, it must have been made of these very texts by this very model; else it
                 is made, in the format of safetensors.
-            max_length, batch_tokens, progress: as `TextEncoder.encode`.
+            max_length: as `TextEncoder.encode`.
+            batch_tokens: as there.
+            progress: as there.
 
         Raises:
             ArgumentError: an argument is not as described; `texts[i]` names the item. Or the file is damaged, or was
