@@ -54,7 +54,7 @@ def convert(
             `checkpoints.onnx.export`.
 
     Raises:
-        ArgumentError: an argument is not as described, a number does not fit the dtype, or the model has no int8.
+        ArgumentError: an argument is not as described, or a number does not fit the dtype.
         BackendError: ONNX is asked for, and what makes it or checks it is not installed, or the check fails.
         CheckpointError: the folder is not a checkpoint fastbert reads.
     """
