@@ -107,11 +107,7 @@ def _converted(folder: Path, dtype: DType | None) -> tuple[dict[str, Any], dict[
 
 
 def _matrices(folder: Path) -> list[str]:
-    """The keys of the weights that the layers multiply by.
-
-    Raises:
-        ArgumentError: the model has no int8.
-    """
+    """The keys of the weights that the layers multiply by."""
     model = load(folder, dtype=torch.float32)
     quantize(model, dtype="int8")  # which says where it can't
     names = {id(parameter): name for name, parameter in model.named_parameters()}
