@@ -18,7 +18,7 @@ INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
 MINUTES ?= 20
 
-.PHONY: demo test test-long test-as-gpu test-transformers check fuzz static bench gate gpu report clean
+.PHONY: demo test test-long test-as-gpu test-transformers test-serving check docs docs-shot fuzz static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
@@ -44,6 +44,12 @@ test-transformers: $(INSTALLED)
 	.venv/bin/python -m pip install --disable-pip-version-check parameterized httpx
 	.venv/bin/python tests/transformers_tests.py $(or $(FOLDER),$(error FOLDER: a checkout of transformers)) $(FAMILIES)
 
+# The service in examples/serving, with clients of others, none of which `make` installs.
+test-serving: $(INSTALLED)
+	.venv/bin/python -m pip install --disable-pip-version-check '$(TORCH)' -e '.[hf,serving]' \
+	  openai langchain-openai llama-index-embeddings-openai llama-index-embeddings-text-embeddings-inference
+	OMP_NUM_THREADS=1 .venv/bin/pytest tests/test_serving.py -m 'long or not long'
+
 # Draw arguments and states of torch for the public API, others each time, for so many minutes; see tests/test_fuzz.py.
 fuzz: $(INSTALLED)
 	@end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
@@ -60,6 +66,14 @@ check: $(INSTALLED)
 	rm build/typed/fastbert/kernels.py
 	cp -R kernels build/typed/fastbert
 	.venv/bin/mypy
+
+# The site, into build/site; a warning ends it. The variable turns off a notice of mkdocs-material's about its successor.
+docs: $(INSTALLED)-docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
+
+# Pictures of its pages by Chromium (Debian's package chromium, say), into build/shots, to be looked at.
+docs-shot: docs
+	.venv/bin/python docs/shots.py
 
 # Compile every launch choice for every GPU we know, without one.
 static: $(INSTALLED)
@@ -83,18 +97,24 @@ report: $(INSTALLED)
 	.venv/bin/python benchmarks/report.py
 
 clean:
-	rm -rf .venv build dist fastbert.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
 
-# torch is named in the one command that installs everything, so that nothing else pulls another build of it.
+# torch is named in the one command that installs everything, so that nothing else pulls another build of it. Ours was
+# called fastbert once; an editable install under that name would stay beside the new one.
 $(INSTALLED): pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'fastbert needs Python 3.10 or later, and "$(PYTHON)" is not. Say which to use: make test PYTHON=python3.12'; exit 1; }
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	rm -f .venv/installed-*
+	.venv/bin/python -m pip uninstall --yes -qq fastbert
 	.venv/bin/python -m pip install --upgrade --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[dev]'
 	touch '$@'
 
 # torch is named again, so that no rival changes it.
 $(INSTALLED)-rivals: $(INSTALLED)
 	.venv/bin/python -m pip install --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[dev,bench]'
+	touch '$@'
+
+$(INSTALLED)-docs: $(INSTALLED)
+	.venv/bin/python -m pip install --disable-pip-version-check '$(TORCH)' '$(TRITON); platform_system == "Linux"' -e '.[dev,docs]'
 	touch '$@'

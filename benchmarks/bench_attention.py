@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contest import Case, Contender, Contest, Operands, UnservedError, cases, differentiate, on_rows
-from providers import compiled, fresh, installed, on_gpu
+from providers import compiled, fresh, on_gpu
 from torch import Tensor
 from workloads import BYTETRANSFORMER, FLASH_ATTENTION, MIXES
 
 from fastbert.kernels import cost
 from fastbert.ops.attention import attention
 from fastbert.packing import Packing
+from fastbert.rivals.runtimes import installed
 
 SCORES_BYTES = 2**33  # beyond this the scores of a padded batch are not worth an attempt
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contest import Case, Contender, Standing, Turns, facts, hold, present, show
-from measure import answer, answering, ask, cpu_seconds, interleaved, pin_threads
+from measure import answer, answering, ask, pin_threads
 from roofline import model_costs
 from workloads import WORKLOADS
 
@@ -31,6 +31,7 @@ from fastbert.backend import first_device
 from fastbert.cpu.int8 import Int8Matrix, Int8Rows
 from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine, host
+from fastbert.rivals.turns import cpu_seconds, interleaved
 from fastbert.tasks.encode import TextEncoder
 
 pytestmark = [

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from bench_text import corpus
-from measure import interleaved, pin_threads
+from measure import pin_threads
 from torch import Tensor
 
 from fastbert import Encoder, TextEncoder, load
 from fastbert.backend import first_device, paths_taken
 from fastbert.packing import Packing
+from fastbert.rivals.turns import interleaved
 
 transformers = pytest.importorskip("transformers", reason="the rival")
 

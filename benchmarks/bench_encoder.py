@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runtimes
 import torch
 import torch.nn.functional as F
 from contest import Case, Contender, Contest, UnservedError, cases
-from providers import compiled, fresh, random_ids
+from providers import checkpoint, compiled, fresh, of_runtimes, random_ids
 from roofline import model_costs
 from torch import Tensor, nn
 from workloads import BYTETRANSFORMER, KERNL, MIXES, TENSORRT
@@ -27,6 +26,7 @@ from workloads import BYTETRANSFORMER, KERNL, MIXES, TENSORRT
 from fastbert import BertModel, graphed, load, quantize
 from fastbert.kernels.cost import Cost
 from fastbert.packing import Packing
+from fastbert.rivals.runtimes import INT8_COSINE, Run, transformers_model
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def operands(case: Case) -> Batch:
     packing = Packing.from_lengths(work.lengths, device=case.device)
     ids = random_ids(work, case.device)
     dout = torch.randn(work.tokens, work.hidden, device=case.device).to(case.torch_dtype)
-    folder = runtimes.checkpoint(work.model, work.max_seqlen)
+    folder = checkpoint(work.model, work.max_seqlen)
     return Batch(folder, ids, packing, packing.unpack(ids), packing.unpack(torch.ones_like(ids)), dout)
 
 
@@ -128,7 +128,7 @@ def fastbert_int8(case: Case, of: Batch) -> Contender:
             return [model(of.ids, packing=fresh(of.packing)).last_hidden_state]
 
     contender = Contender(run, lambda results: {"out": results[0]}, case.workload.tokens)
-    return replace(contender, dtype="int8", least_cosine=runtimes.INT8_COSINE)
+    return replace(contender, dtype="int8", least_cosine=INT8_COSINE)
 
 
 def fastbert_graphed(case: Case, of: Batch) -> Contender:
@@ -168,21 +168,21 @@ def of_transformers(case: Case, of: Batch, model: nn.Module, call: Callable[...,
 
 
 def transformers(case: Case, of: Batch) -> Contender:
-    model = runtimes.transformers_model(of.folder, case.torch_dtype, case.device)
+    model = transformers_model(of.folder, case.torch_dtype, case.device)
     return of_transformers(case, of, model, model)
 
 
 def transformers_eager(case: Case, of: Batch) -> Contender:
-    model = runtimes.transformers_model(of.folder, case.torch_dtype, case.device, attention="eager")
+    model = transformers_model(of.folder, case.torch_dtype, case.device, attention="eager")
     return of_transformers(case, of, model, model)
 
 
 def torch_compile(case: Case, of: Batch) -> Contender:
-    model = runtimes.transformers_model(of.folder, case.torch_dtype, case.device)
+    model = transformers_model(of.folder, case.torch_dtype, case.device)
     return of_transformers(case, of, model, compiled(model))
 
 
-def runtime(case: Case, of: Batch, run: runtimes.Run) -> Contender:
+def runtime(case: Case, of: Batch, run: Run) -> Contender:
     def results(hidden: Any) -> dict[str, Tensor]:
         return {"out": of.packing.pack(torch.from_numpy(np.array(hidden)))}
 
@@ -196,7 +196,7 @@ PROVIDERS = {
     "transformers": transformers,
     "transformers eager": transformers_eager,
     "torch.compile": torch_compile,
-    **runtimes.providers(runtime),
+    **of_runtimes(runtime),
 }
 SLOW = {"transformers eager", "torch.compile", "CTranslate2"}  # to run, to compile, to convert
 NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in PROVIDERS]

@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 import torch
 from bench_text import corpus
-from contest import Case, Contender, Contest, UnservedError, WrongResultError
-from providers import fresh, installed
-from runtimes import hidden_states, openvino_options, quietly
+from contest import Case, Contender, Contest, WrongResultError
+from providers import fresh
 from torch import Tensor, nn
 from workloads import workload
 
 import fastbert
 from fastbert.backend import first_device, paths_taken
 from fastbert.packing import Packing
+from fastbert.rivals import runtimes
+from fastbert.rivals.runtimes import Source, UnservedError
 
 transformers = pytest.importorskip("transformers", reason="the rival")
 
@@ -80,26 +81,16 @@ class Batches:
 
     @cached_property
     def exported(self) -> Path:
-        """The model as ONNX, batch and length left open.
+        """The model as ONNX.
 
         Raises:
             UnservedError: torch can't export it.
         """
-        installed("onnx")
-        path = Path(self.folder.name) / "model.onnx"
-        names = ["input_ids", "attention_mask"]
-        ids = torch.full((2, 16), 7)
-        mask = torch.ones_like(ids)
-        mask[1, 9:] = 0  # a full mask would be traced away
+        folder = Path(self.folder.name)
         try:
-            with quietly(), torch.no_grad():
-                torch.onnx.export(
-                    hidden_states(self.model), (ids, mask), str(path), input_names=names, output_names=["hidden"],
-                    dynamic_axes={name: {0: "batch", 1: "seqlen"} for name in (*names, "hidden")}, dynamo=False,
-                )  # fmt: skip
+            return runtimes.exported(Source(folder), folder)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # each is what an exporter trips over
             raise UnservedError(f"no export: {type(error).__name__}: {error}") from error
-        return path
 
 
 @cache
@@ -192,20 +183,12 @@ def of_transformers(case: Case, of: Batches) -> Contender:
 
 
 def onnxruntime(case: Case, of: Batches) -> Contender:
-    runtime: Any = installed("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(str(of.exported), options, providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
-    return on_padded(
-        of, lambda ids, mask: session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))[0]
-    )
+    return on_padded(of, runtimes.onnxruntime_model(of.exported))
 
 
 def openvino(case: Case, of: Batches) -> Contender:
-    core: Any = installed("openvino").Core()
-    request = core.compile_model(str(of.exported), "CPU", openvino_options(torch.float32)).create_infer_request()
-    return on_padded(of, lambda ids, mask: request.infer([ids.numpy(), mask.numpy()])[0])
+    run = runtimes.openvino_model(of.exported, torch.float32)
+    return on_padded(of, lambda ids, mask: run(ids, mask).copy())  # the next call writes over what it gave
 
 
 PROVIDERS = {

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contest import Case, Contender, Contest, Operands, cases, differentiate, on_rows
-from providers import compiled, installed, on_gpu
+from providers import compiled, on_gpu
 from torch import Tensor
 from workloads import ROWS
 
 from fastbert import reference
 from fastbert.kernels import cost
 from fastbert.ops.layer_norm import layer_norm
+from fastbert.rivals.runtimes import installed
 
 EPS = 1e-12
 

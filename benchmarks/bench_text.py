@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runtimes
 import torch
 import torch.nn.functional as F
 from bench_encoder import in_torch
 from contest import Case, Contender, Contest, UnservedError
-from providers import installed
+from providers import in_int8, of_runtimes, on_cpu_forward, torchao_model
 from roofline import model_costs
 from torch import Tensor
 from workloads import workload
@@ -31,12 +30,14 @@ from fastbert.errors import CheckpointError
 from fastbert.kernels.cost import Cost
 from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
+from fastbert.rivals import contenders
+from fastbert.rivals.contenders import BATCH
+from fastbert.rivals.runtimes import Run, installed, openvino_options, quietly, transformers_model
 from fastbert.tasks.encode import TextEncoder
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.tokens import Tokens
 
 MAX_LENGTH = 256
-BATCH = 32
 MANY = 1000  # texts
 CHECKED = 100  # of them are held to float64; they are in no order
 LEAST_RATIO = 1.3  # of the speed of transformers, with so many
@@ -125,32 +126,21 @@ def fastbert_int8(case: Case, of: Corpus) -> Contender:
     return replace(contender, dtype="int8", least_cosine=INT8_COSINE)
 
 
-def by_length(case: Case, of: Corpus, run: runtimes.Run) -> Contender:
+def by_length(case: Case, of: Corpus, run: Run) -> Contender:
     """Mean-pooled, normalised embeddings as a careful user of a runtime makes them."""
     tokenizer = installed("transformers").AutoTokenizer.from_pretrained(of.folder)
 
-    @torch.inference_mode()
-    def encode(texts: list[str]) -> Any:
-        ids = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
-        order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
-        rows = np.empty((len(texts), case.workload.hidden), np.float32)
-        for begin in range(0, len(order), BATCH):
-            batch = order[begin : begin + BATCH]
-            padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(case.device)
-            made = run(padded["input_ids"], padded["attention_mask"])
-            hidden = (made if isinstance(made, Tensor) else torch.from_numpy(np.asarray(made))).float()
-            weight = padded["attention_mask"].unsqueeze(-1)
-            mean = (hidden * weight).sum(1) / weight.sum(1)
-            rows[batch] = F.normalize(mean, dim=-1).cpu().numpy()
-        return rows
+    def answer(hidden: Tensor, mask: Tensor) -> Tensor:
+        return F.normalize(contenders.mean(hidden, mask), dim=-1)
 
+    encode = contenders.by_length(tokenizer, run, answer, max_length=MAX_LENGTH, device=case.device)
     lengths = sorted(case.workload.lengths, reverse=True)
     grids = [lengths[begin : begin + BATCH] for begin in range(0, len(lengths), BATCH)]
     return embedding(case, of, encode, sum(len(grid) * grid[0] for grid in grids))
 
 
 def transformers(case: Case, of: Corpus) -> Contender:
-    model = runtimes.transformers_model(of.folder, case.torch_dtype, case.device)
+    model = transformers_model(of.folder, case.torch_dtype, case.device)
     return by_length(case, of, lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state)
 
 
@@ -159,7 +149,7 @@ def sentence_transformers(case: Case, of: Corpus) -> Contender:
 
 
 def sentence_transformers_onnx(case: Case, of: Corpus) -> Contender:
-    runtimes.on_cpu_forward(case, "fp32")
+    on_cpu_forward(case, "fp32")
     onnxruntime: Any = installed("onnxruntime")
     installed("optimum.onnxruntime.modeling")
     options = onnxruntime.SessionOptions()
@@ -169,15 +159,15 @@ def sentence_transformers_onnx(case: Case, of: Corpus) -> Contender:
 
 
 def sentence_transformers_openvino(case: Case, of: Corpus) -> Contender:
-    runtimes.on_cpu_forward(case, "fp32", "bf16")
+    on_cpu_forward(case, "fp32", "bf16")
     installed("optimum.intel.openvino.modeling")
-    settings = {"ov_config": runtimes.openvino_options(case.torch_dtype), "export": True}
+    settings = {"ov_config": openvino_options(case.torch_dtype), "export": True}
     return by_sentence_transformers(case, of, "openvino", settings)
 
 
 def by_sentence_transformers(case: Case, of: Corpus, backend: str, settings: dict[str, Any]) -> Contender:
     kind: Any = installed("sentence_transformers").SentenceTransformer
-    with runtimes.quietly():
+    with quietly():
         model = kind(str(of.folder), device=str(case.device), backend=backend, model_kwargs=settings)
     model.max_seq_length = MAX_LENGTH
 
@@ -190,8 +180,8 @@ def by_sentence_transformers(case: Case, of: Corpus, backend: str, settings: dic
 
 
 def torchao_int8(case: Case, of: Corpus) -> Contender:
-    runtimes.on_cpu_forward(case, "fp32")
-    return runtimes.in_int8(by_length(case, of, runtimes.torchao_model(of.folder)))
+    on_cpu_forward(case, "fp32")
+    return in_int8(by_length(case, of, torchao_model(of.folder)))
 
 
 PROVIDERS = {
@@ -202,7 +192,7 @@ PROVIDERS = {
     "sentence-transformers onnx": sentence_transformers_onnx,
     "sentence-transformers OpenVINO": sentence_transformers_openvino,
     "TorchAO int8": torchao_int8,
-    **runtimes.providers(by_length),
+    **of_runtimes(by_length),
 }
 CONTEST = Contest(PROVIDERS, operands, plain, exact, costs)
 # Under --full.

@@ -19,13 +19,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from environment import device_name
-from measure import REPEATS, SHORT, DeviceTimer, GraphTimer, Spread, Timer, captured, interleaved
+from measure import REPEATS, SHORT, DeviceTimer, GraphTimer, captured
 from roofline import DTYPES, ceilings, floor_of_all
 from torch import Tensor
 from workloads import Workload
 
 from fastbert.backend import first_device
 from fastbert.kernels.cost import Cost
+from fastbert.rivals.runtimes import UnservedError
+from fastbert.rivals.turns import Spread, Timer, interleaved
 from fastbert.testing import assert_close
 
 # In float32. torch.compile adds up a column of 2048 rows one after another, which loses 9 units in the last place.
@@ -33,10 +35,6 @@ RIVAL_ULPS = 16.0
 
 Passes = Literal["forward", "forward+backward"]
 Mode = Literal["eager", "graph"]
-
-
-class UnservedError(Exception):
-    """A provider is not installed, or can't run a case; the message says why."""
 
 
 class WrongResultError(AssertionError):

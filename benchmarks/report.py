@@ -40,6 +40,7 @@ BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
 FILES = {"cpu.json": ", what is promised of a CPU", "results.json": ""}
 DRAWN = "results.json"  # has pictures
 HEADLINES = 3  # machines in the README
+READMES = ("README.md", "README.zh-CN.md")
 # Titles of the ops, in the order of the report.
 OPS = {
     "text": "Real text to embeddings",
@@ -317,7 +318,7 @@ def run_section(run: Run, level: str, pictures: str) -> str:
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """For the README: texts to embeddings on the machines that were measured last, a line each."""
+    """For the READMEs: texts to embeddings on the machines that were measured last, a line each, and a picture."""
     most: dict[str, tuple[int, Run]] = {}  # of each machine the run with the most text
     for run in runs:
         tokens = max((result.tokens for result in run.results if result.op == "text"), default=0)
@@ -325,6 +326,9 @@ def summary(runs: Sequence[Run]) -> str:
             most[run.folder] = tokens, run
     newest = sorted(most.values(), key=lambda found: found[1].date, reverse=True)[:HEADLINES]
     text = "".join(f"{_headline(run, tokens)}\n" for tokens, run in newest)
+    drawn = [run for _, one in newest for run in runs if run.folder == one.folder and _drawable(run, "throughput")]
+    for run in drawn[:1]:
+        text += f"\n![{PICTURES['throughput']}, {run.title}](docs/performance/{run.folder}-throughput.png)\n"
     if not any(run.has_gpu for run in runs):
         text += "\nNo GPU was measured yet.\n" if runs else "Nothing was measured yet.\n"
     return text
@@ -602,7 +606,7 @@ def documents(runs: Sequence[Run], results: Path, static: Path, root: Path) -> d
     Raises:
         ArgumentError: a document has no markers, or the evidence can't be read.
     """
-    performance, readme = root / "docs" / "performance.md", root / "README.md"
+    performance = root / "docs" / "performance.md"
     sections = [run_section(run, "##", "performance") for run in runs]
     if not any(run.has_gpu for run in runs):
         sections.append(f"## GPUs\n\n{NOT_MEASURED}\n")
@@ -612,7 +616,7 @@ def documents(runs: Sequence[Run], results: Path, static: Path, root: Path) -> d
         sections.append(section)
     found = {
         performance: between_markers(performance, "\n".join(sections)),
-        readme: between_markers(readme, summary(runs)),
+        **{root / name: between_markers(root / name, summary(runs)) for name in READMES},
     }
     for page, text in pages.items():
         path = root / "docs" / "kernels" / f"{page}.md"
@@ -653,7 +657,7 @@ def main() -> int:
         parser.exit(2, f"{error}\n")
     for run in runs:
         print(f"{run.title}, {run.file}: {len(run.results)} results, {len(run.promises)} promises")
-    print(f"docs/performance.md, docs/kernels and README.md are written, of {len(runs)} files of results")
+    print(f"docs/performance.md, docs/kernels and the READMEs are written, of {len(runs)} files of results")
     return 0
 
 

@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from measure import DeviceTimer, Timer, cpu_seconds
+from measure import DeviceTimer
 from workloads import POSITIONS, VOCABULARY, Workload
 
 from fastbert.backend import onednn_multiplies_bfloat16
 from fastbert.errors import ArgumentError
 from fastbert.kernels import cost
 from fastbert.kernels.cost import Cost
+from fastbert.rivals.turns import Timer, cpu_seconds
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COPY_BYTES = 2**29  # of each of two buffers: more than any cache

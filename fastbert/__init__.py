@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastbert.backend import paths_taken as paths_taken
     from fastbert.backend import use_backend as use_backend
+    from fastbert.checkpoints.convert import convert as convert
     from fastbert.checkpoints.load import load as load
     from fastbert.checkpoints.load import save as save
     from fastbert.config import EncoderConfig as EncoderConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fastbert.families.accelerated import restore as restore
     from fastbert.families.accelerated import verify as verify
     from fastbert.families.attention import register_attention as register_attention
+    from fastbert.families.quantization import quantize as quantize
     from fastbert.model.body import BertModel as BertModel
     from fastbert.model.body import EncoderModel as EncoderModel
     from fastbert.model.encoder import Encoder as Encoder
@@ -48,16 +50,21 @@ if TYPE_CHECKING:
     from fastbert.model.heads import EncoderForReplacedTokens as EncoderForReplacedTokens
     from fastbert.model.heads import EncoderForSequenceClassification as EncoderForSequenceClassification
     from fastbert.model.heads import EncoderForTokenClassification as EncoderForTokenClassification
-    from fastbert.model.quantization import quantize as quantize
     from fastbert.ops.fastest import choose_products as choose_products
     from fastbert.ops.watch import weights_changed as weights_changed
     from fastbert.packing import Packing as Packing
+    from fastbert.rivals.bench import bench as bench
     from fastbert.tasks.classify import TextClassifier as TextClassifier
     from fastbert.tasks.classify import classify as classify
     from fastbert.tasks.encode import TextEncoder as TextEncoder
     from fastbert.tasks.encode import encode as encode
+    from fastbert.tasks.fill_mask import MaskFiller as MaskFiller
+    from fastbert.tasks.fill_mask import fill_mask as fill_mask
     from fastbert.tasks.score import TextScorer as TextScorer
+    from fastbert.tasks.score import rerank as rerank
     from fastbert.tasks.score import score as score
+    from fastbert.tasks.similar import TextIndex as TextIndex
+    from fastbert.tasks.similar import similar as similar
     from fastbert.tasks.tag import TextTagger as TextTagger
     from fastbert.tasks.tag import tag as tag
 
@@ -89,23 +96,30 @@ _HOMES = {
     "EncoderModel": "model.body",
     "FastbertError": "errors",
     "HeadConfig": "config",
+    "MaskFiller": "tasks.fill_mask",
     "Packing": "packing",
     "TextClassifier": "tasks.classify",
     "TextEncoder": "tasks.encode",
+    "TextIndex": "tasks.similar",
     "TextScorer": "tasks.score",
     "TextTagger": "tasks.tag",
     "accelerate": "families.accelerated",
+    "bench": "rivals.bench",
     "choose_products": "ops.fastest",
     "classify": "tasks.classify",
+    "convert": "checkpoints.convert",
     "encode": "tasks.encode",
+    "fill_mask": "tasks.fill_mask",
     "graphed": "model.graphs",
     "load": "checkpoints.load",
     "paths_taken": "backend",
-    "quantize": "model.quantization",
+    "quantize": "families.quantization",
     "register_attention": "families.attention",
+    "rerank": "tasks.score",
     "restore": "families.accelerated",
     "save": "checkpoints.load",
     "score": "tasks.score",
+    "similar": "tasks.similar",
     "tag": "tasks.tag",
     "use_backend": "backend",
     "verify": "families.accelerated",
@@ -131,9 +145,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    from fastbert import installed
 
-    try:
-        return version("fastbert")
-    except PackageNotFoundError as error:
-        raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .") from error
+    if (found := installed.version("fastbert")) is None:
+        raise AttributeError("fastbert is not installed, so it has no version: run pip install -e .")
+    return found

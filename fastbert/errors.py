@@ -37,6 +37,10 @@ class CheckpointError(FastbertError, ValueError):
     """A checkpoint folder or file is missing, damaged or not understood."""
 
 
+class MissingError(FastbertError, ImportError):
+    """A package of another project is not installed, or can't be imported."""
+
+
 class UntrainedWarning(UserWarning):
     """A part of a model was not in its checkpoint and begins untrained."""
 

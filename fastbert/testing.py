@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fastbert import reference
 from fastbert.config import Disentangled
 from fastbert.ops.disentangled import rows_of_pairs
+from fastbert.ops.layer_norm import norm_weights
 from fastbert.ops.linear_activation import activated
 from fastbert.ops.relative import relative_table
 from fastbert.packing import Packing
-from fastbert.run.parts import norm_weights, weights
+from fastbert.run.parts import weights
 from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Steps
 
 

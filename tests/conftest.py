@@ -31,7 +31,14 @@ NEEDS = {
     "hypothesis": ("test_fuzz.py", "test_packing_by_hand.py", "test_tokenizer_parity.py"),
     "llvmlite": ("test_amx.py", "test_cpu.py", "test_guard_pages.py", "test_guards.py", "test_neon.py"),
     "matplotlib": ("test_kernel_pages.py", "test_report.py"),
-    "typer": ("test_cli.py",),
+    "typer": (
+        "test_answers.py",
+        "test_cli.py",
+        "test_inputs.py",
+        "test_outputs.py",
+        "test_piping.py",
+        "test_ranking.py",
+    ),
 }
 collect_ignore = [file for package, files in NEEDS.items() if find_spec(package) is None for file in files]
 
@@ -109,3 +116,11 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Any:
+    """The command line, inside this process."""
+    from command_line import Run
+
+    return Run(monkeypatch, capfdbinary)

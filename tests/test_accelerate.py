@@ -114,6 +114,20 @@ def test_inference_is_one_program_of_the_cpu(family: str, choose: Callable[[str]
     assert taken == {"cpu": 1}
 
 
+@pytest.mark.skipif(
+    not (isinstance(host(), Machine) and host().bfloat16),
+    reason="no kernels for bfloat16: a CPU with AVX512-BF16 runs this",
+)
+def test_bfloat16_is_one_program_of_the_cpu_too(family: str, choose: Callable[[str], None]) -> None:
+    choose("own")
+    model = accelerate(model_of(family).to(torch.bfloat16))
+    with torch.no_grad(), paths_taken() as taken:
+        got = states(model)
+        want = states(restore(copy.deepcopy(model)))
+    assert taken == {"cpu": 1} and got.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(got.double(), want.double(), -1).min() > 0.999
+
+
 def test_gradients(family: str) -> None:
     dropouts = [name for name in ("hidden_dropout_prob", "attention_probs_dropout_prob") if "Distil" not in family]
     model = model_of(family, **dict.fromkeys(dropouts or ["dropout", "attention_dropout"], 0.0)).train()

@@ -348,9 +348,9 @@ def test_ways_of_torch(folder: Path, way: str) -> None:
     with torch.no_grad():
         if way == "functional_call":
             own, changed = states(model), {name: x * 1.1 for name, x in model.named_parameters()}
-            given = (IDS,), {"attention_mask": full}
+            given, before = ((IDS,), {"attention_mask": full}), [x.data_ptr() for x in changed.values()]
             got, want = (functional_call(one, changed, *given) for one in (model, restore(copy.deepcopy(model))))
-            assert torch.equal(states(model), own)
+            assert torch.equal(states(model), own) and [x.data_ptr() for x in changed.values()] == before
         else:
             wrap = nn.DataParallel
             if way == "quantize_dynamic":

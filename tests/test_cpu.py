@@ -12,26 +12,34 @@ import torch
 import torch.nn.functional as F
 from emulated import WIDE
 from tiny_bert import random_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert import backend, quantize, reference
 from fastbert.cpu import attention as native_attention
+from fastbert.cpu import attention_backward as native_attention_backward
 from fastbert.cpu import embedding as native_embedding
 from fastbert.cpu import layout as native_layout
 from fastbert.cpu import linear as native_linear
 from fastbert.cpu import linear_int8 as native_linear_int8
 from fastbert.cpu import pooling as native_pooling
+from fastbert.cpu import row_wise_backward as native_backward
 from fastbert.cpu import weight_gradient as native_weight_gradient
+from fastbert.cpu.dropout import Dropout
 from fastbert.cpu.instructions import AVX2, AVX2_INT8, AVX512, AVX512_INT8, AVX512_VNNI, AVX_VNNI, INT8
 from fastbert.cpu.int8 import COLUMNS, PAIR, Int8Matrix, Int8Rows, pair_sums
 from fastbert.cpu.machine import Machine, host
 from fastbert.cpu.program import Program
 from fastbert.cpu.row_wise import row_wise
 from fastbert.errors import ArgumentError
+from fastbert.kernels.dropout import drop_scale
 from fastbert.ops import linear as ops_linear
 from fastbert.ops.attention import attention
 from fastbert.ops.attention_torch import WIDEST_HEAD
+from fastbert.ops.bias_gelu import bias_gelu
+from fastbert.ops.dropout import drop
 from fastbert.ops.fastest import FEW
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
+from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.rotary import angles_of_places
 from fastbert.packing import Packing
 from fastbert.run import cpu
@@ -96,6 +104,78 @@ def test_attention(head_dim, dtype, machine, generator):
     qkv, out = qkv[: packing.tokens], out[: packing.tokens]
     exact, _ = reference.attention(qkv.double(), packing)
     assert_close(out, reference.attention(qkv, packing)[0], exact)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("head_dim", [1, 3, 16, 24, 32, 64, 100])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_backward(dropout, head_dim, machine, generator):
+    """As `test_attention`."""
+    packing = Packing.from_lengths([1, 2, 0, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65, 130])
+    qkv = torch.randn(packing.tokens + 3, 3, 2, head_dim, generator=generator) * 2
+    dout = torch.randn(packing.tokens + 3, 2, head_dim, generator=generator)
+    qkv[packing.tokens :] = dout[packing.tokens :] = torch.nan
+    dqkv = torch.full_like(qkv, torch.nan)
+    native_attention_backward.attention_backward(
+        machine, qkv, packing.cu_seqlens, packing.max_seqlen, head_dim**-0.5, dout, dqkv,
+        dropout=Dropout(SEED, dropout) if dropout else None,
+    ).run()  # fmt: skip
+    assert dqkv[packing.tokens :].isnan().all()
+    keep = attention_keep_mask(packing, 2, dropout)
+
+    def compute(to):
+        x = qkv[: packing.tokens].to(to).requires_grad_()
+        out, _ = reference.attention(x, packing, keep=keep, dropout=dropout)
+        return torch.autograd.grad(out, x, dout[: packing.tokens].to(to))[0]
+
+    assert_close(dqkv[: packing.tokens], compute(torch.float32), compute(torch.float64))
+
+
+SEED = -(2**62) - 12345  # of which all bits count
+
+
+def attention_keep_mask(packing, heads, dropout):
+    seed = torch.tensor([SEED])
+    return reference.attention_keep_mask(seed, packing.batch, heads, packing.max_seqlen, dropout) if dropout else None
+
+
+@pytest.mark.parametrize(("machine", "dtype"), EVERY_FORM)
+@pytest.mark.parametrize("dropout", [2**-16, 0.1, 0.9])
+def test_attention_with_dropout(dropout, machine, dtype, generator):
+    packing = Packing.from_lengths([1, 0, 17, 70])
+    qkv = torch.randn(packing.tokens, 3, 3, 24, generator=generator).to(dtype)
+    out = attend(machine, qkv, packing, dropout=Dropout(SEED, dropout))
+    keep = attention_keep_mask(packing, 3, dropout)
+    plain, exact = (
+        reference.attention(qkv.to(to), packing, keep=keep, dropout=dropout)[0] for to in (dtype, torch.float64)
+    )
+    assert_close(out, plain, exact)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dropout", [2**-16, 0.1, 1 - 2**-16])
+@pytest.mark.parametrize("width", [1, 16, 37])
+def test_dropout_of_rows(width, dropout, machine):
+    """The mask of the reference, to the last element; a residual is not dropped."""
+    x, residual, out = torch.ones(70, width), torch.full((70, width), 0.5), torch.empty(70, width)
+    row_wise(machine, x, dropout=Dropout(SEED, dropout), residual=residual, out=out).run()
+    keep = reference.hidden_keep_mask(torch.tensor([SEED]), 70, width, dropout)
+    torch.testing.assert_close(out, keep * drop_scale(dropout) + 0.5, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_attention_backward_keeps_nan_in_its_head_and_sequence(value, generator):
+    packing = Packing.from_lengths([5, 40, 9])
+    qkv = torch.randn(54, 3, 2, 16, generator=generator)
+    dout = torch.randn(54, 2, 16, generator=generator)
+    qkv[11, 1, 1] = value
+    dqkv = torch.empty_like(qkv)
+    native_attention_backward.attention_backward(
+        HOST, qkv, packing.cu_seqlens, packing.max_seqlen, 0.25, dout, dqkv
+    ).run()
+    assert dqkv[5:45, :, 1].isnan().any(-1).all()
+    assert dqkv[5:45, :, 0].isfinite().all()
+    assert dqkv[:5].isfinite().all() and dqkv[45:].isfinite().all()
 
 
 BASE = 500.0
@@ -272,7 +352,7 @@ def test_attention_keeps_nan_in_its_head_and_sequence(machine, value, generator)
 
 
 def test_attention_as_an_op_takes_strides_and_is_watched_by_no_one(generator, monkeypatch):
-    """Through `attention`: a view, a long sequence, and plain torch where it is asked for or something records."""
+    """Through `attention`: a view, a long sequence, and plain torch where it is asked for or something looks on."""
     calls = []
     kernel = native_attention.attention_forward
     monkeypatch.setattr(
@@ -286,11 +366,12 @@ def test_attention_as_an_op_takes_strides_and_is_watched_by_no_one(generator, mo
     assert len(calls) == 1
     with backend.use_backend("torch"):
         attention(qkv, packing)
-    attention(qkv.clone().requires_grad_(), packing)
     torch.compile(lambda x: attention(x, packing), backend="eager")(qkv)
     attention(qkv.double(), packing)
     attention(torch.randn(703, 3, 1, WIDEST_HEAD + 1), packing)
     assert len(calls) == 1
+    attention(qkv.clone().requires_grad_(), packing)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", ["window", "alibi_slopes", "relative"])
@@ -372,6 +453,180 @@ def test_row_wise_of_a_gate(width, activation, machine, dtype, generator):
         exact = compute(torch.float64, whole)
         assert_close(out, compute(torch.float32, whole), exact)
         assert ((int8.floats() - exact).abs() <= 0.51 * int8.scale[:, None] + 1e-5).all()
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("steps", ["", "bias", "residual", "bias, residual"])
+@pytest.mark.parametrize("width", [7, 16, 100])
+def test_layer_norm_backward(width, steps, dtype, machine, generator):
+    """137 rows are three tasks."""
+    served(machine, dtype)
+    x, residual, dout = ((torch.randn(137, width, generator=generator) * 3).to(dtype) for _ in range(3))
+    bias, weight, norm_bias = torch.randn(3, width, generator=generator)
+    given = {name: one for name, one in (("bias", bias), ("residual", residual)) if name in steps}
+    dx, sums = native_backward.layer_norm_backward(machine, x, dout, weight, 1e-5, **given)
+
+    def compute(to):
+        leaves = [one.to(to).requires_grad_() for one in (x, weight, norm_bias, bias)]
+        total = leaves[0] + (leaves[3] if "bias" in steps else 0.0) + (residual.to(to) if "residual" in steps else 0.0)
+        out = F.layer_norm(total, (width,), *leaves[1:3], 1e-5)
+        return torch.autograd.grad(out, leaves, dout.to(to), allow_unused=True)
+
+    plain, exact = compute(torch.float32), compute(torch.float64)
+    assert_close(dx, plain[0].to(dtype), exact[0])
+    for made, one, other in zip(sums, plain[1:], exact[1:], strict=True):
+        if other is not None:
+            assert_close(made, one, other)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("width", [7, 40])
+def test_bias_gelu_backward(width, gated, approximate, dtype, machine, generator):
+    """With and without a bias; 137 rows are three tasks."""
+    served(machine, dtype)
+    wide = 2 * width if gated else width
+    x, dout = ((torch.randn(137, n, generator=generator) * 3).to(dtype) for n in (wide, width))
+    bias = torch.randn(wide, generator=generator)
+
+    def compute(to, biased):
+        leaves = [x.to(to).requires_grad_(), bias.to(to).requires_grad_()]
+        z = leaves[0] + leaves[1] if biased else leaves[0] + 0.0 * leaves[1]
+        if gated:
+            z, gate = z.chunk(2, 1)
+        out = F.gelu(z, approximate=approximate) * (gate if gated else 1.0)
+        return torch.autograd.grad(out, leaves, dout.to(to))
+
+    for biased in (False, True):
+        dx, dbias = native_backward.bias_gelu_backward(
+            machine, x, dout, bias if biased else None, approximate, gated=gated
+        )
+        plain, exact = compute(torch.float32, biased), compute(torch.float64, biased)
+        assert_close(dx, plain[0].to(dtype), exact[0])
+        assert (dbias is not None) is biased
+        if biased:
+            assert_close(dbias, plain[1], exact[1])
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_slope_of_gelu_far_out_and_of_nan(approximate, machine):
+    x = torch.tensor([[torch.nan, 1e20, -1e20, 3e38, -3e38, 40.0, -40.0, 14.0, -14.0, 0.0, -0.0]])
+    made, _ = native_backward.bias_gelu_backward(machine, x, torch.ones_like(x), None, approximate)
+    torch.testing.assert_close(made, torch.tensor([[torch.nan, *[1.0, 0.0] * 4, 0.5, 0.5]]), equal_nan=True)
+
+
+OPS_WITH_GRADIENTS = {
+    "layer_norm": lambda x, residual, w, b, x_bias: layer_norm(x, w, b, residual=residual, x_bias=x_bias, eps=1e-5),
+    "bias_gelu": lambda x, residual, w, b, x_bias: bias_gelu(x * residual, x_bias),
+    "bias_gelu gated": lambda x, residual, w, b, x_bias: bias_gelu(torch.cat([x, residual], 1), None, gated=True),
+    "attention": lambda x, residual, w, b, x_bias: attention(
+        torch.stack([x, residual, x * w], 1).unflatten(2, (2, 8)), Packing.from_lengths([len(x) - 30, 30])
+    ).flatten(1),
+    "attention with dropout": lambda x, residual, w, b, x_bias: attention(
+        torch.stack([x, residual, x * w], 1).unflatten(2, (2, 8)), Packing.from_lengths([len(x) - 30, 30]),
+        dropout=0.2, seed=torch.tensor([SEED]),
+    ).flatten(1),
+    "row_wise: dropout": lambda x, residual, w, b, x_bias: drop(x * residual + w, torch.tensor([SEED]), 0.2),
+}  # fmt: skip
+
+
+@pytest.fixture
+def kernels_run(monkeypatch):
+    """The names of the kernels that ran, in their order."""
+    seen, run = [], Program.run
+    monkeypatch.setattr(Program, "run", lambda self: seen.extend(call.kernel.name for call in self.calls) or run(self))
+    return seen
+
+
+@pytest.mark.parametrize("name", OPS_WITH_GRADIENTS)
+@pytest.mark.parametrize("same", [False, True])
+def test_gradients_by_kernels(name, same, generator, kernels_run):
+    """Of strides, dout negated and spread, and one tensor given twice; against float64, with and without kernels."""
+    op, rows = OPS_WITH_GRADIENTS[name], FEW + 7
+    x = torch.randn(16, rows, generator=generator).t()
+    residual = x if same else torch.randn(rows, 32, generator=generator)[:, ::2]
+    others = torch.randn(3, 16, generator=generator)
+    dout = torch.randn(1, 16, generator=generator)
+
+    def compute(to, path):
+        one = x.detach().to(to).requires_grad_()
+        leaves = [one, one if same else residual.to(to).requires_grad_(), *(w.to(to).requires_grad_() for w in others)]
+        with backend.use_backend(path):
+            out = op(*leaves)
+            leaves = leaves[1:] if same else leaves
+            lazy = (
+                torch._neg_view(-dout.to(to).expand(rows, 16)) if to == torch.float32 else dout.to(to).expand(rows, 16)
+            )
+            found = torch.autograd.grad(out, leaves, lazy, allow_unused=True)
+        return [out, *(gradient for gradient in found if gradient is not None)]
+
+    plain, exact = compute(torch.float32, "torch"), compute(torch.float64, "torch")
+    assert not kernels_run
+    made = compute(torch.float32, "native")
+    backwards = "row_wise" if "row_wise" in name else f"{name.split()[0]}_backward"
+    assert kernels_run[-1] == backwards and len(kernels_run) > 1
+    for ours, one, other in zip(made, plain, exact, strict=True):
+        assert_close(ours, one, other)
+
+
+@pytest.mark.parametrize("name", OPS_WITH_GRADIENTS)
+def test_gradients_of_gradients_by_kernels(name, generator, kernels_run):
+    op, rows = OPS_WITH_GRADIENTS[name], FEW + 7
+    x, residual = (torch.randn(rows, 16, generator=generator, requires_grad=True) for _ in range(2))
+    others = torch.randn(3, 16, generator=generator)
+    factor = torch.randn(rows, 16, generator=generator)
+
+    def penalty(path):
+        with backend.use_backend(path):
+            total = (op(x, residual, *others) * factor).square().sum()
+            found = torch.autograd.grad(total, [x, residual], create_graph=True)
+            return torch.autograd.grad(sum(one.square().sum() for one in found), [x, residual])
+
+    ours = penalty("native")
+    assert kernels_run
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(ours, penalty("torch"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS_WITH_GRADIENTS if "dropout" not in name])  # no torch.func there
+@pytest.mark.parametrize("case", ["jvp", "vmap", "compiled", "batched gradients", "float64", "few rows"])
+def test_where_torch_takes_gradients(name, case, generator, kernels_run):
+    """Where something has to see torch's ops, and where kernels don't serve; results are right in any case."""
+    op, rows = OPS_WITH_GRADIENTS[name], 40 if case == "few rows" else FEW + 7
+    x, residual = (torch.randn(rows, 16, generator=generator) for _ in range(2))
+    others = torch.randn(3, 16, generator=generator)
+    if case == "float64":
+        x, residual, others = (one.double() for one in (x, residual, others))
+    run = lambda one: op(one, residual, *others)  # noqa: E731
+    with backend.use_backend("torch"), sdpa_kernel(SDPBackend.MATH):
+        _, pulled = torch.func.vjp(run, x)
+        dout = torch.randn(3, rows, 16, generator=generator).to(x.dtype)
+        wanted = [pulled(one)[0] for one in dout]
+        pushed = torch.func.jvp(run, (x,), (dout[0],))
+    kernels_run.clear()
+    match case:
+        case "jvp":
+            with sdpa_kernel(SDPBackend.MATH):
+                torch.testing.assert_close(torch.func.jvp(run, (x,), (dout[0],)), pushed)
+        case "vmap":
+            pulled = torch.func.vjp(run, x)[1]
+            torch.testing.assert_close(torch.func.vmap(pulled)(dout)[0], torch.stack(wanted))
+        case "batched gradients":
+            leaf = x.clone().requires_grad_()
+            with backend.use_backend("native"):
+                found = torch.autograd.grad(run(leaf), leaf, dout, is_grads_batched=True)
+            torch.testing.assert_close(found[0], torch.stack(wanted), rtol=1e-4, atol=1e-4)
+            kernels_run[:] = [kernel for kernel in kernels_run if "backward" in kernel]
+        case _:
+            leaf = x.clone().requires_grad_()
+            call = torch.compile(run, backend="eager") if case == "compiled" else run
+            found = torch.autograd.grad(call(leaf), leaf, dout[0])
+            torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
+    assert not kernels_run or (case == "few rows" and name == "attention")
 
 
 @pytest.mark.parametrize("machine", MACHINES)

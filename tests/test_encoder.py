@@ -10,8 +10,8 @@ import torch
 from fastbert import backend
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError
+from fastbert.families.quantization import quantize
 from fastbert.model.encoder import Encoder
-from fastbert.model.quantization import quantize
 from fastbert.packing import Packing
 from fastbert.testing import assert_close
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import tiny_bert
 import torch
 from safetensors.torch import load_file, save_file
+from test_remote_code import JINA, NEW
 from torch import Tensor
 
 import fastbert
@@ -21,8 +23,10 @@ from fastbert.errors import ArgumentError, CheckpointError
 from fastbert.families import FAMILIES
 from fastbert.families.accelerated import accelerated
 from fastbert.families.names import Family
+from fastbert.model.body import EncoderModel
 from fastbert.model.mapping import to_theirs
 from fastbert.packing import Packing
+from fastbert.run import prepared
 from fastbert.testing import assert_close
 
 T = pytest.importorskip("transformers", reason="its models are meant")
@@ -975,3 +979,65 @@ def test_padding_wider_than_a_window(longest: int, dtype: torch.dtype, tmp_path:
         both = model(ids, mask).last_hidden_state
         alone = model(ids[:1, :5]).last_hidden_state
     assert both.isfinite().all() and torch.allclose(both[:1, :5].float(), alone.float(), atol=3e-2)
+
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+# Of a family on the page its name in FAMILIES.
+NAMED = {
+    "BERT": "bert", "RoBERTa": "roberta", "XLM-RoBERTa": "xlm-roberta", "CamemBERT": "camembert", "ELECTRA": "electra",
+    "DistilBERT": "distilbert", "ALBERT": "albert", "MPNet": "mpnet", "DeBERTa v2, v3": "deberta-v2",
+    "ModernBERT": "modernbert", "NomicBERT": "nomic_bert", "GTE": "gte", "GTE-new": "new", "Jina v2": "bert, Jina's",
+}  # fmt: skip
+
+
+def table(heading: str) -> dict[str, list[str]]:
+    """The cells of a table on the page, by the first of each row."""
+    lines = PAGE.partition(heading)[2].partition("|---")[2].partition("\n\n")[0].splitlines()[1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: others for first, *others in rows}
+
+
+def test_the_page_names_every_family_with_its_heads_and_classes() -> None:
+    rows = table("# Families of models")
+    forms = {name for name, family in FAMILIES.items() if family.form_of is not None and name != "bert, Jina's"}
+    assert list(rows) == list(NAMED) and sorted(NAMED.values()) == sorted(FAMILIES.keys() - forms)
+    for shown, (model_type, heads, classes, _) in rows.items():
+        family = FAMILIES[NAMED[shown]]
+        assert model_type.startswith(f"`{NAMED[shown].partition(',')[0]}`")
+        five = "".join(f"`{head.removeprefix('For')}`" for head in HEADS if head != "Model")
+        named = set(re.findall(r"`(\w+)`", heads.replace("the five", five)))
+        assert named == {head.removeprefix("For") for head in family.heads}, shown
+        all_classes = [name.rpartition(".")[2] for name in (*family.models, *family.encoders)]
+        its_own = [name for name in all_classes if family.form_of is None and belongs(name, family, NAMED[shown])]
+        assert re.findall(r"`(\w+)`", classes) == its_own, shown
+
+
+def belongs(name: str, family: Family, model_type: str) -> bool:
+    """Whether a class of transformers is of this `model_type`, where a family has several."""
+    others = [start for other, start in family.model_types.items() if other != model_type]
+    return not name.startswith(tuple(others))
+
+
+@pytest.mark.filterwarnings("ignore:int8 is slower")
+@pytest.mark.parametrize("shown", NAMED)
+def test_the_page_says_what_serves_a_family(shown: str) -> None:
+    family = FAMILIES[NAMED[shown]]
+    remote = {"new": NEW, "bert, Jina's": JINA}
+    classes = family.model_types[NAMED[shown]]
+    given = remote.get(NAMED[shown]) or getattr(T, f"{classes}Config")(**CONFIGS[classes]).to_dict()
+
+    def made() -> EncoderModel:
+        return EncoderModel(family.read_config(given)).eval()
+
+    quantized = []
+    for dtype in ("int8", "fp8"):
+        try:
+            fastbert.quantize(made(), dtype=dtype)
+            quantized.append(True)
+        except ArgumentError:
+            quantized.append(False)
+    assert quantized[0] == quantized[1], "the page has one column for both"
+    encoder = made().encoder
+    reasons = [prepared.unserved(steps, parts) for steps, parts in encoder.layers()]
+    _, eight_bits, launches = table("## Layers")[shown]
+    assert [eight_bits, launches] == ["yes" if served else "no" for served in (quantized[0], not any(reasons))]

@@ -18,8 +18,10 @@ import pytest
 import torch
 
 import fastbert
+from fastbert.installed import DISTRIBUTION
 
 ROOT = Path(__file__).resolve().parent.parent
+EPOCH = "1700000000"
 SHIPPED = ("fastbert", "kernels", "LICENSE", "README.md", "pyproject.toml", "setup.py")
 
 
@@ -46,9 +48,13 @@ def empty_venv(folder: Path) -> Path:
     return folder / "bin"
 
 
+def pip(environment: Path, *words: object) -> str:
+    options = ["--disable-pip-version-check", "--python", environment / "python"]
+    return run(sys.executable, "-m", "pip", *options, *words, cwd=environment)
+
+
 def pip_install(environment: Path, *what: object) -> None:
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", environment / "python"]
-    run(*pip, "install", "--quiet", "--no-deps", "--no-build-isolation", *what, cwd=environment)
+    pip(environment, "install", "--quiet", "--no-deps", "--no-build-isolation", *what)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dist(source: Path) -> Path:
     """A folder with the sdist of `source` and the wheel made from that sdist."""
     folder = source.parent / "dist"
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=source)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source]
+    run(*build, cwd=source, SOURCE_DATE_EPOCH=EPOCH)
     return folder
 
 
@@ -79,7 +86,23 @@ def test_wheel_has_every_module_and_nothing_else(source: Path, dist: Path) -> No
     modules = {str(path.relative_to(source)) for path in (source / "fastbert").rglob("*.py")}
     kernels = {f"fastbert/kernels/{path.name}" for path in (source / "kernels").iterdir()}
     assert "fastbert/kernels/choices.py" in kernels
-    assert names == modules | kernels | {"fastbert/py.typed"}
+    assert names == modules | kernels | {"fastbert/py.typed", "fastbert/rivals/sentences.txt"}
+
+
+@pytest.mark.packaging
+def test_a_wheel_is_the_same_to_the_byte_wherever_it_is_built(source: Path, dist: Path, tmp_path: Path) -> None:
+    """By pip from a checkout with other permissions, dates and place, in which an older version was built."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(source, checkout, ignore=shutil.ignore_patterns("build", "*.egg-info"), copy_function=shutil.copy)
+    for path in checkout.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    for left in ("build/lib", "build/bdist.linux-x86_64/wheel"):
+        (checkout / left / "fastbert").mkdir(parents=True)
+        (checkout / left / "fastbert" / "gone.py").touch()
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", checkout]
+    run("sh", "-c", 'umask 077; exec "$0" "$@"', *build, cwd=tmp_path, SOURCE_DATE_EPOCH=EPOCH)
+    (here,), (there,) = tmp_path.glob("*.whl"), dist.glob("*.whl")
+    assert here.name == there.name and here.read_bytes() == there.read_bytes()
 
 
 @pytest.mark.packaging
@@ -95,6 +118,7 @@ def test_installed_wheel_works_outside_the_repository(dist: Path, tmp_path: Path
     environment = empty_venv(tmp_path / "empty venv")
     (wheel,) = dist.glob("*.whl")
     pip_install(environment, wheel)
+    assert "No broken requirements" in pip(environment, "check"), "beside all that is installed here"
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
 
@@ -132,6 +156,10 @@ def test_uninstalled_use_works_and_has_no_version(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, tmp_path / name)
     code = "import fastbert, fastbert.kernels.choices\ntry: fastbert.__version__\nexcept AttributeError as e: print(e)"
     assert "not installed" in run(environment / "python", "-c", code, cwd=environment, PYTHONPATH=str(tmp_path))
+
+
+def test_the_name_of_the_distribution_is_that_of_pyproject() -> None:
+    assert re.search(r'^name = "(.*?)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1] == DISTRIBUTION
 
 
 @pytest.mark.parametrize("options", [("-P",), ()], ids=["safe path", "root on the path"])
@@ -192,6 +220,6 @@ def test_public_names_are_there() -> None:
 def test_examples_in_the_readme_run(minilm: Path, tmp_path: Path) -> None:
     (tmp_path / "all-MiniLM-L6-v2").symlink_to(minilm)
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 2
     for example in examples:
         run(sys.executable, "-c", example, cwd=tmp_path, PYTHONPATH=str(ROOT))

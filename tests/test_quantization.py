@@ -13,9 +13,9 @@ from tiny_bert import random_model
 import fastbert
 from fastbert import backend
 from fastbert.errors import ArgumentError, BackendError, CheckpointError
+from fastbert.families.quantization import in_int8
 from fastbert.kernels.target import KNOWN, pretend
 from fastbert.model.heads import BertForSequenceClassification
-from fastbert.model.quantization import in_int8
 from fastbert.ops.quantize_rows import bias_gelu_quantize
 from fastbert.packing import Packing
 from fastbert.run import eight_bits
@@ -86,19 +86,23 @@ def test_a_weight_is_kept_without_bias(generator):
     """Rounding errors of e4m3, up to 1 in 16, cancel over a matrix; a scale that is off by 1 in 100 does not."""
     linear = torch.nn.Linear(256, 128)
     torch.nn.init.normal_(linear.weight, generator=generator)
-    made = eight_bits.Fp8Linear(linear.weight, linear.bias)
+    made = eight_bits.Fp8Linear.of(linear.weight, linear.bias)
     kept = made.values.view(torch.float8_e4m3fn).float() * made.scale.view(torch.float32)[:, None]
     assert (kept - linear.weight).abs().max() <= linear.weight.abs().max() / 16
     assert abs((kept * linear.weight).sum() / linear.weight.square().sum() - 1) < 0.001
 
 
-def test_a_shared_part_is_the_same_tensor_and_the_model_stays(generator):
+def test_a_shared_part_has_the_same_memory_and_the_model_stays(generator):
     model = random_model(generator)
     ids, packing = batch(generator)
     before = run(model, ids, packing)
     quantized = fastbert.quantize(model, dtype="fp8")
     assert torch.equal(run(model, ids, packing), before)
-    assert quantized.embeddings.word.weight is model.embeddings.word.weight
+    ours, theirs = quantized.embeddings.word.weight, model.embeddings.word.weight
+    assert ours.data_ptr() == theirs.data_ptr() and theirs.requires_grad and not ours.requires_grad
+    quantized.to(torch.bfloat16)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert torch.equal(run(model, ids, packing), before)
     mine = sum(buffer.nbytes for buffer in quantized.encoder.buffers())
     matrices = [p for p in model.encoder.parameters() if p.dim() == 2]
     assert mine == sum(p.numel() + 4 * len(p) for p in matrices)
@@ -142,8 +146,11 @@ def test_training_and_gradients_are_refused(generator):
     with pytest.raises(ArgumentError, match="can't be trained"):
         quantized.train()
     ids, packing = batch(generator)
+    want = run(quantized, ids, packing)
+    assert torch.equal(quantized.eval()(ids, packing=packing).last_hidden_state, want)  # nothing asks for a gradient
+    quantized.requires_grad_(True)
     with pytest.raises(BackendError, match="a gradient"):
-        quantized.eval()(ids, packing=packing)
+        quantized(ids, packing=packing)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +193,7 @@ def test_what_else_is_refused(generator, tmp_path):
         fastbert.quantize(quantized, dtype="fp8")
     with pytest.raises(ArgumentError, match="a quantized one"):
         quantized.encoder.to_hf_state_dict()
-    with pytest.raises(fastbert.CheckpointError):
+    with pytest.raises(CheckpointError, match="a quantized model"):
         fastbert.save(quantized, tmp_path)
 
 
@@ -215,6 +222,7 @@ def test_int8_reads_only_the_rows_it_is_asked_for(generator):
         unpacked = quantized.encoder.run(every[0], packing, unpack=True)[-1]
     torch.testing.assert_close(read, every[-1][[0, 22]])
     assert torch.equal(packing.pack(unpacked), every[-1])
+    quantized.requires_grad_(True)
     with pytest.raises(BackendError, match="gradient"):
         quantized(ids, packing=packing)
 

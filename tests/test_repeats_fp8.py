@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fastbert.config import EncoderConfig
 from fastbert.errors import ArgumentError, BackendError
+from fastbert.families.quantization import quantize
 from fastbert.kernels.target import interpreted
 from fastbert.model.encoder import Encoder
-from fastbert.model.quantization import quantize
 from fastbert.packing import Packing
 from fastbert.run import prepared as executor
+from fastbert.run.parts import linears_of
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="the kernels need Triton's interpreter here")
 
@@ -74,7 +75,8 @@ def test_weights_may_change(prepared: list[int]) -> None:
     parts: Any = made.layer[1].parts()
     parts["output_norm"].weight.mul_(2.0)
     parts["intermediate"].bias = torch.nn.Parameter(torch.randn(48))
-    parts["qkv"].scale.copy_((parts["qkv"].scale.view(torch.float32) * 2.0).view(torch.int32))
+    scale = parts["qkv"].value.scale
+    scale.copy_((scale.view(torch.float32) * 2.0).view(torch.int32))
     assert not torch.equal(made.run(x, packing)[-1], before)
     same(made, x, packing)
     assert len(prepared) == 1
@@ -84,7 +86,8 @@ def test_weights_may_move(prepared: list[int]) -> None:
     made, x, packing = encoder(num_layers=1), torch.randn(9, HIDDEN), Packing.from_lengths([4, 5])
     before = made.run(x, packing)[-1]
     parts: Any = made.layer[0].parts()
-    for linear in (parts[name] for name in ("qkv", "attention_output", "intermediate", "output")):
+    products = (parts[name] for name in ("qkv", "attention_output", "intermediate", "output"))
+    for linear in (linear for part in products for linear in linears_of(part)):
         old, linear.values = linear.values, linear.values.clone()
         linear.scale.data = linear.scale.clone()
         old.zero_()  # what still reads it shows
@@ -125,6 +128,7 @@ def test_the_long_way_is_gone_where_it_must_be(way: str, prepared: list[int]) ->
             with torch.autocast("cpu", torch.bfloat16):
                 got, expected = made.run(x, packing)[-1], the_long_way(made, x, packing)[-1]
         case "gradient of a bias":
+            made.layer[0].parts()["intermediate"].bias.requires_grad_()
             with torch.enable_grad():
                 got = made.run(x, packing)[-1]
     assert torch.equal(got, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def root(tmp_path: Path) -> Path:
     """A repository with the two documents."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "kernels").mkdir()
-    for name in ("README.md", "docs/performance.md", *PAGES):
+    for name in (*report.READMES, "docs/performance.md", *PAGES):
         (tmp_path / name).write_text(f"# By hand\n\n{BEGIN}\nold\n{END}\n\nAlso by hand.\n")
     return tmp_path
 
@@ -191,7 +192,8 @@ def test_the_readme_has_a_line_of_texts_for_each_machine(root: Path) -> None:
         "Commit 0123456789+, 2026-01-04.\n"
         "- Made-up CPU 9000, 2 threads: 1000 reviews to embeddings by MiniLM, in tokens/s: "
         "fp32 10,000 (1.23 times OpenVINO); int8 20,000. Commit 0123456789, 2026-01-03.\n\n"
-        f"{END}\n\nAlso by hand.\n"
+        "![Real tokens/s of the encoder's forward by workload, Made-up CPU 9000](docs/performance/cpu-throughput.png)"
+        f"\n\n{END}\n\nAlso by hand.\n"
     )
 
 
@@ -351,10 +353,22 @@ def test_a_document_without_markers(change: Callable[[str], str], root: Path) ->
 
 
 def test_the_repository_s_documents_have_markers() -> None:
-    for name in ("README.md", "docs/performance.md", *PAGES):
+    for name in (*report.READMES, "docs/performance.md", *PAGES):
         assert between_markers(report.ROOT / name, "text")
 
 
 def test_text_and_training_need_no_floor(root: Path) -> None:
     put(root, "cpu", CPU, [benchmark(op="text", floor_ms=None, bound=None, percent_of_ceiling=None)])
     assert "| minilm b2 s8 uniform | fp32 | 10,000 |  |  | 100 (90 to 120) |\n" in render(root)
+
+
+def test_the_readmes_say_the_same() -> None:
+    """The figures are those of the files of results, and commands, code and links to pages are the same in both."""
+    here, there = ((report.ROOT / name).read_text(encoding="utf-8") for name in report.READMES)
+    wanted = report.summary(report.read_runs(report.RESULTS))
+    for text in (here, there):
+        assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == wanted.strip()
+    blocks = [re.findall(r"```.*?```", text, flags=re.DOTALL) for text in (here, there)]
+    assert len(blocks[0]) == 3 and set(blocks[0]) <= set(blocks[1])
+    linked = [set(re.findall(r"\]\(([^)]+)\)", text)) for text in (here, there)]
+    assert linked[0] ^ linked[1] == set(report.READMES)

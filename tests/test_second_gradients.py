@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_accelerate import FAMILIES, model_of
@@ -11,6 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastbert import accelerate
 from fastbert.ops.attention import attention
 from fastbert.ops.cross_entropy import linear_cross_entropy
+from fastbert.ops.dropout import drop
+from fastbert.ops.linear import linear
+from fastbert.ops.pooling import pool
 from fastbert.packing import Packing
 
 
@@ -66,3 +71,25 @@ def test_an_accelerated_model_in_training(family: str) -> None:
         near = [gradient((x + step * along).requires_grad_()) for step in (1e-5, -1e-5)]
     wanted = ((near[0] - near[1]) * weights).sum() / 2e-5
     torch.testing.assert_close((got * along).sum(), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "dropped attention", "dropout", "maximum", "cross entropy"])
+def test_many_gradients_at_once(name: str, generator: torch.Generator) -> None:
+    """torch.autograd.grad(is_grads_batched=True), as one after another; the others are in test_cpu."""
+    x = torch.randn(80, 16, generator=generator, requires_grad=True)
+    packing, seed = Packing.from_lengths([50, 30]), torch.tensor([3])
+    weight, labels = torch.randn(24, 16, generator=generator), torch.arange(80) % 24
+    run: Callable[[], Tensor] = {
+        "linear": lambda: linear(x, weight, None),
+        "dropped attention": lambda: attention(
+            torch.stack([x, 2 * x, x], 1).unflatten(2, (2, 8)), packing, dropout=0.1, seed=seed
+        ),
+        "dropout": lambda: drop(x, seed, 0.1),
+        "maximum": lambda: pool(x, packing, "max"),
+        "cross entropy": lambda: linear_cross_entropy(x, weight, None, labels),
+    }[name]
+    out = run()
+    dout = torch.randn(3, *out.shape, generator=generator)
+    [found] = torch.autograd.grad(out, x, dout, is_grads_batched=True)
+    for one, made in zip(dout, found, strict=True):
+        torch.testing.assert_close(made, torch.autograd.grad(run(), x, one)[0], rtol=1e-4, atol=1e-5)

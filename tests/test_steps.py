@@ -359,7 +359,7 @@ def in_8_bits(parts: dict[str, nn.Module], kind: Any) -> dict[str, nn.Module]:
     """All but norms, convolutions and what belongs to tables of distances."""
     kept = ("relative", "convolution", *PROJECTIONS.values())
     return {
-        name: part if isinstance(part, nn.LayerNorm) or name in kept else kind(*weights(part))
+        name: part if isinstance(part, nn.LayerNorm) or name in kept else kind.of(*weights(part))
         for name, part in parts.items()
     }
 

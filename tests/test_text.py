@@ -147,7 +147,7 @@ def test_any_iterable(tokenizer: Tokenizer) -> None:
     ("texts", "message"),
     [
         (["a", "b", 3], r"texts\[2\]: got a int; expected a string"),
-        (["a", None], r"texts\[1\]: got a NoneType"),
+        (["a", None], r"texts\[1\]: got None, which is missing"),
         (["a", b"b"], r"texts\[1\]: got a bytes"),
         ([3], r"texts\[0\]: got a int"),
         (["a", ("b", "c")], r"texts\[1\]: got a tuple; expected a string"),

@@ -19,8 +19,10 @@ import tiny_bert
 import torch
 from processes import PYTHON, heed_signals
 
+from fastbert import lock
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.training import Settings, lock, loop, train
+from fastbert.training import Settings, loop, train
+from fastbert.training.loop import LOCK
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,7 +95,7 @@ def test_a_folder_is_trained_in_once_at_a_time(given: Settings) -> None:
     finally:
         process.kill()
         process.communicate()
-    with lock.locked(Path(given.out)):  # what is left of a killed one holds nothing
+    with lock.locked(Path(given.out) / LOCK, "training"):  # what is left of a killed one holds nothing
         pass
 
 
@@ -108,12 +110,12 @@ def test_two_that_start_together(given: Settings) -> None:
 
 
 def test_a_lock_is_let_go_and_taken_by_one(tmp_path: Path) -> None:
-    with lock.locked(tmp_path):
-        with pytest.raises(ArgumentError, match=f"process {os.getpid()} of"), lock.locked(tmp_path):
+    with lock.locked(tmp_path / LOCK, "training"):
+        with pytest.raises(ArgumentError, match=f"process {os.getpid()} of"), lock.locked(tmp_path / LOCK, "training"):
             pass
-        assert (tmp_path / lock.LOCK).exists()
+        assert (tmp_path / LOCK).exists()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyboardInterrupt), lock.locked(tmp_path):
+    with pytest.raises(KeyboardInterrupt), lock.locked(tmp_path / LOCK, "training"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -123,7 +125,10 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.warns(UserWarning, match="can't be locked .Function not implemented."), lock.locked(tmp_path):
+    with (
+        pytest.warns(UserWarning, match="can't be locked .Function not implemented."),
+        lock.locked(tmp_path / LOCK, "training"),
+    ):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -257,14 +262,14 @@ def make_half() -> Callable[[str], None]:
         (folder / ".checkpoint-4.elsewhere.17.0123abcd.tmp").mkdir(parents=True)
         (folder / ".checkpoint-4.elsewhere.17.0123abcd.tmp" / "state.pt").write_bytes(b"half")
         (folder / ".model.safetensors.elsewhere.17.0123abcd.tmp").write_bytes(b"half")
-        (folder / lock.LOCK).write_text("process 17 of elsewhere")
+        (folder / LOCK).write_text("process 17 of elsewhere")
 
     return make
 
 
 @pytest.mark.parametrize("kind", ["link", "broken link", "folder", "pipe"])
 def test_a_lock_that_is_no_file_empties_no_other(kind: str, tmp_path: Path) -> None:
-    other, path = tmp_path / "other", tmp_path / "out" / lock.LOCK
+    other, path = tmp_path / "other", tmp_path / "out" / LOCK
     path.parent.mkdir()
     if kind == "folder":
         path.mkdir()
@@ -274,7 +279,7 @@ def test_a_lock_that_is_no_file_empties_no_other(kind: str, tmp_path: Path) -> N
         path.symlink_to(other)
     if kind == "link":
         other.write_text("precious")
-    with pytest.raises(ArgumentError, match="a link, folder or device"), lock.locked(path.parent):
+    with pytest.raises(ArgumentError, match="a link, folder or device"), lock.locked(path, "training"):
         pass
     assert other.exists() == (kind == "link")
     assert kind != "link" or other.read_text() == "precious"

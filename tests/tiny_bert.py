@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastbert.checkpoints.load import save
-from fastbert.config import EncoderConfig
+from fastbert.checkpoints.load import load, save
+from fastbert.config import EncoderConfig, HeadConfig, ProblemType
 from fastbert.model.body import BertModel
+from fastbert.model.heads import BertForSequenceClassification
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PLAIN = ["film", "plot", "actor", "scene", "music", "story", "the", "a", "was", "and", "with", "very"]
@@ -38,6 +40,29 @@ def make(folder: Path, *, dropout: float = 0.1, hidden_size: int = 32) -> Path:
         save(BertModel(config), folder)
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     return folder
+
+
+def with_prompts(folder: Path, **prompts: str) -> Path:
+    """`make`, as a folder of sentence-transformers."""
+    make(folder)
+    modules = [{"path": "", "type": "Transformer"}, {"path": "1_Pooling", "type": "Pooling"}]
+    modules = [module | {"type": f"sentence_transformers.models.{module['type']}"} for module in modules]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32}))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    return folder
+
+
+def with_head(folder: Path, labels: int, problem: ProblemType | None = None) -> Path:
+    """A classifier, the same one each time, beside the model that it is made of."""
+    body = make(folder / "body")
+    head = HeadConfig(tuple(f"LABEL_{i}" for i in range(labels)), problem)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        save(load(body, BertForSequenceClassification, head=head), folder / "model")
+    return folder / "model"
 
 
 def opinions(path: Path, count: int, seed: int) -> Path:

@@ -1,9 +1,9 @@
-"""The pictures of docs/kernels: who owns which tile, and how data flows through a program.
+"""The pictures of docs/kernels, who owns which tile and how data flows through a program, and those of docs/tour.md.
 
     python docs/kernels/draw.py
 
-writes an SVG beside this script for each name in PICTURES. The same script gives the same bytes; a test holds the
-committed pictures to it.
+writes an SVG beside this script for each name in PICTURES and TOUR. The same script gives the same bytes; a test holds
+the committed pictures to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 
 FOLDER = Path(__file__).resolve().parent
 
-# What a colour means in every picture.
+# What a colour means in the picture of a kernel.
 READ, OWNED, WRITTEN, MASKED, PLAIN = "#cfe2f3", "#f9cb9c", "#d9ead3", "url(#masked)", "#ffffff"
 LEGEND = ((READ, "read"), (OWNED, "owned by one program"), (WRITTEN, "written"), (MASKED, "masked"))
 
@@ -24,11 +24,11 @@ LINE = 16  # height of a line of text, in pixels as everything here
 class Picture:
     """Shapes on a white page of a size; (x, y) is the upper left corner of each."""
 
-    def __init__(self, width: int, height: int) -> None:
+    def __init__(self, width: int, height: int, legend: Sequence[tuple[str, str]] = LEGEND) -> None:
         self.width, self.height = width, height
         self.shapes: list[str] = []
         x = 10
-        for colour, meaning in LEGEND:
+        for colour, meaning in legend:
             self.box(x, height - 24, 14, 14, colour)
             self.text(x + 20, height - 13, meaning)
             x += 40 + 7 * len(meaning)
@@ -369,6 +369,53 @@ def linear_gelu() -> str:
     return picture.svg()
 
 
+def packing() -> str:
+    """The same batch padded and packed."""
+    picture = Picture(700, 300, ((READ, "a token"), (MASKED, "padding")))
+    texts = (("A", 8), ("B", 3), ("C", 5), ("D", 2))
+    tokens, side = sum(length for _, length in texts), 26
+    picture.text(20, 28, f"padded, [4, 8]: work for {4 * 8} places", bold=True)
+    for row, (name, length) in enumerate(texts):
+        for column in range(8):
+            kept = column < length
+            picture.box(20 + side * column, 40 + side * row, side, side, READ if kept else MASKED, name * kept)
+    picture.text(20, 190, f"packed, [{tokens}]: work for {tokens} tokens", bold=True)
+    first = 0
+    for name, length in texts:
+        for column in range(first, first + length):
+            picture.box(20 + side * column, 202, side, side, READ, name)
+        picture.arrow((20 + side * first, 246), (20 + side * first, 230))
+        picture.text(20 + side * first, 260, str(first), anchor="middle")
+        first += length
+    picture.arrow((20 + side * tokens, 246), (20 + side * tokens, 230))
+    picture.text(20 + side * tokens, 260, str(tokens), anchor="middle")
+    picture.text(44 + side * tokens, 260, "packing.cu_seqlens")
+    return picture.svg()
+
+
+def layer() -> str:
+    """What is launched for a batch in inference."""
+    picture = Picture(560, 590, ((OWNED, "a kernel of ours"), (PLAIN, "a matrix product of torch")))
+    steps = (
+        (OWNED, "embedding\nthree rows added, LayerNorm", "[tokens, hidden]"),
+        (PLAIN, "query, key, value", "[tokens, 3, heads, head_dim]"),
+        (OWNED, "attention", "[tokens, hidden]"),
+        (PLAIN, "output", "[tokens, hidden]"),
+        (OWNED, "layer_norm\nbias, residual, LayerNorm", "[tokens, hidden]"),
+        (PLAIN, "intermediate", "[tokens, 4 hidden]"),
+        (OWNED, "bias_gelu", "[tokens, 4 hidden]"),
+        (PLAIN, "output", "[tokens, hidden]"),
+        (OWNED, "layer_norm\nbias, residual, LayerNorm", "[tokens, hidden]"),
+        (OWNED, "pooling", "[sequences, hidden]"),
+    )
+    middles = picture.steps(20, 20, 210, [(colour, label) for colour, label, _ in steps])
+    for middle, (_, _, made) in zip(middles, steps, strict=True):
+        picture.text(330, middle + 4, made)
+    picture.back(230, middles[8], middles[1], "next layer")
+    return picture.svg()
+
+
+TOUR: dict[str, Callable[[], str]] = {"packing": packing, "layer": layer}
 PICTURES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention_backward": attention_backward,
@@ -383,7 +430,7 @@ PICTURES: dict[str, Callable[[], str]] = {
 
 def main() -> None:
     """The command."""
-    for name, draw in PICTURES.items():
+    for name, draw in (PICTURES | TOUR).items():
         (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")
 
 

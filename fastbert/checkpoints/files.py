@@ -190,17 +190,43 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     Each file appears whole or not at all. Tensors must not share memory with each other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as temporary:
+    write_tensors(folder, tensors)
+    write_bytes(folder, {CONFIG: json_bytes(config), **others})
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int | None = None) -> None:
+    """Write model.safetensors; or shards of at most so many bytes of tensors, a longer tensor by itself, and an index.
+
+    Each file appears whole or not at all. Tensors must not share memory with each other.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if shard_bytes is not None and size and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        _write_safetensors(folder / WEIGHTS, shards[0])
+        return
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_safetensors(folder / name, shard)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    write_bytes(folder, {INDEX: json_bytes({"metadata": {"total_size": total}, "weight_map": places})})
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with replacing(path) as temporary:
         try:
             safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # the library has its own word for what the system refuses
             if (found := re.search(r"os error (\d+)", str(error))) is None:
                 raise
             number = int(found[1])
-            raise OSError(number, os.strerror(number), str(folder / WEIGHTS)) from error
-    with replacing(folder / CONFIG) as temporary:
-        temporary.write_bytes(json_bytes(config))
-    write_bytes(folder, others)
+            raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def json_bytes(value: object) -> bytes:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.backend import usable_device
-from fastbert.checkpoints import files
+from fastbert.checkpoints import files, int8
 from fastbert.checkpoints.architectures import Dialect, architectures, recognise, split
 from fastbert.checkpoints.sentence import read_sentence_files
 from fastbert.config import HF_NAMES, EncoderConfig, HeadConfig
 from fastbert.errors import ArgumentError, CheckpointError, UntrainedWarning, shown
 from fastbert.families import FAMILIES
 from fastbert.families.keys import head_names, names_once
+from fastbert.families.quantization import refuse_to_save, with_scales
 from fastbert.model.body import EncoderModel
 from fastbert.model.encoder import initialise
 from fastbert.model.heads import HeadModel, body_of
@@ -97,7 +98,8 @@ def load(
         head: labels and the like, for a model with a head; what config.json says by default. Its dropout is that of
             config.json too where it is None.
         dtype: floating dtype of the parameters; what the checkpoint has by default. Where it has several, that is the
-            one config.json names, else the widest, and a warning says so.
+            one config.json names, else the widest, and a warning says so. A folder that `fastbert.convert` put in int8
+            stays so, for a CPU, and its other parameters are float32.
         device: where the parameters live; the CPU by default.
         frozen: it will never train. No parameter requires a gradient, and where kernels of this CPU compute the encoder
             its weights lie only as these read them, so that they take their memory once; `Encoder.freeze` says more.
@@ -149,7 +151,14 @@ def read_model(
         raise ArgumentError("head", head, "None for an EncoderModel", "Name one of fastbert.EncoderFor... as kind.")
     folder = files.checkpoint_folder(folder)
     raw_config = files.read_config(folder)
-    state = files.read_tensors(folder)
+    state, scales = files.read_tensors(folder), dict[str, Tensor]()
+    kept_in_int8 = int8.in_int8(raw_config, folder / files.CONFIG)
+    if kept_in_int8:
+        if dtype not in (None, torch.float32):
+            mend = "To have it in floats: fastbert convert --dtype fp32"
+            raise ArgumentError("dtype", dtype, "None or torch.float32, for a folder in int8", mend)
+        state, scales = int8.from_int8(state, folder)
+        raw_config = {name: value for name, value in raw_config.items() if name != int8.FIELD}
     dialect = recognise(raw_config, state)
     known_head: HeadConfig | None = None
     family = FAMILIES[dialect.family]
@@ -205,6 +214,12 @@ def read_model(
         module = model.get_submodule(part).to_empty(device="cpu")
         initialise(module, config.initializer_range)
         module.to(device, next(iter(ours.values())).dtype)
+    model.eval()
+    if kept_in_int8:
+        try:
+            model = with_scales(model, to_ours(scales, [rule for rule in rules if set(rule.theirs) <= scales.keys()]))
+        except ArgumentError as error:
+            raise CheckpointError(f"{folder}: {error.argument}", error.got, error.expected) from error
 
     carried = parts.carried
     tied = {
@@ -224,7 +239,7 @@ def read_model(
     else:
         standard = _standard_origin(model, dialect.family)
         model.origin = replace(standard, config={**raw_config, **standard.config}, others=others)
-    return cast(Kind, model.eval()), [part.removeprefix("bert.") for part in fresh]
+    return cast(Kind, model), [part.removeprefix("bert.") for part in fresh]
 
 
 def trained_head(folder: str | os.PathLike[str], kind: type[HeadModel]) -> HeadConfig | None:
@@ -254,13 +269,15 @@ def save(model: EncoderModel | HeadModel, folder: str | os.PathLike[str]) -> Non
     Raises:
         ArgumentError: `model` is no model of fastbert, `folder` no path, or a file that would be written is something
             other than a file.
-        CheckpointError: the parameters are not those of the model's class.
+        CheckpointError: the parameters are not those of the model's class, or it is quantized.
     """
     if not isinstance(model, EncoderModel | HeadModel):
         mend = "A model of transformers has save_pretrained, and a TextEncoder has its model as `model`."
         raise ArgumentError(
             "model", f"a {type(model).__name__}", "an EncoderModel of fastbert, or one with a head", mend
         )
+    if body_of(model).encoder.in_eight_bits() is not None:
+        refuse_to_save()
     path = files.path_of(folder)
     origin: Origin = model.origin or _standard_origin(model, _family_of(model))
     state = model.state_dict()

@@ -1,4 +1,4 @@
-"""attention of packed sequences on a CPU: forward, without bias or dropout.
+"""attention of packed sequences on a CPU: forward, without a bias of pairs.
 
 A task is a head of a sequence. Its keys are transposed once, so that scores are made for a vector of keys at a time;
 then `Vectors.queries` queries after as many go through scores, softmax and the sum of values, all of it in the nearest
@@ -21,6 +21,8 @@ from llvmlite import ir
 from torch import Tensor
 
 from fastbert.cpu.code import Code
+from fastbert.cpu.dropout import PARAMETERS as DROPOUT_PARAMETERS
+from fastbert.cpu.dropout import Draws, Dropout
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.maths import exp2
 from fastbert.cpu.memory import FLOAT32, INT32, Argument, PerWorker
@@ -63,6 +65,7 @@ class Places(NamedTuple):
     rotary: bool = False
     position_key: bool = False
     position_query: bool = False
+    dropout: bool = False
 
     @property
     def added(self) -> bool:
@@ -92,7 +95,7 @@ class Places(NamedTuple):
             "position_query": self.position_query,
             "positions": self.positions,
         }
-        return tuple(name for name, wanted in read.items() if wanted)
+        return tuple(name for name, wanted in read.items() if wanted) + (DROPOUT_PARAMETERS if self.dropout else ())
 
 
 def attention_forward(
@@ -109,6 +112,7 @@ def attention_forward(
     angles: Tensor | None = None,
     position_key: Tensor | None = None,
     position_query: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Call:
     """Softmax(q k^T scale) v of each head of each sequence.
 
@@ -127,6 +131,7 @@ def attention_forward(
             `[heads * 2 * positions, head_dim]`, positions >= max_seqlen and whole pairs of vectors. Before it is
             scaled a score is added query . its position_key `positions - 1 + column - row`, and key . its
             position_query `positions - 1 + row - column`. Not together with `angles`.
+        dropout: of the weights.
     """
     heads, head_dim = qkv.shape[2:]
     lanes = machine.vectors.lanes
@@ -134,8 +139,9 @@ def attention_forward(
     columns = -(-head_dim // lanes) * lanes
     # the transposed keys, the values, the queries and the scores
     worker_bytes = 4 * (2 * width * columns + machine.vectors.queries * (columns + width))
-    places = Places(*(x is not None for x in (window, alibi_slopes, relative, angles, position_key, position_query)))
-    given: dict[str, Argument] = {}
+    options = window, alibi_slopes, relative, angles, position_key, position_query, dropout
+    places = Places(*(x is not None for x in options))
+    given: dict[str, Argument] = {} if dropout is None else dropout.arguments()
     if window is not None:
         given["window"] = min(window, max_seqlen)
     if alibi_slopes is not None:
@@ -202,6 +208,7 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
     scores = queries + 4 * rows * blocks * lanes
     values = scores + width * (4 * rows)
     last = length - 1
+    drawn = Draws(code, head, sequence) if places.dropout else None
     # What is added to a score before it is scaled; added after, it would be to one that is rounded once more.
     unscaled = code.scalar(LOG2E) / code.float_of("scale") if places.added else None
     slope = code.load(code["slopes"] + head * 4, F32) * unscaled if unscaled is not None and places.alibi else None
@@ -387,6 +394,7 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
         scale = code.splat(code.float_of("scale"))
         numbers = code.lane_numbers()
         shifts = [code.splat(greatest_lane(row)) for row in greatest]
+        draws = [] if drawn is None else [drawn.of(place) for place in here]
         if places.scored:  # a row that may attend nothing: 0, not NaN, everywhere
             shifts = [maximum(shift, -3e38) for shift in shifts]
 
@@ -402,7 +410,8 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
                     power = select(exponent < -UNSEEN, 0.0, power)
                 elif masked:
                     power = select(numbers < code.splat(to_int32(length - j)), power, code.vector())
-                code.store(to_bfloat16(power) if bfloat16 else power, place)
+                weight = draws[r].kept(power, j) if draws else power
+                code.store(to_bfloat16(weight) if bfloat16 else weight, place)
                 following.append(totals[r] + power)
             return following
 

@@ -51,15 +51,18 @@ class Code:
         """`[lanes]`, float32 unless said, the same number in each."""
         return Value(self.builder, constant(ir.VectorType(type_, self.lanes), number))
 
-    def lane_numbers(self) -> Value:
-        """int32 0, 1, 2, ..."""
-        return Value(self.builder, ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes))))
+    def lane_numbers(self, type_: Any = I32, lanes: int | None = None) -> Value:
+        """0, 1, 2, ..., int32 and of as many lanes as float32 has unless said."""
+        lanes = lanes or self.lanes
+        return Value(self.builder, ir.Constant(ir.VectorType(type_, lanes), list(range(lanes))))
 
-    def splat(self, scalar: Value) -> Value:
-        """A vector with the scalar in each lane."""
-        type_ = ir.VectorType(scalar.type, self.lanes)
-        first = self.builder.insert_element(ir.Constant(type_, ir.Undefined), scalar.raw, ir.Constant(I32, 0))
-        return shuffled(Value(self.builder, first), Value(self.builder, first), [0] * self.lanes)
+    def splat(self, scalar: Value, lanes: int | None = None) -> Value:
+        """A vector with the scalar in each lane, of as many as float32 has unless said."""
+        lanes = lanes or self.lanes
+        first = self.builder.insert_element(
+            ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined), scalar.raw, ir.Constant(I32, 0)
+        )
+        return shuffled(Value(self.builder, first), Value(self.builder, first), [0] * lanes)
 
     def dot(self, dtype: torch.dtype) -> Dot:
         """How words of float32 or of a pair of bfloat16 are multiplied."""

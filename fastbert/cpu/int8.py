@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,16 @@ def pair_sums(values: Tensor) -> Tensor:
     """`[..., an even number]` -> `[..., half]`: of two neighbours, what those of one sign sum to, the greater."""
     pairs = values.unflatten(-1, (-1, 2))
     return torch.maximum(pairs.clamp_min(0).sum(-1), -pairs.clamp_max(0).sum(-1))
+
+
+def rows_in_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 `[out, in]` and float32 `[out]`, whose product stands for a floating `[out, in]`.
+
+    Of each output the largest of `pair_sums` becomes 127, and by rounding at most 128.
+    """
+    exact = weight.detach().float()
+    scale = pair_sums(F.pad(exact, (0, exact.shape[1] % 2))).amax(1).clamp_min(1e-30) / (PAIR - 1)
+    return (exact / scale[:, None]).round().to(torch.int8), scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +84,20 @@ class Int8Matrix:
     sum: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> Int8Matrix:
-        """`[out, in]`, floating; of each output the largest of `pair_sums` becomes 127, and by rounding at most 128."""
-        exact = weight.detach().float()
-        scale = pair_sums(F.pad(exact, (0, exact.shape[1] % 2))).amax(1).clamp_min(1e-30) / (PAIR - 1)
-        values = (exact / scale[:, None]).round().to(torch.int8)
+    def of(cls, weight: Tensor, scale: Tensor | None = None) -> Int8Matrix:
+        """Of a floating `[out, in]`: by `rows_in_int8`, or the whole numbers that it is of a known scale."""
+        if scale is None:
+            values, scale = rows_in_int8(weight)
+        else:
+            values = (weight.detach().float() / scale[:, None]).round().to(torch.int8)
         total = scale * values.sum(1, dtype=torch.int32)
+        return cls(in_blocks(values, COLUMNS), scale, total)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Int8Matrix]) -> Int8Matrix:
+        """One that has the outputs of all of these, of as many inputs each; a copy."""
+        values = torch.cat([part.plain().t() for part in parts])
+        scale, total = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "sum"))
         return cls(in_blocks(values, COLUMNS), scale, total)
 
     def arguments(self, words: int, width: int) -> dict[str, Argument]:

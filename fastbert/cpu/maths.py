@@ -8,6 +8,7 @@ from functools import partial
 from fastbert.config import Activation
 from fastbert.cpu.code import Code
 from fastbert.cpu.values import Value, fma, maximum, minimum, select
+from fastbert.reference import Approximate
 
 # float32 coefficients of 2^f, |f| <= 1/2, highest power first; see `exp2`.
 EXP2 = (
@@ -50,6 +51,26 @@ def gelu(code: Code, x: Value, coarse: bool = False) -> Value:
     square, half = near * near, x * 0.5
     product = half * near * polynomial(square, above)
     return fma(product, code.machine.vectors.reciprocal(polynomial(square, below)), half)
+
+
+def gelu_slope(code: Code, x: Value, approximate: Approximate) -> Value:
+    """The derivative of GELU: with erf Phi(x) + x phi(x), else that of the form with tanh."""
+    if approximate == "tanh":
+        doubled, cubed = 2.0 * 0.7978845608028654, 2.0 * 0.7978845608028654 * 0.044715
+        within = maximum(minimum(x, 20.0), -20.0)  # past which it is 0 or 1
+        square = within * within
+        # 1 - gate would lose all its digits where the gate is almost 1: it is power * gate
+        power = exp2(code, minimum(within * fma(square, cubed, doubled) * -1.4426950408889634, 126.0))
+        gate = code.machine.vectors.reciprocal(power + 1.0)
+        made = fma(within * gate * (power * gate), fma(square, 3.0 * cubed, doubled), gate)
+        return fma(x, 0.0, made)  # NaN, which minimum and maximum pass over, stays
+    last, above, below = ERF
+    near = maximum(minimum(x, last), -last)
+    square = near * near
+    erf = near * polynomial(square, above) * code.machine.vectors.reciprocal(polynomial(square, below))
+    within = maximum(minimum(x, 13.0), -13.0)  # past which phi is below what 2^x gives
+    density = exp2(code, within * within * -0.7213475204444817) * 0.3989422804014327
+    return fma(x, 0.0, fma(within, density, fma(erf, 0.5, 0.5)))  # as above
 
 
 def sigmoid(code: Code, x: Value) -> Value:

@@ -50,6 +50,11 @@ def is_plain(x: Tensor) -> bool:
     return x.layout is STRIDED and not x.is_nested and not x.is_neg()
 
 
+def as_kernels_read(x: Tensor) -> Tensor:
+    """`x` contiguous, its numbers where it lies: a gradient may come spread, or negated."""
+    return x.resolve_neg().contiguous()
+
+
 def located(name: str, x: Tensor, dtypes: Sequence[torch.dtype], elements: int) -> int:
     """The address of `x`, for a kernel that touches so many of its elements.
 

@@ -1,6 +1,6 @@
 """row_wise: all that happens to a row in one pass over it, on a CPU.
 
-    x  ->  + bias  ->  activation  ->  times a gate  ->  + residual  ->  LayerNorm  ->  as floats, as int8, or as both
+    x -> + bias -> activation -> times a gate -> dropout -> + residual -> LayerNorm -> as floats, as int8, or as both
 
 Each step is there or not. A gate is the second half of x, which is twice as wide where there is one. A row is read once
 and kept as float32 in the nearest cache until it is written.
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fastbert.config import Activation
 from fastbert.cpu.code import Code
+from fastbert.cpu.dropout import PARAMETERS as DROPOUT_PARAMETERS
+from fastbert.cpu.dropout import Draws, Dropout
 from fastbert.cpu.instructions import MOST_LANES
 from fastbert.cpu.int8 import Int8Rows
 from fastbert.cpu.machine import Machine
@@ -33,6 +35,7 @@ from fastbert.cpu.values import (
     greatest_lane,
     least_lane,
     maximum,
+    maximum_or_nan,
     minimum,
     nearest,
     select,
@@ -45,6 +48,9 @@ from fastbert.cpu.values import (
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16
 
+# How many sums of a row are made at once, so that none waits for the last addition to it; a power of 2.
+CHAINS = 4
+
 # Of a column and how many numbers a vector has there: the vector.
 Reader = Callable[[Value, int], Value]
 
@@ -52,6 +58,11 @@ PARAMETERS = (
     "x", "rows", "bias", "residual", "norm_weight", "norm_bias", "eps", "scratch", "out", "out_values", "out_scale",
     "out_zero",
 )  # fmt: skip
+
+
+def filled_up(width: int) -> int:
+    """A row's numbers and as many more as make whole vectors."""
+    return -(-width // MOST_LANES) * MOST_LANES
 
 
 class Finish(NamedTuple):
@@ -65,7 +76,7 @@ class Finish(NamedTuple):
     @property
     def scratch_width(self) -> int:
         """float32 of a row, filled up to whole vectors."""
-        return -(-self.width // MOST_LANES) * MOST_LANES
+        return filled_up(self.width)
 
     def arguments(
         self, rows: int, norm: tuple[Tensor, Tensor, float] | None, out: Tensor | None
@@ -93,6 +104,7 @@ class Steps(NamedTuple):
     bias: bool
     activation: Activation | None
     gated: bool
+    dropout: bool
     residual: torch.dtype | None
     finish: Finish
 
@@ -104,6 +116,7 @@ def row_wise(
     bias: Tensor | None = None,
     activation: Activation | None = None,
     gated: bool = False,
+    dropout: Dropout | None = None,
     residual: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
@@ -115,6 +128,7 @@ def row_wise(
         x: contiguous `[rows, width]`, where `gated` `[rows, 2 * width]`, of a dtype of `machine.dtypes`.
         bias: float32, as wide as x.
         activation, gated: of x, or of its first half, which is multiplied by the second.
+        dropout: of a hidden state.
         residual: contiguous `[rows, width]`, of a dtype of `machine.dtypes`.
         norm: LayerNorm's weight and bias, float32 `[width]`, and its eps.
         out: contiguous `[rows, width]` <- the result, if it is wanted; may be `residual` itself, and `x` if not gated.
@@ -124,7 +138,7 @@ def row_wise(
     width = x.shape[1] // halves
     parts = Finish(width, norm is not None, None if out is None else out.dtype, out_int8 is not None)
     added = None if residual is None else residual.dtype
-    steps = Steps(x.dtype, bias is not None, activation, gated, added, parts)
+    steps = Steps(x.dtype, bias is not None, activation, gated, dropout is not None, added, parts)
     return _kernel(machine, steps)(
         -(-rows // ROWS),
         x=(x, machine.dtypes, rows * halves * width),
@@ -134,28 +148,35 @@ def row_wise(
         scratch=PerWorker(parts.scratch_width * 4),
         **parts.arguments(rows, norm, out),
         **parts.int8_arguments(rows, out_int8),
+        **(dropout.arguments() if dropout is not None else {}),
     )
 
 
 @cache
 def _kernel(machine: Machine, steps: Steps) -> Kernel:
-    return compiled(machine, "row_wise", PARAMETERS, partial(_rows, steps=steps))
+    parameters = PARAMETERS + DROPOUT_PARAMETERS if steps.dropout else PARAMETERS
+    return compiled(machine, "row_wise", parameters, partial(_rows, steps=steps))
 
 
 def _rows(code: Code, steps: Steps) -> None:
     width = steps.finish.width
+    hidden = Draws(code, code.number(0), code.number(0)) if steps.dropout else None
 
     def read_x(row: Value, column: Value, count: int) -> Value:
         x = load_states(code, "x", steps.x, row * (2 * width if steps.gated else width) + column, count)
         return x + code.load_first(code["bias"] + column * 4, F32, count, code.lanes) if steps.bias else x
 
     def reader(row: Value) -> Reader:
+        draws = None if hidden is None else hidden.of(row)
+
         def read(column: Value, count: int) -> Value:
             x = read_x(row, column, count)
             if steps.activation is not None:
                 x = activated(code, x, steps.activation)
             if steps.gated:
                 x = x * read_x(row, column + width, count)
+            if draws is not None:
+                x = draws.kept(x, column)
             if steps.residual is not None:
                 x = x + load_states(code, "residual", steps.residual, row * width + column, count)
             return x
@@ -198,65 +219,126 @@ def load_states(code: Code, name: str, dtype: torch.dtype, place: Value, count: 
     return code.load_first(start, F32, count, code.lanes)
 
 
+def store_states(code: Code, x: Value, name: str, dtype: torch.dtype, place: Value, count: int) -> None:
+    """Write the first `count` of float32 to an argument, from its element number `place` on, rounded to its dtype."""
+    rounded = to_bfloat16(x) if dtype == torch.bfloat16 else x
+    code.store(rounded, code[name] + place * dtype.itemsize, count)
+
+
 def finish(code: Code, row: Value, scratch: Value, steps: Finish) -> None:
     """From the float32 `[width]` at `scratch`: reads norm_weight, norm_bias and eps, writes out, and those of int8."""
-    width, lanes = steps.width, code.lanes
-
-    def kept(column: Value, count: int) -> Value:
-        return first_lanes(code.load(scratch + column * 4, F32, lanes), count)
-
+    width, read = steps.width, kept_at(code, scratch)
     if steps.norm:
-        _normalise(code, scratch, width, kept)
+        read = _normed(code, scratch, width)
     if steps.out is not None:
         out = steps.out
 
         def write(column: Value, count: int) -> None:
-            x = to_bfloat16(kept(column, lanes)) if out == torch.bfloat16 else kept(column, lanes)
-            code.store(x, code["out"] + (row * width + column) * out.itemsize, count)
+            x = read(column, count)
+            if steps.int8:
+                code.store(x, scratch + column * 4)
+            store_states(code, x, "out", out, row * width + column, count)
 
         over_columns(code, width, write)
+        read = kept_at(code, scratch)
     if steps.int8:
-        _quantize(code, row, width, kept)
+        _quantize(code, row, width, read, scratch)
 
 
-def _normalise(code: Code, scratch: Value, width: int, kept: Callable[[Value, int], Value]) -> None:
-    def mean_of(values: Reader) -> Value:
-        def add(column: Value, count: int, total: Value) -> Sequence[Value]:
-            return [total + values(column, count)]
+def kept_at(code: Code, scratch: Value) -> Reader:
+    """Reads the float32 of a row at `scratch`; lanes past those that are asked for are 0."""
+    return lambda column, count: first_lanes(code.load(scratch + column * 4, F32, code.lanes), count)
 
-        return code.splat(sum_of_lanes(over_columns(code, width, add, code.vector())[0]) / width)
 
-    mean = mean_of(kept)
+def centre(code: Code, scratch: Value, width: int) -> tuple[Reader, Value]:
+    """Of the float32 `[width]` at `scratch`: what reads them less their mean, and a vector of rstd; reads eps."""
+    kept = kept_at(code, scratch)
+
+    def mean_of(total: Value) -> Value:
+        return code.splat(sum_of_lanes(total) / width)
+
+    def add(column: Value, count: int, total: Value) -> Sequence[Value]:
+        return [total + kept(column, count)]
+
+    mean = mean_of(*folded(code, width, add, [code.vector()], [_added]))
+
+    def add_with_squares(column: Value, count: int, total: Value, squares: Value) -> Sequence[Value]:
+        x = first_lanes(kept(column, code.lanes) - mean, count)
+        return [total + x, fma(x, x, squares)]
+
     # The mean again of what is left: a row of one value leaves a few of its ulps, all the same, which then go exactly.
     # An eps of 1e-12 would make them 0.1 and more.
-    rest = mean_of(lambda column, count: first_lanes(kept(column, code.lanes) - mean, count))
+    rest, squares = map(mean_of, folded(code, width, add_with_squares, [code.vector()] * 2, [_added] * 2))
+    variance = maximum_or_nan(fma(-rest, rest, squares), 0.0)
+    rstd = code.vector(1.0) / sqrt(variance + code.splat(code.float_of("eps")))
+    return lambda column, count: first_lanes(kept(column, code.lanes) - mean - rest, count), rstd
 
-    def centred(column: Value, count: int) -> Value:
-        return first_lanes(kept(column, code.lanes) - mean - rest, count)
 
-    def add_squares(column: Value, count: int, total: Value) -> Sequence[Value]:
-        x = centred(column, count)
-        return [fma(x, x, total)]
+def _normed(code: Code, scratch: Value, width: int) -> Reader:
+    """Reads LayerNorm of the float32 `[width]` at `scratch`."""
+    centred, rstd = centre(code, scratch, width)
 
-    variance = sum_of_lanes(over_columns(code, width, add_squares, code.vector())[0]) / width
-    rstd = code.splat(code.scalar(1.0) / sqrt(variance + code.float_of("eps")))
-
-    def normalise(column: Value, count: int) -> None:
+    def read(column: Value, count: int) -> Value:
         weight, bias = (
             code.load_first(code[name] + column * 4, F32, count, code.lanes) for name in ("norm_weight", "norm_bias")
         )
-        code.store(fma(centred(column, code.lanes) * rstd, weight, bias), scratch + column * 4)
+        return fma(centred(column, count) * rstd, weight, bias)
 
-    over_columns(code, width, normalise)
+    return read
 
 
-def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], Value]) -> None:
+def folded(
+    code: Code,
+    width: int,
+    body: Callable[..., Sequence[Value]],
+    starts: Sequence[Value],
+    merges: Sequence[Callable[[Value, Value], Value]],
+) -> list[Value]:
+    """`over_columns` of what is carried from vector to vector, of which `CHAINS` do not wait for each other.
+
+    Args:
+        starts: what is carried, before the first vector of each chain.
+        merges: of each what makes one of what two chains end with.
+    """
+    lanes, count = code.lanes, len(starts)
+    at_once = CHAINS * lanes
+
+    def several(column: Value, *states: Value) -> Sequence[Value]:
+        made: list[Value] = []
+        for chain in range(CHAINS):
+            made += body(column + chain * lanes, lanes, *states[chain * count : (chain + 1) * count])
+        return made
+
+    whole = width // at_once * at_once
+    states = code.loop(0, whole, at_once, several, *[*starts] * CHAINS) if whole else [*starts] * CHAINS
+    for chain, column in enumerate(range(whole, width, lanes)):
+        part = slice(chain * count, (chain + 1) * count)
+        states[part] = body(code.number(column), min(lanes, width - column), *states[part])
+    chains = [states[i : i + count] for i in range(0, len(states), count)]
+    while len(chains) > 1:
+        half = len(chains) // 2
+        chains = [
+            [merge(a, b) for merge, a, b in zip(merges, *two, strict=True)]
+            for two in zip(chains[:half], chains[half:], strict=True)
+        ]
+    return chains[0]
+
+
+def _added(a: Value, b: Value) -> Value:
+    return a + b
+
+
+def _quantize(code: Code, row: Value, width: int, read: Reader, scratch: Value) -> None:
+    """The float32 that `read` gives, once, for each column; `scratch` may be where it reads them."""
+
     def span(column: Value, count: int, lowest: Value, highest: Value, nothing: Value) -> Sequence[Value]:
-        x = kept(column, count)
+        x = read(column, count)
+        code.store(x, scratch + column * 4)
         return [minimum(lowest, x), maximum(highest, x), fma(x, 0.0, nothing)]
 
+    merges = minimum, maximum, _added
     # from 0 on: each row can hold it
-    lowest, highest, nothing = over_columns(code, width, span, *[code.vector()] * 3)
+    lowest, highest, nothing = folded(code, width, span, [code.vector()] * 3, merges)
     low, high = least_lane(lowest), greatest_lane(highest)
     step = (high - low) / 255.0
     # `nothing` is NaN where the row has one, or an infinity: the least and the greatest pass over NaN.
@@ -265,6 +347,7 @@ def _quantize(code: Code, row: Value, width: int, kept: Callable[[Value, int], V
     code.store(step, code["out_scale"] + row * 4)
     code.store(zero, code["out_zero"] + row * 4)
     inverse, shift = code.splat(code.scalar(1.0) / step), code.splat(zero)
+    kept = kept_at(code, scratch)
 
     def write(column: Value, count: int) -> None:
         whole = nearest(fma(kept(column, code.lanes), inverse, shift))

@@ -73,6 +73,12 @@ class Value:
     def __lshift__(self, bits: int) -> Value:
         return Value(self.builder, self.builder.shl(self.raw, self.like(bits).raw))
 
+    def __rshift__(self, bits: int) -> Value:
+        return Value(self.builder, self.builder.lshr(self.raw, self.like(bits).raw))  # zeros come in
+
+    def __and__(self, other: Value | int) -> Value:
+        return Value(self.builder, self.builder.and_(self.raw, self.like(other).raw))
+
     def __neg__(self) -> Value:
         return Value(self.builder, self.builder.fneg(self.raw))
 

@@ -79,17 +79,17 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
         if "forward" in module.__dict__ and MARK not in module.__dict__:
             raise ArgumentError(argument, "a forward that was replaced", "the encoder's own")
         if of_torch:
-            with _refused(argument):
+            with refused(argument):
                 made.append((module, TorchForward(module, strict=strict)))
         if encodes is not None:
-            with _refused(argument):
+            with refused(argument):
                 made.append((module, Forward(module, encodes, strict=strict)))
         if whole is not None:
             inner = module._modules.get(whole.within) if whole.within else module
             if whole.within and ENCODERS.get(Family.class_name(inner)) is not whole:  # which may hold one of ours
                 strange.append((argument, f"{type(module).__name__} whose {whole.within} is a {type(inner).__name__}"))
                 continue
-            with _refused(argument):
+            with refused(argument):
                 made.append((module, ModelForward(module, whole, strict=strict)))
     if not made and strange:
         raise ArgumentError(*strange[0], "one that is as transformers made it")
@@ -102,7 +102,7 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
 
 
 @contextmanager
-def _refused(argument: str) -> Iterator[None]:
+def refused(argument: str) -> Iterator[None]:
     """Raise ArgumentError, which names the encoder, where it can't be read."""
     try:
         yield
@@ -152,6 +152,8 @@ def verify(model: nn.Module) -> list[Difference]:
         if encoder is None:  # another came into its place
             continue
         name = type(module).__name__
+        if encoder.ours.in_eight_bits() is not None:
+            raise ArgumentError("model", "a quantized model", "the model that it was made of")
         own = copy.deepcopy(module).eval()
         for part, made in list(accelerated(own)):
             detach(part, made)

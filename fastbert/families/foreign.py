@@ -84,13 +84,13 @@ class ForeignLinears(SelfAttention):
         """See SelfAttention."""
         return [place.get() for place in self.places]
 
-    def _copied(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """What was moved or cast since is moved together again, and no copy; see SelfAttention."""
-        if not observed():
+    def _lie_as_joined(self, tensors: list[Tensor]) -> bool:
+        """What was moved or cast since is moved together again; see SelfAttention."""
+        if observed():
+            return False
+        if not super()._lie_as_joined(tensors):
             self.join()
-        if observed() or self._joined is None:
-            return super()._copied(weights, biases)
-        return self.joined()
+        return self._joined is not None
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Those of them all."""

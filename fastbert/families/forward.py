@@ -17,7 +17,7 @@ from fastbert.errors import BackendError, FastbertError
 from fastbert.families.attention import NAME
 from fastbert.families.foreign import ForeignEncoder, ForeignLayer
 from fastbert.families.names import Family
-from fastbert.families.torch_encoder import TorchEncoder
+from fastbert.families.torch_encoder import EightBitAttention, TorchEncoder
 from fastbert.model.masks import read_mask
 from fastbert.model.outputs import collected_by_transformers, refuse_what_asks
 from fastbert.ops.watch import Members
@@ -118,7 +118,7 @@ class AnyForward(InPlace):
 
     def __init__(self, theirs: nn.Module, *, strict: bool) -> None:
         super().__init__(theirs, strict=strict)
-        self._build()
+        self.build()
 
     @abstractmethod
     def _read(self) -> ForeignEncoder:
@@ -140,7 +140,7 @@ class AnyForward(InPlace):
     def _unlike(self) -> str | None:
         """What in a layer is not as its config says; None where nothing is."""
 
-    def _build(self) -> None:
+    def build(self) -> None:
         """Read their modules as they are now."""
         tree = _Tree(self.theirs, self._settings, (*WATCHED, *self._watched()))
         self.ours = self._read()
@@ -155,10 +155,11 @@ class AnyForward(InPlace):
 
     def _foreign(self) -> str | None:
         """What in their modules is not as transformers or torch has it; None where nothing is."""
-        for kind in {type(module) for module in self.silent}:
+        kinds = {type(module) for module in self.silent} - {EightBitAttention}
+        for kind in kinds:
             if not kind.__module__.startswith(("transformers.", "torch.nn.")):
                 return f"a module of another class, {kind.__name__}"
-        for kind in {type(module) for module in [self.theirs, *self.silent]}:
+        for kind in {type(self.theirs), *kinds}:
             methods = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
             if not all(str(method.__module__).startswith(THEIRS) for method in methods):
                 return f"the class {kind.__name__}, one of whose methods was replaced"
@@ -176,7 +177,7 @@ class AnyForward(InPlace):
             return "tensors without numbers"
         try:
             if not torch.compiler.is_compiling() and not self.tree.same():  # a compiler has guards of its own
-                self._build()
+                self.build()
             reason = asked()
             if reason is not None:
                 return reason
@@ -187,6 +188,10 @@ class AnyForward(InPlace):
             return f"{error.argument}: {error.got}"
         except AttributeError as error:
             return f"a module that is gone: {error}"
+        return self.changed()
+
+    def changed(self) -> str | None:
+        """Why their own code has to run whatever the call: what others changed, when it was read; None for nothing."""
         if self.foreign is not None:
             return self.foreign
         if _global_hooks() or any(is_hooked(module, TOLD) for module in self.silent):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import Activation, EncoderConfig
-from fastbert.errors import ArgumentError
+from fastbert.errors import ArgumentError, BackendError
 from fastbert.families.foreign import Borrowed, ForeignEncoder, ForeignLayer, Place
 from fastbert.families.names import Names
 from fastbert.model.masks import read_mask
 from fastbert.packing import Packing
+from fastbert.run.eight_bits import EightBitLinear
 
 POST_NORM = Names(
     query="self_attn",
@@ -33,7 +35,31 @@ POST_NORM = Names(
 )
 PRE_NORM = replace(POST_NORM, attention_norm="norm2", output_norm="norm1")
 
+# Attributes of a MultiheadAttention that are read here, or by torch's layers.
+_READ = ("embed_dim", "num_heads", "dropout", "batch_first", "bias_k", "add_zero_attn", "_qkv_same_embed_dim")
+
+
+class EightBitAttention(nn.MultiheadAttention):
+    """What stands in the place of a MultiheadAttention whose products are in 8 bits; torch's code can't compute it."""
+
+    def __init__(self, theirs: nn.MultiheadAttention, in_proj: EightBitLinear, out_proj: EightBitLinear) -> None:
+        nn.Module.__init__(self)
+        for name in _READ:
+            setattr(self, name, getattr(theirs, name))
+        self.add_module("in_proj", in_proj)
+        self.add_module("out_proj", out_proj)
+        self.register_parameter("in_proj_bias", None)
+        self.training = False
+
+    @property
+    def in_proj_weight(self) -> NoReturn:  # type: ignore[override]
+        """What torch's code asks for first, be it that of the encoder, of a layer or of attention."""
+        expected = "a call that fastbert serves"
+        raise BackendError("TransformerEncoder", "torch's own code for a quantized encoder", expected)
+
+
 _FUNCTIONS: dict[Any, Activation] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
+_ATTENTION = (nn.MultiheadAttention, EightBitAttention)
 _LINEAR = (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Linear)
 
 
@@ -42,10 +68,21 @@ class TorchLayer(ForeignLayer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        if isinstance(attention := self.attention(), EightBitAttention):
+            self.places |= {"qkv": Place(attention, "in_proj"), "attention_output": Place(attention, "out_proj")}
+            return
         for part, weight, bias in (("qkv", "in_proj_weight", "in_proj_bias"), ("attention_output", "weight", "bias")):
             place = self.places[part]
             assert isinstance(place, Place)
             self.places[part] = Borrowed(place, weight, bias)
+
+    def quantized(self, make: Callable[[nn.Module], EightBitLinear]) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """See Layer."""
+        parts, made = self.parts(), dict(super().quantized(make))
+        attention = cast(nn.MultiheadAttention, self.attention())
+        products = (cast(EightBitLinear, made.pop(parts[name])) for name in ("qkv", "attention_output"))
+        yield attention, EightBitAttention(attention, *products)
+        yield from made.items()
 
 
 class TorchEncoder(ForeignEncoder):
@@ -146,11 +183,11 @@ def read_config(layers: list[Any]) -> EncoderConfig:
 
 def _of_layer(layer: Any) -> tuple[int, int, Activation, bool, bool]:
     """Width, heads, activation, `norm_first` and `batch_first`."""
-    attention = getattr(layer, "self_attn", None)
-    if type(layer) is not nn.TransformerEncoderLayer or type(attention) is not nn.MultiheadAttention:
+    attention: Any = getattr(layer, "self_attn", None)
+    if type(layer) is not nn.TransformerEncoderLayer or type(attention) not in _ATTENTION:
         got = f"{type(layer).__name__} with a {type(attention).__name__}"
         raise ArgumentError("layers", got, "TransformerEncoderLayer with a MultiheadAttention, of torch.nn")
-    if type(attention.out_proj) not in _LINEAR:
+    if type(attention.out_proj) not in _LINEAR and type(attention) is not EightBitAttention:
         raise ArgumentError("out_proj", type(attention.out_proj).__name__, "torch's own")
     if not attention._qkv_same_embed_dim or attention.bias_k is not None or attention.add_zero_attn:
         raise ArgumentError("self_attn", "keys or values of their own kind", "those of a TransformerEncoderLayer")

@@ -240,18 +240,21 @@ class EncoderModel(nn.Module):
 
 def token_positions(config: EncoderConfig, input_ids: Tensor, columns: Tensor) -> Tensor:
     """`positions="tokens"`, see EncoderConfig: int64 `[n]` of ids `[n]` in these columns of their sequences."""
-    is_word = input_ids.ne(-1 if config.pad_token_id is None else config.pad_token_id).long()
+    is_word = _is_word(config, input_ids)
     counted = is_word.cumsum(0)
     starts = torch.arange(len(input_ids), dtype=torch.int64, device=input_ids.device) - columns
     before = (counted - is_word).index_select(0, starts)
     return (counted - before) * is_word + (config.first_position - 1)
 
 
+def _is_word(config: EncoderConfig, input_ids: Tensor) -> Tensor:
+    return input_ids.ne(-1 if config.pad_token_id is None else config.pad_token_id).long()
+
+
 def token_positions_on_grid(config: EncoderConfig, input_ids: Tensor) -> Tensor:
     """`token_positions` of a padded grid, int64 `[batch, seqlen]`."""
-    batch, seqlen = input_ids.shape
-    columns = torch.arange(seqlen, dtype=torch.int64, device=input_ids.device).repeat(batch)
-    return token_positions(config, input_ids.flatten(), columns).view(batch, seqlen)
+    is_word = _is_word(config, input_ids)
+    return is_word.cumsum(1) * is_word + (config.first_position - 1)
 
 
 def _as_int64(name: str, ids: Tensor | None) -> Tensor | None:

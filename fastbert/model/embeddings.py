@@ -10,9 +10,8 @@ from fastbert.config import EncoderConfig
 from fastbert.model.encoder import initialise
 from fastbert.ops.dropout import drop
 from fastbert.ops.embedding import check_inside, embedding
-from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.layer_norm import layer_norm, norm_weights
 from fastbert.ops.linear import Linear
-from fastbert.run.parts import norm_weights
 
 
 class Embeddings(nn.Module):

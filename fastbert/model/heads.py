@@ -7,7 +7,7 @@ logits and counts in no loss, whatever its labels say (Hugging Face computes val
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -21,12 +21,11 @@ from fastbert.model.body import EncoderModel, Inputs
 from fastbert.model.encoder import initialise
 from fastbert.model.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
-from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.layer_norm import layer_norm, norm_weights
 from fastbert.ops.linear import Linear, linear
 from fastbert.ops.linear_activation import activated
 from fastbert.ops.pooling import first_rows, first_tokens, pool
 from fastbert.packing import Packing
-from fastbert.run.parts import norm_weights
 from fastbert.transfer import send
 
 if TYPE_CHECKING:
@@ -233,6 +232,21 @@ class EncoderForMaskedLM(LabelledModel):
         x, hidden_states = self._states_at(inputs, rows, output_hidden_states)
         return HeadOutput(self.predictions.loss(x, word, labels), None, hidden_states)
 
+    def logits_at(
+        self, rows: Tensor, input_ids: Tensor, token_type_ids: Tensor | None, packing: Packing, *, at_once: int
+    ) -> Iterator[Tensor]:
+        """The logits of these rows of packed ids, `[at most at_once, vocab]` each time, and of no others.
+
+        Args:
+            rows: int64 `[n]`.
+            input_ids, token_type_ids, packing: as `forward`.
+            at_once: how many rows.
+        """
+        inputs = self.bert.read(input_ids, None, token_type_ids, None, None, packing)
+        x, _ = self._states_at(inputs, rows, False)
+        for part in x.split(at_once):
+            yield self.predictions.logits(part, self.bert.embeddings.word.weight)
+
 
 class EncoderForPreTraining(HeadModel):
     """Masked-token and next-sentence prediction: BERT as it is pretrained; of ALBERT the order of the sentences."""
@@ -438,8 +452,9 @@ class EncoderForQuestionAnswering(HeadModel):
         The loss, where both positions are given, is the mean of that of the start and that of the end.
 
         Args:
-            start_positions, end_positions: int64 `[batch]`, columns of the padded grid, also for packed ids. Negative
-                ones mean column 0, as in Hugging Face's; one that is no token counts for nothing.
+            start_positions: int64 `[batch]`, columns of the padded grid, also for packed ids. Negative ones mean column
+                0, as in Hugging Face's; one that is no token counts for nothing.
+            end_positions: likewise.
         """
         refuse_what_asks(hf, "fastbert's model")
         inputs = self.bert.read(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, packing)
@@ -484,8 +499,11 @@ class EncoderForMultipleChoice(HeadModel):
         """Logits `[batch, choices]`.
 
         Args:
-            input_ids, attention_mask, token_type_ids, position_ids: `[batch, choices, seqlen]`; or packed, one sequence
-                a choice, all choices of one question after each other, together with `packing` and `num_choices`.
+            input_ids: `[batch, choices, seqlen]`; or packed, one sequence a choice, all choices of one question after
+                each other, together with `packing` and `num_choices`.
+            attention_mask: `[batch, choices, seqlen]`; None for packed ids.
+            token_type_ids: as `input_ids`.
+            position_ids: as `input_ids`.
             labels: int64 `[batch]`, the choice that fits.
         """
         if packing is None:

@@ -7,7 +7,7 @@ What it computes is said by its steps (`run.steps`), which executors read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from fastbert.packing import Packing
 from fastbert.run import eager, prepared
 from fastbert.run.eager import Registers
 from fastbert.run.eight_bits import EightBitLinear
-from fastbert.run.parts import Group, SelfAttention, is_plain
-from fastbert.run.steps import OWN, PROJECTIONS, Parts, Steps, layer_steps
+from fastbert.run.parts import Group, SelfAttention, in_eight_bits, is_plain, linears_of
+from fastbert.run.steps import OWN, PROJECTIONS, Parts, Product, Steps, layer_steps
 
 
 class Output(Group):
@@ -98,13 +98,26 @@ class Layer(nn.Module, ABC):
         """
 
     def is_plain(self) -> bool:
-        """Whether ops may read all its weights, in floats or in 8 bits; see `parts.is_plain`."""
-        return all(isinstance(part, EightBitLinear) or is_plain(part) for part in self.parts().values())
+        """Whether ops may read the weights of its products, in 8 bits too, and their norms; see `parts.is_plain`."""
+        parts, products = self.parts(), [step for step in self.steps.of if isinstance(step, Product)]
+        read = [parts[name] for step in products for name in (step.part, step.norm) if name is not None]
+        return all(is_plain(part) or in_eight_bits(part) for part in read)
 
     def in_eight_bits(self) -> EightBitLinear | None:
-        """The first of its parts that multiplies in 8 bits, which all do or none."""
-        part = self.parts()["qkv"]
-        return part if isinstance(part, EightBitLinear) else None
+        """The first of its linear layers that multiplies in 8 bits, which all do or none."""
+        first = linears_of(self.parts()["qkv"])[0]
+        return first if isinstance(first, EightBitLinear) else None
+
+    def multiplied(self) -> Iterator[nn.Module]:
+        """The modules with the weights of its products."""
+        parts = self.parts()
+        for step in self.steps.of:
+            yield from linears_of(parts[step.part]) if isinstance(step, Product) else ()
+
+    def quantized(self, make: Callable[[nn.Module], EightBitLinear]) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Each of `multiplied`, which are plain, and what `make` gives to take its place."""
+        for linear in self.multiplied():
+            yield linear, make(linear)
 
     def forward(
         self,
@@ -250,8 +263,6 @@ class EncoderLayer(Layer):
         """In the order of its steps; of relative positions, the activation and a convolution where it has such ones."""
         modules: dict[str, Any] = self._modules
         attention, intermediate = modules["attention"]._modules, modules["intermediate"]._modules
-        if isinstance(attention["self"], EightBitLinear):
-            return (0.0,) * self.steps.drops
         places = [attention["self"]._modules["dropout"], attention["output"]._modules["dropout"]]
         if self.config.disentangled is not None:
             places.insert(1, attention["position_dropout"])

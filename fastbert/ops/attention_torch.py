@@ -1,8 +1,9 @@
-"""attention in torch; and on a CPU by its own kernel, where no gradient, bias of pairs or dropout is asked for."""
+"""attention in torch; and on a CPU by its own kernels, where no bias of pairs is asked for."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import reference
+from fastbert.cpu.dropout import Dropout
 from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import as_kernels_read, room
 from fastbert.kernels.dropout import drop_scale
 from fastbert.ops.attention_extras import Extras
-from fastbert.ops.common import native_machine, wants_gradient
+from fastbert.ops.common import gradients, native_machine, observed, torch_differentiates, wants_gradient
 from fastbert.ops.dropout import keep_lines
 from fastbert.packing import Block, Packing
 
@@ -33,6 +36,11 @@ def attention_torch(qkv: Tensor, packing: Packing, scale: float, extras: Extras)
             attend(qkv, packing, scale, out, extras)
             return out
         plain = alibi_slopes is None and window is None
+        if plain and relative is None and qkv.dtype == torch.float32:
+            machine = _kernel_machine(qkv, extras)
+            if machine is not None:
+                dropped = None if seed is None or dropout == 0.0 else Dropout(int(seed), dropout)
+                return _NativeAttention.apply(machine, qkv, packing, scale, dropped)  # type: ignore[no-untyped-call]
         if plain and dropout == 0.0:
             return _attention_exact(qkv, packing, scale, relative)
         if plain and relative is None and seed is not None:
@@ -104,6 +112,51 @@ def _runs(x: Tensor, packing: Packing) -> list[Tensor]:
     return [part.unflatten(0, run) for part, run in zip(parts, packing.runs, strict=True)]
 
 
+class _NativeAttention(torch.autograd.Function):
+    """Attention in float32 and its gradient by kernels of this CPU; only queries, keys and values are saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, machine: Machine, qkv: Tensor, packing: Packing, scale: float, dropout: Dropout | None
+    ) -> Tensor:
+        from fastbert.cpu import attention as kernel
+
+        ctx.save_for_backward(qkv)
+        ctx.options = machine, packing, scale, dropout
+        out = room((len(qkv), *qkv.shape[2:]), qkv.dtype)
+        out[packing.tokens :] = 0
+        kernel.attention_forward(
+            machine, as_kernels_read(qkv), packing.cu_seqlens, packing.max_seqlen, scale, out, dropout=dropout
+        ).run()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (qkv,) = ctx.saved_tensors
+        machine, packing, scale, dropout = ctx.options
+        if torch_differentiates(dout) or observed():
+            again = partial(_attention_again, packing=packing, scale=scale, dropout=dropout)
+            return None, *gradients(again, [qkv], dout), None, None, None
+        from fastbert.cpu import attention_backward as kernel
+
+        dqkv = room(qkv.shape, qkv.dtype)
+        dqkv[packing.tokens :] = 0
+        kernel.attention_backward(
+            machine, as_kernels_read(qkv), packing.cu_seqlens, packing.max_seqlen, scale, as_kernels_read(dout), dqkv,
+            dropout=dropout,
+        ).run()  # fmt: skip
+        return None, dqkv, None, None, None
+
+
+def _attention_again(qkv: Tensor, packing: Packing, scale: float, dropout: Dropout | None) -> Tensor:
+    """In torch's ops, which torch differentiates as often as asked; half types in float32."""
+    keep, probability = None, 0.0
+    if dropout is not None:
+        seed, probability = torch.tensor([dropout.seed], dtype=torch.int64, device=qkv.device), dropout.probability
+        keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, probability)
+    return reference.attention(_exact(qkv), packing, scale=scale, keep=keep, dropout=probability)[0]
+
+
 class _DroppedAttention(torch.autograd.Function):
     """Attention with dropout, by matrix products over each of the packing's blocks.
 
@@ -132,10 +185,10 @@ class _DroppedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, seed, *kept = ctx.saved_tensors
         packing, scale, dropout = ctx.options
-        if torch.is_grad_enabled():  # a gradient of the gradient may be asked for: torch knows it
-            keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, dropout)
-            out, _ = reference.attention(_exact(qkv), packing, scale=scale, keep=keep, dropout=dropout)
-            return *torch.autograd.grad(out, qkv, dout.to(out.dtype), create_graph=True), None, None, None, None
+        if torch_differentiates(dout):
+            dropped = Dropout(int(seed), dropout)
+            again = partial(_attention_again, packing=packing, scale=scale, dropout=dropped)
+            return *gradients(again, [qkv], dout), None, None, None, None
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         dqkv[packing.tokens :] = 0
         for block, keep in zip(packing.blocks, kept, strict=True):

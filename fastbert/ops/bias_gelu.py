@@ -1,4 +1,4 @@
-"""bias_gelu: checks, the torch path, and the Triton kernels as custom ops."""
+"""bias_gelu: checks, the paths of a CPU, and the Triton kernels as custom ops."""
 
 from __future__ import annotations
 
@@ -9,9 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import backend
+from fastbert.config import Activation
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import as_kernels_read, room
 from fastbert.errors import ArgumentError
 from fastbert.kernels import choices
-from fastbert.ops.common import cast_states, check_parameter, check_rows, launcher
+from fastbert.ops.common import (
+    cast_states,
+    check_parameter,
+    check_rows,
+    gradients,
+    launcher,
+    native_machine,
+    observed,
+    parameter,
+    torch_differentiates,
+    wants_gradient,
+)
+from fastbert.ops.fastest import FEW
 from fastbert.reference import Approximate
 
 
@@ -40,6 +55,21 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
         check_parameter("bias", bias, (x.shape[1],), x)
     if backend.uses_triton("bias_gelu", x, choices.dtype_unserved(x.dtype)):
         return launcher(bias_gelu_forward, x, bias)(x, bias, approximate, gated)
+    machine = native_machine(x, bias) if len(x) > FEW else None
+    if machine is None:
+        return _bias_gelu_torch(x, bias, approximate, gated)
+    if wants_gradient(x, bias):
+        return _NativeBiasGelu.apply(machine, approximate, gated, x, bias)  # type: ignore[no-untyped-call]
+    return _bias_gelu_native(machine, approximate, gated, x, bias)
+
+
+def check_approximate(approximate: str) -> None:
+    """Raise ArgumentError unless it names a form of GELU."""
+    if approximate not in get_args(Approximate):
+        raise ArgumentError("approximate", repr(approximate), "'none' or 'tanh'")
+
+
+def _bias_gelu_torch(x: Tensor, bias: Tensor | None, approximate: Approximate, gated: bool) -> Tensor:
     if bias is None and not gated:
         return F.gelu(x, approximate=approximate)
     total = x.to(torch.promote_types(x.dtype, torch.float32))  # half types are rounded once, at the end
@@ -51,10 +81,41 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate = "non
     return (F.gelu(z, approximate=approximate) * gate).to(x.dtype)
 
 
-def check_approximate(approximate: str) -> None:
-    """Raise ArgumentError unless it names a form of GELU."""
-    if approximate not in get_args(Approximate):
-        raise ArgumentError("approximate", repr(approximate), "'none' or 'tanh'")
+def _bias_gelu_native(
+    machine: Machine, approximate: Approximate, gated: bool, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    from fastbert.cpu.row_wise import row_wise
+
+    out = room((len(x), x.shape[1] // 2 if gated else x.shape[1]), x.dtype)
+    activation: Activation = "gelu" if approximate == "none" else "gelu_tanh"
+    row_wise(machine, as_kernels_read(x), bias=parameter(bias), activation=activation, gated=gated, out=out).run()
+    return out
+
+
+class _NativeBiasGelu(torch.autograd.Function):
+    """bias_gelu and its gradients by kernels of this CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, machine: Machine, approximate: Approximate, gated: bool, x: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.options = machine, approximate, gated
+        return _bias_gelu_native(machine, approximate, gated, x.detach(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        machine, approximate, gated = ctx.options
+        if torch_differentiates(dout) or observed():
+            again = gradients(lambda x, bias: _bias_gelu_torch(x, bias, approximate, gated), (x, bias), dout)
+            return None, None, None, *again
+        from fastbert.cpu.row_wise_backward import bias_gelu_backward as kernel
+
+        dx, dbias = kernel(
+            machine, as_kernels_read(x), as_kernels_read(dout), parameter(bias), approximate, gated=gated
+        )
+        return None, None, None, dx, None if dbias is None else dbias.to(bias.dtype)
 
 
 @torch.library.custom_op("fastbert::bias_gelu_forward", mutates_args=())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from fastbert import backend
 from fastbert.cpu.machine import Machine, host
-from fastbert.cpu.memory import is_plain
+from fastbert.cpu.memory import as_kernels_read, is_plain
 from fastbert.errors import ArgumentError
 from fastbert.packing import check_dense
 
@@ -115,6 +115,15 @@ def observed() -> bool:
     )
 
 
+def torch_differentiates(dout: Tensor) -> bool:
+    """Whether a backward has to be of ops that torch differentiates: a gradient of the gradient may be asked for, or
+    many gradients at once (`is_grads_batched`), of which `dout` shows one, whose numbers are nowhere.
+    """
+    if torch.is_grad_enabled():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dout)
+
+
 def runs_bare(*tensors: Tensor | None) -> bool:
     """Whether an op on these tensors may do without torch's own ops: launch a kernel straight, overwrite what it made.
 
@@ -148,6 +157,27 @@ def native_machine(x: Tensor, *others: Tensor | None) -> Machine | None:
         return None
     machine = host()
     return machine if isinstance(machine, Machine) and x.dtype in machine.dtypes else None
+
+
+def parameter(x: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels of a CPU read it, in float32."""
+    return None if x is None else as_kernels_read(x.detach().float())
+
+
+def gradients(
+    function: Callable[..., Tensor], given: Sequence[Tensor | None], dout: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of what a torch.autograd.Function saved, by torch, which knows the gradients of gradients and what observes it.
+
+    Args:
+        function: the same as the Function computes, in torch's ops.
+    """
+    with torch.enable_grad():
+        views = [None if x is None else x.view_as(x) for x in given]  # apart, where one tensor is given twice
+        out = function(*views)
+    wanted = [view for view in views if view is not None and view.requires_grad]
+    made = iter(torch.autograd.grad(out, wanted, dout.to(out.dtype), create_graph=torch.is_grad_enabled()))
+    return tuple(next(made) if view is not None and view.requires_grad else None for view in views)
 
 
 def described(x: Tensor) -> str:

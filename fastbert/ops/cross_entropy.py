@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.errors import ArgumentError
-from fastbert.ops.common import autocasts, check_linear, described
+from fastbert.ops.common import autocasts, check_linear, described, gradients, torch_differentiates
 from fastbert.packing import check_dense
 
 IGNORED = -100  # the label that counts for nothing, as in PyTorch and Hugging Face
@@ -96,13 +96,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, labels, kept, count, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient of the gradient may be asked for: torch knows it
-            logits = _exact(F.linear(_kept_rows(x, kept, slice(None)), weight, bias))
-            total = F.cross_entropy(logits, labels, ignore_index=ctx.ignore_index, reduction="sum")
-            needed = ctx.needs_input_grad[:3]
-            given = [one for one, is_needed in zip((x, weight, bias), needed, strict=True) if is_needed]
-            grads = iter(torch.autograd.grad(total / count, given, upstream, create_graph=True))
-            return *(next(grads) if is_needed else None for is_needed in needed), None, None
+        if torch_differentiates(upstream):
+
+            def again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                logits = _exact(F.linear(_kept_rows(x, kept, slice(None)), weight, bias))
+                return F.cross_entropy(logits, labels, ignore_index=ctx.ignore_index, reduction="sum") / count
+
+            return *gradients(again, (x, weight, bias), upstream), None, None
         grad_x = torch.empty_like(x)
         # Chunks are summed in float32, and rounded once.
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype)

@@ -1,4 +1,6 @@
-"""Dropout of plain torch: the mask of `reference.keep_mask`, made in place and a piece at a time."""
+"""Dropout of a hidden state, by the mask of `reference.keep_mask`: by a kernel of this CPU, or in plain torch, made in
+place and a piece at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ import torch
 from torch import Tensor
 
 from fastbert import reference
+from fastbert.cpu.dropout import Dropout
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import as_kernels_read, room
 from fastbert.kernels.dropout import drop_scale, drop_threshold
+from fastbert.ops.common import native_machine, observed, torch_differentiates
+from fastbert.ops.fastest import FEW
 from fastbert.reference import FOLD_M, LOW
 
 PAIRS_AT_ONCE = 2**16  # words of two columns, that caches hold; 2**15 to 2**17 are as fast
@@ -19,9 +26,39 @@ def drop(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
     rows, hidden = x.shape
     if torch.compiler.is_compiling():
         return x * reference.hidden_keep_mask(seed, rows, hidden, dropout) * drop_scale(dropout)
+    machine = native_machine(x, seed) if rows > FEW else None
+    if machine is not None:
+        return _NativeDropped.apply(machine, x, Dropout(int(seed), dropout))  # type: ignore[no-untyped-call]
     row = torch.arange(rows, device=x.device)
     keep = keep_lines(seed, row, row.new_zeros(()), row.new_zeros(()), hidden, dropout)
     return _Dropped.apply(x, keep, drop_scale(dropout))  # type: ignore[no-untyped-call]
+
+
+class _NativeDropped(torch.autograd.Function):
+    """By a kernel of this CPU, which makes the mask again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, machine: Machine, x: Tensor, dropout: Dropout) -> Tensor:
+        ctx.options = machine, dropout
+        return _by_kernel(machine, x, dropout)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor, None]:
+        machine, dropout = ctx.options
+        if torch_differentiates(dout) or observed():
+            seed = torch.tensor([dropout.seed], dtype=torch.int64, device=dout.device)
+            rows, hidden = dout.shape
+            keep = reference.hidden_keep_mask(seed, rows, hidden, dropout.probability).to(dout.dtype)
+            return None, dout * (keep * drop_scale(dropout.probability)), None
+        return None, _by_kernel(machine, dout, dropout), None
+
+
+def _by_kernel(machine: Machine, x: Tensor, dropout: Dropout) -> Tensor:
+    from fastbert.cpu.row_wise import row_wise
+
+    out = room(x.shape, x.dtype)
+    row_wise(machine, as_kernels_read(x), dropout=dropout, out=out).run()
+    return out
 
 
 class _Dropped(torch.autograd.Function):

@@ -22,7 +22,7 @@ from fastbert.ops.common import (
     wants_gradient,
 )
 from fastbert.ops.dropout import drop
-from fastbert.ops.layer_norm import check_eps, normalise
+from fastbert.ops.layer_norm import check_eps, normalised
 from fastbert.packing import check_dense
 
 
@@ -146,8 +146,8 @@ def _embedding_torch(
     else:
         total = total + F.embedding(token_type_ids, token_type)
     if seed is None or dropout == 0.0:
-        return normalise(total, weight, bias, eps, word.dtype)
-    return drop(normalise(total, weight, bias, eps, total.dtype), seed, dropout).to(word.dtype)
+        return normalised(total, weight, bias, eps, word.dtype)
+    return drop(normalised(total, weight, bias, eps, total.dtype), seed, dropout).to(word.dtype)
 
 
 @torch.library.custom_op("fastbert::embedding_forward", mutates_args=())

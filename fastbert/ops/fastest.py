@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -28,6 +27,7 @@ from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine, amx_asked, host, lane
 from fastbert.cpu.memory import room
 from fastbert.errors import ArgumentError, BackendError, FastbertError
+from fastbert.installed import version
 from fastbert.ops.common import multiplies_bare
 from fastbert.ops.products import by_kernel, weight_gradient
 
@@ -215,13 +215,9 @@ def _limited() -> bool:
 
 @cache
 def _versions() -> str:
-    found = []
-    for name in ("fastbert", "torch", "llvmlite"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:  # a bare checkout; a platform without kernels
-            found.append(f"no {name}")
-    return ", ".join(found)
+    found = {name: version(name) for name in ("fastbert", "torch", "llvmlite")}
+    # A bare checkout has no fastbert, and a platform without kernels no llvmlite.
+    return ", ".join(f"no {name}" if of is None else f"{name} {of}" for name, of in found.items())
 
 
 def _machine() -> str:

@@ -71,7 +71,7 @@ def linear_int8(
     total = (x.floats() @ weight.plain()[:depth].float()) * weight.scale + bias
     total = activated(total, activation)
     if residual is not None:
-        total = total + residual
+        total = total + residual.float()
     if norm is not None:
         norm_weight, norm_bias, eps = norm
         total = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)

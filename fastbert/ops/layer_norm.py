@@ -1,9 +1,10 @@
-"""layer_norm and linear_layer_norm: checks, the torch path, and the Triton kernels as custom ops."""
+"""layer_norm and linear_layer_norm: checks, the paths of a CPU, and the Triton kernels as custom ops."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import backend
+from fastbert.cpu.machine import Machine
+from fastbert.cpu.memory import as_kernels_read, room
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.kernels import row_wise_choices
 from fastbert.ops.common import (
@@ -20,12 +23,17 @@ from fastbert.ops.common import (
     check_parameter,
     check_residual,
     check_rows,
+    gradients,
     launcher,
     multiplies_bare,
+    native_machine,
+    observed,
+    parameter,
+    torch_differentiates,
     wants_gradient,
 )
 from fastbert.ops.dropout import drop
-from fastbert.ops.fastest import onednn_fuses
+from fastbert.ops.fastest import FEW, onednn_fuses
 from fastbert.ops.linear import product
 from fastbert.ops.products import by_onednn
 from fastbert.packing import Packing, check_dense
@@ -186,6 +194,13 @@ def _check(
         raise ArgumentError("unpack", given, f"as many tokens as x has rows, {len(x)}, on {x.device}")
 
 
+def norm_weights(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a plain LayerNorm; a bias of zeros where it has none."""
+    parameters: dict[str, Any] = norm._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    return weight, torch.zeros_like(weight, requires_grad=False) if bias is None else bias
+
+
 def in_float32(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     """Weight and bias of a LayerNorm in float32, and its eps, as the kernels of a CPU take them."""
     weight = norm.weight.detach().float().contiguous()
@@ -209,22 +224,114 @@ def _layer_norm_torch(
     seed: Tensor | None,
     eps: float,
 ) -> Tensor:
+    dtype = x.dtype
+    if seed is not None and dropout > 0.0:
+        total = in_full(x) if x_bias is None else in_full(x) + x_bias
+        x, x_bias = drop(total, seed, dropout), None
+    return normalised(x, weight, bias, eps, dtype, residual=residual, x_bias=x_bias)
+
+
+def normalised(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    residual: Tensor | None = None,
+    x_bias: Tensor | None = None,
+) -> Tensor:
+    """LN(x + x_bias + residual) in `dtype`: by kernels of this CPU where they serve, and else by torch."""
+    given = (x, weight, bias, residual, x_bias)
+    machine = native_machine(*given) if len(x) > FEW else None
+    if machine is None or dtype not in machine.dtypes:
+        return _normalised_torch(*given, eps, dtype)
+    if wants_gradient(*given):
+        return _NativeLayerNorm.apply(machine, eps, dtype, *given)  # type: ignore[no-untyped-call]
+    return _normalised_native(machine, eps, dtype, *given)
+
+
+def in_full(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 if it is that: half types are summed so, and rounded once."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _normalised_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    total = x
     # Of float16 torch takes x * rstd - mean * rstd, which is off by thousands for a row of one value.
-    if residual is None and x_bias is None and dropout == 0.0 and x.dtype != torch.float16:
-        return normalise(x, weight, bias, eps, x.dtype)
-    total = x.to(torch.promote_types(x.dtype, torch.float32))  # half types are summed in float32 and rounded once
+    if residual is not None or x_bias is not None or x.dtype == torch.float16:
+        total = in_full(x)
     if x_bias is not None:
         total = total + x_bias
-    if seed is not None and dropout > 0.0:
-        total = drop(total, seed, dropout)
     if residual is not None:
         total = total + residual
-    return normalise(total, weight, bias, eps, x.dtype)
-
-
-def normalise(total: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """torch's LayerNorm of `total`, its parameters in the same dtype, the result in `dtype`."""
     return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(dtype)
+
+
+def _normalised_native(
+    machine: Machine,
+    eps: float,
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    x_bias: Tensor | None,
+) -> Tensor:
+    from fastbert.cpu.row_wise import row_wise
+
+    out = room(x.shape, dtype)
+    row_wise(
+        machine,
+        as_kernels_read(x),
+        bias=parameter(x_bias),
+        residual=None if residual is None else as_kernels_read(residual),
+        norm=(as_kernels_read(weight.float()), as_kernels_read(bias.float()), eps),
+        out=out,
+    ).run()
+    return out
+
+
+class _NativeLayerNorm(torch.autograd.Function):
+    """LN(x + x_bias + residual) and its gradients by kernels of this CPU; the sum is made again, and not saved."""
+
+    @staticmethod
+    def forward(ctx: Any, machine: Machine, eps: float, dtype: torch.dtype, *given: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*given)
+        ctx.options = machine, eps, dtype
+        x, weight, bias, residual, x_bias = (None if one is None else one.detach() for one in given)
+        assert x is not None and weight is not None and bias is not None
+        return _normalised_native(machine, eps, dtype, x, weight, bias, residual, x_bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        machine, eps, dtype = ctx.options
+        if torch_differentiates(dout) or observed():
+            again = partial(_normalised_torch, eps=eps, dtype=dtype)
+            return None, None, None, *gradients(again, given, dout)
+        from fastbert.cpu.row_wise_backward import layer_norm_backward as kernel
+
+        x, weight, _, residual, x_bias = given
+        dx, (dweight, dbias, dx_bias) = kernel(
+            machine,
+            as_kernels_read(x),
+            as_kernels_read(dout),
+            as_kernels_read(weight.float()),
+            eps,
+            bias=parameter(x_bias),
+            residual=None if residual is None else as_kernels_read(residual),
+        )
+        made = zip((dx, dweight, dbias, dx, dx_bias), given, ctx.needs_input_grad[3:], strict=True)
+        return None, None, None, *(one.to(of.dtype) if needed else None for one, of, needed in made)
 
 
 @torch.library.custom_op("fastbert::layer_norm_forward", mutates_args=())

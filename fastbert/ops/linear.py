@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import room
-from fastbert.ops.common import autocasts, check_linear, native_machine, observed, wants_gradient
+from fastbert.ops.common import (
+    autocasts,
+    check_linear,
+    native_machine,
+    observed,
+    torch_differentiates,
+    wants_gradient,
+)
 from fastbert.ops.fastest import FEW, fastest, onednn_fuses
 from fastbert.ops.products import by_kernel, by_onednn, weight_gradient
 
@@ -79,7 +86,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         _, of_x, of_weight, of_bias = ctx.needs_input_grad
         dbias = dout.sum(0) if of_bias else None
-        if torch.is_grad_enabled() or observed():  # a gradient of the gradient may be asked for: torch knows it
+        if torch_differentiates(dout) or observed():
             return None, dout @ weight if of_x else None, dout.t() @ x if of_weight else None, dbias
         dx = by_kernel(ctx.machine, dout, weight.t(), None) if of_x else None
         return None, dx, weight_gradient(ctx.machine, x, dout) if of_weight else None, dbias

@@ -47,7 +47,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     product = linear(x, weight, bias)
     if multiplies_bare(x, weight, bias):
         return torch.ops.aten.gelu_(product, approximate=approximate)
-    return F.gelu(product, approximate=approximate)
+    return bias_gelu(product, None, approximate=approximate)
 
 
 def prepare_linear_gelu(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbert.cpu.layout import in_blocks
 from fastbert.cpu.machine import Machine
-from fastbert.cpu.memory import room
+from fastbert.cpu.memory import as_kernels_read, room
 from fastbert.reference import Approximate
 
 
@@ -57,9 +57,9 @@ def by_kernel(machine: Machine, x: Tensor, weight: Tensor, bias: Tensor | None) 
     """`x @ weight^T + bias`, float32 `[rows, out]`; the weight is laid out for it each time."""
     from fastbert.cpu import linear as kernel
 
-    bias = x.new_zeros(len(weight)) if bias is None else _as_kernels_read(bias)
+    bias = x.new_zeros(len(weight)) if bias is None else as_kernels_read(bias)
     out = room((len(x), len(weight)), x.dtype)
-    kernel.linear(machine, _as_kernels_read(x), in_blocks(weight, machine.vectors.columns), bias, out).run()
+    kernel.linear(machine, as_kernels_read(x), in_blocks(weight, machine.vectors.columns), bias, out).run()
     return out
 
 
@@ -68,9 +68,5 @@ def weight_gradient(machine: Machine, x: Tensor, dout: Tensor) -> Tensor:
     from fastbert.cpu import weight_gradient as kernel
 
     dweight = room((dout.shape[1], x.shape[1]), x.dtype).zero_()
-    kernel.weight_gradient(machine, _as_kernels_read(x), _as_kernels_read(dout), dweight).run()
+    kernel.weight_gradient(machine, as_kernels_read(x), as_kernels_read(dout), dweight).run()
     return dweight
-
-
-def _as_kernels_read(x: Tensor) -> Tensor:
-    return x.resolve_neg().contiguous()  # a gradient may come negated

@@ -41,7 +41,11 @@ def relative_table(weight: Tensor, packing: Packing) -> Tensor:
 
 def bucket_numbers(places: int, buckets: int, device: torch.device) -> Tensor:
     """int64 `[2 * places - 1]`: the bucket of each distance from `1 - places` to `places - 1`."""
-    distance = torch.arange(1 - places, places, dtype=torch.int64, device=device)
+    return buckets_of(torch.arange(1 - places, places, dtype=torch.int64, device=device), buckets)
+
+
+def buckets_of(distance: Tensor, buckets: int) -> Tensor:
+    """int64, as `distance`: the bucket of each, of so many."""
     half = buckets // 2
     exact = half // 2
     far = distance.abs()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from fastbert.packing import Packing
 from fastbert.run.eager import formats, made_dtype, of_positions
 from fastbert.run.eight_bits import Int8Linear
 from fastbert.run.frozen import FrozenLinear
-from fastbert.run.parts import SelfAttention, is_frozen, is_plain, matrix, weights
+from fastbert.run.parts import eight_bits, in_eight_bits, is_frozen, is_plain, linears_of, matrix, weights
 from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Layers, Parts, Product, Steps
 
 if TYPE_CHECKING:
@@ -83,12 +83,13 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
         part = parts[step.part]
         if step.norm is not None and not is_plain(parts[step.norm]):
             return f"{step.norm} that is not an nn.LayerNorm on which nothing looks"
-        if isinstance(part, Int8Linear):
+        if _in_int8(part):
             if not machine.int8:
                 return f"no products of int8 on {machine.cpu}"
-            if part.depth % 4:
-                return f"{step.part} of depth {part.depth}, which is no multiple of 4"
-            width = len(part.scale)
+            linears = cast(list[Int8Linear], linears_of(part))
+            if linears[0].in_features % 4:
+                return f"{step.part} of depth {linears[0].in_features}, which is no multiple of 4"
+            width = sum(linear.out_features for linear in linears)
         elif not is_plain(part) and not is_frozen(part):
             return f"{step.part} that is not an nn.Linear on which nothing looks"
         elif not is_frozen(part) and fastest(x.dtype, len(x), "laid out") != "own":
@@ -112,7 +113,7 @@ def _positions_unserved(asked: Disentangled, parts: Parts, x: Tensor) -> str | N
         return "relative_norm that is not an nn.LayerNorm on which nothing looks"
     for term in asked.terms:
         part = parts[PROJECTIONS[term]]
-        if not is_plain(part) and type(part) is not FrozenLinear:
+        if not is_plain(part) and type(part) is not FrozenLinear and not in_eight_bits(part):
             return f"{PROJECTIONS[term]} that is not an nn.Linear on which nothing looks"
     return None
 
@@ -146,9 +147,14 @@ class _Runs(threading.local):
         return run
 
 
+def _in_int8(part: nn.Module) -> bool:
+    """Whether `part` is in int8, and nothing looks on it."""
+    return isinstance(linears_of(part)[0], Int8Linear) and in_eight_bits(part)
+
+
 def _shape(part: nn.Module) -> tuple[int, int, torch.dtype]:
     """Outputs, inputs and dtype of a plain or frozen part, without joining it."""
-    linears = part.linears() if isinstance(part, SelfAttention) else [part]
+    linears = linears_of(part)
     shapes = [one.shape if type(one) is FrozenLinear else cast(Tensor, one.weight).shape for one in linears]
     held = linears[0].blocks if type(linears[0]) is FrozenLinear else cast(Tensor, linears[0].weight)
     return sum(shape[0] for shape in shapes), shapes[0][1], held.dtype
@@ -217,7 +223,7 @@ class CpuProgram:
             made = self.tables[id(part), places] = weight.index_select(0, numbers).t().float().contiguous()
         return made
 
-    def of_positions(self, layer: int, step: Attend, qkv: Tensor, max_seqlen: int) -> dict[str, Tensor]:
+    def of_positions(self, layer: int, step: Attend, qkv: Tensor, max_seqlen: int) -> dict[str, Any]:
         """What `Attend.disentangled` multiplies a layer's queries and keys by, as attention's kernel takes it.
 
         Args:
@@ -383,7 +389,7 @@ class _Recorded:
             self.calls.append(row_wise(machine, x, out_int8=x_int8))
             self.registers[step.x] = _Rows(x, x_int8)
         wants_floats, wants_int8 = formats(steps, i, parts)
-        dtype = made_dtype(steps, i, parts[step.part], self.x)
+        dtype = made_dtype(steps, i, self.x, int8=True)
         width, keeps = len(given.bias) // (2 if step.gated else 1), step.sum is not None
         floats, int8 = out, self._int8_room(step.into, width, x_int8) if wants_int8 and out is None else None
         if floats is None and wants_floats:
@@ -429,6 +435,7 @@ def _kernel_weights(machine: Machine, layers: Layers) -> list[dict[str, _Weights
 
     Layers that share a part share its matrix.
     """
+    in_int8 = {id(part): eight_bits(part) for _, parts in layers for part in parts.values() if _in_int8(part)}
     products = [(parts, step) for steps, parts in layers for step in steps.of if isinstance(step, Product)]
     plain = {id(parts[step.part]): parts[step.part] for parts, step in products if is_plain(parts[step.part])}
     held = [weights(part)[0] for part in plain.values()]
@@ -440,8 +447,9 @@ def _kernel_weights(machine: Machine, layers: Layers) -> list[dict[str, _Weights
             if isinstance(step, Product):
                 part = parts[step.part]
                 norm = None if step.norm is None else in_float32(cast(nn.LayerNorm, parts[step.norm]))
-                if isinstance(part, Int8Linear):
-                    made[-1][step.part] = _Weights(part.matrix, part.bias_in_float32, norm)
+                if id(part) in in_int8:
+                    one = cast(Int8Linear, in_int8[id(part)])
+                    made[-1][step.part] = _Weights(one.matrix, one.bias_in_float32, norm)
                 else:
                     whole, bias = matrix(part) if is_frozen(part) else (blocks[id(part)], weights(part)[1])
                     bias = whole.new_zeros(_shape(part)[0]) if bias is None else bias.detach().contiguous()
@@ -449,7 +457,7 @@ def _kernel_weights(machine: Machine, layers: Layers) -> list[dict[str, _Weights
     return made
 
 
-def _added(step: Attend) -> dict[str, Tensor]:
+def _added(step: Attend) -> dict[str, Any]:
     """What is added to the scores of a step, by the kernel's names for it."""
     slopes = step.slopes(torch.device("cpu"))
     return {} if slopes is None else {"alibi_slopes": slopes}

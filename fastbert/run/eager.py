@@ -5,7 +5,7 @@ It serves every plan, and it is the meaning of the others; torch.compile sees it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -17,14 +17,14 @@ from fastbert.config import Disentangled, Term
 from fastbert.ops.attention import attention
 from fastbert.ops.disentangled import disentangled_bias, rows_of_distances
 from fastbert.ops.dropout import drop
-from fastbert.ops.layer_norm import layer_norm, linear_layer_norm
+from fastbert.ops.layer_norm import layer_norm, linear_layer_norm, norm_weights
 from fastbert.ops.linear import linear
 from fastbert.ops.linear_activation import activated, linear_activation
 from fastbert.ops.relative import relative_table
 from fastbert.ops.rotary import rotary
 from fastbert.packing import Packing
-from fastbert.run.eight_bits import After, EightBitLinear, Rows, attention_dtype
-from fastbert.run.parts import call, is_plain, norm_weights, reads_grid, weights
+from fastbert.run.eight_bits import After, EightBitLinear, Int8Linear, Rows, int8_attention_dtype
+from fastbert.run.parts import call, eight_bits, in_eight_bits, is_plain, reads_grid, weights
 from fastbert.run.steps import PROJECTIONS, Attend, Convolve, Parts, Product, Steps, drops, readers, writes
 
 
@@ -71,6 +71,7 @@ def run(
     dropouts: Sequence[Dropout] = (),
     read: Tensor | None = None,
     unpack: bool = False,
+    attention: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Take the steps of a layer; gives what "x" then holds.
 
@@ -82,8 +83,9 @@ def run(
         read: int64 `[reads]`, the rows of the output that are wanted. All rows are attended to, but only these go
             through what comes after attention, unless hooks look on.
         unpack: give "x" in the padded layout; not together with `read`.
+        attention: in the place of `attend`, with its arguments.
     """
-    layer, left = _Layer(steps, parts, registers, packing), iter(dropouts)
+    layer, left = _Layer(steps, parts, registers, packing, attention or attend), iter(dropouts)
     early = read is not None and not any(map(reads_grid, parts.values()))
     for i, step in enumerate(steps.of):
         of_step = [next(left, NO_DROPOUT) for _ in range(drops(step))]
@@ -106,13 +108,16 @@ def run(
 class _Layer:
     """A layer that is being run."""
 
-    def __init__(self, steps: Steps, parts: Parts, registers: Registers, packing: Packing) -> None:
+    def __init__(
+        self, steps: Steps, parts: Parts, registers: Registers, packing: Packing, attention: Callable[..., Tensor]
+    ) -> None:
         self.steps, self.parts, self.registers, self.packing = steps, parts, registers, packing
+        self.attention = attention
         self.x = registers.floats["x"]  # whose dtype all have
 
     def attend(self, step: Attend, bias: Tensor | None, *dropouts: Dropout) -> None:
         qkv = self.registers.floats[step.x]
-        self.registers.write(step.into, attend(step, self.parts, qkv, self.packing, bias, *dropouts))
+        self.registers.write(step.into, self.attention(step, self.parts, qkv, self.packing, bias, *dropouts))
 
     def convolve(self, step: Convolve, bias: Tensor | None, dropout: Dropout, layout: Packing | None) -> None:
         """With a layout the result is unpacked."""
@@ -127,8 +132,8 @@ class _Layer:
     def product(self, i: int, step: Product, dropout: Dropout, layout: Packing | None) -> None:
         """Step `i`; with a layout the result is unpacked."""
         part, norm = self.parts[step.part], None if step.norm is None else self.parts[step.norm]
-        if isinstance(part, EightBitLinear):
-            self._in_eight_bits(i, step, part, cast("nn.LayerNorm | None", norm))
+        if in_eight_bits(part):
+            self._in_eight_bits(i, step, eight_bits(part), cast("nn.LayerNorm | None", norm))
         elif step.add is None or step.sum is not None or step.activation or not (is_plain(part) and is_plain(norm)):
             self._one_by_one(step, part, norm, dropout)
         else:
@@ -164,13 +169,15 @@ class _Layer:
         floats = self.registers.floats
         rows = self.registers.quantized.get(step.x)
         rows = part.quantize(floats[step.x]) if rows is None else rows
-        dtype = made_dtype(self.steps, i, part, self.x)
+        dtype = made_dtype(self.steps, i, self.x, int8=isinstance(part, Int8Linear))
         residual = None if step.add is None else floats[step.add]
         if not step.gated and step.sum is None and (norm is None or is_plain(norm)):
             out, quantized = formats(self.steps, i, self.parts)
-            self.registers.write(step.into, *part(rows, dtype, After(step.activation, residual, norm, out, quantized)))
+            after = After(step.activation, residual, norm, out, quantized)
+            self.registers.write(step.into, *part.product(rows, dtype, after))
             return
-        total, _ = part(rows, dtype, After(None if step.gated else step.activation))
+        total, _ = part.product(rows, dtype, After(None if step.gated else step.activation))
+        assert total is not None
         total = activated(total, step.activation, gated=True) if step.gated else total
         total = total if residual is None else residual + total
         if step.sum is not None:
@@ -260,10 +267,10 @@ def of_positions(
     }
 
 
-def made_dtype(steps: Steps, i: int, part: nn.Module, x: Tensor) -> torch.dtype:
-    """Of the floats that step `i`, a product of `part`, makes in a layer whose input is `x`."""
+def made_dtype(steps: Steps, i: int, x: Tensor, *, int8: bool) -> torch.dtype:
+    """Of the floats that step `i`, a product, in int8 or not, makes in a layer whose input is `x`."""
     attends = any(isinstance(reader, Attend) for reader in readers(steps.of, i))
-    return attention_dtype(part, x) if attends else x.dtype
+    return int8_attention_dtype(x) if int8 and attends else x.dtype
 
 
 def formats(steps: Steps, i: int, parts: Parts) -> tuple[bool, bool]:
@@ -274,7 +281,7 @@ def formats(steps: Steps, i: int, parts: Parts) -> tuple[bool, bool]:
     into, floats, quantized = steps.of[i].into, False, False
     for reader in readers(steps.of, i):
         if isinstance(reader, Product):
-            in_8_bits = reader.x == into and isinstance(parts[reader.part], EightBitLinear)
+            in_8_bits = reader.x == into and in_eight_bits(parts[reader.part])
             quantized |= in_8_bits
             floats |= reader.add == into or not in_8_bits
         else:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.ops.fastest import fastest, onednn_serves
-from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.layer_norm import layer_norm, norm_weights
 from fastbert.ops.linear_activation import APPROXIMATE, activated
 from fastbert.ops.products import by_onednn, onednn_rows, with_slack
 from fastbert.packing import Packing
 from fastbert.run.eager import attend
-from fastbert.run.parts import is_plain, norm_weights, weights
+from fastbert.run.parts import is_plain, weights
 from fastbert.run.steps import Attend, Convolve, Layers, Product
 
 

@@ -1,8 +1,8 @@
 """The modules that hold a layer's weights, its parts: which of them an op may read, and how the others are called.
 
 Queries, keys and values are one product, though their parameters are apart, as in Hugging Face's state dicts. Their
-memory is one: `SelfAttention.join` moves the three weights, and the three biases, to lie one after another. So
-the product of all three reads the parameters themselves, no copy, and nothing can go stale.
+memory is one: `SelfAttention.join` moves the three weights, and the three biases, to lie one after another, in 8 bits
+too. So the product of all three reads the parameters themselves, no copy, and nothing can go stale.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastbert.errors import ArgumentError
 from fastbert.ops.common import observed
 from fastbert.ops.watch import hooks_of
 from fastbert.packing import Packing
+from fastbert.run.eight_bits import EightBitLinear, Fp8Linear, Int8Linear
 from fastbert.run.frozen import FrozenLinear
 
 # Whose modules in the place of a linear layer or a norm compute each row by itself.
@@ -59,28 +60,36 @@ class SelfAttention(Group):
         return [modules["query"], modules["key"], modules["value"]]
 
     def _forget(self) -> None:
-        self._joined: tuple[Tensor, Tensor | None] | None = None
+        self._joined: tuple[Tensor, Tensor | None] | tuple[EightBitLinear] | None = None
         self._places: tuple[Any, ...] = ()
 
     def join(self) -> None:
         """Move the parameters' data to lie one after another, if they are plain, of one kind, and not someone's memory.
 
-        The Parameter objects stay. Each keeps a storage of its own, which DLPack makes of a part of the memory, because
-        some that save state dicts (accelerate) take tensors of one storage for copies of each other and drop them.
+        The Parameter objects stay, and so do the buffers of linear layers in 8 bits. Each keeps a storage of its own,
+        which DLPack makes of a part of the memory, because some that save state dicts (accelerate) take tensors of one
+        storage for copies of each other and drop them.
         """
-        linears = self.linears()
-        if observed() or not all(map(is_plain, linears)):
+        linears, quantized = self.linears(), in_eight_bits(self)
+        if observed() or not (quantized or all(map(is_plain, linears))):
             self._forget()
             return
-        weights, biases = ([one._parameters[name] for one in linears] for name in ("weight", "bias"))
-        biases = [] if biases[0] is None else biases
-        if self._joined is not None and _places(cast(list[Tensor], weights + biases)) == self._places:
+        held = _held(linears)
+        if self._joined is not None and _places(_flat(held)) == self._places:
             return  # a second move would be for nothing, and a CUDA graph may hold the addresses
         self._forget()
-        if _movable(weights) and (not biases or _movable(biases)):
-            bias = _moved(cast(list[Tensor], biases)) if biases else None
-            self._joined = _moved(cast(list[Tensor], weights)), bias
-            self._places = _places(cast(list[Tensor], weights + biases))
+        in_their_place = not quantized and type(held[0][0]) is Tensor  # by torch.func or DataParallel, whose they are
+        if in_their_place or not all(map(_movable, held)):
+            return
+        if not quantized:
+            weight, *bias = map(_moved, held)
+            self._joined = weight, bias[0] if bias else None
+        elif cast(EightBitLinear, linears[0]).can_lie_together:
+            one = _one_of(linears)
+            for tensors, whole in zip(held, _flat(_held([one])), strict=True):
+                _lay(tensors, whole)
+            self._joined = (one,)  # in a tuple, for a module would become a child
+        self._places = _places(_flat(held))
 
     def joined(self) -> tuple[Tensor, Tensor | None]:
         """Weight `[3 * hidden, hidden]` and bias `[3 * hidden]` or None of all three, which are plain; see `is_plain`.
@@ -91,16 +100,24 @@ class SelfAttention(Group):
         weights, biases = [one["weight"] for one in held], [one["bias"] for one in held]
         if biases[0] is None:
             biases = []
-        if self._joined is None or observed() or _places(weights + biases) != self._places:
-            return self._copied(weights, biases)
+        if not self._lie_as_joined(weights + biases):
+            return torch.cat(weights), torch.cat(biases) if biases else None
+        weight, bias = cast(tuple[Tensor, Tensor | None], self._joined)
         if not torch.is_grad_enabled():
-            return self._joined
-        weight, bias = self._joined
+            return weight, bias
         whole = _Join.apply(weight, *weights)  # type: ignore[no-untyped-call]
         return whole, None if bias is None else _Join.apply(bias, *biases)  # type: ignore[no-untyped-call]
 
-    def _copied(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        return torch.cat(weights), torch.cat(biases) if biases else None
+    def as_one(self) -> EightBitLinear:
+        """All three, which are `in_eight_bits`, as one: their own memory, if it lies as `join` left it, or a copy."""
+        linears = self.linears()
+        if self._lie_as_joined(_flat(_held(linears))):
+            return cast(tuple[EightBitLinear], self._joined)[0]
+        return _one_of(linears)
+
+    def _lie_as_joined(self, tensors: list[Tensor]) -> bool:
+        """Whether these, of its linear layers, lie as `join` left them."""
+        return self._joined is not None and not observed() and _places(tensors) == self._places
 
     def _apply(self, fn: Any, recurse: bool = True) -> SelfAttention:
         """What moves or casts a module moves its parameters one by one."""
@@ -160,6 +177,31 @@ def is_plain(module: nn.Module | None) -> bool:
     )
 
 
+def in_eight_bits(part: nn.Module) -> bool:
+    """Whether `part` is a linear layer in 8 bits on which nothing looks, or a SelfAttention of such, of one kind."""
+    linears = linears_of(part)
+    first = linears[0]
+    if type(first) not in (Fp8Linear, Int8Linear):
+        return False
+    return all(
+        type(linear) is type(first)
+        and (linear._parameters["bias"] is None) is (first._parameters["bias"] is None)
+        and not any(hooks_of(linear))
+        and "forward" not in linear.__dict__
+        for linear in linears
+    )
+
+
+def eight_bits(part: nn.Module) -> EightBitLinear:
+    """A part that is `in_eight_bits` as one linear layer, those of a SelfAttention too."""
+    return part.as_one() if isinstance(part, SelfAttention) else cast(EightBitLinear, part)
+
+
+def linears_of(part: nn.Module) -> list[nn.Module]:
+    """The linear layers of a product: `part` itself, or those of a SelfAttention."""
+    return part.linears() if isinstance(part, SelfAttention) else [part]
+
+
 def is_frozen(part: nn.Module) -> bool:
     """Whether `part` is a FrozenLinear on which nothing looks, or a SelfAttention of such."""
     if isinstance(part, SelfAttention):
@@ -193,13 +235,6 @@ def weights(part: nn.Module) -> tuple[Tensor, Tensor | None]:
         return part.joined()
     parameters: dict[str, Any] = part._parameters
     return parameters["weight"], parameters["bias"]
-
-
-def norm_weights(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a plain LayerNorm; a bias of zeros where it has none."""
-    parameters: dict[str, Any] = norm._parameters
-    weight, bias = parameters["weight"], parameters["bias"]
-    return weight, torch.zeros_like(weight, requires_grad=False) if bias is None else bias
 
 
 def call(part: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
@@ -240,29 +275,53 @@ def is_hooked(module: nn.Module, but: str | tuple[str, ...] = "torch.distributed
     )
 
 
+def _held(linears: Sequence[nn.Module]) -> list[list[Tensor]]:
+    """Of linear layers of one kind the weights, or what stands for them in 8 bits, and the biases if they have such."""
+    first = linears[0]
+    names = ["weight"] if type(first) is nn.Linear else list(first._buffers)
+    held = ([cast(Tensor, getattr(linear, name)) for linear in linears] for name in (*names, "bias"))
+    return [tensors for tensors in held if tensors[0] is not None]
+
+
+def _flat(held: list[list[Tensor]]) -> list[Tensor]:
+    return [tensor for tensors in held for tensor in tensors]
+
+
+def _one_of(linears: list[nn.Module]) -> EightBitLinear:
+    first = cast(EightBitLinear, linears[0])
+    return first.joined(linears)
+
+
 def _places(parts: list[Tensor]) -> tuple[Any, ...]:
     return tuple([(part.data_ptr(), part.stride(), part.numel()) for part in parts])
 
 
-def _movable(parts: Sequence[Tensor | None]) -> bool:
-    """Whether these are three ordinary parameters of one kind, whose memory nobody else looks after."""
+def _movable(parts: Sequence[Tensor]) -> bool:
+    """Whether these are ordinary parameters or buffers of one kind, whose memory nobody else looks after."""
     first = parts[0]
-    if first is None or first.device.type not in ("cpu", "cuda") or len({id(part) for part in parts}) < len(parts):
+    if first.device.type not in ("cpu", "cuda") or len({id(part) for part in parts}) < len(parts):
         return False
-    if any(type(part) is not nn.Parameter or part.is_inference() or part.layout != torch.strided for part in parts):
+    kinds = nn.Parameter, Tensor
+    if any(type(part) not in kinds or part.is_inference() or part.layout != torch.strided for part in parts):
         return False
-    tensors = cast(list[Tensor], parts)
-    if len({(part.shape, part.dtype, part.device) for part in tensors}) > 1:
+    if len({(part.shape, part.dtype, part.device) for part in parts}) > 1:
         return False
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (part.untyped_storage() for part in tensors)}
-    if sum(storages.values()) > sum(part.nbytes for part in tensors):  # views of more than these: a flat optimizer's
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (part.untyped_storage() for part in parts)}
+    if sum(storages.values()) > sum(part.nbytes for part in parts):  # views of more than these: a flat optimizer's
         return False
-    return first.device.type == "cuda" or not any(part.is_shared() for part in tensors)  # with other processes
+    return first.device.type == "cuda" or not any(part.is_shared() for part in parts)  # with other processes
 
 
 def _moved(parts: list[Tensor]) -> Tensor:
+    """Ordinary tensors one after another, which they are from then on parts of."""
     with torch.inference_mode(False), torch.no_grad():
         whole = torch.cat([part.detach() for part in parts])
+    _lay(parts, whole)
+    return whole
+
+
+def _lay(parts: list[Tensor], whole: Tensor) -> None:
+    """Let `whole`, which holds the numbers of `parts`, be their memory."""
+    with torch.inference_mode(False), torch.no_grad():
         for part, place in zip(parts, whole.chunk(len(parts)), strict=True):
             part.data = from_dlpack(place)
-    return whole

@@ -29,7 +29,7 @@ from fastbert.ops.quantize_rows import (
 from fastbert.packing import Packing
 from fastbert.run.eager import Registers, formats
 from fastbert.run.eight_bits import Fp8Linear, fp8_product
-from fastbert.run.parts import is_plain, weights
+from fastbert.run.parts import eight_bits, in_eight_bits, is_plain, weights
 from fastbert.run.steps import Attend, Convolve, Parts, Product, Step, Steps
 
 # A step that is prepared: it reads and writes registers, given its weights.
@@ -145,13 +145,13 @@ def _weights(step: Step, parts: Parts) -> tuple[list[Any], Hashable] | str:
         return _NONE, None
     part = parts[step.part]
     kind = type(part)
-    if kind is Fp8Linear:
-        buffers = part._buffers
-        tensors: list[Any] = [buffers["values"], buffers["scale"], part._parameters["bias"]]
+    if is_plain(part):
+        tensors: list[Any] = [*weights(part)]
+    elif (in_fp8 := _in_fp8(part)) is not None:
+        kind, buffers = Fp8Linear, in_fp8._buffers
+        tensors = [buffers["values"], buffers["scale"], in_fp8._parameters["bias"]]
         if tensors[-1] is None:
             return f"{step.part} in fp8 without a bias"
-    elif is_plain(part):
-        tensors = [*weights(part)]
     else:
         return f"{step.part} that is neither an nn.Linear on which nothing looks nor in fp8"
     if step.norm is None:
@@ -164,6 +164,12 @@ def _weights(step: Step, parts: Parts) -> tuple[list[Any], Hashable] | str:
         return f"{step.norm} without a bias"
     said = kind, tensors[-1] is None, cast(nn.LayerNorm, norm).eps
     return [*tensors, parameters["weight"], parameters["bias"]], said
+
+
+def _in_fp8(part: nn.Module) -> Fp8Linear | None:
+    """`part` as one linear layer in fp8, if it is such, and nothing looks on it."""
+    one = eight_bits(part) if in_eight_bits(part) else None
+    return one if isinstance(one, Fp8Linear) else None
 
 
 def _sizes(x: Tensor, packing: Packing, widest: int) -> tuple[Hashable, ...]:
@@ -185,7 +191,8 @@ def _prepare(steps: Steps, parts: Parts, registers: Registers, packing: Packing)
     prepared: list[Prepared | None] = []
     for i, step in enumerate(steps.of):
         out, quantized = formats(steps, i, parts)
-        if isinstance(step, Product) and isinstance(parts[step.part], Fp8Linear) and step.x not in in_fp8:
+        one = _in_fp8(parts[step.part]) if isinstance(step, Product) else None
+        if one is not None and step.x not in in_fp8:
             return None
         in_fp8 = in_fp8 | {step.into} if quantized else in_fp8 - {step.into}
         if isinstance(step, Attend):
@@ -195,9 +202,9 @@ def _prepare(steps: Steps, parts: Parts, registers: Registers, packing: Packing)
         step = cast(Product, step)  # a convolution is not served
         part = parts[step.part]
         like = x.new_empty((len(x), widths[step.x]))
-        if isinstance(part, Fp8Linear):
-            widths[step.into] = len(part.values)
-            prepared.append(_fp8_product(step, part, parts, x, out, quantized))
+        if one is not None:
+            widths[step.into] = one.out_features
+            prepared.append(_fp8_product(step, one, parts, x, out, quantized))
         else:
             widths[step.into] = len(weights(part)[0])
             prepared.append(None if quantized else _product(step, part, parts, like, x))

@@ -6,9 +6,9 @@ import torch
 
 from fastbert.config import EncoderConfig
 from fastbert.cpu.machine import last_cache
+from fastbert.families.quantization import in_int8
 from fastbert.model.body import EncoderModel
 from fastbert.model.heads import HeadModel, body_of
-from fastbert.model.quantization import in_int8
 
 # On a CPU at least and at most: below, products slow down; above, nothing was gained.
 LEAST_TOKENS, MOST_TOKENS = 1024, 8192

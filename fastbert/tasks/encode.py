@@ -23,14 +23,14 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.load import load
 from fastbert.checkpoints.sentence import Recipe, read_recipe
 from fastbert.errors import ArgumentError, CheckpointError
+from fastbert.families.quantization import in_int8
 from fastbert.model.body import EncoderModel
-from fastbert.model.quantization import in_int8
 from fastbert.model.sentence import SIMILARITIES, Embedder, Mode, Truncate
 from fastbert.packing import Packing
 from fastbert.tasks.loading import DTYPES, DTypeName, parameter_dtype, quantized
 from fastbert.tasks.max_length import tokens_at_most, warn_of_cuts
 from fastbert.tasks.results import text_results
-from fastbert.text.checks import Text, check_texts, check_whole
+from fastbert.text.checks import Text, check_whole, items_of
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.tokens import Tokens
 
@@ -120,7 +120,7 @@ class TextEncoder:
         """
         device = first_device() if device is None else usable_device(device)
         transformer, recipe = read_recipe(checkpoint_folder(folder), device)
-        model = load(transformer, dtype=parameter_dtype(dtype, device), device=device)
+        model = load(transformer, dtype=parameter_dtype(dtype, transformer, device), device=device)
         try:
             (recipe.embedder or Embedder()).width(model.config.hidden_size)
         except ArgumentError as error:
@@ -296,9 +296,8 @@ class TextEncoder:
         check_whole("texts_at_once", texts_at_once)
         if not 1 <= texts_at_once <= sys.maxsize:
             raise ArgumentError("texts_at_once", texts_at_once, "a positive number of texts")
-        check_texts(texts)
         return self.encode_parts(
-            _parts(iter(texts), texts_at_once),
+            _parts(items_of(texts), texts_at_once),
             pooling=pooling,
             normalize=normalize,
             max_length=max_length,
@@ -333,9 +332,34 @@ class TextEncoder:
         how = self._how(pooling, normalize, max_length, prompt, prompt_name, truncate_dim)
         return self._stream(parts, how, batch_tokens, "encoding" if progress else None)
 
+    def embedder(
+        self, pooling: Mode | None = None, normalize: bool | None = None, truncate_dim: int | None = None
+    ) -> Embedder:
+        """What makes embeddings of hidden states, where `encode` is given these arguments; raises as it does."""
+        if pooling is not None and pooling not in get_args(Mode):
+            raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Mode))}")
+        if normalize is not None and not isinstance(normalize, bool | np.bool_):
+            raise ArgumentError("normalize", repr(normalize), "True, False, or None for what the folder says")
+        own = self.recipe.embedder or Embedder()
+        layers = own.layers
+        if normalize is not None and not normalize and layers[-1:] == (F.normalize,):
+            layers = layers[:-1]
+        embedder = Embedder(own.pooling if pooling is None else (pooling,), layers)
+        width = embedder.width(self.model.config.hidden_size)
+        if truncate_dim is not None:
+            check_whole("truncate_dim", truncate_dim)
+            if not 1 <= truncate_dim <= width:
+                raise ArgumentError("truncate_dim", truncate_dim, f"1 to {width}, the columns of an embedding")
+        columns = self.recipe.truncate_dim if truncate_dim is None else truncate_dim
+        if columns is not None:
+            layers = (*layers, Truncate(columns))
+        if (self.recipe.embedder is None if normalize is None else normalize) and layers[-1:] != (F.normalize,):
+            layers = (*layers, F.normalize)
+        return replace(embedder, layers=layers)
+
     def width(self, pooling: Mode | None = None, truncate_dim: int | None = None) -> int:
         """Columns of an embedding, where `encode` is given these arguments."""
-        return self._embedder(pooling, None, truncate_dim).width(self.model.config.hidden_size)
+        return self.embedder(pooling, None, truncate_dim).width(self.model.config.hidden_size)
 
     def _stream(
         self,
@@ -378,7 +402,7 @@ class TextEncoder:
                 known = ", ".join(prompts) or "(it has none)"
                 raise ArgumentError("prompt_name", repr(name), f"one of the folder's prompts: {known}")
             prompt = prompts[name]
-        embedder = self._embedder(pooling, normalize, truncate_dim)
+        embedder = self.embedder(pooling, normalize, truncate_dim)
         own = self.recipe.embedder
         if own is not None and embedder.pooling != own.pooling:
             folders = ", ".join(map(repr, own.pooling))
@@ -386,46 +410,24 @@ class TextEncoder:
         longest = tokens_at_most(max_length, self.tokenizer, self.model.config, self.recipe.max_length)
         return _How(embedder, longest, prompt or "")
 
-    def _embedder(self, pooling: Mode | None, normalize: bool | None, truncate_dim: int | None) -> Embedder:
-        if pooling is not None and pooling not in get_args(Mode):
-            raise ArgumentError("pooling", repr(pooling), f"one of {', '.join(get_args(Mode))}")
-        if normalize is not None and not isinstance(normalize, bool | np.bool_):
-            raise ArgumentError("normalize", repr(normalize), "True, False, or None for what the folder says")
-        own = self.recipe.embedder or Embedder()
-        layers = own.layers
-        if normalize is not None and not normalize and layers[-1:] == (F.normalize,):
-            layers = layers[:-1]
-        embedder = Embedder(own.pooling if pooling is None else (pooling,), layers)
-        width = embedder.width(self.model.config.hidden_size)
-        if truncate_dim is not None:
-            check_whole("truncate_dim", truncate_dim)
-            if not 1 <= truncate_dim <= width:
-                raise ArgumentError("truncate_dim", truncate_dim, f"1 to {width}, the columns of an embedding")
-        columns = self.recipe.truncate_dim if truncate_dim is None else truncate_dim
-        if columns is not None:
-            layers = (*layers, Truncate(columns))
-        if (self.recipe.embedder is None if normalize is None else normalize) and layers[-1:] != (F.normalize,):
-            layers = (*layers, F.normalize)
-        return replace(embedder, layers=layers)
-
     def _prompt_of(self, name: str, prompt: str | None, prompt_name: str | None) -> str | None:
         """What a call says, and where it says nothing the folder's prompt of this name, or an empty one."""
         return self.recipe.prompts.get(name, "") if prompt is None and prompt_name is None else prompt
 
     def _tokens(self, texts: Iterable[Text], how: _How) -> Tokens:
-        check_texts(texts)
         if how.prompt:
-            texts = [_after(how.prompt, text) for text in texts]
+            texts = [_after(how.prompt, text) for text in items_of(texts)]
         return self.tokenizer.encode(texts, how.max_length)
 
     def _embed(
         self, tokens: Tokens, embedder: Embedder, batch_tokens: int | None, description: str | None
     ) -> npt.NDArray[np.float32]:
-        def embeddings(out: Any, packing: Packing) -> Tensor:
+        def embeddings(ids: Tensor, types: Tensor | None, packing: Packing) -> Tensor:
+            out = self.model(ids, token_type_ids=types, packing=packing, output_pooled=False)
             return embedder(out.last_hidden_state, packing)
 
         width = embedder.width(self.model.config.hidden_size)
-        return text_results(self.model, tokens, embeddings, width, batch_tokens, description, output_pooled=False)
+        return text_results(self.model, tokens, embeddings, width, batch_tokens, description)
 
 
 @dataclass(frozen=True, eq=False)
@@ -446,9 +448,9 @@ def _after(prompt: str, text: Any) -> Any:
     return text
 
 
-def _parts(texts: Iterator[Text], texts_at_once: int) -> Generator[list[Text], None, None]:
+def _parts(texts: Generator[Text, None, None], texts_at_once: int) -> Generator[list[Text], None, None]:
     """Lists of so many texts, the last one of fewer; if `texts` raises, what it gave before, and an empty list."""
-    try:
+    with closing(texts):
         while True:
             part: list[Text] = []
             try:
@@ -461,6 +463,3 @@ def _parts(texts: Iterator[Text], texts_at_once: int) -> Generator[list[Text], N
             if not part:
                 return
             yield part
-    finally:
-        if isinstance(texts, Generator):
-            texts.close()

@@ -9,10 +9,13 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
-from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, usable_device
+from fastbert.backend import bfloat16_unserved, first_device, float16_unserved, int8_unserved, usable_device
+from fastbert.checkpoints import files
+from fastbert.checkpoints.int8 import in_int8
 from fastbert.checkpoints.load import WithHead, dtype_name, read_model
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.model.quantization import quantize
+from fastbert.families.quantization import quantize
+from fastbert.model.encoder import Encoder
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,25 +35,44 @@ def default_dtype(device: torch.device) -> DTypeName:
     return "fp16" if device.type == "cuda" else "fp32"
 
 
-def parameter_dtype(name: DTypeName | None, device: torch.device) -> torch.dtype:
-    """Of the parameters; float32, and said, where half precision would only be slower.
+def unserved(device: torch.device) -> dict[DTypeName, str]:
+    """Those of `DTYPES` that this device is no faster in than in float32, each with the reason."""
+    int8 = "it is for CPUs" if device.type == "cuda" else int8_unserved(device)
+    reasons: dict[DTypeName, str | None] = {
+        "bf16": bfloat16_unserved(device),
+        "fp16": float16_unserved(device),
+        "int8": int8,
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def parameter_dtype(name: DTypeName | None, folder: str | os.PathLike[str], device: torch.device) -> torch.dtype:
+    """Of the parameters of a checkpoint folder; float32, and said, where half precision would only be slower.
 
     Raises:
-        ArgumentError: there is no dtype of this name.
+        ArgumentError: there is no dtype of this name, or another than int8 of a folder in int8.
+        CheckpointError: there is no such folder, or its config.json is damaged.
     """
-    name = default_dtype(device) if name is None else name
-    if name not in DTYPES:
+    if name is not None and name not in DTYPES:
         raise ArgumentError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
-    unserved = {"bf16": bfloat16_unserved, "fp16": float16_unserved}
-    if name in unserved and (slow := unserved[name](device)) is not None:
+    path = files.checkpoint_folder(folder)
+    if in_int8(files.read_config(path), path / files.CONFIG):
+        if name not in (None, "int8"):
+            mend = "To have it in floats: fastbert convert --dtype fp32"
+            raise ArgumentError("dtype", repr(name), "int8 or nothing, for a folder in int8", mend)
+        return torch.float32
+    name = default_dtype(device) if name is None else name
+    if name != "int8" and (slow := unserved(device).get(name)) is not None:
         warnings.warn(f"computing in float32, not in {dtype_name(DTYPES[name])}: {slow}", stacklevel=3)
         return torch.float32
     return DTYPES[name]
 
 
 def quantized(model: Model, name: DTypeName | None) -> Model:
-    """The model in 8 bits, if this dtype is "int8"."""
-    return quantize(model, dtype="int8") if name == "int8" else model
+    """The model in 8 bits, if this dtype is "int8" and it is not so already."""
+    if name != "int8" or any(isinstance(part, Encoder) and part.in_eight_bits() for part in model.modules()):
+        return model
+    return quantize(model, dtype="int8")
 
 
 def with_trained_head(
@@ -63,7 +85,7 @@ def with_trained_head(
         CheckpointError: the folder is not a checkpoint fastbert reads, or lacks a part of the head.
     """
     device = first_device() if device is None else usable_device(device)
-    model, untrained = read_model(folder, kind, dtype=parameter_dtype(dtype, device), device=device)
+    model, untrained = read_model(folder, kind, dtype=parameter_dtype(dtype, folder, device), device=device)
     if untrained:
         got = f"no trained {model.origin.dialect.class_name(kind)}: it lacks {', '.join(untrained)}"
         raise CheckpointError(str(folder), got, "a checkpoint with its head", "Train one: fastbert train --help")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from fastbert.text.batches import batches
 from fastbert.text.checks import Text
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.tokens import Tokens
+
+# Of the packed ids, token types and packing of a batch, some rows.
+Compute: TypeAlias = Callable[[Tensor, Tensor | None, Packing], Tensor]
 
 LONG_WORK = 16  # batches; less is done before a progress bar could be read
 
@@ -38,8 +41,8 @@ def answers(
     See `TextClassifier.classify` for the arguments and for the errors.
     """
 
-    def answer(out: Any, packing: Packing) -> Tensor:
-        return activation(out.logits.float())
+    def answer(ids: Tensor, types: Tensor | None, packing: Packing) -> Tensor:
+        return activation(model(ids, token_type_ids=types, packing=packing).logits.float())
 
     max_length = tokens_at_most(max_length, tokenizer, model.config)
     tokens = tokenizer.encode(texts, max_length)
@@ -50,13 +53,12 @@ def answers(
 def text_results(
     model: EncoderModel | HeadModel,
     tokens: Tokens,
-    result: Callable[[Any, Packing], Tensor],
+    compute: Compute,
     width: int,
     batch_tokens: int | None,
     description: str | None,
-    **asked: bool,
 ) -> npt.NDArray[np.float32]:
-    """Of each text the row that `result` makes, float32 `[texts, width]`, in the order of the texts.
+    """Of each text the row that `compute` makes, float32 `[texts, width]`, in the order of the texts.
 
     See `results` for the arguments.
 
@@ -64,28 +66,27 @@ def text_results(
         BackendError: a row has NaN or infinity.
     """
     shape = (len(tokens.lengths), width)
-    order, found = results(model, tokens, result, shape, batch_tokens, description, **asked)
+    order, found = results(model, tokens, compute, shape, batch_tokens, description)
     return _of_texts(order, found, model)
 
 
 def results(
     model: EncoderModel | HeadModel,
     tokens: Tokens,
-    result: Callable[[Any, Packing], Tensor],
+    compute: Compute,
     shape: tuple[int, int],
     batch_tokens: int | None,
     description: str | None,
-    **asked: bool,
 ) -> tuple[list[int], npt.NDArray[np.float32]]:
-    """What `result` makes of each batch's output, one after the other, `[n, width]`; and the order of the texts in it.
+    """What `compute` makes of each batch, one after the other, `[n, width]`; and the order of the texts in it.
 
     A GPU works through all batches by itself: the host waits for it once, at the end.
 
     Args:
-        result: of an output and its packing, `[n of this batch, width]`.
+        model: whose batches they are.
+        compute: `[n of this batch, width]`.
         shape: of all results.
         description: shown beside a bar, if the work is long; None for no bar.
-        asked: of the model, in each call.
     """
     order: list[int] = []
     device = next(model.parameters()).device
@@ -96,11 +97,18 @@ def results(
     for rows in groups if description is None or len(groups) <= LONG_WORK else _shown(groups, description):
         with torch.inference_mode():
             ids, types, packing = tokens.batch(rows, device)
-            found = result(model(ids, token_type_ids=types, packing=packing, **asked), packing)
+            found = compute(ids, types, packing)
         gathered[end : end + len(found)] = found
         end += len(found)
         order += rows
     return order, gathered.cpu().numpy()
+
+
+def as_json(numbers: float | list[float]) -> str:
+    """A float32, or a list of them, as JSON has it: 9 digits give each back exactly."""
+    if isinstance(numbers, float):
+        return f"{numbers:.9g}"
+    return f"[{', '.join([f'{number:.9g}' for number in numbers])}]"
 
 
 def not_finite(text: int, model: EncoderModel | HeadModel) -> BackendError:

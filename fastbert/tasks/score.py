@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, to one number each."""
+"""Texts, or pairs of texts, to one number each; documents in the order of their scores for a query."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fastbert.checkpoints.sentence import read_score_activation
 from fastbert.errors import CheckpointError
 from fastbert.model.heads import EncoderForSequenceClassification
 from fastbert.model.sentence import ACTIVATIONS
+from fastbert.tasks.hits import Hit, best_rows, hits
 from fastbert.tasks.loading import DTypeName, with_trained_head
 from fastbert.tasks.results import answers
-from fastbert.text.checks import Text
+from fastbert.text.checks import Text, check_count, check_string, strings_of
 from fastbert.text.tokenizer import Tokenizer
 
 
@@ -40,6 +41,32 @@ def score(
     if not isinstance(model, TextScorer):
         model = TextScorer.from_folder(model)
     return model.score(texts, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
+
+
+def rerank(
+    query: str,
+    documents: Iterable[str],
+    model: str | os.PathLike[str] | TextScorer,
+    *,
+    top_k: int | None = None,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> list[Hit]:
+    """The documents in the order of a cross-encoder's scores for a query, the best first.
+
+    Args:
+        query: a string.
+        documents: strings.
+        model: a checkpoint folder with a head of one output, loaded anew by each call; or a `TextScorer`, loaded once.
+
+    See `TextScorer.rerank` for the other arguments and for the errors.
+    """
+    if not isinstance(model, TextScorer):
+        model = TextScorer.from_folder(model)
+    return model.rerank(
+        query, documents, top_k=top_k, max_length=max_length, batch_tokens=batch_tokens, progress=progress
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,3 +119,35 @@ class TextScorer:
         """
         activation, doing = ACTIVATIONS[self.activation], "scoring" if progress else None
         return answers(self.model, self.tokenizer, texts, activation, max_length, batch_tokens, doing).squeeze(1)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int | None = None,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> list[Hit]:
+        """The documents in the order of `score` of (query, document), the best first; of equal ones the earlier.
+
+        Args:
+            query: a string.
+            documents: strings.
+            top_k: how many of the best; all by default, and where there are fewer.
+
+        See `TextClassifier.classify` for the other arguments.
+
+        Raises:
+            ArgumentError: an argument is not as described; `documents[i]` names the item.
+            BackendError: a score is NaN or infinite; `texts[i]` names the document.
+        """
+        if top_k is not None:
+            check_count("top_k", top_k)
+        check_string("query", query)
+        texts = strings_of(documents, "documents")
+        pairs = [(query, text) for text in texts]
+        scores = self.score(pairs, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
+        rows = best_rows(scores, len(texts) if top_k is None else top_k)
+        return hits(rows, scores[rows], texts)

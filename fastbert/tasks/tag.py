@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from fastbert.packing import Packing
 from fastbert.tasks.loading import DTypeName, with_trained_head
 from fastbert.tasks.max_length import tokens_at_most
 from fastbert.tasks.results import not_finite, results
-from fastbert.text.checks import check_texts
+from fastbert.text.checks import items_of
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.words import DEFAULT, WordRule, parted_by_spaces
 from fastbert.training.metrics import TAGS, chunks, marked, odd_tag, plain_mark
@@ -141,7 +141,7 @@ class TextTagger:
         encoded = self.tokenizer.encode_words(sentences, max_length)
         shape = (len(encoded.tokens.ids), 2)
         doing = "tagging" if progress else None
-        order, best = results(self.model, encoded.tokens, _likeliest, shape, batch_tokens, doing)
+        order, best = results(self.model, encoded.tokens, self._likeliest, shape, batch_tokens, doing)
         tags = np.zeros(sum(map(len, sentences)), np.int64)
         scores = np.zeros(len(tags), np.float32)
         at = encoded.tokens.take(encoded.words, order)
@@ -157,11 +157,11 @@ class TextTagger:
             found.append(_entities(text, places, [labels[i] for i in tags[mine].tolist()], scores[mine]))
         return found
 
-
-def _likeliest(out: Any, packing: Packing) -> Tensor:
-    """`[tokens, 2]`: the probability of each token's likeliest tag, and its number."""
-    best, label = out.logits.float().softmax(1).max(1)
-    return torch.stack([best, label.float()], dim=1)
+    def _likeliest(self, ids: Tensor, types: Tensor | None, packing: Packing) -> Tensor:
+        """`[tokens, 2]`: the probability of each token's likeliest tag, and its number."""
+        out = self.model(ids, token_type_ids=types, packing=packing)
+        best, label = out.logits.float().softmax(1).max(1)
+        return torch.stack([best, label.float()], dim=1)
 
 
 def _entities(
@@ -176,9 +176,8 @@ def _entities(
 
 
 def _strings_or_words(texts: Iterable[str | Sequence[str]]) -> list[str | list[str]]:
-    check_texts(texts)
     found: list[str | list[str]] = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(items_of(texts)):
         if not isinstance(text, str | list | tuple):
             raise ArgumentError(f"texts[{i}]", f"a {type(text).__name__}", "a string, or a list of words")
         for j, word in enumerate(() if isinstance(text, str) else text):

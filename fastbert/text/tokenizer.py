@@ -20,7 +20,7 @@ from fastbert.checkpoints.files import checkpoint_folder
 from fastbert.checkpoints.special_tokens import BERT_NAMES, library_errors
 from fastbert.checkpoints.tokenizer import TokenizerSettings, framed, read_tokenizer
 from fastbert.errors import ArgumentError, CheckpointError
-from fastbert.text.checks import SURROGATE, Text, check_texts, checked_texts
+from fastbert.text.checks import SURROGATE, Text, checked_texts, items_of
 from fastbert.text.cutting import neighbours, parts, windows
 from fastbert.text.tokens import SentenceTokens, Tokens, WordTokens
 
@@ -101,8 +101,7 @@ class Tokenizer:
             ArgumentError: an item is something else, or `max_length` leaves no room for a token.
             CheckpointError: the folder's rules fail at one of these texts, or lose a text of a pair.
         """
-        check_texts(texts)
-        texts = list(texts)
+        texts = list(items_of(texts))
         pairs = bool(texts) and not isinstance(texts[0], str)
         special = self._tokenizer.num_special_tokens_to_add(pairs)
         if max_length <= special:
@@ -227,6 +226,15 @@ class Tokenizer:
         return self._id_of("mask_token", "[MASK]", "<mask>")
 
     @property
+    def mask_token(self) -> str:
+        """How that token is spelled in a text.
+
+        Raises:
+            CheckpointError: the vocabulary has none.
+        """
+        return str(self._tokenizer.id_to_token(self.mask_id))
+
+    @property
     def unknown_id(self) -> int:
         """The id of the token for what the vocabulary lacks.
 
@@ -251,6 +259,25 @@ class Tokenizer:
         normalizer = self._tokenizer.normalizer
         return self._tokenizer.token_to_id(word if normalizer is None else normalizer.normalize_str(word))
 
+    def id_of_token(self, text: str) -> int | None:
+        """The id of a token, by its spelling in the vocabulary or as all that a text is cut into; else None."""
+        if (found := self._tokenizer.token_to_id(text)) is not None:
+            return found
+        [pieces] = self._bare(checked_texts([text], pairs=False))
+        return pieces[0] if len(pieces) == 1 and pieces[0] != self._find("unk_token", "[UNK]", "<unk>") else None
+
+    def text_of(self, token: int) -> str:
+        """What a token stands for in a text; "" where the vocabulary has none of this id."""
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
+    def description(self) -> str:
+        """All that decides the ids of a text but `max_length`; where two are equal, so are the ids."""
+        with self._lock:
+            self._tokenizer.no_truncation()
+            rules = self._tokenizer.to_str()
+        settings = self._settings
+        return f"{settings.truncation_side} {settings.split_special_tokens} {settings.token_types} {rules}"
+
     def lower_case(self) -> None:
         """Lowercase texts before the folder's own rules, from now on."""
         own = self._tokenizer.normalizer
@@ -262,16 +289,21 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def _id_of(self, role: str, *usual: str) -> int:
-        """The token of a role, by the folder's name for it, else by a usual one."""
+        """The token of a role; see `_find`."""
+        if (found := self._find(role, *usual)) is not None:
+            return found
         spellings = [self._settings.names[role]] if role in self._settings.names else usual
-        for token in spellings:
-            if (found := self._tokenizer.token_to_id(token)) is not None:
-                return found
         mend = f"tokenizer_config.json may name another: {role}."
         source = self._settings.source
         raise CheckpointError(
             source, f"a vocabulary without {spellings[0]}", f"one with {' or '.join(spellings)}", mend
         )
+
+    def _find(self, role: str, *usual: str) -> int | None:
+        """The token of a role, by the folder's name for it, else by a usual one; None where there is none."""
+        spellings = [self._settings.names[role]] if role in self._settings.names else usual
+        found = (self._tokenizer.token_to_id(token) for token in spellings)
+        return next((token for token in found if token is not None), None)
 
     def _typed(self, pairs: bool) -> bool:
         """Whether tokens have types other than 0."""

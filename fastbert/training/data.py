@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.errors import ArgumentError
+from fastbert.text.records import JSON, ending, has_records, read_lines, read_records
 from fastbert.training.metrics import TAGS, odd_tag
-from fastbert.training.records import JSON, ending, has_records, read_lines, read_records
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|[\r\n]+")
 CONLLU_COLUMNS = 10  # of them the second is the word and the fourth its part of speech

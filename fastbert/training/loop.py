@@ -31,8 +31,8 @@ from fastbert.backend import usable_device
 from fastbert.checkpoints.files import read_json
 from fastbert.checkpoints.load import save
 from fastbert.errors import ArgumentError
+from fastbert.lock import locked
 from fastbert.training.allocator import freed_memory_kept
-from fastbert.training.lock import LOCK, locked
 from fastbert.training.objectives import OBJECTIVES, Batch, Examples, Objective
 from fastbert.training.optimizer import adamw, learning_rate
 from fastbert.training.parallel import Processes, joined, own_device, shares, spread
@@ -44,6 +44,7 @@ from fastbert.training.word_gradient import WordGradient
 from fastbert.transfer import fetch
 from fastbert.writing import remove
 
+LOCK = ".training.lock"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process, wherever the shards are
 
 
@@ -112,7 +113,7 @@ def _train(
     check("max_length", settings.max_length, settings.max_length <= positions, f"at most the {positions} positions")
     processes.wait()  # nobody writes before everybody has looked
     out.mkdir(parents=True, exist_ok=True)
-    with freed_memory_kept(), locked(out) if processes.rank == 0 else nullcontext():
+    with freed_memory_kept(), locked(out / LOCK, "training") if processes.rank == 0 else nullcontext():
         if processes.rank == 0:
             _check_out(out, resume)  # another training may have been here since
         run = _Run(settings, objective, model, examples, valid, processes)

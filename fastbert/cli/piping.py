@@ -1,11 +1,10 @@
-"""What goes into a command and what comes out: lines of text as they arrive, results that are whole or not there."""
+"""The pipes of a command: lines as they arrive, results that are whole or not there, signals."""
 
 from __future__ import annotations
 
 import codecs
 import errno
 import os
-import re
 import select
 import signal
 import sys
@@ -23,11 +22,6 @@ READER_GONE = 128 + signal.SIGPIPE
 LINES_AT_ONCE = 8192
 BLOCK = 2**18  # bytes of a read
 PATIENCE = 0.1  # seconds that lines wait for company
-
-# Endings that promise another format than JSON lines.
-_OTHER_FORMATS = re.compile(
-    r"\.(arrow|bz2|csv|feather|gz|h5|npy|npz|parquet|pkl|pt|safetensors|tsv|xlsx|xz|zip|zst)", re.IGNORECASE
-)
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -59,8 +53,27 @@ def _end(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+class Noted:
+    """Lines that are odd: how many, and the number of the first."""
+
+    def __init__(self) -> None:
+        self.count, self.first = 0, 0
+
+    def add(self, number: int) -> None:
+        """Count the line of this number."""
+        self.count, self.first = self.count + 1, self.first or number
+
+    def report(self, what: str, so: str = "") -> None:
+        """Say it on stderr, if there are any."""
+        if self.count:
+            say(f"{what}: {self.count} (first: line {self.first}){so}")
+
+
 class Lines:
-    """The texts of a file, or of stdin: lines, told apart by \\n alone. U+2028, vertical tab and form feed are text."""
+    """The lines of a file, or of stdin, told apart by \\n alone. U+2028, vertical tab and form feed are text.
+
+    A \\r at the end of a line stays.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the file.
@@ -68,7 +81,7 @@ class Lines:
         Raises:
             ArgumentError: it can't be read.
         """
-        self._count, self._empty, self._damaged = 0, [0, 0], [0, 0]  # of each how many, and the number of the first
+        self._count, self._damaged = 0, Noted()
         self._name = str(path)
         if self._name == "-":
             if sys.stdin is None:
@@ -83,7 +96,7 @@ class Lines:
             raise ArgumentError("INPUT", f"{path}: {error.strerror}", "a file of texts, or - for stdin") from error
 
     def parts(self, results: IO[bytes]) -> Generator[list[str], None, None]:
-        """The texts in lists of at most LINES_AT_ONCE; an empty list where the next one may be long in coming.
+        """The lines in lists of at most LINES_AT_ONCE; an empty list where the next one may be long in coming.
 
         A list ends early where nothing more is there to read PATIENCE after it began.
 
@@ -134,30 +147,15 @@ class Lines:
             line = line.removeprefix(_BYTE_ORDER_MARK)
             _check_utf8(self._name, line)
         self._count += 1
-        line = line.removesuffix(b"\r")
         try:
-            text = line.decode()
+            return line.decode()
         except UnicodeDecodeError:
-            text = line.decode(errors="replace")
-            self._note(self._damaged)
-        if not text:
-            self._note(self._empty)
-        return text
+            self._damaged.add(self._count)
+            return line.decode(errors="replace")
 
-    def _note(self, kind: list[int]) -> None:
-        kind[0] += 1
-        kind[1] = kind[1] or self._count
-
-    def odd(self) -> Iterator[str]:
-        """What was odd about them, to be said when all were read."""
-        damaged, first = self._damaged
-        if damaged:
-            yield f"lines with bytes that are not UTF-8: {damaged} (first: line {first}); U+FFFD stands for those bytes"
-        empty, first = self._empty
-        if empty:
-            yield f"empty lines, taken as empty texts: {empty} (first: line {first})"
-        if not self._count:
-            yield "the input is empty: no results"
+    def report(self) -> None:
+        """Say what was odd about them, when all were read."""
+        self._damaged.report("lines with bytes that are not UTF-8", "; U+FFFD stands for those bytes")
 
 
 def check_output(output: Path | None) -> Path | None:
@@ -176,12 +174,6 @@ def check_output(output: Path | None) -> Path | None:
     elif not _is_pipe_or_device(output):
         check_replaceable(output)
     return output
-
-
-def check_ending(output: Path | None, mend: str = "") -> None:
-    """Raise ArgumentError if the name of a file of JSON lines promises something else."""
-    if output is not None and _OTHER_FORMATS.fullmatch(output.suffix):
-        raise ArgumentError("--output", output, "another ending, such as .jsonl, for JSON lines", mend)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+OBJECTS = "a JSON object a line, or an array of objects"
 NUL_SHARE = 0.2  # of the first bytes: text in UTF-16 has a NUL beside each Latin letter
+
+_Numbered = Iterator[tuple[int, dict[str, str | None]]]
 
 
 def ending(path: Path) -> str:
@@ -68,47 +71,85 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    _, rows = table(path, io.StringIO(_content(path), newline=""), delimiter)
+    for number, row in rows:
+        yield f"{path}, line {number}", row
+
+
+def table(path: Path, lines: Iterable[str], delimiter: str) -> tuple[list[str], _Numbered]:
+    """The names of the columns, and `(number, row)` of each row: the number is that of its last line.
+
+    A row that is shorter than the header has None at its end.
+
+    Args:
+        path: for errors.
+
+    Raises:
+        ArgumentError: the lines are damaged, two columns have one name, or, when it is read, a row is longer than the
+            header.
+    """
     csv.field_size_limit(CSV_FIELD_CHARACTERS)
-    rows = csv.reader(io.StringIO(_content(path), newline=""), delimiter=delimiter, strict=True)
-    read = 1
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    header = [name.strip() for name in _next(path, rows) or []]
+    for name, count in Counter(header).items():
+        if name and count > 1:
+            raise ArgumentError(f"{path}, line 1", f"two columns {name!r}", "columns of different names")
+    return header, _rows(path, header, rows)
+
+
+def _rows(path: Path, header: list[str], rows: Any) -> _Numbered:
+    while (row := _next(path, rows)) is not None:
+        if len(row) > len(header):
+            place, got = f"{path}, line {rows.line_num}", f"{len(row)} fields"
+            raise ArgumentError(place, got, f"{len(header)}, as the header has", "Put texts with commas in quotes.")
+        if row:
+            yield rows.line_num, dict(zip(header, [*row, *[None] * (len(header) - len(row))], strict=True))
+
+
+def _next(path: Path, rows: Any) -> list[str] | None:
+    read = rows.line_num
     try:
-        header = [name.strip() for name in next(rows, [])]
-        for name, count in Counter(header).items():
-            if name and count > 1:
-                raise ArgumentError(f"{path}, line 1", f"two columns {name!r}", "columns of different names")
-        for row in rows:
-            read = rows.line_num
-            place = f"{path}, line {read}"
-            if len(row) > len(header):
-                got = f"{len(row)} fields"
-                raise ArgumentError(place, got, f"{len(header)}, as the header has", "Put texts with commas in quotes.")
-            if row:
-                yield place, dict(zip(header, [*row, *[None] * (len(header) - len(row))], strict=True))
+        return next(rows, None)
     except csv.Error as error:
         place = f"{path}, after line {read}"
         raise ArgumentError(place, str(error), f"a {ending(path)} file with a header") from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    expected = "a JSON object a line, or an array of objects"
     content = _content(path)
     if content.lstrip().startswith("["):
-        try:
-            items = [(f"{path}, item {number}", item) for number, item in enumerate(json.loads(content), start=1)]
-        except (ValueError, RecursionError) as error:
-            raise ArgumentError(str(path), str(error), expected) from error
+        for number, item in enumerate(_json(str(path), content), start=1):
+            yield f"{path}, item {number}", _object(f"{path}, item {number}", item)
     else:
-        items = []
         for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
-                try:
-                    items.append((f"{path}, line {number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise ArgumentError(f"{path}, line {number}", str(error), expected) from error
-    for place, item in items:
-        if not isinstance(item, dict):
-            raise ArgumentError(place, f"{item!r:.80}", expected)
-        yield place, item
+                place = f"{path}, line {number}"
+                yield place, json_object(place, line)
+
+
+def json_object(place: str, line: str) -> dict[str, Any]:
+    """The object in a line of JSON.
+
+    Args:
+        place: names the line in an error.
+
+    Raises:
+        ArgumentError: it holds something else.
+    """
+    return _object(place, _json(place, line))
+
+
+def _json(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(place, str(error), OBJECTS) from error
+
+
+def _object(place: str, item: Any) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise ArgumentError(place, f"{item!r:.80}", OBJECTS)
+    return item
 
 
 def _content(path: Path) -> str:

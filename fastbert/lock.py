@@ -1,4 +1,4 @@
-"""A lock on a folder: one training at a time writes there, whatever else was started."""
+"""A lock on a folder: one run at a time writes there, whatever else was started."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from pathlib import Path
 
 from fastbert.errors import ArgumentError
 
-LOCK = ".training.lock"
-
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder until the block ends, or the process does, however that is.
+def locked(path: Path, doing: str) -> Iterator[None]:
+    """Hold the folder of `path`, the lock's file, until the block ends, or the process does, however that is.
 
     A file system without locks is a warning.
+
+    Args:
+        path: the same for all that keep each other out.
+        doing: what is done in the folder meanwhile, for those who are kept out: "training".
 
     Raises:
         ArgumentError: another process holds it, or the lock is no file: through a link we would empty another file.
     """
-    path = folder / LOCK
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ArgumentError(str(path), "a link, folder or device", "a file of our own, or nothing", "Remove it.")
     file = path.open("a+")
@@ -36,11 +37,12 @@ def locked(folder: Path) -> Iterator[None]:
             with file:
                 owner = file.read().strip() or "another process"
             mend = "Wait until it has ended, or choose another."
-            got = f"a folder that {owner} is training in"
-            raise ArgumentError(str(folder), got, "one for each training", mend) from error
+            got = f"a folder that {owner} is {doing} in"
+            raise ArgumentError(str(path.parent), got, "a folder for each run", mend) from error
         except OSError as error:
             warnings.warn(
-                f"{folder} can't be locked ({error.strerror}): see that no other training is there", stacklevel=3
+                f"{path.parent} can't be locked ({error.strerror}): see that nothing else is {doing} there",
+                stacklevel=3,
             )
             break
         if _is_file(path, file.fileno()):
