@@ -15,7 +15,7 @@ from rich.table import Table
 
 import fastbert
 from fastbert.assets import fetch
-from fastbert.rivals.bench import SENTENCES
+from fastbert.rivals import SENTENCES
 
 QUERIES = ("Tips for baking bread at home", "problems with a computer", "discoveries in astronomy")
 
@@ -40,9 +40,9 @@ def main() -> int:
             table.add_row(f"{cosines[row]:.3f}", sentences[row])
         console.print(table, "")
 
-    console.print("[bold]4. The same sentences by each library that is installed[/bold]: fastbert bench, half a minute")
+    console.print("[bold]4. Speed[/bold], beside each library that is installed: fastbert bench, half a minute or more")
     report = fastbert.bench(folder, sentences, progress=sys.stderr.isatty())
-    console.print(report)
+    console.print(report, soft_wrap=True)
     return 1 if any(name.startswith("fastbert") for name in report.wrong) else 0
 
 

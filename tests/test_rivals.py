@@ -207,20 +207,30 @@ def test_the_next_one_is_the_reference_where_the_first_fails(
         fastbert.bench(folder, TEXTS)
 
 
-def test_quick_takes_as_many_texts_as_a_call_has_time_for(
-    folder: Path, among: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    among()
-    many = TEXTS * 100
-    monkeypatch.setattr(bench, "CALL_SECONDS", 1e-9)
-    few = fastbert.bench(folder, many)
-    assert few.texts == bench.PILOT < few.given == 300
-    monkeypatch.setattr(bench, "CALL_SECONDS", 1e9)
-    assert fastbert.bench(folder, many).texts == 300
+def test_quick_takes_batches_of_like_lengths_spread_over_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def make(job: Job) -> Contender:
+        def run(texts: Sequence[Any]) -> Any:
+            calls.append(list(texts))
+            return np.ones((len(texts), 1), np.float32)
+
+        return Contender(run)
+
+    monkeypatch.setattr(bench, "entries", lambda device: [Entry("one", "fp32", make)])
+    many = [" ".join(["film"] * (1 + i % 40)) for i in range(32 * 20)]  # 16 of each length
+    for seconds, batches in ((1e-9, 1), (1e9, 20)):
+        monkeypatch.setattr(bench, "CALL_SECONDS", seconds)
+        calls.clear()
+        report = fastbert.bench(folder, many)
+        assert report.given == len(many) and report.texts == 32 * batches
+        lengths = sorted((len(text.split()) for text in calls[-1]), reverse=True)
+        groups = [lengths[begin : begin + 32] for begin in range(0, len(lengths), 32)]
+        assert all(group[0] - group[-1] <= 1 for group in groups)
+        assert abs(np.mean(lengths) - 20.5) <= 1.5
     monkeypatch.setattr(bench, "MOST_DRAWN", 100)
     assert fastbert.bench(folder, many).texts == 100
-    monkeypatch.setattr(bench, "CALL_SECONDS", 1e-9)
-    assert fastbert.bench(folder, many, full=True).texts == 300
+    assert fastbert.bench(folder, many, full=True).texts == len(many)
 
 
 def test_without_texts_it_takes_its_own(folder: Path, among: Callable[..., None]) -> None:
@@ -262,22 +272,30 @@ def test_labels_and_scores(labels: int, brief: None, tmp_path: Path, among: Call
 # The libraries themselves
 
 
-def kind_of_distilbert(folder: Path) -> Path:
-    """DistilBERT has no types of tokens and no pooler, and names its sizes otherwise."""
+def of_another_family(folder: Path, family: str) -> Path:
+    """DistilBERT has no types of tokens and no pooler, and names its sizes otherwise; MPNet has no SDPA."""
     transformers = pytest.importorskip("transformers", reason="it makes the model")
-    config = transformers.DistilBertConfig(
-        vocab_size=len(tiny_bert.VOCABULARY), dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=48
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    if family == "DistilBert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(tiny_bert.VOCABULARY), max_position_embeddings=50, initializer_range=0.2, pad_token_id=0, **sizes
     )
-    transformers.DistilBertModel(config).save_pretrained(folder)
+    getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(tiny_bert.VOCABULARY) + "\n")
+    tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", mask_token="[MASK]", model_max_length=48,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["embeddings", "distilbert", "labels", "pairs", "scores"])
+@pytest.mark.parametrize("kind", ["embeddings", "DistilBert", "MPNet", "labels", "pairs", "scores"])
 def test_libraries_agree(kind: str, brief: None, tmp_path: Path) -> None:
-    if kind == "distilbert":
-        folder = kind_of_distilbert(tmp_path / "model")
+    if kind in ("DistilBert", "MPNet"):
+        folder = of_another_family(tmp_path / "model", kind)
     elif kind == "embeddings":
         folder = tiny_bert.make(tmp_path / "model")
     else:

@@ -32,8 +32,9 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from fastbert.rivals import SENTENCES
+
 SERVER = Path(__file__).with_name("server.py")
-SENTENCES = Path(__file__).parents[1] / "sentences.txt"
 START_SECONDS = 180
 OVERLOADED = "429"
 

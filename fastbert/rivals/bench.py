@@ -23,7 +23,8 @@ from fastbert.backend import first_device, usable_device
 from fastbert.cpu.machine import Machine, host
 from fastbert.errors import ArgumentError, BackendError
 from fastbert.installed import version
-from fastbert.rivals.contenders import Answers, Contender, Entry, Job, Kind, entries
+from fastbert.rivals import SENTENCES
+from fastbert.rivals.contenders import BATCH, Answers, Contender, Entry, Job, Kind, entries
 from fastbert.rivals.runtimes import INT8_COSINE, UnservedError, failures, quiet_transformers
 from fastbert.rivals.turns import Spread, interleaved
 from fastbert.tasks.loading import unserved
@@ -32,12 +33,9 @@ from fastbert.text.checks import Text, check_texts
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SENTENCES = Path(__file__).with_name("sentences.txt")
-
 # Without `full`: seconds of a call of the reference, which say how many texts are taken, and of all rounds together.
 CALL_SECONDS, QUICK_SECONDS = 0.7, 20.0
 FULL_SECONDS = 60.0  # of all rounds together, with `full`; three rounds at least
-PILOT = 32  # texts that the reference is tried on, to know its speed; as many are taken at least
 MOST_DRAWN = 4096  # texts that are looked at without `full`
 
 # What is wrong, and no rounding: the least cosine of an embedding with the reference's, and the largest mean difference
@@ -165,7 +163,7 @@ def bench(
     Args:
         model: a Hugging Face checkpoint folder, of a classifier, a cross-encoder, or an encoder for embeddings.
         texts: strings, or pairs of strings; by default 300 English sentences that come with fastbert.
-        full: take all texts; otherwise as many, by chance, as make it about a minute.
+        full: take all texts; otherwise as many batches of them as make it about a minute with a small model.
         device: where all compute; the first GPU, or the CPU where there is none.
         max_length: most tokens of a text; by default as for `TextEncoder.encode`.
         progress: show a bar on stderr.
@@ -202,7 +200,8 @@ def bench(
             try:
                 contender = entry.make(job)
                 if wanted is None and not full:
-                    drawn = drawn[: _enough(contender, drawn, lengths)]
+                    taken = _taken(contender, drawn, lengths)
+                    drawn, lengths = [drawn[i] for i in taken], lengths[taken]
                 answers = contender.array(contender.run(drawn))
             except failures() as error:
                 left_out[str(entry)] = _reason(error)
@@ -218,7 +217,7 @@ def bench(
             raise BackendError("model", f"nobody who computes it ({reasons})", "one library that does")
         budget = FULL_SECONDS if full else QUICK_SECONDS
         seconds = interleaved(runs, budget=budget, watch=partial(show, "timing"))
-    tokens, medians = int(lengths[: len(drawn)].sum()), {entry: Spread.of(seconds[entry]).median for entry in runs}
+    tokens, medians = int(lengths.sum()), {entry: Spread.of(seconds[entry]).median for entry in runs}
     reference = next(iter(runs))
     rows = [
         Row(entry.name, entry.dtype, seconds[entry], tokens / took, medians[reference] / took, accuracy[entry])
@@ -232,7 +231,7 @@ def bench(
         texts=len(drawn),
         tokens=tokens,
         max_length=job.max_length,
-        cut=int((lengths[: len(drawn)] == job.max_length).sum()),
+        cut=int((lengths == job.max_length).sum()),
         machine=_machine(device),
         threads=torch.get_num_threads(),
         versions={name: version(name) for name in sorted({"torch", *(row.name for row in rows)})},
@@ -252,14 +251,23 @@ def _listed(texts: Iterable[Text]) -> list[Text]:
     return found
 
 
-def _enough(contender: Contender, texts: Sequence[Text], lengths: npt.NDArray[np.int64]) -> int:
-    """How many texts, the first ones, take the reference `CALL_SECONDS`."""
-    pilot = texts[:PILOT]
+def _taken(contender: Contender, texts: Sequence[Text], lengths: npt.NDArray[np.int64]) -> list[int]:
+    """Of these texts some that take the reference `CALL_SECONDS`, one batch at least.
+
+    They are batches of all texts sorted by length, evenly spread, so that whoever pads has no more padding in them than
+    among all texts.
+    """
+    order = np.argsort(-lengths, kind="stable")  # as contenders.by_length
+    batches = [order[begin : begin + BATCH].tolist() for begin in range(0, len(order), BATCH)]
+    middle = batches[len(batches) // 2]
+    pilot = [texts[i] for i in middle]
     contender.run(pilot)  # the first call is slow
     begin = time.perf_counter()
     contender.run(pilot)
-    speed = int(lengths[: len(pilot)].sum()) / (time.perf_counter() - begin)
-    return max(PILOT, int(np.searchsorted(lengths.cumsum(), CALL_SECONDS * speed)))
+    speed = int(lengths[middle].sum()) / (time.perf_counter() - begin)
+    tokens = CALL_SECONDS * speed
+    count = min(max(1, round(tokens / lengths.sum() * len(batches))), len(batches))
+    return sorted(i for k in range(count) for i in batches[(2 * k + 1) * len(batches) // (2 * count)])
 
 
 def _compare(kind: Kind, dtype: str, got: Answers, wanted: Answers) -> tuple[dict[str, float], str | None]:

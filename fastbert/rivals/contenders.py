@@ -246,7 +246,7 @@ def _bare(job: Job, run: Run) -> Contender:
 
 def _transformers(dtype: DTypeName, job: Job) -> Contender:
     source = job.source
-    model = runtimes.transformers_model(job.transformer, DTYPES[dtype], job.device, head=source.head)
+    model = runtimes.transformers_model(job.transformer, DTYPES[dtype], job.device, attention=None, head=source.head)
 
     def run(*inputs: Tensor) -> Tensor:
         out = model(**dict(zip(source.inputs, inputs, strict=True)))

@@ -70,9 +70,16 @@ class Source:
 
 
 def transformers_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, *, attention: str = "sdpa", head: bool = False
+    folder: Path, dtype: torch.dtype, device: torch.device, *, attention: str | None = "sdpa", head: bool = False
 ) -> nn.Module:
     """transformers' model of a checkpoint, in eval mode: its body, without pooler, or with `head` its classifier.
+
+    Args:
+        folder: the checkpoint.
+        dtype: of its parameters.
+        device: where they are.
+        attention: a name of transformers'; None for its own choice, which is SDPA where a model has it.
+        head: whether to load the classifier.
 
     Raises:
         UnservedError: transformers is not installed.
