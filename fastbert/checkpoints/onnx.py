@@ -13,6 +13,7 @@ from fastbert import backend
 from fastbert.checkpoints.architectures import architectures
 from fastbert.checkpoints.load import Origin, read_model
 from fastbert.errors import ArgumentError, BackendError, CheckpointError
+from fastbert.installed import optional
 from fastbert.model.body import EncoderModel, token_positions_on_grid
 from fastbert.model.heads import (
     EncoderForMaskedLM,
@@ -22,7 +23,6 @@ from fastbert.model.heads import (
     HeadModel,
     body_of,
 )
-from fastbert.optional import optional
 from fastbert.run import eager, padded
 from fastbert.run.eager import Registers
 
