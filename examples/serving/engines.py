@@ -21,7 +21,7 @@ from fastbert.packing import Packing
 from fastbert.tasks.batch_tokens import default_batch_tokens
 from fastbert.tasks.loading import DTYPES, DTypeName
 from fastbert.tasks.max_length import tokens_at_most
-from fastbert.tasks.results import results
+from fastbert.tasks.results import Compute, results
 from fastbert.text.checks import Text
 from fastbert.text.tokens import Tokens
 
@@ -114,13 +114,14 @@ def _embedding(folder: Path, dtype: DTypeName | None, device: str | None, batch_
     width = embedder.width(model.config.hidden_size)
     batch_tokens = batch_tokens or default_batch_tokens(model, next(model.parameters()).device)
 
-    def embeddings(out: Any, packing: Packing) -> Tensor:
+    def embeddings(ids: Tensor, types: Tensor | None, packing: Packing) -> Tensor:
+        out = model(ids, token_type_ids=types, packing=packing, output_pooled=False)
         return embedder(out.last_hidden_state, packing)
 
     return Engine(
         task="embed",
         tokenize=encoder.tokenizer.encode,
-        compute=lambda tokens: _rows(model, tokens, embeddings, width, batch_tokens, output_pooled=False),
+        compute=lambda tokens: _rows(model, tokens, embeddings, width, batch_tokens),
         width=width,
         longest=tokens_at_most(None, encoder.tokenizer, model.config, recipe.max_length),
         batch_tokens=batch_tokens,
@@ -144,8 +145,8 @@ def _scoring(folder: Path, task: Task, dtype: DTypeName | None, device: str | No
     labels = model.head_config.labels
     batch_tokens = batch_tokens or default_batch_tokens(model, next(model.parameters()).device)
 
-    def logits(out: Any, packing: Packing) -> Tensor:
-        return out.logits.float()
+    def logits(ids: Tensor, types: Tensor | None, packing: Packing) -> Tensor:
+        return model(ids, token_type_ids=types, packing=packing).logits.float()
 
     return Engine(
         task=task,
@@ -163,13 +164,12 @@ def _scoring(folder: Path, task: Task, dtype: DTypeName | None, device: str | No
 def _rows(
     model: Any,
     tokens: Tokens,
-    result: Callable[[Any, Packing], Tensor],
+    compute: Compute,
     width: int,
     batch_tokens: int,
-    **asked: bool,
 ) -> Rows:
     """`tasks.results.results` in the order of the texts; a row that is not finite is its own request's error."""
-    order, found = results(model, tokens, result, (len(tokens.lengths), width), batch_tokens, None, **asked)
+    order, found = results(model, tokens, compute, (len(tokens.lengths), width), batch_tokens, None)
     rows = np.empty_like(found)
     rows[order] = found
     return rows

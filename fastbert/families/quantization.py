@@ -201,7 +201,5 @@ def _train(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
     """Raise CheckpointError, whatever it is given."""
-    mend = (
-        "fastbert.convert writes a folder in int8; torch.save keeps its state_dict(), which another such model loads."
-    )
+    mend = "fastbert.convert writes a folder in int8; torch.save keeps its state_dict(), for another quantized one."
     raise CheckpointError("model", "a quantized model", "the model that it was made of", mend)
