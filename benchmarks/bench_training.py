@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -149,7 +150,9 @@ class Race:
     parameters: int
 
 
-def race(order: str, dtype: str, rounds: int, turn: int, folder: Path) -> Race:
+def race(
+    order: str, dtype: str, rounds: int, turn: int, folder: Path, say: Callable[[str], None] = lambda line: None
+) -> Race:
     command = [sys.executable, __file__]
     commands = {name: [*command, name, order, dtype, str(turn), str(folder)] for name in FRAMEWORKS}
     answers: dict[str, list[Any]] = {name: [] for name in commands}
@@ -160,6 +163,8 @@ def race(order: str, dtype: str, rounds: int, turn: int, folder: Path) -> Race:
             for name, process in processes.items():
                 time.sleep(0.3)  # OpenMP's threads of the other spin for a while
                 answers[name].append(ask(process))
+                tokens = sum(map(sum, answers[name][-1]["lengths"]))
+                say(f"  {name}: {tokens / answers[name][-1]['seconds']:,.0f} tokens/s")
     return Race({name: given[1:] for name, given in answers.items()}, first[0]["parameters"])
 
 

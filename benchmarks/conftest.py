@@ -37,6 +37,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info.update(environment())
 
 
+@pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if lines := compared(PRESENTED):
         terminalreporter.section("beside rivals")

@@ -157,8 +157,9 @@ class Run:
 
     @property
     def commit(self) -> str:
-        """As much of it as git needs."""
-        return str(self.info["commit"])[:10]
+        """As much of it as git needs, and "+" where files had changed since."""
+        commit = str(self.info["commit"])
+        return commit[:10] + "+" * commit.endswith("+")
 
 
 def read_json(path: Path) -> Any:

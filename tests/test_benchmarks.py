@@ -764,7 +764,8 @@ def test_pytest_ends_with_the_rows_in_which_a_rival_is_faster(tmp_path: Path) ->
     slow = slow.replace("import absent", "import absent, delayed")
     done = run_toy(tmp_path, text=slow)
     assert done.returncode == 0, done.stdout + done.stderr
-    end = done.stdout.partition("beside rivals")[2]
+    tables, _, end = done.stdout.partition("beside rivals")
+    assert "benchmark 'toy forward" in tables and "benchmark '" not in end
     assert "fastbert is slower in 1 of 1 rows\n" in end
     assert "of the speed of rival: toy forward, toy b2 s5, fp" in end
 

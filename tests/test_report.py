@@ -181,14 +181,15 @@ def test_the_readme_has_a_line_of_texts_for_each_machine(root: Path) -> None:
     put(root, "cpu", CPU, ENCODER + texts(100, fastbert=10.0, transformers=20.0))
     promised = texts(1000, fastbert_int8=50.0, fastbert=100.0, OpenVINO=123.0, transformers=150.0)
     put(root, "cpu", CPU, promised, file="cpu.json", date="2026-01-03")
-    put(root, "gpu", GPU, [benchmark(op="text", dtype="fp16", device="Made-up GPU")], date="2026-01-04")
+    dirty = GPU | {"commit": f"{CPU['commit']}+"}
+    put(root, "gpu", dirty, [benchmark(op="text", dtype="fp16", device="Made-up GPU")], date="2026-01-04")
     put(root, "silent", CPU | {"cpu name": "No texts"}, ENCODER)
     render(root)
     text = (root / "README.md").read_text()
     assert text == (
         f"# By hand\n\n{BEGIN}\n\n"
         "- Made-up GPU, 2 threads: minilm b2 s8 uniform to embeddings by MiniLM, in tokens/s: fp16 10,000. "
-        "Commit 0123456789, 2026-01-04.\n"
+        "Commit 0123456789+, 2026-01-04.\n"
         "- Made-up CPU 9000, 2 threads: 1000 reviews to embeddings by MiniLM, in tokens/s: "
         "fp32 10,000 (1.23 times OpenVINO); int8 20,000. Commit 0123456789, 2026-01-03.\n\n"
         "![Real tokens/s of the encoder's forward by workload, Made-up CPU 9000](docs/performance/cpu-throughput.png)"
