@@ -247,7 +247,7 @@ def test_heads_over_int8(kind: str, folder: Path, tmp_path: Path) -> None:
         ).classify(TEXTS)
 
 
-FAMILIES = ["Roberta", "DistilBert", "Albert", "ModernBert", "NomicBert", "Gte"]
+FAMILIES = ["Roberta", "DistilBert", "Albert", "ModernBert", "MPNet", "NomicBert", "Gte", "DebertaV2"]
 
 
 @pytest.mark.filterwarnings("ignore:int8 is slower")

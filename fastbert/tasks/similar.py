@@ -148,7 +148,8 @@ class TextIndex:
 
         Raises:
             ArgumentError: an argument is not as described; `queries[i]` names the item.
-            BackendError: `library` is not installed, or a result is NaN or infinite.
+            BackendError: a result is NaN or infinite.
+            MissingError: `library` is not installed.
         """
         check_count("top_k", top_k)
         if library is not None and library not in get_args(Library):
