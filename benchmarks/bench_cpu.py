@@ -115,10 +115,10 @@ def rounds(case: Case, count: int, say: Callable[[str], None]) -> Turns:
     return turns
 
 
-@pytest.fixture
-def timed(benchmark: Any) -> None:
+@pytest.fixture(scope="module")
+def timed(pytestconfig: pytest.Config) -> None:
     """For tests of nothing but speed."""
-    if benchmark.disabled:
+    if pytestconfig.getoption("benchmark_disable"):
         pytest.skip("what is checked here is speed")
 
 
@@ -370,7 +370,7 @@ def serve(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory, say: Callable[[str], None]) -> dict[str, Any]:
+def training(timed: None, tmp_path_factory: pytest.TempPathFactory, say: Callable[[str], None]) -> dict[str, Any]:
     """Samples and facts of each framework, on batches by length."""
     pytest.importorskip("transformers", reason="the rival is not installed")
     folder = bench_training.prepared(tmp_path_factory.mktemp("training"))
@@ -380,7 +380,7 @@ def training(tmp_path_factory: pytest.TempPathFactory, say: Callable[[str], None
 
 
 @pytest.mark.parametrize("framework", bench_training.FRAMEWORKS)
-def test_training(framework: str, timed: None, training: dict[str, Any], benchmark: Any) -> None:
+def test_training(framework: str, training: dict[str, Any], benchmark: Any) -> None:
     seconds, found = training[framework]
     present(benchmark, "training, bucketed reviews, fp32", seconds, found)
 

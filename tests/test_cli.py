@@ -380,7 +380,7 @@ def test_what_nobody_foresaw_is_one_sentence(run: Run, monkeypatch: pytest.Monke
     assert (result.code, result.err) == (1, "fastbert: error: not enough memory: 2 TiB\n")
 
 
-COMMANDS = ("encode", "classify", "tag", "fill-mask", "score", "rerank", "similar", "train", "convert", "info")
+COMMANDS = ("encode", "classify", "tag", "fill-mask", "score", "rerank", "similar", "train", "convert", "bench", "info")
 
 
 def test_every_command_is_known(run: Run) -> None:

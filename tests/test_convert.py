@@ -247,7 +247,7 @@ def test_heads_over_int8(kind: str, folder: Path, tmp_path: Path) -> None:
         ).classify(TEXTS)
 
 
-FAMILIES = ["Roberta", "DistilBert", "Albert", "ModernBert", "NomicBert", "Gte"]
+FAMILIES = ["Roberta", "DistilBert", "Albert", "ModernBert", "MPNet", "NomicBert", "Gte", "DebertaV2"]
 
 
 @pytest.mark.filterwarnings("ignore:int8 is slower")
@@ -262,16 +262,6 @@ def test_families_in_int8(family: str, tmp_path: Path) -> None:
     same_modules(fastbert.load(tmp_path / "out"), fastbert.quantize(fastbert.load(tmp_path / "model"), dtype="int8"))
 
 
-def test_a_model_without_int8_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="makes the model")
-    from test_families import theirs_of
-
-    theirs_of("DebertaV2").save_pretrained(tmp_path / "model")
-    with pytest.raises(ArgumentError, match="expected plain ones"):
-        fastbert.convert(tmp_path / "model", tmp_path / "out", dtype="int8")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.filterwarnings("ignore:int8 is slower")
 def test_an_int8_folder_stays_int8(folder: Path, tmp_path: Path) -> None:
     fastbert.convert(folder, tmp_path / "out", dtype="int8")
@@ -279,7 +269,7 @@ def test_an_int8_folder_stays_int8(folder: Path, tmp_path: Path) -> None:
         fastbert.load(tmp_path / "out", dtype=torch.bfloat16)
     with pytest.raises(ArgumentError, match=r"dtype: got 'fp32'; expected int8 or nothing, for a folder in int8"):
         TextEncoder.from_folder(tmp_path / "out", dtype="fp32")
-    with pytest.raises(ArgumentError, match=r"model: got a quantized model; .* fastbert.convert writes"):
+    with pytest.raises(CheckpointError, match=r"model: got a quantized model; .* fastbert.convert writes"):
         fastbert.save(fastbert.load(tmp_path / "out"), tmp_path / "saved")
     with pytest.raises(ArgumentError, match="can't be trained"):
         fastbert.load(tmp_path / "out").train()
@@ -345,5 +335,6 @@ def test_a_model_of_no_layers(tmp_path: Path) -> None:
     fastbert.save(BertModel(EncoderConfig(50, 32, num_layers=0, num_heads=2, intermediate_size=48)), tmp_path / "model")
     fastbert.convert(tmp_path / "model", tmp_path / "out", dtype="int8")
     ids = torch.tensor([[2, 5, 3]])
-    got, expected = (fastbert.load(tmp_path / one)(ids).last_hidden_state for one in ("out", "model"))
+    with torch.no_grad():
+        got, expected = (fastbert.load(tmp_path / one)(ids).last_hidden_state for one in ("out", "model"))
     assert torch.equal(got, expected)

@@ -420,7 +420,8 @@ def test_user_case_13_gradient_checkpointing(reentrant):
         loss.backward()
         found.append((total, loss.item(), [p.grad.clone() for p in ours.parameters()]))
     assert found[1][0] < 0.5 * found[0][0]
-    assert found[1][1] == found[0][1]
+    # a reentrant checkpoint runs it without a gradient first, where a library may multiply instead of kernels of ours
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-6, atol=0)
     for one, other in zip(found[0][2], found[1][2], strict=True):
         torch.testing.assert_close(one, other)
 

@@ -16,7 +16,7 @@ import pytest
 
 from fastbert.cli import piping
 from fastbert.cli.inputs import Kind, Texts
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.errors import ArgumentError, MissingError
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_parquet(tmp_path: Path, out: IO[bytes], monkeypatch: pytest.MonkeyPatch
 def test_parquet_names_the_library_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        BackendError, match=r"pyarrow: got a library that is not installed.*pip install pyarrow.*\[parquet\]"
+        MissingError, match=r"pyarrow: got a library that is not installed.*pip install pyarrow.*the extra `parquet`"
     ):
         Texts(tmp_path / "a.parquet", None, None)
 

@@ -13,7 +13,7 @@ import pytest
 
 from fastbert.cli import piping
 from fastbert.cli.outputs import OutputFormat, output_format, writing
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.errors import ArgumentError, MissingError
 
 RECORD = {
     "text": ["", ""],
@@ -103,5 +103,5 @@ def test_the_ending_says_what_is_written(tmp_path: Path, monkeypatch: pytest.Mon
             output_format(path, given)  # type: ignore[arg-type]
     for module in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(BackendError, match=r"pip install pyarrow"):
+    with pytest.raises(MissingError, match=r"pip install pyarrow"):
         output_format(tmp_path / "x.parquet", None)

@@ -257,6 +257,15 @@ def test_an_engine_gives_the_embeddings_of_the_folder(dtype: Any, folder: Path) 
     assert engine.longest == 48
 
 
+def test_an_engine_keeps_the_columns_and_prompts_of_the_folder(tmp_path: Path) -> None:
+    folder = tiny_bert.with_prompts(tmp_path, query="the ")
+    settings = folder / "config_sentence_transformers.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"truncate_dim": 8}))
+    engine = engines.load("fastbert", folder, "embed", "fp32", "cpu", None)
+    assert engine.width == 8 and engine.prompts["query"] == "the "
+    assert np.allclose(rows_of(engine, TEXTS), fastbert.encode(TEXTS, folder, normalize=False), atol=1e-5)
+
+
 @pytest.mark.long
 def test_their_engine_gives_the_same(folder: Path) -> None:
     pytest.importorskip("sentence_transformers", reason=HOW)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_sentence import sentence_folder, write
 
 import fastbert
-from fastbert.errors import ArgumentError, BackendError
+from fastbert.errors import ArgumentError, MissingError
 from fastbert.tasks import similar as module
 from fastbert.tasks.encode import TextEncoder
 from fastbert.tasks.fingerprint import fingerprint, fingerprint_of_texts
@@ -113,7 +113,8 @@ def test_a_library_that_is_not_there(library: Library, encoder: TextEncoder, mon
     for name in (library, f"{library}.index"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     with pytest.raises(
-        BackendError, match=rf"{library}: got a library that is not installed.*pip install {library}.*\[search\]"
+        MissingError,
+        match=rf"{library}: got a library that is not installed.*pip install {library}.*the extra `search`",
     ):
         TextIndex.of(TEXTS, encoder).search(["a"], library=library)
 

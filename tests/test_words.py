@@ -197,7 +197,9 @@ def test_words_on_the_command_line(tagger: Path, tmp_path: Path) -> None:
     record = json.loads(run("whitespace", "the @ada met in rome.").stdout)
     assert record["text"] == "the @ada met in rome." and record["entities"][-1]["text"] == "rome."
     refused = run("json", "the @ada")
-    assert refused.returncode == 2 and "the line 'the @ada'; expected a JSON list of words" in refused.stderr
+    assert (
+        refused.returncode == 2 and "got 'the @ada', which is no JSON; expected a JSON list of words" in refused.stderr
+    )
 
 
 def test_time_of_a_long_run_grows_with_its_length() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastbert
 from fastbert.errors import ArgumentError
-from fastbert.model.sentence import ACTIVATIONS, Embedder
+from fastbert.model.sentence import ACTIVATIONS
 from fastbert.packing import Packing
 from fastbert.tasks.batch_tokens import default_batch_tokens
 from fastbert.tasks.loading import DTYPES, DTypeName
@@ -48,7 +47,6 @@ class Engine:
         labels: of the columns of logits.
         prompts: what may be put before texts, by name.
         prompt_name: of the one that is put there by default.
-        dimensions: how many columns of an embedding are kept by default; None for all.
     """
 
     task: Task
@@ -62,7 +60,6 @@ class Engine:
     labels: Sequence[str] = ()
     prompts: Mapping[str, str] = field(default_factory=dict)
     prompt_name: str | None = None
-    dimensions: int | None = None
 
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
@@ -108,10 +105,8 @@ def load(
 def _embedding(folder: Path, dtype: DTypeName | None, device: str | None, batch_tokens: int | None) -> Engine:
     encoder = fastbert.TextEncoder.from_folder(folder, dtype=dtype, device=device)
     model, recipe = encoder.model, encoder.recipe
-    embedder = recipe.embedder or Embedder()
-    if embedder.layers[-1:] == (F.normalize,):  # a request says whether its embeddings get length 1
-        embedder = replace(embedder, layers=embedder.layers[:-1])
-    width = embedder.width(model.config.hidden_size)
+    embedder = encoder.embedder(normalize=False)  # a request says whether its embeddings get length 1
+    width = encoder.width()
     batch_tokens = batch_tokens or default_batch_tokens(model, next(model.parameters()).device)
 
     def embeddings(ids: Tensor, types: Tensor | None, packing: Packing) -> Tensor:
@@ -128,7 +123,6 @@ def _embedding(folder: Path, dtype: DTypeName | None, device: str | None, batch_
         vocabulary=model.config.vocab_size,
         prompts=recipe.prompts,
         prompt_name=recipe.prompt_name,
-        dimensions=recipe.truncate_dim,
     )
 
 
@@ -200,7 +194,7 @@ def _theirs(folder: Path, task: Task, dtype: DTypeName | None, device: str | Non
         for texts in np.split(order, range(THEIR_BATCH, len(order), THEIR_BATCH)):
             ids = [tokens.ids[tokens.offsets[text] : tokens.offsets[text + 1]] for text in texts]
             features = model.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
-            rows[texts] = model(features)["sentence_embedding"].float().cpu().numpy()
+            rows[texts] = model(features)["sentence_embedding"][:, :width].float().cpu().numpy()
         return rows
 
     width = model.get_embedding_dimension()
@@ -214,5 +208,4 @@ def _theirs(folder: Path, task: Task, dtype: DTypeName | None, device: str | Non
         vocabulary=len(model.tokenizer),
         prompts={name: prompt or "" for name, prompt in model.prompts.items()},
         prompt_name=model.default_prompt_name,
-        dimensions=model.truncate_dim,
     )

@@ -257,7 +257,7 @@ class Service:
         width = self.engine.width
         if asked is not None and asked > width:
             raise RefusedError("invalid", f"`dimensions`: got {asked}; expected 1 to {width}")
-        return asked or self.engine.dimensions or width
+        return asked or width
 
     async def answer(
         self, request: Request, items: Sequence[Item], truncate: bool | None = None, prompt_name: str | None = None

@@ -54,9 +54,10 @@ def convert(
             `checkpoints.onnx.export`.
 
     Raises:
-        ArgumentError: an argument is not as described, a number does not fit the dtype, or the model has no int8.
-        BackendError: ONNX is asked for, and what makes it or checks it is not installed, or the check fails.
+        ArgumentError: an argument is not as described, a number does not fit the dtype, or the model has no ONNX.
+        BackendError: onnxruntime computes something else than the model.
         CheckpointError: the folder is not a checkpoint fastbert reads.
+        MissingError: ONNX is asked for, and what makes or runs it is not installed.
     """
     source, target = files.checkpoint_folder(folder), files.path_of(out)
     for name, value, known in (("dtype", dtype, (None, *get_args(DType))), ("to", to, get_args(Format))):
@@ -107,11 +108,7 @@ def _converted(folder: Path, dtype: DType | None) -> tuple[dict[str, Any], dict[
 
 
 def _matrices(folder: Path) -> list[str]:
-    """The keys of the weights that the layers multiply by.
-
-    Raises:
-        ArgumentError: the model has no int8.
-    """
+    """The keys of the weights that the layers multiply by."""
     model = load(folder, dtype=torch.float32)
     quantize(model, dtype="int8")  # which says where it can't
     names = {id(parameter): name for name, parameter in model.named_parameters()}

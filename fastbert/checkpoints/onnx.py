@@ -52,8 +52,9 @@ def export(folder: Path, path: Path) -> None:
 
     Raises:
         ArgumentError: the model has what is not recorded: disentangled attention, a convolution; or it is in int8.
-        BackendError: onnx, onnxscript or onnxruntime is not installed, or results in onnxruntime differ.
+        BackendError: results in onnxruntime differ.
         CheckpointError: the folder is not a checkpoint fastbert reads, or lacks the head that it names.
+        MissingError: onnx, onnxscript or onnxruntime is not installed.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         optional(module, "onnx", "to write ONNX and to compare it")

@@ -56,7 +56,7 @@ class Texts:
 
         Raises:
             ArgumentError: it can't be read, or the columns are not as many as an item has, or plain lines have none.
-            BackendError: Parquet is to be read, and pyarrow is not installed.
+            MissingError: Parquet is to be read, and pyarrow is not installed.
         """
         self._kind, self._format = kind, file_format or _ENDINGS.get(path.suffix.lower(), "text")
         self._columns, self._count, self._empty = tuple(columns or ()), 0, Noted()

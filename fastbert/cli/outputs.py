@@ -37,7 +37,7 @@ def output_format(output: Path | None, given: OutputFormat | None, *, npy: bool 
 
     Raises:
         ArgumentError: the file's ending promises what is not written.
-        BackendError: Parquet is asked for, and pyarrow is not installed.
+        MissingError: Parquet is asked for, and pyarrow is not installed.
     """
     ending = "" if output is None else output.suffix.lower()
     asked = given or _ENDINGS.get(ending, "jsonl")

@@ -239,7 +239,9 @@ class EncoderForMaskedLM(LabelledModel):
 
         Args:
             rows: int64 `[n]`.
-            input_ids, token_type_ids, packing: as `forward`.
+            input_ids: as `forward`.
+            token_type_ids: as there.
+            packing: as there.
             at_once: how many rows.
         """
         inputs = self.bert.read(input_ids, None, token_type_ids, None, None, packing)

@@ -13,7 +13,14 @@ from fastbert import backend
 from fastbert.errors import BackendError
 from fastbert.kernels import choices, linear_gelu_choices, target
 from fastbert.ops.bias_gelu import bias_gelu, bias_gelu_backward, check_approximate
-from fastbert.ops.common import cast_states, check_linear, launcher, multiplies_bare, wants_gradient
+from fastbert.ops.common import (
+    cast_states,
+    check_linear,
+    launcher,
+    multiplies_bare,
+    native_machine,
+    wants_gradient,
+)
 from fastbert.ops.fastest import onednn_fuses
 from fastbert.ops.linear import linear
 from fastbert.ops.products import by_onednn
@@ -45,7 +52,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     if onednn_fuses(x, weight, bias):
         return by_onednn(x, weight, bias, gelu=approximate)
     product = linear(x, weight, bias)
-    if multiplies_bare(x, weight, bias):
+    if multiplies_bare(x, weight, bias) and native_machine(product) is None:
         return torch.ops.aten.gelu_(product, approximate=approximate)
     return bias_gelu(product, None, approximate=approximate)
 

@@ -103,7 +103,9 @@ class TextIndex:
             encoder: see `TextEncoder.from_folder`.
             embeddings: a file. If it is there, it must have been made of these very texts by this very model; else it
                 is made, in the format of safetensors.
-            max_length, batch_tokens, progress: as `TextEncoder.encode`.
+            max_length: as `TextEncoder.encode`.
+            batch_tokens: as there.
+            progress: as there.
 
         Raises:
             ArgumentError: an argument is not as described; `texts[i]` names the item. Or the file is damaged, or was
@@ -146,7 +148,8 @@ class TextIndex:
 
         Raises:
             ArgumentError: an argument is not as described; `queries[i]` names the item.
-            BackendError: `library` is not installed, or a result is NaN or infinite.
+            BackendError: a result is NaN or infinite.
+            MissingError: `library` is not installed.
         """
         check_count("top_k", top_k)
         if library is not None and library not in get_args(Library):
