@@ -184,6 +184,28 @@ def _kernel(machine: Machine, head_dim: int, dtype: torch.dtype, places: Places)
     return compiled(machine, "attention_forward", PARAMETERS + places.parameters, body)
 
 
+def tile_products(
+    code: Code, left: Value, count: int, tile: Value, halves: int, *, dtype: torch.dtype, depth: int, line: int
+) -> list[Value]:
+    """Of so many rows of words and so many vectors of columns of a tile, `[count, halves, lanes]`.
+
+    Args:
+        left: where the rows lie, each `line` bytes from the one before, `depth` words of it.
+        tile: where words `[depth, 2 * lanes]` lie, of which the first `halves` vectors are multiplied.
+    """
+    lanes, word, dot = code.lanes, F32 if dtype == torch.float32 else I32, code.dot(dtype)
+
+    def multiply(d: Value, *totals: Value) -> Sequence[Value]:
+        vectors = [code.load(tile + d * (8 * lanes) + 4 * half * lanes, word, lanes) for half in range(halves)]
+        made = []
+        for r in range(count):
+            one = code.splat(code.load(left + d * 4 + r * line, word))
+            made += [dot(totals[halves * r + half], one, vector) for half, vector in enumerate(vectors)]
+        return made
+
+    return code.loop(0, depth, 1, multiply, *[code.vector()] * (halves * count))
+
+
 def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> None:
     lanes, rows, dot = code.lanes, code.machine.vectors.queries, code.dot(dtype)
     bfloat16, size = dtype == torch.bfloat16, dtype.itemsize
@@ -283,18 +305,7 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
     else:
         code.loop(0, length, 1, copy)
 
-    def products(left: Value, count: int, tile: Value, halves: int) -> list[Value]:
-        """Of so many rows of words and so many vectors of a tile, `[count, halves, lanes]`."""
-
-        def multiply(d: Value, *totals: Value) -> Sequence[Value]:
-            line = [code.load(tile + d * (8 * lanes) + 4 * half * lanes, word, lanes) for half in range(halves)]
-            made = []
-            for r in range(count):
-                one = code.splat(code.load(left + d * 4 + 4 * r * blocks * lanes, word))
-                made += [dot(totals[halves * r + half], one, line[half]) for half in range(halves)]
-            return made
-
-        return code.loop(0, depth, 1, multiply, *[code.vector()] * (halves * count))
+    products = partial(tile_products, code, dtype=dtype, depth=depth, line=4 * blocks * lanes)
 
     def of_positions(left: Value, count: int, name: str, start: Value, end: Value, halves: int) -> None:
         """Products of so many rows and the positions from `start` to `end` -> `lines`."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 
+import torch
 from torch import Tensor
 
-from fastbert.cpu.attention import LOG2E
+from fastbert.cpu.attention import LOG2E, tile_products
 from fastbert.cpu.code import Code
 from fastbert.cpu.dropout import PARAMETERS as DROPOUT_PARAMETERS
 from fastbert.cpu.dropout import Draws, Dropout
@@ -137,18 +138,7 @@ def _differentiate(code: Code, head_dim: int, dropout: bool) -> None:
     code.loop(0, width, lanes, transpose)
     code.loop(0, length, 1, copy)
 
-    def products(left: Value, tile: Value) -> list[Value]:
-        """Of `rows` rows and two vectors of a tile's columns, `[rows, 2, lanes]`."""
-
-        def multiply(d: Value, *totals: Value) -> Sequence[Value]:
-            two = [code.load(tile + d * (8 * lanes) + 4 * half * lanes, F32, lanes) for half in range(2)]
-            made = []
-            for r in range(rows):
-                one = code.splat(code.load(left + d * 4 + r * line, F32))
-                made += [fma(one, vector, totals[2 * r + half]) for half, vector in enumerate(two)]
-            return made
-
-        return code.loop(0, head_dim, 1, multiply, *[code.vector()] * (2 * rows))
+    products = partial(tile_products, code, count=rows, halves=2, dtype=torch.float32, depth=head_dim, line=line)
 
     def place_of(j: Value, r: int) -> Value:
         """Where the numbers of row `r` and `lanes` keys from j on are among `weights` or `dscores`."""
@@ -164,7 +154,7 @@ def _differentiate(code: Code, head_dim: int, dropout: bool) -> None:
                 code.store(of_out, douts + r * line + 4 * c * lanes)
 
         def score(j: Value, *greatest: Value) -> Sequence[Value]:
-            totals = products(queries, turned_keys + j * (4 * head_dim))
+            totals = products(queries, tile=turned_keys + j * (4 * head_dim))
             following = []
             for r in range(rows):
                 two = totals[2 * r : 2 * r + 2]
@@ -184,7 +174,7 @@ def _differentiate(code: Code, head_dim: int, dropout: bool) -> None:
 
         def weigh(j: Value, *sums: Value) -> Sequence[Value]:
             """Powers in the place of scores, 0 past the last key; gradients of weights beside them."""
-            totals = products(douts, turned_values + j * (4 * head_dim))
+            totals = products(douts, tile=turned_values + j * (4 * head_dim))
             following = []
             for r in range(rows):
                 power_sum, product_sum = sums[2 * r : 2 * r + 2]
