@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops.relative import buckets_of
+from fastbert.ops.rotary import angles_of_places
 from fastbert.packing import Packing
 from fastbert.run.steps import Attend, Convolve, Layers, Parts
 
@@ -70,15 +71,9 @@ class Grid:
 
 
 def angles_of(layers: Layers, places: int, head_dim: int) -> dict[tuple[float, float], Tensor]:
-    """Cosines and sines by base and scale of the rotary positions in these layers; see `reference.rotary_angles`."""
-    found = {}
-    for step in _attends(layers):
-        if step.rotary is not None and (step.rotary, step.rotary_scale) not in found:
-            i = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
-            place = torch.arange(places, dtype=torch.float64, device="cpu")
-            angles = place[:, None] * (step.rotary_scale * step.rotary ** (-2.0 * i / head_dim))
-            found[step.rotary, step.rotary_scale] = torch.stack([angles.cos(), angles.sin()]).float()
-    return found
+    """Cosines and sines by base and scale of the rotary positions in these layers."""
+    asked = {(step.rotary, step.rotary_scale) for step in _attends(layers) if step.rotary is not None}
+    return {one: angles_of_places(places, head_dim, *one)[:places].transpose(0, 1).contiguous() for one in asked}
 
 
 def _attends(layers: Layers) -> Iterable[Attend]:
