@@ -20,6 +20,7 @@ from fastbert.errors import ArgumentError
 from fastbert.model.body import EncoderModel, Inputs
 from fastbert.model.encoder import initialise
 from fastbert.model.outputs import HeadOutput, PreTrainingOutput, QuestionAnsweringOutput, refuse_what_asks
+from fastbert.ops.common import in_full
 from fastbert.ops.cross_entropy import IGNORED, check_labels, cross_entropy, linear_cross_entropy
 from fastbert.ops.layer_norm import layer_norm, norm_weights
 from fastbert.ops.linear import Linear, linear
@@ -387,7 +388,7 @@ class EncoderForSequenceClassification(LabelledModel):
             problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         if problem == "single_label_classification":
             return cross_entropy(logits, labels.flatten().long())
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        exact = in_full(logits)
         if labels.shape != logits.shape and (logits.shape[1] > 1 or labels.shape != logits.shape[:1]):
             raise ArgumentError("labels", f"shape {tuple(labels.shape)}", f"{tuple(logits.shape)}, for {problem}")
         wanted = labels.reshape(logits.shape).to(exact.dtype)

@@ -16,7 +16,7 @@ from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import as_kernels_read, room
 from fastbert.kernels.dropout import drop_scale
 from fastbert.ops.attention_extras import Extras
-from fastbert.ops.common import gradients, native_machine, observed, torch_differentiates, wants_gradient
+from fastbert.ops.common import gradients, in_full, native_machine, observed, torch_differentiates, wants_gradient
 from fastbert.ops.dropout import keep_lines
 from fastbert.packing import Block, Packing
 
@@ -39,8 +39,7 @@ def attention_torch(qkv: Tensor, packing: Packing, scale: float, extras: Extras)
         if plain and relative is None and qkv.dtype == torch.float32:
             machine = _kernel_machine(qkv, extras)
             if machine is not None:
-                dropped = None if seed is None or dropout == 0.0 else Dropout(int(seed), dropout)
-                return _NativeAttention.apply(machine, qkv, packing, scale, dropped)  # type: ignore[no-untyped-call]
+                return _NativeAttention.apply(machine, qkv, packing, scale, extras)  # type: ignore[no-untyped-call]
         if plain and dropout == 0.0:
             return _attention_exact(qkv, packing, scale, relative)
         if plain and relative is None and seed is not None:
@@ -49,7 +48,7 @@ def attention_torch(qkv: Tensor, packing: Packing, scale: float, extras: Extras)
     if dropout > 0.0 and seed is not None:
         keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, dropout)
     out, _ = reference.attention(
-        _exact(qkv), packing,
+        in_full(qkv), packing,
         scale=scale, bias=bias, relative=relative, alibi_slopes=alibi_slopes, window=window, keep=keep, dropout=dropout,
     )  # fmt: skip
     return out.to(qkv.dtype)
@@ -61,12 +60,12 @@ def _kernel_machine(qkv: Tensor, extras: Extras) -> Machine | None:
 
 
 def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor, extras: Extras = PLAIN) -> None:
-    """Attention on a CPU without gradient, bias of pairs or dropout, by a kernel where there is one for it.
+    """Attention on a CPU without gradient or bias of pairs, by a kernel where there is one for it.
 
     Args:
         qkv, packing, scale: as in `attention`.
         out: contiguous `[rows, heads, head_dim]` <- the result.
-        extras: any of `relative`, `alibi_slopes` and `window`, where there is a kernel.
+        extras: any of `relative`, `alibi_slopes`, `window` and `dropout`, where there is a kernel.
     """
     out[packing.tokens :] = 0
     machine, relative, alibi_slopes = _kernel_machine(qkv, extras), extras.relative, extras.alibi_slopes
@@ -78,6 +77,7 @@ def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor, extras: Ext
             window=extras.window,
             alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
             relative=None if relative is None else relative.float().contiguous(),
+            dropout=_drawn(extras),
         ).run()  # fmt: skip
         return
     begin = 0
@@ -93,7 +93,7 @@ def _attention_exact(qkv: Tensor, packing: Packing, scale: float, relative: Tens
 
     A bias of distances is spread once, over the places of the longest sequence.
     """
-    spread = None if relative is None else reference.relative_bias(_exact(relative), packing.max_seqlen)
+    spread = None if relative is None else reference.relative_bias(in_full(relative), packing.max_seqlen)
     pieces = []
     for run in _runs(qkv, packing):
         query, key, value = run.permute(2, 0, 3, 1, 4)
@@ -116,18 +116,11 @@ class _NativeAttention(torch.autograd.Function):
     """Attention in float32 and its gradient by kernels of this CPU; only queries, keys and values are saved."""
 
     @staticmethod
-    def forward(
-        ctx: Any, machine: Machine, qkv: Tensor, packing: Packing, scale: float, dropout: Dropout | None
-    ) -> Tensor:
-        from fastbert.cpu import attention as kernel
-
+    def forward(ctx: Any, machine: Machine, qkv: Tensor, packing: Packing, scale: float, extras: Extras) -> Tensor:
         ctx.save_for_backward(qkv)
-        ctx.options = machine, packing, scale, dropout
+        ctx.options = machine, packing, scale, _drawn(extras)
         out = room((len(qkv), *qkv.shape[2:]), qkv.dtype)
-        out[packing.tokens :] = 0
-        kernel.attention_forward(
-            machine, as_kernels_read(qkv), packing.cu_seqlens, packing.max_seqlen, scale, out, dropout=dropout
-        ).run()
+        attend(qkv, packing, scale, out, extras)
         return out
 
     @staticmethod
@@ -148,13 +141,18 @@ class _NativeAttention(torch.autograd.Function):
         return None, dqkv, None, None, None
 
 
+def _drawn(extras: Extras) -> Dropout | None:
+    """The dropout that is asked for, as kernels of a CPU take it; None for none."""
+    return None if extras.seed is None or extras.dropout == 0.0 else Dropout(int(extras.seed), extras.dropout)
+
+
 def _attention_again(qkv: Tensor, packing: Packing, scale: float, dropout: Dropout | None) -> Tensor:
     """In torch's ops, which torch differentiates as often as asked; half types in float32."""
     keep, probability = None, 0.0
     if dropout is not None:
         seed, probability = torch.tensor([dropout.seed], dtype=torch.int64, device=qkv.device), dropout.probability
         keep = reference.attention_keep_mask(seed, packing.batch, qkv.shape[2], packing.max_seqlen, probability)
-    return reference.attention(_exact(qkv), packing, scale=scale, keep=keep, dropout=probability)[0]
+    return reference.attention(in_full(qkv), packing, scale=scale, keep=keep, dropout=probability)[0]
 
 
 class _DroppedAttention(torch.autograd.Function):
@@ -199,7 +197,7 @@ class _DroppedAttention(torch.autograd.Function):
             weights = _weights(query, key, block, scale)
             keep = keep.to(weights.dtype)
             kept_weights = (weights * keep).to(value.dtype)
-            dweights = _product(_exact(dcontext), _exact(value).transpose(1, 2), drop_scale(dropout)).mul_(keep)
+            dweights = _product(in_full(dcontext), in_full(value).transpose(1, 2), drop_scale(dropout)).mul_(keep)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).to(value.dtype)
             gradient = torch.empty_like(grid)
             _product(dscores, key, scale, out=gradient[0])
@@ -219,14 +217,9 @@ def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> 
 def _on_grid(x: Tensor, block: Block) -> Tensor:
     """Packed `[rows, parts, heads, head_dim]` -> `[parts, batch * heads, seqlen, head_dim]`; float16 as float32."""
     _, parts, heads, head_dim = x.shape
-    fast = x if x.dtype == torch.bfloat16 else _exact(x)
+    fast = x if x.dtype == torch.bfloat16 else in_full(x)
     grid = fast.contiguous().view(-1, head_dim).index_select(0, block.to_grid(parts, heads))
     return grid.view(parts, block.batch * heads, block.seqlen, head_dim)
-
-
-def _exact(x: Tensor) -> Tensor:
-    """`x` in float32, or float64 if it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _from_grid(grid: Tensor, block: Block, x: Tensor) -> None:
@@ -242,7 +235,7 @@ def _from_grid(grid: Tensor, block: Block, x: Tensor) -> None:
 
 def _weights(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
     """`[batch * heads, seqlen, seqlen]`, 0 for keys that are padding."""
-    scores = _product(_exact(query), _exact(key).transpose(1, 2), scale)
+    scores = _product(in_full(query), in_full(key).transpose(1, 2), scale)
     if block.shortest < block.seqlen:
         hidden = torch.where(block.is_token[:, None, None, block.shortest :], 0.0, -math.inf).to(scores.dtype)
         scores.view(block.batch, -1, *scores.shape[1:])[..., block.shortest :].add_(hidden)

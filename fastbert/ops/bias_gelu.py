@@ -19,6 +19,7 @@ from fastbert.ops.common import (
     check_parameter,
     check_rows,
     gradients,
+    in_full,
     launcher,
     native_machine,
     observed,
@@ -72,7 +73,7 @@ def check_approximate(approximate: str) -> None:
 def _bias_gelu_torch(x: Tensor, bias: Tensor | None, approximate: Approximate, gated: bool) -> Tensor:
     if bias is None and not gated:
         return F.gelu(x, approximate=approximate)
-    total = x.to(torch.promote_types(x.dtype, torch.float32))  # half types are rounded once, at the end
+    total = in_full(x)
     if bias is not None:
         total = total + bias
     if not gated:
@@ -101,7 +102,7 @@ class _NativeBiasGelu(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, bias)
         ctx.options = machine, approximate, gated
-        return _bias_gelu_native(machine, approximate, gated, x.detach(), bias)
+        return _bias_gelu_native(machine, approximate, gated, x, bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -159,6 +159,15 @@ def native_machine(x: Tensor, *others: Tensor | None) -> Machine | None:
     return machine if isinstance(machine, Machine) and x.dtype in machine.dtypes else None
 
 
+def in_full(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 if it is that: half types are computed with so, and rounded once."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@overload
+def parameter(x: Tensor) -> Tensor: ...
+@overload
+def parameter(x: Tensor | None) -> Tensor | None: ...
 def parameter(x: Tensor | None) -> Tensor | None:
     """A parameter as the kernels of a CPU read it, in float32."""
     return None if x is None else as_kernels_read(x.detach().float())

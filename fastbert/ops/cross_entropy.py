@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.errors import ArgumentError
-from fastbert.ops.common import autocasts, check_linear, described, gradients, torch_differentiates
+from fastbert.ops.common import autocasts, check_linear, described, gradients, in_full, torch_differentiates
 from fastbert.packing import check_dense
 
 IGNORED = -100  # the label that counts for nothing, as in PyTorch and Hugging Face
@@ -54,7 +54,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tenso
         ArgumentError: as `linear_cross_entropy`.
     """
     check_labels(labels, logits.shape[:1], logits.shape[1], logits.device, name=name)
-    total = F.cross_entropy(_exact(logits), labels, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(in_full(logits), labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
@@ -82,10 +82,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor:
         kept = labels != ignore_index
         count = kept.sum().clamp(min=1)
-        lse = x.new_empty(x.shape[0], dtype=_exact_dtype(x))
+        lse = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
         losses = torch.empty_like(lse)
         for rows in _chunks(x.shape[0], weight.shape[0]):
-            logits = _exact(F.linear(_kept_rows(x, kept, rows), weight, bias))  # [chunk, vocab]
+            logits = in_full(F.linear(_kept_rows(x, kept, rows), weight, bias))  # [chunk, vocab]
             lse[rows] = logits.logsumexp(1)
             at_label = logits.gather(1, _index(labels, kept, rows)).squeeze(1)
             losses[rows] = torch.where(kept[rows], lse[rows] - at_label, 0.0)
@@ -99,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch_differentiates(upstream):
 
             def again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                logits = _exact(F.linear(_kept_rows(x, kept, slice(None)), weight, bias))
+                logits = in_full(F.linear(_kept_rows(x, kept, slice(None)), weight, bias))
                 return F.cross_entropy(logits, labels, ignore_index=ctx.ignore_index, reduction="sum") / count
 
             return *gradients(again, (x, weight, bias), upstream), None, None
@@ -110,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = torch.where(kept, upstream / count, 0.0).unsqueeze(1)
         for rows in _chunks(x.shape[0], weight.shape[0]):
             chunk = _kept_rows(x, kept, rows)
-            grad = _exact(F.linear(chunk, weight, bias)).sub_(lse[rows, None]).exp_()  # softmax, [chunk, vocab]
+            grad = in_full(F.linear(chunk, weight, bias)).sub_(lse[rows, None]).exp_()  # softmax, [chunk, vocab]
             index = _index(labels, kept, rows)
             grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0)).mul_(scale[rows])
             grad_bias += grad.sum(0)
@@ -132,11 +132,3 @@ def _kept_rows(x: Tensor, kept: Tensor, rows: slice) -> Tensor:
 def _index(labels: Tensor, kept: Tensor, rows: slice) -> Tensor:
     """int64 `[chunk, 1]`: the column of each row's label, 0 for ignored ones."""
     return labels[rows].masked_fill(~kept[rows], 0).unsqueeze(1)
-
-
-def _exact_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(_exact_dtype(x))

@@ -17,12 +17,14 @@ from fastbert.ops.common import (
     check_parameter,
     check_rows,
     described,
+    in_full,
     launcher,
     native_machine,
+    parameter,
     wants_gradient,
 )
 from fastbert.ops.dropout import drop
-from fastbert.ops.layer_norm import check_eps, normalised
+from fastbert.ops.layer_norm import check_eps, normalise
 from fastbert.packing import check_dense
 
 
@@ -134,20 +136,19 @@ def _embedding_torch(
             word.contiguous(),
             position.contiguous(),
             token_type.contiguous(),
-            (weight.float().contiguous(), bias.float().contiguous(), eps),
+            (parameter(weight), parameter(bias), eps),
             out,
         ).run()
         return out
     total = F.embedding(input_ids, word, padding_idx=padding_idx, sparse=sparse)
-    total = total.to(torch.promote_types(word.dtype, torch.float32))  # half types are summed in float32, rounded once
-    total = total + F.embedding(position_ids, position)
+    total = in_full(total) + F.embedding(position_ids, position)
     if token_type_ids is None:
         total = total + token_type[0]
     else:
         total = total + F.embedding(token_type_ids, token_type)
     if seed is None or dropout == 0.0:
-        return normalised(total, weight, bias, eps, word.dtype)
-    return drop(normalised(total, weight, bias, eps, total.dtype), seed, dropout).to(word.dtype)
+        return normalise(total, weight, bias, eps, word.dtype)
+    return drop(normalise(total, weight, bias, eps, total.dtype), seed, dropout).to(word.dtype)
 
 
 @torch.library.custom_op("fastbert::embedding_forward", mutates_args=())

@@ -24,6 +24,7 @@ from fastbert.ops.common import (
     check_residual,
     check_rows,
     gradients,
+    in_full,
     launcher,
     multiplies_bare,
     native_machine,
@@ -203,8 +204,8 @@ def norm_weights(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
 
 def in_float32(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     """Weight and bias of a LayerNorm in float32, and its eps, as the kernels of a CPU take them."""
-    weight = norm.weight.detach().float().contiguous()
-    bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach().float().contiguous()
+    weight = parameter(norm.weight)
+    bias = torch.zeros_like(weight) if norm.bias is None else parameter(norm.bias)
     return weight, bias, norm.eps
 
 
@@ -228,10 +229,10 @@ def _layer_norm_torch(
     if seed is not None and dropout > 0.0:
         total = in_full(x) if x_bias is None else in_full(x) + x_bias
         x, x_bias = drop(total, seed, dropout), None
-    return normalised(x, weight, bias, eps, dtype, residual=residual, x_bias=x_bias)
+    return normalise(x, weight, bias, eps, dtype, residual=residual, x_bias=x_bias)
 
 
-def normalised(
+def normalise(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -249,11 +250,6 @@ def normalised(
     if wants_gradient(*given):
         return _NativeLayerNorm.apply(machine, eps, dtype, *given)  # type: ignore[no-untyped-call]
     return _normalised_native(machine, eps, dtype, *given)
-
-
-def in_full(x: Tensor) -> Tensor:
-    """`x` in float32, or float64 if it is that: half types are summed so, and rounded once."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _normalised_torch(
@@ -294,7 +290,7 @@ def _normalised_native(
         as_kernels_read(x),
         bias=parameter(x_bias),
         residual=None if residual is None else as_kernels_read(residual),
-        norm=(as_kernels_read(weight.float()), as_kernels_read(bias.float()), eps),
+        norm=(parameter(weight), parameter(bias), eps),
         out=out,
     ).run()
     return out
@@ -304,11 +300,19 @@ class _NativeLayerNorm(torch.autograd.Function):
     """LN(x + x_bias + residual) and its gradients by kernels of this CPU; the sum is made again, and not saved."""
 
     @staticmethod
-    def forward(ctx: Any, machine: Machine, eps: float, dtype: torch.dtype, *given: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*given)
+    def forward(
+        ctx: Any,
+        machine: Machine,
+        eps: float,
+        dtype: torch.dtype,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        x_bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, residual, x_bias)
         ctx.options = machine, eps, dtype
-        x, weight, bias, residual, x_bias = (None if one is None else one.detach() for one in given)
-        assert x is not None and weight is not None and bias is not None
         return _normalised_native(machine, eps, dtype, x, weight, bias, residual, x_bias)
 
     @staticmethod
@@ -325,7 +329,7 @@ class _NativeLayerNorm(torch.autograd.Function):
             machine,
             as_kernels_read(x),
             as_kernels_read(dout),
-            as_kernels_read(weight.float()),
+            parameter(weight),
             eps,
             bias=parameter(x_bias),
             residual=None if residual is None else as_kernels_read(residual),

@@ -18,7 +18,7 @@ from fastbert.config import Activation
 from fastbert.cpu.int8 import COLUMNS, PAIR, Int8Matrix, Int8Rows, pair_sums
 from fastbert.errors import ArgumentError, BackendError, CheckpointError
 from fastbert.kernels import precision, target
-from fastbert.ops.common import described, native_machine, wants_gradient
+from fastbert.ops.common import described, native_machine, parameter, wants_gradient
 from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.layer_norm import in_float32, layer_norm, norm_weights
 from fastbert.ops.linear_activation import APPROXIMATE, activated
@@ -251,7 +251,7 @@ class Int8Linear(EightBitLinear):
         """The bias as the kernels take it, 0 where there is none."""
         if self.bias is None:
             return torch.zeros(self.out_features, dtype=torch.float32, device=self.scale.device)
-        return self.bias.detach().float().contiguous()
+        return parameter(self.bias)
 
     @staticmethod
     def check_device(x: Tensor) -> None:
