@@ -92,15 +92,15 @@ def exactly(
                 of_positions = _of_positions(step.disentangled, parts, qkv, packing, scale)
                 terms = of_positions if bias is None else bias + of_positions
             if step.relative is not None:
-                relative = relative_table(cast(nn.Embedding, parts[step.relative]).weight.to(dtype), packing)
+                relative = relative_table(cast("nn.Embedding", parts[step.relative]).weight.to(dtype), packing)
             made, _ = reference.attention(
                 qkv, packing, scale=scale, bias=terms, alibi_slopes=slopes, relative=relative, window=step.window
             )
             made = made.flatten(1)
         elif isinstance(step, Convolve):
-            made = _convolved(cast(nn.Conv1d, parts[step.part]), held[step.x], packing)
+            made = _convolved(cast("nn.Conv1d", parts[step.part]), held[step.x], packing)
             made = held[step.add] + (made.tanh() if step.activation == "tanh" else activated(made, step.activation))
-            norm = cast(nn.LayerNorm, parts[step.norm])
+            norm = cast("nn.LayerNorm", parts[step.norm])
             made = reference.layer_norm(made, *(x.to(dtype) for x in norm_weights(norm)), eps=norm.eps)
         else:
             weight, x_bias = (None if x is None else x.to(dtype) for x in weights(parts[step.part]))
@@ -112,7 +112,7 @@ def exactly(
             if step.sum is not None:
                 held[step.sum] = made
             if step.norm is not None:
-                norm = cast(nn.LayerNorm, parts[step.norm])
+                norm = cast("nn.LayerNorm", parts[step.norm])
                 made = reference.layer_norm(made, *(x.to(dtype) for x in norm_weights(norm)), eps=norm.eps)
         held[step.into] = made
     return held
@@ -135,9 +135,9 @@ def _of_positions(
     asked: Disentangled, parts: Mapping[str, nn.Module], qkv: Tensor, packing: Packing, scale: float
 ) -> Tensor:
     """The terms of relative positions, in the dtype of `qkv`."""
-    rows = cast(nn.Embedding, parts["relative"]).weight.to(qkv.dtype)
+    rows = cast("nn.Embedding", parts["relative"]).weight.to(qkv.dtype)
     if asked.normalised:
-        norm = cast(nn.LayerNorm, parts["relative_norm"])
+        norm = cast("nn.LayerNorm", parts["relative_norm"])
         rows = reference.layer_norm(rows, *(x.to(qkv.dtype) for x in norm_weights(norm)), eps=norm.eps)
     made = {}
     for term in asked.terms:

@@ -347,7 +347,7 @@ def prepare_attention_forward(
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         rows, entries = qkv.shape[0], tiles.shape[0]  # `len` of a tensor is Python's, and takes three times as long
-        out = qkv.new_empty((rows, heads, head_dim))
+        out = qkv.new_empty(rows, heads, head_dim)
         lse = qkv.new_empty((heads, rows), dtype=torch.float32) if no_lse is None else no_lse
         if entries > 0:
             start(

@@ -119,7 +119,7 @@ def prepare_bias_gelu_forward(
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.shape[0]
-        out = x.new_empty((rows, width))
+        out = x.new_empty(rows, width)
         if rows > 0 and width > 0:
             start((-(-rows // choice.ROWS), blocks, 1), x, bias, out, None, x_stride_row, width, rows, width)
         return out

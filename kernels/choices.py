@@ -202,7 +202,7 @@ def measured_first(describe: Callable[P, Described[Choice]]) -> Callable[P, Choi
     Few different arguments may come, because all that `describe` said is kept.
     """
     op = describe.__name__.removeprefix("_")
-    described = cast(Callable[P, Described[Choice]], functools.cache(describe))
+    described = cast("Callable[P, Described[Choice]]", functools.cache(describe))
 
     @functools.wraps(describe)
     def choose(*args: P.args, **options: P.kwargs) -> Choice:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from triton import knobs
+from triton.knobs import HookChain
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -52,11 +54,22 @@ class Prepared:
         """Launch with the arguments of `dispatch`."""
         with target.guard(arguments[0]):
             if self.compiled is not None:
-                self.compiled[grid](*arguments, *self.rest)
+                self._start(grid, arguments)
             elif isinstance(self.kernel, JITFunction):
                 self._search(grid, arguments)
             else:  # the interpreter compiles nothing
                 self.kernel[grid](*arguments, **self.constexprs)
+
+    def _start(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
+        """`self.compiled[grid](...)` without the description of the launch, which only a profiler's hooks read."""
+        compiled, enter, leave = self.compiled, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if _calls(enter) or _calls(leave):
+            compiled[grid](*arguments, *self.rest)
+            return
+        here = driver.active
+        stream = here.get_current_stream(here.get_current_device())
+        function, packed = compiled.function, compiled.packed_metadata
+        compiled.run(*grid, stream, function, packed, None, enter, leave, *arguments, *self.rest)
 
     def _search(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
         here = target.of(arguments[0].device)
@@ -67,7 +80,12 @@ class Prepared:
         if self.compiled is None:
             self.compiled = _compiled[key] = self.kernel[grid](*arguments, **self.constexprs)
         else:
-            self.compiled[grid](*arguments, *self.rest)
+            self._start(grid, arguments)
+
+
+def _calls(hook: Any) -> bool:
+    """Whether Triton would call something at a launch."""
+    return hook is not None and (type(hook) is not HookChain or bool(hook.calls))
 
 
 def _kind(argument: Any, here: target.Target) -> Any:

@@ -188,7 +188,7 @@ def prepare_layer_norm_forward(
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = x.shape[0]
-        out = x.new_empty((rows, hidden)) if size is None else x.new_zeros((size, hidden))
+        out = x.new_empty(rows, hidden) if size is None else x.new_zeros((size, hidden))
         total, mean, rstd = nothing
         if stores_total:
             total = x.new_empty((rows, hidden))

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
-from fastbert.kernels.dispatch import dispatch
+from fastbert.kernels.dispatch import Prepared, dispatch
 from fastbert.kernels.target import KNOWN
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "static"))
@@ -116,10 +117,26 @@ def dispatched(arch: str) -> dict[str, list[str]]:
     return {"triton": keys[:many], "first": keys[many : 2 * many], "again": keys[2 * many : -1], "other": keys[-1:]}
 
 
+def watched(arch: str) -> list[str]:
+    """The kernels that a profiler's hooks are told of, before and after the first launch of its kind and the second."""
+    x, told = torch.empty(1024), list[str]()
+    runtime = knobs.runtime
+    with offline(KNOWN[arch]):
+        start = Prepared(add_kernel, BLOCK=256)
+        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+            hook.add(note := lambda described: told.append(described.get()["name"]))
+            for _ in range(2):
+                start((1, 1, 1), x, x, 1000)
+            hook.remove(note)
+            start((1, 1, 1), x, x, 1000)
+    return told
+
+
 if __name__ == "__main__":
     violations = {
         arch: {case.name: next(iter(inspect(KNOWN[arch], [case]))).violations for case in toys(arch)}
         for arch in sys.argv[1:]
     }
     found = {arch: dispatched(arch) for arch in sys.argv[1:]}
-    print(json.dumps({"violations": violations, "launches": launches(sys.argv[1]), "dispatched": found}))
+    made = {"launches": launches(sys.argv[1]), "watched": watched(sys.argv[1])}
+    print(json.dumps({"violations": violations, "dispatched": found, **made}))

@@ -62,6 +62,10 @@ def test_dispatch_starts_what_triton_would(toys: dict[str, Any], arch: str) -> N
     assert found["other"][0] not in found["triton"], "another constexpr is other code"
 
 
+def test_hooks_of_a_profiler_are_told_of_every_launch(toys: dict[str, Any]) -> None:
+    assert toys["watched"] == ["add_kernel"] * 4
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_sound_kernels_are_not_reported(toys: dict[str, Any], arch: str) -> None:
     assert toys["violations"][arch]["good"] == []

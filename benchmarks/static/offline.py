@@ -108,7 +108,9 @@ class OfflineDriver:
         params = src.fn.params
         constexprs = {params[i].name: value for (i, *_), value in src.constants.items() if params[i].is_constexpr}
 
-        def launch(x: int, y: int, z: int, *_: Any) -> None:
+        def launch(x: int, y: int, z: int, *given: Any) -> None:
+            _, _, _, described, enter, leave, *_ = given
+            enter(described)  # as real launchers call the hooks of profilers
             self.launches.append(
                 Launch(
                     metadata.name,
@@ -121,6 +123,7 @@ class OfflineDriver:
                     assembly,
                 )
             )
+            leave(described)
 
         return launch
 

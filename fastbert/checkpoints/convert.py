@@ -112,7 +112,7 @@ def _matrices(folder: Path) -> list[str]:
     model = load(folder, dtype=torch.float32)
     quantize(model, dtype="int8")  # which says where it can't
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    layers = cast(Iterable[Layer], model.encoder.layer)
+    layers = cast("Iterable[Layer]", model.encoder.layer)
     mine = {names[id(linear.weight)] for layer in layers for linear in layer.multiplied()}
     origin: Origin = model.origin
     return [key for rule in origin.dialect.rules(model) if mine >= set(rule.ours) for key in rule.theirs]

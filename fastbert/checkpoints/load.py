@@ -239,7 +239,7 @@ def read_model(
     else:
         standard = _standard_origin(model, dialect.family)
         model.origin = replace(standard, config={**raw_config, **standard.config}, others=others)
-    return cast(Kind, model), [part.removeprefix("bert.") for part in fresh]
+    return cast("Kind", model), [part.removeprefix("bert.") for part in fresh]
 
 
 def trained_head(folder: str | os.PathLike[str], kind: type[HeadModel]) -> HeadConfig | None:

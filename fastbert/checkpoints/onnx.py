@@ -200,4 +200,4 @@ def _compare(recorded: _Recorded, path: Path) -> None:
 
 def _results(recorded: _Recorded, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out = recorded.model(**given)
-    return {name: cast(Tensor, getattr(out, name)) for name in recorded.outputs}
+    return {name: cast("Tensor", getattr(out, name)) for name in recorded.outputs}

@@ -175,7 +175,7 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSetting
     special = SpecialTokens(folder, config)
     if as_bert:
         special.named = {**BERT_NAMES, **special.named}
-        model = cast(models.WordPiece, read.model) if read else _read_vocabulary(path)
+        model = cast("models.WordPiece", read.model) if read else _read_vocabulary(path)
         passed_over = _replaced_in(model)
         made = _bert(model, config, special, path)
         if read:
@@ -201,7 +201,7 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSetting
         source=str(path),
         names=special.names(),
         special=special.spellings(),
-        truncation_side=cast(Side, side),
+        truncation_side=cast("Side", side),
         split_special_tokens=config.flag("split_special_tokens", False),
         token_types=types if config.given("model_input_names") else kind in _WITH_TYPES,
         max_length=_max_length(config),
@@ -267,7 +267,7 @@ def _bert(model: models.WordPiece, config: Fields, special: SpecialTokens, path:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special.add_to(tokenizer)
-    ends = [(name, cast(int, tokenizer.token_to_id(name))) for name in (last, first)]
+    ends = [(name, cast("int", tokenizer.token_to_id(name))) for name in (last, first)]
     tokenizer.post_processor = processors.BertProcessing(*ends)
     return tokenizer
 

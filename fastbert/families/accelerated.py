@@ -148,7 +148,7 @@ def verify(model: nn.Module) -> list[Difference]:
     found: list[Difference] = []
     generator = torch.Generator().manual_seed(0)
     for module, forward in accelerated(model):
-        encoder = forward.encoder if isinstance(forward, ModelForward) else cast(AnyForward, forward)
+        encoder = forward.encoder if isinstance(forward, ModelForward) else cast("AnyForward", forward)
         if encoder is None:  # another came into its place
             continue
         name = type(module).__name__

@@ -207,7 +207,7 @@ class ForeignEncoder(Encoder):
         last_norm = None if family.last_norm is None else Place.of(theirs, family.last_norm)
         self._read(theirs, config, layers, family.modules or family.names, shared, last_norm)
         if config.convolution is not None and family.convolution is not None:
-            cast(ForeignLayer, self.layer[0]).add_convolution(theirs.get_submodule(family.convolution))
+            cast("ForeignLayer", self.layer[0]).add_convolution(theirs.get_submodule(family.convolution))
 
     def _read(
         self,

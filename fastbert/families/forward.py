@@ -61,7 +61,7 @@ class InPlace(ABC):
     @property
     def __code__(self) -> CodeType:
         """Of the module's own forward: torch.export names its inputs by it."""
-        return cast(FunctionType, type(self.theirs).forward).__code__
+        return cast("FunctionType", type(self.theirs).forward).__code__
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ class InPlace(ABC):
         self.say("torch.nn.DataParallel makes copies of it, with weights of their own; use DistributedDataParallel")
         made = type(self.theirs)._replicate_for_data_parallel(self.theirs)
         detach(made, self)
-        return cast(nn.Module, made)
+        return cast("nn.Module", made)
 
     def say(self, reason: str) -> None:
         """Say, once, why the module's own code runs; or raise BackendError, if it must not."""
@@ -231,7 +231,7 @@ class Forward(AnyForward):
         """See InPlace."""
         if self.family.entry is None:
             return self.ours.config.hidden_size
-        return cast(nn.Linear, self.theirs.get_submodule(self.family.entry)).in_features
+        return cast("nn.Linear", self.theirs.get_submodule(self.family.entry)).in_features
 
     def answer(self, module: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
         """See InPlace."""

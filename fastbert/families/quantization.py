@@ -107,7 +107,7 @@ def _replaced(model: Model, kind: type[EightBitLinear], make: Callable[[nn.Modul
     copies |= {id(x): x.detach() for module in model.modules() for x in vars(module).values() if _is_made(x)}
     for name, encoder in encoders.items():
         _check(name or "model", encoder, kind)
-        for layer in dict.fromkeys(cast(list[Layer], list(encoder.layer))):
+        for layer in dict.fromkeys(cast("list[Layer]", list(encoder.layer))):
             for module, quantized in layer.quantized(make):
                 copies[id(module)] = quantized
     made = copy.deepcopy(model, copies)

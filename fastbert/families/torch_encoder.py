@@ -79,8 +79,8 @@ class TorchLayer(ForeignLayer):
     def quantized(self, make: Callable[[nn.Module], EightBitLinear]) -> Iterator[tuple[nn.Module, nn.Module]]:
         """See Layer."""
         parts, made = self.parts(), dict(super().quantized(make))
-        attention = cast(nn.MultiheadAttention, self.attention())
-        products = (cast(EightBitLinear, made.pop(parts[name])) for name in ("qkv", "attention_output"))
+        attention = cast("nn.MultiheadAttention", self.attention())
+        products = (cast("EightBitLinear", made.pop(parts[name])) for name in ("qkv", "attention_output"))
         yield attention, EightBitAttention(attention, *products)
         yield from made.items()
 

@@ -95,7 +95,7 @@ class Encoder(nn.Module):
 
     def in_eight_bits(self) -> EightBitLinear | None:
         """The first of its parts that multiplies in 8 bits; see `Layer.in_eight_bits`."""
-        return cast(Layer, self.layer[0]).in_eight_bits() if len(self.layer) else None
+        return cast("Layer", self.layer[0]).in_eight_bits() if len(self.layer) else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """State dicts of fastbert 0.1.0, with names of its own, are read too."""
@@ -186,7 +186,7 @@ class Encoder(nn.Module):
             with torch.no_grad():
                 made = program.run(self.registers(x.contiguous(), packing), packing, read)
             return [packing.unpack(made) if unpack else made]
-        layers = cast(list[Layer], list(self.layer))
+        layers = cast("list[Layer]", list(self.layer))
         if not layers:
             return [packing.unpack(x) if unpack else x if read is None else x.index_select(0, read)]
         sizes = len(layers), max(layer.steps.drops for layer in layers)
@@ -247,7 +247,7 @@ class Encoder(nn.Module):
 
     def registers(self, x: Tensor, packing: Packing) -> dict[str, Tensor]:
         """What the first layer reads, of the rows that come in; see `steps.layer_steps`."""
-        return dict.fromkeys(cast(Layer, self.layer[0]).steps.carried, x)
+        return dict.fromkeys(cast("Layer", self.layer[0]).steps.carried, x)
 
     def _program(self, x: Tensor) -> cpu.CpuProgram | onednn.OneDnnProgram | None:
         """What was made of the layers for inputs as `x`, where that is faster than layer by layer."""
@@ -337,21 +337,21 @@ class Encoder(nn.Module):
         self.kept.drop()
         if self.is_frozen() and changes(fn, next(self.parameters())):
             thaw(self.layer)
-        return cast(Encoder, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return cast("Encoder", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def layers(self) -> list[tuple[Steps, Parts]]:
         """The steps of each layer, and its parts."""
-        return [(layer.steps, layer.parts()) for layer in cast(list[Layer], list(self.layer))]
+        return [(layer.steps, layer.parts()) for layer in cast("list[Layer]", list(self.layer))]
 
     def is_plain(self) -> bool:
         """Whether nothing but ops of ours computes it, without dropout; see `parts.is_plain`."""
         return not self.drops() and not any(
-            is_hooked(layer) or not cast(Layer, layer).is_plain() for layer in self.layer
+            is_hooked(layer) or not cast("Layer", layer).is_plain() for layer in self.layer
         )
 
     def drops(self) -> bool:
         """Whether a dropout module is on."""
-        return any(any(cast(Layer, layer).dropouts()) for layer in self.layer)
+        return any(any(cast("Layer", layer).dropouts()) for layer in self.layer)
 
 
 def _tables(config: EncoderConfig) -> tuple[nn.Embedding | None, nn.LayerNorm | None]:

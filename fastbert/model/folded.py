@@ -123,8 +123,10 @@ def fold(encoder: Encoder, norm: nn.LayerNorm) -> FoldedEncoder | None:
     That is where weights of a LayerNorm are so near 0 that the 1 which the probe reads comes from numbers that cancel:
     their magnitudes must not add up to more than 4, which is two bits. They are at 1.0 to 1.3 in MiniLM and in a BERT.
     """
-    layers = [cast(dict[str, Any], cast(EncoderLayer, layer).parts()) for layer in encoder.layer]
-    joined = [cast(tuple[Tensor, Tensor], cast(EncoderLayer, layer).attention.self.joined()) for layer in encoder.layer]
+    layers = [cast("dict[str, Any]", cast("EncoderLayer", layer).parts()) for layer in encoder.layer]
+    joined = [
+        cast("tuple[Tensor, Tensor]", cast("EncoderLayer", layer).attention.self.joined()) for layer in encoder.layer
+    ]
     norms = [norm]  # the last of them makes the rows that come out, which are not shifted
     for layer in layers:
         norms += [layer["attention_norm"], layer["output_norm"]]

@@ -21,7 +21,7 @@ class _Output:
 
     def keys(self) -> list[str]:
         """The names of the fields that are not None, in order."""
-        return [f.name for f in fields(cast(Any, self)) if getattr(self, f.name) is not None]
+        return [f.name for f in fields(cast("Any", self)) if getattr(self, f.name) is not None]
 
     def items(self) -> list[tuple[str, Any]]:
         """The fields that are not None, in order, with their names."""

@@ -68,6 +68,9 @@ def attention(
 def prepare_attention(qkv: Tensor, packing: Packing) -> Callable[[Tensor, Packing], Tensor] | None:
     """Inference without extras as a function of tensors of one kind, see `run.prepared`; None: it can't be served.
 
+    The function takes rows of queries, keys and values one after another, `[rows, 3 * heads * head_dim]`, and gives
+    `[rows, heads * head_dim]`: a view costs the host as much as the call of a kernel.
+
     Raises:
         ArgumentError, BackendError: as `attention`.
     """

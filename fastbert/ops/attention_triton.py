@@ -45,7 +45,7 @@ def prepare_attention_triton(qkv: Tensor, packing: Packing) -> Callable[[Tensor,
     """See `attention.prepare_attention`."""
     from fastbert.kernels import attention as kernel
 
-    head_dim, filled = qkv.shape[-1], _filled(qkv)
+    heads, head_dim, filled = qkv.shape[2], qkv.shape[3], _filled(qkv)
     choice = attention_choices.attention_forward(
         filled.shape[-1], qkv.dtype, packing.max_seqlen,
         rows=len(qkv), batch=packing.batch, extras=False, target=target.of(qkv.device),
@@ -54,9 +54,11 @@ def prepare_attention_triton(qkv: Tensor, packing: Packing) -> Callable[[Tensor,
     start = kernel.prepare_attention_forward(filled, packing.cu_seqlens, tiles, packing.max_seqlen, scale=scale)
 
     def run(qkv: Tensor, packing: Packing) -> Tensor:
-        return start(_filled(qkv), packing.cu_seqlens, tile_table(packing, choice.BLOCK_M))[0]
+        return start(qkv, packing.cu_seqlens, tile_table(packing, choice.BLOCK_M))[0]
 
-    return run if filled is qkv else lambda qkv, packing: run(qkv, packing)[..., :head_dim]
+    if filled is qkv:
+        return lambda qkv, packing: run(qkv, packing).flatten(1)
+    return lambda qkv, packing: run(_filled(qkv.view(-1, 3, heads, head_dim)), packing)[..., :head_dim].flatten(1)
 
 
 def _filled(qkv: Tensor) -> Tensor:

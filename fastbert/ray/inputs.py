@@ -350,7 +350,7 @@ def _lines(path: Path) -> Iterator[IO[bytes]]:
             return
         try:
             with gzip.open(file) as unpacked:
-                yield cast(IO[bytes], unpacked)
+                yield cast("IO[bytes]", unpacked)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ArgumentError(str(path), str(error), "a whole gzip file") from error
 

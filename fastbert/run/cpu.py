@@ -86,7 +86,7 @@ def _layer_unserved(machine: Machine, steps: Steps, parts: Parts, x: Tensor) -> 
         if _in_int8(part):
             if not machine.int8:
                 return f"no products of int8 on {machine.cpu}"
-            linears = cast(list[Int8Linear], linears_of(part))
+            linears = cast("list[Int8Linear]", linears_of(part))
             if linears[0].in_features % 4:
                 return f"{step.part} of depth {linears[0].in_features}, which is no multiple of 4"
             width = sum(linear.out_features for linear in linears)
@@ -155,8 +155,8 @@ def _in_int8(part: nn.Module) -> bool:
 def _shape(part: nn.Module) -> tuple[int, int, torch.dtype]:
     """Outputs, inputs and dtype of a plain or frozen part, without joining it."""
     linears = linears_of(part)
-    shapes = [one.shape if type(one) is FrozenLinear else cast(Tensor, one.weight).shape for one in linears]
-    held = linears[0].blocks if type(linears[0]) is FrozenLinear else cast(Tensor, linears[0].weight)
+    shapes = [one.shape if type(one) is FrozenLinear else cast("Tensor", one.weight).shape for one in linears]
+    held = linears[0].blocks if type(linears[0]) is FrozenLinear else cast("Tensor", linears[0].weight)
     return sum(shape[0] for shape in shapes), shapes[0][1], held.dtype
 
 
@@ -218,7 +218,7 @@ class CpuProgram:
         places = -(-max_seqlen // PLACES_AT_ONCE) * PLACES_AT_ONCE
         made = self.tables.get((id(part), places))
         if made is None:
-            weight = cast(Tensor, part.weight).detach()
+            weight = cast("Tensor", part.weight).detach()
             numbers = bucket_numbers(places, len(weight), weight.device)
             made = self.tables[id(part), places] = weight.index_select(0, numbers).t().float().contiguous()
         return made
@@ -333,7 +333,7 @@ class _Recorded:
         self.registers[step.into] = _Rows(context, None)
 
     def _product(self, steps: Steps, i: int, parts: Parts, given: _Weights, out: Tensor | None) -> None:
-        step = cast(Product, steps.of[i])
+        step = cast("Product", steps.of[i])
         residual = None if step.add is None else self.registers[step.add].floats
         if isinstance(given.matrix, Int8Matrix):
             made = self._int8_product(steps, i, parts, given, given.matrix, residual, out)
@@ -381,7 +381,7 @@ class _Recorded:
         from fastbert.cpu.linear_int8 import linear_int8
         from fastbert.cpu.row_wise import row_wise
 
-        step, machine = cast(Product, steps.of[i]), self.machine
+        step, machine = cast("Product", steps.of[i]), self.machine
         x, x_int8 = self.registers[step.x]
         if x_int8 is None:
             assert x is not None
@@ -446,9 +446,9 @@ def _kernel_weights(machine: Machine, layers: Layers) -> list[dict[str, _Weights
         for step in steps.of:
             if isinstance(step, Product):
                 part = parts[step.part]
-                norm = None if step.norm is None else in_float32(cast(nn.LayerNorm, parts[step.norm]))
+                norm = None if step.norm is None else in_float32(cast("nn.LayerNorm", parts[step.norm]))
                 if id(part) in in_int8:
-                    one = cast(Int8Linear, in_int8[id(part)])
+                    one = cast("Int8Linear", in_int8[id(part)])
                     made[-1][step.part] = _Weights(one.matrix, one.bias_in_float32, norm)
                 else:
                     whole, bias = matrix(part) if is_frozen(part) else (blocks[id(part)], weights(part)[1])

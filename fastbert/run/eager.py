@@ -137,7 +137,7 @@ class _Layer:
         elif step.add is None or step.sum is not None or step.activation or not (is_plain(part) and is_plain(norm)):
             self._one_by_one(step, part, norm, dropout)
         else:
-            floats, (weight, x_bias), plain = self.registers.floats, weights(part), cast(nn.LayerNorm, norm)
+            floats, (weight, x_bias), plain = self.registers.floats, weights(part), cast("nn.LayerNorm", norm)
             probability, seed = dropout
             made = linear_layer_norm(
                 floats[step.x], weight, x_bias, floats[step.add], *norm_weights(plain),
@@ -189,7 +189,7 @@ def normalised(norm: nn.Module, x: Tensor, packing: Packing) -> Tensor:
     """What a LayerNorm, or what is in its place, makes of `[rows, hidden]`."""
     if not is_plain(norm):
         return call(norm, x, packing)
-    plain = cast(nn.LayerNorm, norm)
+    plain = cast("nn.LayerNorm", norm)
     return layer_norm(x, *norm_weights(plain), eps=plain.eps)
 
 
@@ -205,7 +205,7 @@ def convolved(part: nn.Module, x: Tensor, packing: Packing, bias: Tensor | None 
         hidden = bias.isneginf().all(1).all(1)
         hidden = F.pad(hidden, (0, grid.shape[1] - hidden.shape[1]))
         grid = grid.masked_fill(hidden[:, :, None], 0.0)
-    return packing.pack(cast(Tensor, part(grid.transpose(1, 2))).transpose(1, 2), len(x))
+    return packing.pack(cast("Tensor", part(grid.transpose(1, 2))).transpose(1, 2), len(x))
 
 
 def attend(
@@ -233,7 +233,7 @@ def attend(
 
 
 def _relative(part: nn.Module, packing: Packing) -> Tensor:
-    return relative_table(cast(Tensor, part._parameters["weight"]), packing)
+    return relative_table(cast("Tensor", part._parameters["weight"]), packing)
 
 
 def _disentangled(
@@ -254,9 +254,9 @@ def of_positions(
     asked: Disentangled, parts: Parts, first: int, last: int, dropout: Dropout = NO_DROPOUT
 ) -> dict[Term, Tensor]:
     """Of each term the keys or queries of these rows of the table, `[last + 1 - first, heads * head_dim]`."""
-    rows = cast(Tensor, parts["relative"]._parameters["weight"])[first : last + 1]
+    rows = cast("Tensor", parts["relative"]._parameters["weight"])[first : last + 1]
     if asked.normalised:
-        norm = cast(nn.LayerNorm, parts["relative_norm"])
+        norm = cast("nn.LayerNorm", parts["relative_norm"])
         rows = layer_norm(rows, *norm_weights(norm), eps=norm.eps) if is_plain(norm) else norm(rows)
     probability, seed = dropout
     rows = rows if seed is None or probability == 0.0 else drop(rows, seed, probability)

@@ -118,7 +118,7 @@ class EightBitLinear(nn.Module, ABC):
             raise ArgumentError("x", described(x), f"a floating tensor of shape [..., {self.in_features}]")
         self.check(x)
         out, _ = self.product(self.quantize(x.reshape(-1, self.in_features)), x.dtype, After())
-        return cast(Tensor, out).view(*x.shape[:-1], self.out_features)
+        return cast("Tensor", out).view(*x.shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> EightBitLinear:
         """Raise ArgumentError if `mode` is True."""
@@ -188,13 +188,13 @@ class Fp8Linear(EightBitLinear):
         if plain and quantized and norm is not None and residual is not None:
             product = self._product(x, dtype, add_bias=False)
             return layer_norm_quantize(
-                product, *norm_weights(norm), residual=residual, x_bias=cast(Tensor, self.bias), eps=norm.eps
+                product, *norm_weights(norm), residual=residual, x_bias=cast("Tensor", self.bias), eps=norm.eps
             )
         gelu = activation in APPROXIMATE and self.bias is not None and residual is None and norm is None
         if gelu and quantized and not out:
             product = self._product(x, dtype, add_bias=False)
-            approximate = APPROXIMATE[cast(Activation, activation)]
-            return None, bias_gelu_quantize(product, cast(Tensor, self.bias), approximate=approximate)
+            approximate = APPROXIMATE[cast("Activation", activation)]
+            return None, bias_gelu_quantize(product, cast("Tensor", self.bias), approximate=approximate)
         made = activated(self._product(x, dtype, add_bias=True), activation)
         if norm is not None:
             made = layer_norm(made, *norm_weights(norm), residual=residual, eps=norm.eps)

@@ -80,7 +80,7 @@ class FrozenLinear(nn.Module):
         if changes(fn, self.blocks):
             mend = "Load it as you want it, or without frozen=True."
             raise ArgumentError("frozen", "a move or a cast of a part of it", "one of the whole encoder", mend)
-        return cast(FrozenLinear, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return cast("FrozenLinear", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight

@@ -33,7 +33,7 @@ class Kept:
                 self._made = {}
             if purpose not in self._made:
                 self._made[purpose] = make()
-            return cast(T, self._made[purpose])
+            return cast("T", self._made[purpose])
 
     def drop(self) -> None:
         """Keep nothing: give its memory back."""

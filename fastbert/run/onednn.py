@@ -36,7 +36,7 @@ def unserved(layers: Layers, x: Tensor) -> str | None:
                     return f"{step.part} or {step.norm} on which something looks, or of another kind"
                 if step.gated or (step.activation is not None and step.add is not None):
                     return "a gated product, or an activation before a sum"
-                if cast(Tensor, next(parts[step.part].parameters())).dtype != x.dtype:
+                if cast("Tensor", next(parts[step.part].parameters())).dtype != x.dtype:
                     return f"{step.part} of another dtype than {x.dtype}"
     return None
 
@@ -77,7 +77,7 @@ class OneDnnProgram:
                 if isinstance(step, Attend):
                     held[step.into] = attend(step, parts, held[step.x], packing)
                 else:
-                    self._product(cast(Product, step), self.linears[layer][step.part], parts, held)
+                    self._product(cast("Product", step), self.linears[layer][step.part], parts, held)
                 if read is not None and layer + 1 == len(self.layers) and i == steps.last_look:
                     held |= {name: held[name].index_select(0, read) for name in steps.late}
         return held["x"] if read is not None or not slack else held["x"][:rows]
@@ -90,6 +90,6 @@ class OneDnnProgram:
         if step.sum is not None:
             held[step.sum] = total
         if step.norm is not None:
-            norm = cast(nn.LayerNorm, parts[step.norm])
+            norm = cast("nn.LayerNorm", parts[step.norm])
             total = layer_norm(total, *norm_weights(norm), eps=norm.eps)
         held[step.into] = total

@@ -63,7 +63,7 @@ class Grid:
         if (slopes := step.slopes(qkv.device)) is not None:
             bias = bias - (slopes[:, None, None] * distance.abs()).to(qkv.dtype)
         if step.relative is not None:
-            weight = cast(Tensor, parts[step.relative]._parameters["weight"])
+            weight = cast("Tensor", parts[step.relative]._parameters["weight"])
             bias = bias + F.embedding(buckets_of(distance, len(weight)), weight).permute(2, 0, 1).to(qkv.dtype)
         scale = step.scale(query.shape[-1])
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)

@@ -84,7 +84,7 @@ class SelfAttention(Group):
         if not quantized:
             weight, *bias = map(_moved, held)
             self._joined = weight, bias[0] if bias else None
-        elif cast(EightBitLinear, linears[0]).can_lie_together:
+        elif cast("EightBitLinear", linears[0]).can_lie_together:
             one = _one_of(linears)
             for tensors, whole in zip(held, _flat(_held([one])), strict=True):
                 _lay(tensors, whole)
@@ -102,7 +102,7 @@ class SelfAttention(Group):
             biases = []
         if not self._lie_as_joined(weights + biases):
             return torch.cat(weights), torch.cat(biases) if biases else None
-        weight, bias = cast(tuple[Tensor, Tensor | None], self._joined)
+        weight, bias = cast("tuple[Tensor, Tensor | None]", self._joined)
         if not torch.is_grad_enabled():
             return weight, bias
         whole = _Join.apply(weight, *weights)  # type: ignore[no-untyped-call]
@@ -112,7 +112,7 @@ class SelfAttention(Group):
         """All three, which are `in_eight_bits`, as one: their own memory, if it lies as `join` left it, or a copy."""
         linears = self.linears()
         if self._lie_as_joined(_flat(_held(linears))):
-            return cast(tuple[EightBitLinear], self._joined)[0]
+            return cast("tuple[EightBitLinear]", self._joined)[0]
         return _one_of(linears)
 
     def _lie_as_joined(self, tensors: list[Tensor]) -> bool:
@@ -194,7 +194,7 @@ def in_eight_bits(part: nn.Module) -> bool:
 
 def eight_bits(part: nn.Module) -> EightBitLinear:
     """A part that is `in_eight_bits` as one linear layer, those of a SelfAttention too."""
-    return part.as_one() if isinstance(part, SelfAttention) else cast(EightBitLinear, part)
+    return part.as_one() if isinstance(part, SelfAttention) else cast("EightBitLinear", part)
 
 
 def linears_of(part: nn.Module) -> list[nn.Module]:
@@ -212,8 +212,8 @@ def is_frozen(part: nn.Module) -> bool:
 def matrix(part: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The matrix of a frozen part, as `cpu.layout` has it, and its bias, those of a SelfAttention as one."""
     if not isinstance(part, SelfAttention):
-        return cast(FrozenLinear, part).matrix, cast(FrozenLinear, part).bias
-    linears = cast(list[FrozenLinear], part.linears())
+        return cast("FrozenLinear", part).matrix, cast("FrozenLinear", part).bias
+    linears = cast("list[FrozenLinear]", part.linears())
     biases = [(linear.bias, linear.blocks.new_zeros(linear.out_features)) for linear in linears]
     held = [zeros if bias is None else bias.detach() for bias, zeros in biases]
     return _followed([linear.matrix for linear in linears]), torch.cat(held)
@@ -242,7 +242,7 @@ def call(part: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
     if isinstance(part, SelfAttention):
         return torch.cat([call(linear, x, packing) for linear in part.linears()], 1)
     if packing is None or not reads_grid(part):
-        return cast(Tensor, part(x))
+        return cast("Tensor", part(x))
     return packing.pack(part(packing.unpack(x)), len(x))
 
 
@@ -279,7 +279,7 @@ def _held(linears: Sequence[nn.Module]) -> list[list[Tensor]]:
     """Of linear layers of one kind the weights, or what stands for them in 8 bits, and the biases if they have such."""
     first = linears[0]
     names = ["weight"] if type(first) is nn.Linear else list(first._buffers)
-    held = ([cast(Tensor, getattr(linear, name)) for linear in linears] for name in (*names, "bias"))
+    held = ([cast("Tensor", getattr(linear, name)) for linear in linears] for name in (*names, "bias"))
     return [tensors for tensors in held if tensors[0] is not None]
 
 
@@ -288,7 +288,7 @@ def _flat(held: list[list[Tensor]]) -> list[Tensor]:
 
 
 def _one_of(linears: list[nn.Module]) -> EightBitLinear:
-    first = cast(EightBitLinear, linears[0])
+    first = cast("EightBitLinear", linears[0])
     return first.joined(linears)
 
 

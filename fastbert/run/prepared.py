@@ -58,13 +58,13 @@ def run(steps: Steps, parts: Parts, registers: Registers, packing: Packing) -> b
         given = _weights(step, parts)
         if type(given) is str:
             return False
-        tensors, of_step = cast(tuple[list[Any], Hashable], given)
+        tensors, of_step = cast("tuple[list[Any], Hashable]", given)
         operands.append(tensors)
         said.append(of_step)
         weights += tensors if tensors[1] is not None else [tensors[0], *tensors[2:]]
         widest = max(widest, tensors[0].shape[0])
     states = [x, packing.cu_seqlens]
-    for rows in cast(dict[str, QuantizedRows], registers.quantized).values():
+    for rows in cast("dict[str, QuantizedRows]", registers.quantized).values():
         states += rows
     kind = steps, *registers.floats, *registers.quantized, *said, *_sizes(x, packing, widest)
     prepared = of_kind(kind, states, weights, lambda: _prepare(steps, parts, registers, packing))
@@ -97,9 +97,7 @@ def of_kind(
     if wants_gradient(*tensors) or observed() or torch._C._is_any_autocast_enabled():
         return None
     # all that `_as_it_lies` asks, written out: calls would take a twentieth of a layer's time
-    kinds = [
-        (type(x), x.dtype, x.get_device(), x.data_ptr() & 15, x.is_contiguous(), x.layout, x.is_neg()) for x in tensors
-    ]
+    kinds = [(type(x), x.dtype, x.get_device(), x.data_ptr() & 15, x.is_contiguous(), x.is_neg()) for x in tensors]
     shapes = [*[x.shape[1:] for x in states], *[x.shape for x in weights]]
     asked = tensors[0].dtype == torch.float32 and precision.float32_asked()  # which the kernels' code depends on
     key = options, target.of(tensors[0].device), asked, *kinds, *shapes
@@ -162,7 +160,7 @@ def _weights(step: Step, parts: Parts) -> tuple[list[Any], Hashable] | str:
     parameters = norm._parameters
     if parameters["bias"] is None:
         return f"{step.norm} without a bias"
-    said = kind, tensors[-1] is None, cast(nn.LayerNorm, norm).eps
+    said = kind, tensors[-1] is None, cast("nn.LayerNorm", norm).eps
     return [*tensors, parameters["weight"], parameters["bias"]], said
 
 
@@ -199,7 +197,7 @@ def _prepare(steps: Steps, parts: Parts, registers: Registers, packing: Packing)
             widths[step.into] = widths[step.x] // 3
             prepared.append(_attend(step, x.new_empty((len(x), widths[step.x])), packing, quantized))
             continue
-        step = cast(Product, step)  # a convolution is not served
+        step = cast("Product", step)  # a convolution is not served
         part = parts[step.part]
         like = x.new_empty((len(x), widths[step.x]))
         if one is not None:
@@ -208,11 +206,11 @@ def _prepare(steps: Steps, parts: Parts, registers: Registers, packing: Packing)
         else:
             widths[step.into] = len(weights(part)[0])
             prepared.append(None if quantized else _product(step, part, parts, like, x))
-    return None if None in prepared else cast(list[Prepared], prepared)
+    return None if None in prepared else cast("list[Prepared]", prepared)
 
 
 def _attend(step: Attend, qkv: Tensor, packing: Packing, quantized: bool) -> Prepared | None:
-    name, into, heads = step.x, step.into, step.split(qkv).shape[1:]
+    name, into = step.x, step.into
     attend = prepare_attention(step.split(qkv), packing)
     if attend is None:
         return None
@@ -221,7 +219,7 @@ def _attend(step: Attend, qkv: Tensor, packing: Packing, quantized: bool) -> Pre
 
         def take(registers: Registers, packing: Packing, _: Any) -> None:
             floats = registers.floats
-            floats[into] = attend(floats[name].view(-1, *heads), packing).flatten(1)
+            floats[into] = attend(floats[name], packing)
 
         return take
     quantize = prepare_quantize_rows(context)
@@ -229,8 +227,7 @@ def _attend(step: Attend, qkv: Tensor, packing: Packing, quantized: bool) -> Pre
         return None
 
     def take_quantized(registers: Registers, packing: Packing, _: Any) -> None:
-        out = attend(registers.floats[name].view(-1, *heads), packing)
-        registers.quantized[into] = quantize(out.flatten(1))
+        registers.quantized[into] = quantize(attend(registers.floats[name], packing))
 
     return take_quantized
 
@@ -248,7 +245,7 @@ def _product(step: Product, part: nn.Module, parts: Parts, like: Tensor, x: Tens
             floats[into] = run(floats[name], *tensors)
 
         return take
-    norm, add = cast(nn.LayerNorm, parts[step.norm]), step.add
+    norm, add = cast("nn.LayerNorm", parts[step.norm]), step.add
     residual = x.new_empty((len(x), len(weight)))
     add_norm = prepare_linear_layer_norm(like, weight, bias, residual, norm.weight, norm.bias, eps=norm.eps)
     if add_norm is None:
@@ -269,7 +266,7 @@ def _fp8_product(
     dtype, name, into = x.dtype, step.x, step.into
     product = x.new_empty((len(x), len(part.values)))
     if step.add is not None and step.norm is not None:
-        norm, add, bias = cast(nn.LayerNorm, parts[step.norm]), step.add, cast(Tensor, part.bias)
+        norm, add, bias = cast("nn.LayerNorm", parts[step.norm]), step.add, cast("Tensor", part.bias)
         if not quantized:
             return None
         add_norm = prepare_layer_norm_quantize(product, product, bias, eps=norm.eps)
@@ -278,7 +275,7 @@ def _fp8_product(
 
         def take_norm(registers: Registers, packing: Packing, tensors: Any) -> None:
             values, scale, bias, norm_weight, norm_bias = tensors
-            made = fp8_product(cast(QuantizedRows, registers.quantized[name]), values, scale, None, dtype)
+            made = fp8_product(cast("QuantizedRows", registers.quantized[name]), values, scale, None, dtype)
             floats = registers.floats
             floats[into], registers.quantized[into] = add_norm(made, norm_weight, norm_bias, floats[add], bias)
 
@@ -288,19 +285,19 @@ def _fp8_product(
         def take(registers: Registers, packing: Packing, tensors: Any) -> None:
             values, scale, bias = tensors
             registers.floats[into] = fp8_product(
-                cast(QuantizedRows, registers.quantized[name]), values, scale, bias, dtype
+                cast("QuantizedRows", registers.quantized[name]), values, scale, bias, dtype
             )
 
         return take
     if step.activation not in APPROXIMATE or out or not quantized:
         return None
-    activate = prepare_bias_gelu_quantize(product, cast(Tensor, part.bias), approximate=APPROXIMATE[step.activation])
+    activate = prepare_bias_gelu_quantize(product, cast("Tensor", part.bias), approximate=APPROXIMATE[step.activation])
     if activate is None:
         return None
 
     def take_gelu(registers: Registers, packing: Packing, tensors: Any) -> None:
         values, scale, bias = tensors
-        made = fp8_product(cast(QuantizedRows, registers.quantized[name]), values, scale, None, dtype)
+        made = fp8_product(cast("QuantizedRows", registers.quantized[name]), values, scale, None, dtype)
         registers.quantized[into] = activate(made, bias)
 
     return take_gelu

@@ -63,7 +63,7 @@ class Tokens:
         ids, types = self.packed(rows)
         packing = Packing.from_lengths(self.lengths[rows].tolist(), device="cpu")
         packing, there = packing.sent(device, ids=ids, types=types)
-        return cast(Tensor, there["ids"]), there["types"], packing
+        return cast("Tensor", there["ids"]), there["types"], packing
 
 
 @dataclass(frozen=True, eq=False)
