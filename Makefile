@@ -18,7 +18,7 @@ INSTALLED := .venv/installed-$(subst =,,$(TRITON))
 
 MINUTES ?= 20
 
-.PHONY: demo test test-long test-as-gpu test-transformers test-serving check docs docs-shot fuzz static bench gate gpu report clean
+.PHONY: demo test test-long test-as-gpu test-transformers test-serving newcomer check docs docs-shot fuzz static bench gate gpu report clean
 
 # Text in, embeddings out, beside transformers on the same texts.
 demo: $(INSTALLED)
@@ -49,6 +49,10 @@ test-serving: $(INSTALLED)
 	.venv/bin/python -m pip install --disable-pip-version-check '$(TORCH)' -e '.[hf,serving]' \
 	  openai langchain-openai llama-index-embeddings-openai llama-index-embeddings-text-embeddings-inference
 	OMP_NUM_THREADS=1 .venv/bin/pytest tests/test_serving.py -m 'long or not long'
+
+# What somebody does who has only the README: our wheel in a fresh environment, its snippets, the examples, a bench.
+newcomer: $(INSTALLED)
+	.venv/bin/python tests/newcomer.py '$(TORCH)'
 
 # Draw arguments and states of torch for the public API, others each time, for so many minutes; see tests/test_fuzz.py.
 fuzz: $(INSTALLED)

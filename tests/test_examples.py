@@ -103,6 +103,16 @@ def test_pretraining_from_scratch(example: Example, tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.long
+def test_corpus_on_ray(example: Example, tmp_path: Path) -> None:
+    printed = example("corpus_on_ray", tmp_path, "--small", needs=("ray", "pyarrow"))
+    assert "400 rows written in 4 shards, 0 shards were there" in printed
+    assert "embedding: fixed_size_list<element: float>[384]" in printed
+    again = example("corpus_on_ray", tmp_path, "--small", needs=("ray", "pyarrow"))
+    assert "0 rows written in 0 shards, 4 shards were there" in again
+
+
+@pytest.mark.heavy
+@pytest.mark.long
 def test_transformers_trainer(example: Example) -> None:
     printed = example("transformers_trainer", "--small", needs=("transformers", "accelerate"))
     assert percentages(printed)[-1] > 60
