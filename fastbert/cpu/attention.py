@@ -50,7 +50,7 @@ from fastbert.cpu.values import (
 )
 from fastbert.errors import ArgumentError
 
-PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
+PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale", "threads")
 LOG2E = math.log2(math.e)
 # Powers of 2 from which on down a weight beside the greatest is 0, and so are those of keys that may not be seen.
 UNSEEN = 126.0
@@ -174,6 +174,7 @@ def attention_forward(
         worker_bytes=worker_bytes,
         heads=heads,
         scale=float_bits(scale * LOG2E),
+        threads=torch.get_num_threads(),
         **given,
     )
 
@@ -223,6 +224,9 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
     out_bytes = heads * (head_dim * size)
     out = code["out"] + first * out_bytes + head * (head_dim * size)
     width = ((length + (lanes - 1)) // lanes) * lanes
+    # The next task of this thread is most often a head of the same rows, of which no cache guesses where they lie.
+    following = head + code["threads"]
+    ahead = select(following < heads, following - head, code.number(0)) * (head_dim * size)
 
     keys = code["scratch"] + code.worker * code["worker_bytes"]
     pairs = width // (2 * lanes) * (2 * lanes)  # keys in whole tiles of two vectors
@@ -339,6 +343,10 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
 
     def attend_rows(i: Value) -> None:
         here = [minimum(i + r, last) for r in range(rows)]  # the last row again where there are no more
+        for place in here:
+            for start in (query, key, value):
+                for line in range(0, head_dim * size, 64):
+                    code.prefetch(start + place * row_bytes + ahead + line)
         for r, place in enumerate(here):
             if places.rotary:
                 turn(query + place * row_bytes, place, queries + 4 * r * blocks * lanes)
@@ -358,9 +366,9 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
 
         start = code.number(0)
         if places.position_key:
-            ahead = code["positions"] - 1
-            start = (ahead - here[-1]) // (2 * lanes) * (2 * lanes)  # of the last of these rows and key 0
-            end_of_line = (ahead + width - i + (2 * lanes - 1)) // (2 * lanes) * (2 * lanes)
+            zero = code["positions"] - 1
+            start = (zero - here[-1]) // (2 * lanes) * (2 * lanes)  # of the last of these rows and key 0
+            end_of_line = (zero + width - i + (2 * lanes - 1)) // (2 * lanes) * (2 * lanes)
             of_positions(queries, rows, "position_key", start, end_of_line, halves=2)
 
         def placed(vector: Value, j: Value, r: int) -> Value:
