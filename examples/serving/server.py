@@ -68,7 +68,7 @@ def main() -> int:
         truncate=options.auto_truncate,
         token_ids=options.token_ids,
     )
-    service = Service(engine, options.name or folder.resolve().name, limits)
+    service = Service(engine, options.name or Path(os.path.abspath(folder)).name, limits)  # noqa: PTH100 - a link's own name
     # uvicorn answers what it has and then raises the signal again, for whoever was there before it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     uvicorn.run(
