@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What each example is called with. `OUT` is a new folder, `MODEL` and `SERVED` a classifier and MiniLM that are there.
+# What each example is called with. `OUT` is a new folder, `MODEL` the classifier of text_classification.py.
 EXAMPLES = {
     "demo.py": [],
     "text_classification.py": ["OUT", "--small"],
@@ -107,7 +107,8 @@ def the_readme(newcomer: Newcomer) -> None:
 
 def the_examples(newcomer: Newcomer, wheel: Path) -> None:
     """Those in the table of examples/README.md, each after what it is said to need was installed."""
-    rows = re.findall(r"^\| \[[^]]*\]\(([^)]*)\) \|.*\| ([^|]*)\|$", page(), flags=re.MULTILINE)
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[[^]]*\]\(([^)]*)\) \|.*\| ([^|]*)\|$", page, flags=re.MULTILINE)
     listed = {name for name, _ in rows}
     known = {*EXAMPLES, "quick_start.ipynb", "serving/server.py"}
     if listed != known or not {path.name for path in (ROOT / "examples").glob("*.py")} <= {*known, "reviews.py"}:
@@ -126,11 +127,6 @@ def the_examples(newcomer: Newcomer, wheel: Path) -> None:
             words = {"OUT": out, "MODEL": model}
             newcomer.run("python", path, *(words.get(word, word) for word in EXAMPLES[name]))
             model = f"{out}/model" if name == "text_classification.py" else model
-
-
-def page() -> str:
-    """The page with the table of the examples."""
-    return (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 
 
 def the_service(newcomer: Newcomer, server: Path) -> None:
