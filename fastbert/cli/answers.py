@@ -280,7 +280,7 @@ def answer(
         npy: as for `output_format`.
     """
     end_on_signals()
-    output = check_output(wanted[0])
+    output = check_output(wanted[0], given[0])
     how = output_format(output, wanted[1], npy=npy)
     texts = Texts(*given)
     model = load()

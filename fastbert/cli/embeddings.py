@@ -97,7 +97,7 @@ def encode(
         )
         return
     check_absent("without --ray", keep=keep, workers=workers)
-    output = check_output(output)
+    output = check_output(output, input)
     how = output_format(output, output_as, npy=True)
 
     import numpy as np

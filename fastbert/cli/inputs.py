@@ -29,6 +29,16 @@ _ITEMS: dict[Kind, str] = {
     "words": 'a JSON list of words, such as ["Ada", "met"]',
     "ranking": 'an object such as {"query": "...", "documents": ["...", "..."]}',
 }
+_ROWS: dict[Kind, str] = {
+    "text": "a string",
+    "pair": "two strings",
+    "words": "a list of words",
+    "ranking": "a string and a list of strings",
+}
+_MENDS = {
+    "[": "If the file is one JSON array, make JSON lines of it: jq -c '.[]'",
+    "{": "If an object takes several lines, make one of them: jq -c .",
+}
 _ENDINGS: dict[str, InputFormat] = {
     ".json": "jsonl",
     ".jsonl": "jsonl",
@@ -133,13 +143,14 @@ class Texts:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            mend = "An array over several lines becomes JSON lines by: jq -c .[]" if line.strip() in "[{" else ""
+            mend = _MENDS.get(line.strip()[:1], "")
             raise ArgumentError(_place(number), f"{shown(line)}, which is no JSON", _ITEMS[self._kind], mend) from error
         if isinstance(value, dict):
             columns = self._chosen(tuple(value), number)
             return self._item([value[name] for name in columns], columns, number)
-        if self._kind == "ranking" or self._columns:
-            raise ArgumentError(_place(number), shown(value), _ITEMS[self._kind])
+        if self._kind == "ranking" or self._columns or (self._kind == "text" and isinstance(value, list)):
+            mend = _MENDS["["] if isinstance(value, list) else ""
+            raise ArgumentError(_place(number), shown(value), _ITEMS[self._kind], mend)
         several = value if isinstance(value, list) and self._kind == "pair" else [value]
         return self._item(several, COLUMNS[self._kind], number)
 
@@ -206,8 +217,10 @@ class Texts:
         )
         if not good or (self._kind == "words" and "" in values[0]):
             got = shown(values[0] if len(values) == 1 else values)
-            expected = "a list of words" if self._kind == "words" and self._format == "parquet" else _ITEMS[self._kind]
-            raise ArgumentError(_place(number), got, expected)
+            if self._format == "parquet":
+                expected = f"{_ROWS[self._kind]} in {', '.join(columns)}"
+                raise ArgumentError(f"INPUT, row {number}", got, expected)
+            raise ArgumentError(_place(number), got, _ITEMS[self._kind])
         return values[0] if len(values) == 1 else tuple(values)
 
 

@@ -12,6 +12,7 @@ import typer
 
 from fastbert import installed
 from fastbert.cli.options import Device, DType
+from fastbert.errors import ArgumentError
 
 
 def info(
@@ -24,6 +25,10 @@ def info(
     \b
     fastbert info --model all-MiniLM-L6-v2 --dtype bf16
     """
+    for option, given in (("--dtype", dtype), ("--device", device)):
+        if given is not None and model is None:
+            raise ArgumentError(option, "no --model", "one", "Add --model FOLDER.")
+
     import torch
 
     from fastbert import backend

@@ -158,11 +158,15 @@ class Lines:
         self._damaged.report("lines with bytes that are not UTF-8", "; U+FFFD stands for those bytes")
 
 
-def check_output(output: Path | None) -> Path | None:
+def check_output(output: Path | None, read: Path | None = None) -> Path | None:
     """Before any work, see whether `results` could be written there; None stands for stdout.
 
+    Args:
+        output: where to write.
+        read: the file that the command reads, which results would take the place of.
+
     Raises:
-        ArgumentError: stdout is closed, or see `writing.check_replaceable`.
+        ArgumentError: stdout is closed, `output` is `read`, or see `writing.check_replaceable`.
     """
     from fastbert.writing import check_replaceable
 
@@ -173,7 +177,14 @@ def check_output(output: Path | None) -> Path | None:
             raise ArgumentError("--output", "nothing, and standard output is closed", "a file to write to")
     elif not _is_pipe_or_device(output):
         check_replaceable(output)
+        check_apart("--output", output, "INPUT", read)
     return output
+
+
+def check_apart(name: str, path: Path | None, other_name: str, other: Path | None) -> None:
+    """Raise ArgumentError if these two are one file, of which only what is written last would be left."""
+    if path is not None and other is not None and os.path.realpath(path) == os.path.realpath(other):
+        raise ArgumentError(name, f"{path}, which is {other_name} too", "another file")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from fastbert.cli.options import (
     OutputAs,
 )
 from fastbert.cli.outputs import output_format, writing
-from fastbert.cli.piping import check_output, end_on_signals, results
+from fastbert.cli.piping import check_apart, check_output, end_on_signals, results
 from fastbert.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def rerank(
     fastbert rerank candidates.jsonl --model reranker --output ranked.jsonl
     """
     end_on_signals()
-    output = check_output(output)
+    output = check_output(output, input)
     how = output_format(output, output_as)
 
     from fastbert.tasks.score import TextScorer
@@ -120,8 +120,10 @@ def similar(
     cat queries.txt | fastbert similar texts.txt --model all-MiniLM-L6-v2 --top-k 3
     """
     end_on_signals()
-    output = check_output(output)
+    output = check_output(output, input)
     how = output_format(output, output_as)
+    check_apart("--embeddings", embeddings, "INPUT", input)
+    check_apart("--embeddings", embeddings, "--output", output)
     if str(input) == "-" and not query:
         raise ArgumentError("--query", "nothing, and stdin holds the texts", "a query", "Add --query TEXT.")
 

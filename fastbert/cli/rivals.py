@@ -49,7 +49,7 @@ def bench(
     to_stdout = str(output) in ("-", "/dev/stdout")
     if output is not None and not to_stdout and output.suffix not in ("", ".json"):
         raise ArgumentError("--output", output, "a name that ends in .json")
-    file = check_output(output)
+    file = check_output(output, input)
     if input is None:
         for option, given in (("--input-format", input_as), ("--column", column), ("--pairs", pairs)):
             if given:

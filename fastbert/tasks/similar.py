@@ -31,6 +31,7 @@ from fastbert.writing import check_replaceable, replacing
 Library = Literal["torch", "faiss", "usearch"]
 # Above so many texts faiss or usearch searches, where one is installed; and how many scores torch makes at once.
 MANY_TEXTS, SCORES_AT_ONCE = 1_000_000, 2**24
+ROUNDING = 1e-5  # of the largest score: what is so near to the last one that is wanted is looked at once more
 # What each library calls how alike embeddings are; it is one product of unit vectors for the cosine.
 _FAISS = {"cosine": "METRIC_INNER_PRODUCT", "dot": "METRIC_INNER_PRODUCT", "euclidean": "METRIC_L2"}
 _USEARCH = {"cosine": "IP", "dot": "IP", "euclidean": "L2sq"}
@@ -167,8 +168,8 @@ class TextIndex:
         candidates = search[library or self._library()](rows, count)
         found = []
         for row, places in zip(rows, candidates, strict=True):
-            scores = self._scores(row[None], self._rows[places])[0]  # the same ones, whatever found them
-            best = np.lexsort((places, -scores))
+            scores = self._scores_alone(row, self._rows[places])  # the same ones, whatever found them
+            best = np.lexsort((places, -scores))[:count]
             found.append(hits(places[best], scores[best], self.texts))
         return found
 
@@ -190,11 +191,25 @@ class TextIndex:
         name = self.encoder.recipe.similarity
         return SIMILARITIES["dot" if name == "cosine" else name](torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
+    def _scores_alone(self, a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Of one row and of float32 `[m, width]`; a product of matrices rounds equal rows otherwise by their place."""
+        one, rows = a.astype(np.float64), b.astype(np.float64)
+        name = self.encoder.recipe.similarity
+        if name == "manhattan":
+            found = -np.abs(rows - one).sum(axis=1)
+        elif name == "euclidean":
+            found = -np.sqrt(np.square(rows - one).sum(axis=1))
+        else:
+            found = (rows * one).sum(axis=1)
+        return found.astype(np.float32)
+
     def _by_torch(self, rows: npt.NDArray[np.float32], count: int) -> list[npt.NDArray[np.int64]]:
         at_once = max(SCORES_AT_ONCE // len(self.texts), 1)
         found = []
         for start in range(0, len(rows), at_once):
-            found += [best_rows(scores, count) for scores in self._scores(rows[start : start + at_once], self._rows)]
+            for scores in self._scores(rows[start : start + at_once], self._rows):
+                least = scores[best_rows(scores, count)[-1]]
+                found.append(np.flatnonzero(scores >= least - ROUNDING * np.abs(scores).max()))
         return found
 
     def _by_faiss(self, rows: npt.NDArray[np.float32], count: int) -> Iterable[npt.NDArray[np.int64]]:

@@ -103,7 +103,8 @@ def checked_texts(texts: list[Any], pairs: bool) -> list[Any]:
 
 
 def _no_string(name: str, value: object, expected: str) -> ArgumentError:
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # which stands for it in a column
+    nan = isinstance(value, float) and math.isnan(value)
+    if value is None or nan or type(value).__name__ == "NAType":  # these stand for it in a column; the last is pandas'
         return ArgumentError(name, f"{value}, which is missing", expected, "Fill it in, or leave it out.")
     return ArgumentError(name, f"a {type(value).__name__}", expected)
 

@@ -125,7 +125,9 @@ def _train(
             said = f"{error.strerror or error}: the training in {out} ended at step {run.state.step}. --resume goes on"
             raise OSError(error.errno or errno.EIO, said) from error
         except (KeyboardInterrupt, SystemExit):
-            say(f"ended at step {run.state.step}; --resume goes on from the last checkpoint")
+            saved = "goes on from the last checkpoint"
+            how = saved if checkpoints(out) else "begins anew, as no checkpoint was saved yet"
+            say(f"ended at step {run.state.step}; --resume {how}")
             raise
 
 
