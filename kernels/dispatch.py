@@ -63,13 +63,15 @@ class Prepared:
     def _start(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
         """`self.compiled[grid](...)` without the description of the launch, which only a profiler's hooks read."""
         compiled, enter, leave = self.compiled, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if _calls(enter) or _calls(leave):
+        # anything else in their place, or None, is Triton's to handle
+        nobody = type(enter) is HookChain and type(leave) is HookChain and not enter.calls and not leave.calls
+        if nobody:
+            here = driver.active
+            stream = here.get_current_stream(here.get_current_device())
+            function, packed = compiled.function, compiled.packed_metadata
+            compiled.run(*grid, stream, function, packed, None, enter, leave, *arguments, *self.rest)
+        else:
             compiled[grid](*arguments, *self.rest)
-            return
-        here = driver.active
-        stream = here.get_current_stream(here.get_current_device())
-        function, packed = compiled.function, compiled.packed_metadata
-        compiled.run(*grid, stream, function, packed, None, enter, leave, *arguments, *self.rest)
 
     def _search(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
         here = target.of(arguments[0].device)
@@ -81,11 +83,6 @@ class Prepared:
             self.compiled = _compiled[key] = self.kernel[grid](*arguments, **self.constexprs)
         else:
             self._start(grid, arguments)
-
-
-def _calls(hook: Any) -> bool:
-    """Whether Triton would call something at a launch."""
-    return hook is not None and (type(hook) is not HookChain or bool(hook.calls))
 
 
 def _kind(argument: Any, here: target.Target) -> Any:
