@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -430,6 +431,7 @@ def test_what_is_wrong_is_said_in_openais_shape(body: Any, status: int, message:
         ("/rerank", {"query": "film", "texts": ["a"]}, 424, "Backend", "--task embed"),
         ("/predict", {"inputs": "film"}, 424, "Backend", "--task embed"),
         ("/nothing", {}, 404, "Validation", "Not Found"),
+        ("/embed/", {"inputs": "film"}, 404, "Validation", "Not Found"),
         ("/embed", None, 405, "Validation", "Method Not Allowed"),
     ],
 )
@@ -439,6 +441,27 @@ def test_what_is_wrong_is_said_in_teis_shape(
     got, found, _ = call(url + path, body)
     assert (got, found["error_type"]) == (status, kind)
     assert message in found["error"]
+
+
+def test_a_body_of_wrong_items_is_refused_as_soon_as_one_of_them(engine: engines.Engine) -> None:
+    items = b",".join([b"[null]"] * 1_000_000)
+    fields = b",".join(b'"%d":0' % i for i in range(1_000_000))
+    with hosted(engine, request_bytes=16 << 20) as url:
+        for path, body in (
+            ("/v1/embeddings", b'{"input":[%b]}' % items),
+            ("/embed", b'{"inputs":[%b]}' % items.replace(b"],[", b",")),
+            ("/rerank", b'{"query":"film","texts":[%b]}' % items),
+            ("/predict", b'{"inputs":[%b]}' % items),
+            ("/embed", b'{"inputs":"film",%b}' % fields),
+            ("/embed", b'{"inputs":"film","%b":0}' % (b"k" * 4_000_000)),
+            ("/embed", b'{"inputs":"film","prompt_name":"%b"}' % (b"k" * 4_000_000)),
+        ):
+            tracemalloc.start()
+            status, found, _ = call(url + path, body)
+            most = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert status in (400, 422) and len(json.dumps(found)) < 2000
+            assert most < 500e6  # the objects of the JSON; it was some GB
 
 
 def test_token_ids_are_those_of_the_model(engine: engines.Engine) -> None:

@@ -163,7 +163,7 @@ class Service:
 
     def app(self) -> FastAPI:
         """The ASGI application."""
-        app = FastAPI(title="fastbert", lifespan=self.lifespan)
+        app = FastAPI(title="fastbert", lifespan=self.lifespan, redirect_slashes=False)
         endpoints: dict[str, tuple[str, Callable[..., Any]]] = {
             "/v1/embeddings": ("POST", self.embeddings),
             "/embed": ("POST", self.embed),
