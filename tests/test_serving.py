@@ -511,6 +511,16 @@ def test_rerank_as_tei_spells_it(tmp_path: Path) -> None:
         assert np.allclose(one[0]["score"], scores[0], atol=1e-6)
 
 
+def test_a_query_counts_once_for_each_text(tmp_path: Path) -> None:
+    folder = tiny_bert.with_head(tmp_path, 1)
+    with hosted(engines.load("fastbert", folder, "rerank", None, "cpu", None), request_bytes=10_000) as url:
+        for count, expected in ((50, 200), (51, 413)):
+            body = {"query": "film " * 40, "texts": ["a"] * count, "truncate": True}
+            status, found, _ = call(f"{url}/rerank", body)
+            assert status == expected
+        assert "200 characters for 51 texts; expected at most 10000" in found["error"]
+
+
 def test_predict_as_tei_spells_it(tmp_path: Path) -> None:
     folder = tiny_bert.with_head(tmp_path, 3)
     with hosted(engines.load("fastbert", folder, "predict", None, "cpu", None)) as url:
