@@ -248,6 +248,16 @@ def test_a_shard_is_in_the_folder(ending: str, name: Any, folder: Path) -> None:
         fastbert.load(folder)
 
 
+@pytest.mark.parametrize("name", ["a\0", "\ud800"])
+def test_a_shard_whose_name_no_file_can_have(name: str, folder: Path) -> None:
+    index = shard(folder, "safetensors")
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], f"{name}.safetensors")
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"(a.x00|.ud800).safetensors: got .*; expected a file"):
+        fastbert.load(folder)
+
+
 def test_a_shard_that_is_missing_or_damaged(folder: Path) -> None:
     index = shard(folder, "bin")
     second = folder / "pytorch_model-00002-of-00002.bin"
