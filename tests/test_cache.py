@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastbert import cache
+from fastbert.errors import ArgumentError
+from fastbert.ops import fastest
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -14,6 +16,22 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache.folder() == tmp_path / "a b"
     monkeypatch.delenv("FASTBERT_CACHE")
     assert cache.folder() == Path.home() / ".cache" / "fastbert"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under some number: what may be kept is not, and what must be says what to set."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("FASTBERT_CACHE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(ArgumentError, match=r"FASTBERT_CACHE: got nothing, from a user without a home; .* Set it"):
+        cache.folder()
+    assert fastest._read() == {}
+    kept = fastest._keep(fastest.KINDS[0], fastest.Choice("blas", "", {}))
+    assert kept.source == "timed just now; the cache can't be written to"
 
 
 def test_a_file_is_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -248,6 +248,27 @@ def test_a_shard_is_in_the_folder(ending: str, name: Any, folder: Path) -> None:
         fastbert.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [([2**32, 2**32], [0, 0]), ([2**63], [0, 0]), ([-1], [0, 4]), ([2], [0, 4]), ([1], [4, 8]), ([1], [0, 2**63])],
+)
+def test_a_shape_that_its_bytes_are_not_of(shape: list[int], offsets: list[int], folder: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match="expected a safetensors file"):
+        fastbert.load(folder)
+
+
+@pytest.mark.parametrize("name", ["a\0", "\ud800"])
+def test_a_shard_whose_name_no_file_can_have(name: str, folder: Path) -> None:
+    index = shard(folder, "safetensors")
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], f"{name}.safetensors")
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"(a.x00|.ud800).safetensors: got .*; expected a file"):
+        fastbert.load(folder)
+
+
 def test_a_shard_that_is_missing_or_damaged(folder: Path) -> None:
     index = shard(folder, "bin")
     second = folder / "pytorch_model-00002-of-00002.bin"

@@ -156,6 +156,25 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, folder: Path, tm
     assert names(tmp_path) == before
 
 
+def test_folders_that_another_can_not_take_the_place_of(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "empty"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", tmp_path / "here"):
+        with pytest.raises(ArgumentError, match=r"out: got .*here, the working folder or a mount"):
+            fastbert.convert(folder, out)
+    for link, to in (("to_empty", "empty"), ("to_nothing", "new"), ("loop", "loop")):
+        (tmp_path / link).symlink_to(to)
+    with pytest.raises(ArgumentError, match=r"out: got .*loop, which is there"):
+        fastbert.convert(folder, tmp_path / "loop")
+    for link in ("to_empty", "to_nothing"):
+        fastbert.convert(folder, tmp_path / link)
+        assert (tmp_path / link).is_symlink() and (tmp_path / link / "model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} >= {"here", "empty", "new"} and not list(tmp_path.glob(".*"))
+
+
 def test_numbers_that_a_dtype_does_not_hold(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["pooler.dense.weight"][0, :2] = 70000.0

@@ -133,7 +133,17 @@ TIMES = '{"here": {"kind": {"way": "own", "milliseconds": {"own": "fast"}}}}'
 @needs_kernels
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"here": 3}', '{"here": {"kind": 3}}', '{"here": {"kind": {"way": "magic"}}}', TIMES],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"here": 3}',
+        '{"here": {"kind": 3}}',
+        '{"here": {"kind": {"way": "magic"}}}',
+        TIMES,
+        "[" * 100_000,
+    ],
 )
 def test_a_damaged_file_is_as_none(text: str, untold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untold.mkdir()

@@ -417,9 +417,37 @@ def test_a_manifest_goes_on(tmp_path: Path) -> None:
     path.write_text("\n".join([lines[0], "nonsense", *lines[1:]]))
     with pytest.raises(ArgumentError, match=f"{path}, line 2: got 'nonsense'; expected a JSON object. Remove this"):
         Manifest(path, RUN, "csv", shards)
+    path.write_bytes(f"{lines[0]}\n\xff{'[' * 100_000}\n".encode("latin-1"))
+    with pytest.raises(ArgumentError, match=f"{path}, line 2: got .*; expected a JSON object"):
+        Manifest(path, RUN, "csv", shards)
     path.write_text("")
     with pytest.raises(ArgumentError, match="a file without a line"):
         Manifest(path, RUN, "csv", shards)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shard": "../kept"},
+        {"shard": "a-/../../kept"},
+        {"shard": "a-00000/../../kept"},
+        {"shard": "b-00000"},
+        {"shard": 5},
+        {"input": None},
+        {"bytes": "4"},
+        {"rows": True},
+    ],
+)
+def test_a_manifest_names_no_files_but_its_own(wrong: dict[str, Any], tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kept.csv"
+    out.mkdir()
+    kept.write_text("text")
+    path, shards = out / MANIFEST, planned("a0", "b0")
+    manifest = Manifest(path, RUN, "csv", shards)
+    manifest.add(record(shards[0], out) | wrong)
+    with pytest.raises(ArgumentError, match=f"{path}, line 2: got .*; expected the record of a shard. Remove this"):
+        Manifest(path, RUN, "csv", shards)
+    assert kept.read_text() == "text"
 
 
 def test_inputs_that_come_change_and_go(tmp_path: Path) -> None:

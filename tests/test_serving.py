@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -430,6 +431,7 @@ def test_what_is_wrong_is_said_in_openais_shape(body: Any, status: int, message:
         ("/rerank", {"query": "film", "texts": ["a"]}, 424, "Backend", "--task embed"),
         ("/predict", {"inputs": "film"}, 424, "Backend", "--task embed"),
         ("/nothing", {}, 404, "Validation", "Not Found"),
+        ("/embed/", {"inputs": "film"}, 404, "Validation", "Not Found"),
         ("/embed", None, 405, "Validation", "Method Not Allowed"),
     ],
 )
@@ -439,6 +441,27 @@ def test_what_is_wrong_is_said_in_teis_shape(
     got, found, _ = call(url + path, body)
     assert (got, found["error_type"]) == (status, kind)
     assert message in found["error"]
+
+
+def test_a_body_of_wrong_items_is_refused_as_soon_as_one_of_them(engine: engines.Engine) -> None:
+    items = b",".join([b"[null]"] * 1_000_000)
+    fields = b",".join(b'"%d":0' % i for i in range(1_000_000))
+    with hosted(engine, request_bytes=16 << 20) as url:
+        for path, body in (
+            ("/v1/embeddings", b'{"input":[%b]}' % items),
+            ("/embed", b'{"inputs":[%b]}' % items.replace(b"],[", b",")),
+            ("/rerank", b'{"query":"film","texts":[%b]}' % items),
+            ("/predict", b'{"inputs":[%b]}' % items),
+            ("/embed", b'{"inputs":"film",%b}' % fields),
+            ("/embed", b'{"inputs":"film","%b":0}' % (b"k" * 4_000_000)),
+            ("/embed", b'{"inputs":"film","prompt_name":"%b"}' % (b"k" * 4_000_000)),
+        ):
+            tracemalloc.start()
+            status, found, _ = call(url + path, body)
+            most = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert status in (400, 422) and len(json.dumps(found)) < 2000
+            assert most < 500e6  # the objects of the JSON; it was some GB
 
 
 def test_token_ids_are_those_of_the_model(engine: engines.Engine) -> None:
@@ -486,6 +509,16 @@ def test_rerank_as_tei_spells_it(tmp_path: Path) -> None:
         one = call(f"{url}/predict", {"inputs": ["was it fine ?", TEXTS[0]]})[1]
         assert [label["label"] for label in one] == ["LABEL_0"]
         assert np.allclose(one[0]["score"], scores[0], atol=1e-6)
+
+
+def test_a_query_counts_once_for_each_text(tmp_path: Path) -> None:
+    folder = tiny_bert.with_head(tmp_path, 1)
+    with hosted(engines.load("fastbert", folder, "rerank", None, "cpu", None), request_bytes=10_000) as url:
+        for count, expected in ((50, 200), (51, 413)):
+            body = {"query": "film " * 40, "texts": ["a"] * count, "truncate": True}
+            status, found, _ = call(f"{url}/rerank", body)
+            assert status == expected
+        assert "200 characters for 51 texts; expected at most 10000" in found["error"]
 
 
 def test_predict_as_tei_spells_it(tmp_path: Path) -> None:

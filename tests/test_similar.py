@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import tiny_bert
 import torch
 from processes import PYTHON
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_sentence import sentence_folder, write
 
@@ -247,7 +249,22 @@ def test_what_is_no_file_of_embeddings(encoder: TextEncoder, tmp_path: Path) -> 
     (tmp_path / "short").write_bytes(good.read_bytes()[:-7])
     (tmp_path / "text").write_text("the film\n")
     save_file({"embeddings": torch.zeros(2, 32)}, tmp_path / "others")
-    for name, message in (("short", "is whole"), ("text", "is whole"), ("others", "something else"), (".", "is whole")):
+    os.mkfifo(tmp_path / "pipe")
+    with safe_open(good, "pt") as file:
+        made, rows = file.metadata(), file.get_tensor("embeddings")
+    save_file({"embeddings": rows.bfloat16()}, tmp_path / "half", made)
+    save_file({"embeddings": rows.to(torch.float8_e4m3fn)}, tmp_path / "eighth", made)
+    save_file({"embeddings": rows.index_fill(0, torch.tensor([1]), torch.nan)}, tmp_path / "nan", made)
+    for name, message in (
+        ("short", "is whole"),
+        ("text", "is whole"),
+        ("others", "something else"),
+        (".", "a folder, pipe or device"),
+        ("half", r"with BF16 \(2, 32\); expected F32 \(2, 32\)"),
+        ("eighth", "with F8_E4M3"),
+        ("nan", "with NaN or infinity"),
+        ("pipe", "a folder, pipe or device"),
+    ):
         with pytest.raises(ArgumentError, match=message):
             TextIndex.of(["a", "b"], encoder, embeddings=tmp_path / name)
     with pytest.raises(ArgumentError, match="Make the folder first"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from batching import OverloadedError
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -30,6 +31,11 @@ ERRORS: dict[Kind, tuple[int, str, str, str | None]] = {
 }
 GONE = 499  # nginx's status for a client that closed the connection: nobody reads it, the metrics count it
 SHOWN_ERRORS = 3
+SHOWN_CHARACTERS = 1000  # of a message, which may quote a request of millions
+
+T = TypeVar("T")
+# A list of which only the first wrong item is an error: pydantic keeps a kilobyte of each.
+List = Annotated[list[T], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -37,8 +43,17 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def few_unknown(cls, body: Any) -> Any:
+        """Of the fields that we don't know only those that the answer names, as each is an error."""
+        if not isinstance(body, dict):
+            return body
+        unknown = islice((name for name in body if name not in cls.model_fields), SHOWN_ERRORS)
+        return {name: body[name] for name in (*cls.model_fields, *unknown) if name in body}
 
-Inputs = str | list[str] | list[int] | list[list[int]]
+
+Inputs = str | List[str] | List[int] | List[List[int]]
 Columns = Annotated[int, Field(ge=1)]
 End = Literal["right", "Right"]  # the only one that is cut off
 
@@ -68,7 +83,7 @@ class RerankBody(Body):
     """Of text-embeddings-inference's /rerank."""
 
     query: str
-    texts: list[str]
+    texts: List[str]
     truncate: bool | None = None
     truncation_direction: End = "right"
     raw_scores: bool = False
@@ -78,7 +93,7 @@ class RerankBody(Body):
 class PredictBody(Body):
     """Of text-embeddings-inference's /predict: a text, a pair of texts, or a list of such in lists of one or two."""
 
-    inputs: str | list[str] | list[list[str]]
+    inputs: str | List[str] | List[List[str]]
     truncate: bool | None = None
     truncation_direction: End = "right"
     raw_scores: bool = False
@@ -106,7 +121,8 @@ def json(value: Any) -> Response:
 def refusal(path: str, refused: RefusedError) -> Response:
     """The response of an error: in OpenAI's shape below /v1/, elsewhere in text-embeddings-inference's."""
     status, theirs, openai, code = ERRORS[refused.kind]
-    message = SURROGATE.sub("\ufffd", refused.message)  # it may quote the request
+    message = SURROGATE.sub("\ufffd", refused.message[:SHOWN_CHARACTERS])  # it may quote the request
+    message += "..." if len(refused.message) > SHOWN_CHARACTERS else ""
     if path.startswith("/v1/"):
         response = json({"error": {"message": message, "type": openai, "param": None, "code": code}})
         status = 400 if status == 422 else status  # OpenAI knows no 422

@@ -163,7 +163,7 @@ class Service:
 
     def app(self) -> FastAPI:
         """The ASGI application."""
-        app = FastAPI(title="fastbert", lifespan=self.lifespan)
+        app = FastAPI(title="fastbert", lifespan=self.lifespan, redirect_slashes=False)
         endpoints: dict[str, tuple[str, Callable[..., Any]]] = {
             "/v1/embeddings": ("POST", self.embeddings),
             "/embed": ("POST", self.embed),
@@ -212,6 +212,9 @@ class Service:
     async def rerank(self, body: RerankBody, request: Request) -> Response:
         """The texts by how well they answer the query, the best first."""
         self.check_task("rerank")
+        if len(body.query) * len(body.texts) > (most := self.limits.request_bytes):  # it is read with each text
+            got = f"a `query` of {len(body.query)} characters for {len(body.texts)} texts"
+            raise RefusedError("too long", f"got {got}; expected at most {most} characters, once for each text")
         _, rows = await self.answer(request, [(body.query, text) for text in body.texts], body.truncate)
         scores = (rows if body.raw_scores else self.engine.probabilities(rows))[:, 0]
         ranks = []

@@ -59,7 +59,8 @@ def convert(
         CheckpointError: the folder is not a checkpoint fastbert reads.
         MissingError: ONNX is asked for, and what makes or runs it is not installed.
     """
-    source, target = files.checkpoint_folder(folder), files.path_of(out)
+    source = files.checkpoint_folder(folder)
+    target = Path(os.path.realpath(files.path_of(out)))  # a link keeps being one; what it points to is made
     for name, value, known in (("dtype", dtype, (None, *get_args(DType))), ("to", to, get_args(Format))):
         if value not in known:
             raise ArgumentError(name, repr(value), f"one of {', '.join(filter(None, known))}")
@@ -152,8 +153,11 @@ def _others(source: Path, transformer: Path) -> list[str]:
 def _check_new(target: Path) -> None:
     if not target.parent.is_dir():
         raise ArgumentError("out", f"no folder {target.parent}", "a folder in one that is there")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ArgumentError("out", f"{target}, which is there", "a new folder, or an empty one")
+    if target.exists() and (target.samefile(".") or target.is_mount()):
+        got = f"{target}, the working folder or a mount, whose place no other folder can take"
+        raise ArgumentError("out", got, "a new folder", "Name one in it.")
 
 
 def _bytes(size: int | str) -> int:

@@ -104,8 +104,8 @@ def check_readable(path: Path) -> None:
     """
     try:
         mode = path.stat().st_mode
-    except OSError as error:
-        raise CheckpointError(str(path), error.strerror, "a file") from error
+    except (OSError, ValueError) as error:  # ValueError: no name at all, with a NUL or half a character
+        raise CheckpointError(repr(str(path))[1:-1], getattr(error, "strerror", str(error)), "a file") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
         raise CheckpointError(str(path), kind, "a file")

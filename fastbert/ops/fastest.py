@@ -232,7 +232,7 @@ def _read() -> dict[str, Any]:
     """What the file holds for all machines; nothing where there is none, or something else."""
     try:
         held = json.loads((folder() / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return held if isinstance(held, dict) else {}
 
@@ -265,7 +265,7 @@ def _kept(kind: Kind, ways: list[Way]) -> Choice | None:
 
 def _keep(kind: Kind, made: Choice) -> Choice:
     kept = _write({**_of_machine(), kind.name: {"way": made.way, "milliseconds": made.milliseconds}})
-    where = f"kept in {folder() / FILE}" if kept else f"{folder()} can't be written to"
+    where = f"kept in {folder() / FILE}" if kept else "the cache can't be written to"
     return replace(made, source=f"timed just now; {where}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastbert.ray.inputs import Shard
 from fastbert.writing import replacing
 
 MANIFEST = "_manifest.jsonl"  # those who read folders pass over such names
+FIELDS = {"shard": str, "input": str, "size": int, "changed": int, "bytes": int, "rows": int}  # that a record must have
 OF_MODELS = (".bin", ".json", ".model", ".safetensors", ".txt")
 
 
@@ -75,17 +77,27 @@ def _size(file: Path) -> int | None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    *lines, _ = path.read_text().split("\n")  # what is behind the last end of a line was being written
+    *lines, _ = path.read_bytes().split(b"\n")  # what is behind the last end of a line was being written
     found = []
     for number, line in enumerate(lines, start=1):
+        mend = "Remove this line, and its shard is written again; without its first line the run is lost."
+        where, got = f"{path}, line {number}", shown(line.decode(errors="replace"))
         try:
             found.append(dict(json.loads(line)))
-        except (TypeError, ValueError) as error:
-            mend = "Remove this line, and its shard is written again; without its first line the run is lost."
-            raise ArgumentError(f"{path}, line {number}", shown(line), "a JSON object", mend) from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ArgumentError(where, got, "a JSON object", mend) from error
+        if number > 1 and not _is_record(found[-1]):
+            raise ArgumentError(where, got, "the record of a shard", mend)
     if not found:
         raise ArgumentError(str(path), "a file without a line", "the manifest of a run", "Choose another folder.")
     return found
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether it has all fields, and names a shard of its input: other files are not ours to remove."""
+    if not all(type(record.get(name)) is kind for name, kind in FIELDS.items()):
+        return False
+    return re.fullmatch(rf"{re.escape(record['input'])}-[0-9]+", record["shard"]) is not None
 
 
 def _check_same(began: dict[str, Any], run: Mapping[str, Any]) -> None:

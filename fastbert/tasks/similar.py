@@ -241,13 +241,17 @@ def _described(texts: Sequence[str], encoder: TextEncoder, max_length: int) -> d
 
 
 def _read(path: Path, wanted: Mapping[str, str], rows: int, width: int) -> npt.NDArray[np.float32]:
+    if not path.is_file():  # to open a pipe waits for its writer
+        raise ArgumentError("embeddings", f"{path}, a folder, pipe or device", "a file of embeddings", "Name another.")
     try:
         with safe_open(path, "np") as file:
             made = file.metadata() or {}
-            found = file.get_tensor("embeddings") if made.get("format") == _FORMAT else None
+            held = file.get_slice("embeddings") if made.get("format") == _FORMAT else None
+            kind = None if held is None else (held.get_dtype(), tuple(held.get_shape()))
+            found = file.get_tensor("embeddings") if kind == ("F32", (rows, width)) else None
     except (SafetensorError, OSError) as error:
         raise ArgumentError("embeddings", f"{path}: {error}", "a file of embeddings that is whole", _ANEW) from error
-    if found is None:
+    if kind is None:
         raise ArgumentError("embeddings", f"{path}, which is something else", "a file of embeddings", "Name another.")
     for name, value in wanted.items():
         if made.get(name) != value:
@@ -257,9 +261,11 @@ def _read(path: Path, wanted: Mapping[str, str], rows: int, width: int) -> npt.N
             elif name != "texts":
                 got, expected = f"{path}, made with {name}={made.get(name)}", f"{name}={value}"
             raise ArgumentError("embeddings", got, expected, _ANEW)
-    if found.dtype != np.float32 or found.shape != (rows, width):
-        got = f"{path} with {found.dtype} {found.shape}"
-        raise ArgumentError("embeddings", got, f"float32 {(rows, width)}, as its texts say", _ANEW)
+    if found is None:
+        got = f"{path} with {kind[0]} {kind[1]}"
+        raise ArgumentError("embeddings", got, f"F32 {(rows, width)}, as its texts say", _ANEW)
+    if not np.isfinite(found).all():
+        raise ArgumentError("embeddings", f"{path} with NaN or infinity", "finite numbers", _ANEW)
     return found
 
 
