@@ -679,6 +679,23 @@ def test_requests_beyond_the_most_are_429_before_they_are_read(engine: engines.E
         connection.close()
 
 
+def test_a_body_that_does_not_come_keeps_no_place(engine: engines.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason=HOW)
+    monkeypatch.setattr("service.BODY_SECONDS", 1.0)
+    with hosted(engine, requests=2) as url:
+        place = urlsplit(url)
+        slow = [socket.create_connection((place.hostname, place.port)) for _ in range(2)]
+        for one in slow:
+            one.sendall(
+                b"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+            )
+        for one in slow:
+            one.settimeout(20)
+            assert one.recv(1000).startswith(b"HTTP/1.1 408")
+            one.close()
+        assert call(f"{url}/embed", {"inputs": "film"})[0] == 200
+
+
 def test_a_client_that_goes_is_not_served(engine: engines.Engine) -> None:
     held, started = threading.Event(), threading.Event()
     computed: list[int] = []

@@ -47,6 +47,9 @@ NO_TOKEN_IDS = (
 )
 
 
+BODY_SECONDS = 60.0  # that a body may take to come: who sends none keeps a place from others
+
+
 @dataclass(frozen=True)
 class Limits:
     """What the server takes on.
@@ -108,11 +111,17 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, read = 500, 0
+        status, read, whole = 500, 0, False
+        begin = time.perf_counter()
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            try:
+                left = None if whole else begin + BODY_SECONDS - time.perf_counter()
+                message = await asyncio.wait_for(receive(), left)
+            except asyncio.TimeoutError as error:
+                raise HTTPException(408, f"the body did not come within {BODY_SECONDS:g} s") from error
+            whole = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self.limits.request_bytes:
                 raise HTTPException(413, f"the body has more than {self.limits.request_bytes} bytes")
@@ -125,7 +134,6 @@ class Gate:
 
         asks = scope["method"] == "POST"
         path = scope["path"] if scope["path"] in self.paths else "other"
-        begin = time.perf_counter()
         self.open += asks
         try:
             if asks and self.open > self.limits.requests:
