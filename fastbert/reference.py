@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 FOLD_M = 0xD256D193  # Philox-2x32's multiplier, of the same table
 LOW = 0xFFFFFFFF  # the low 32 bits
+
+
+class Dropout(NamedTuple):
+    """What `keep_mask` is a function of on a CPU: a 64-bit seed, and the probability of a drop, in (0, 1)."""
+
+    seed: int
+    probability: float
 
 
 def attention(

@@ -24,7 +24,6 @@ from fastbert.cpu import linear_int8 as native_linear_int8
 from fastbert.cpu import pooling as native_pooling
 from fastbert.cpu import row_wise_backward as native_backward
 from fastbert.cpu import weight_gradient as native_weight_gradient
-from fastbert.cpu.dropout import Dropout
 from fastbert.cpu.instructions import AVX2, AVX2_INT8, AVX512, AVX512_INT8, AVX512_VNNI, AVX_VNNI, INT8
 from fastbert.cpu.int8 import COLUMNS, PAIR, Int8Matrix, Int8Rows, pair_sums
 from fastbert.cpu.machine import Machine, host
@@ -42,6 +41,7 @@ from fastbert.ops.int8 import linear_int8, quantize_rows_int8
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.rotary import angles_of_places
 from fastbert.packing import Packing
+from fastbert.reference import Dropout
 from fastbert.run import cpu
 from fastbert.testing import assert_close
 

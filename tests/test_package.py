@@ -191,6 +191,30 @@ print([name for name in ("triton", "transformers", "tokenizers") if name in sys.
     assert printed[:2] == ["False", "[]"]
 
 
+WITHOUT_LLVMLITE = """
+import sys
+sys.modules["llvmlite"] = None
+import torch, fastbert
+from fastbert.model.body import BertModel
+from fastbert.packing import Packing
+config = fastbert.EncoderConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64)
+model, packing = BertModel(config), Packing.from_lengths([70, 3])
+ids = torch.randint(50, (73,))
+out = model.train()(ids, packing=packing).last_hidden_state  # dropout is on
+[gradient] = torch.autograd.grad(out.sum(), [model.encoder.layer[0].output.dense.weight], create_graph=True)
+gradient.square().sum().backward()
+with torch.inference_mode():
+    print(model.eval()(ids, packing=packing).last_hidden_state.isfinite().all().item())
+"""
+
+
+@pytest.mark.heavy
+def test_a_machine_without_llvmlite_trains_and_infers(tmp_path: Path) -> None:
+    """ARM64 and macOS have none, and a module of the CPU's kernels that is imported without need ends all there."""
+    environment = {"PYTHONPATH": str(ROOT), "FASTBERT_PRODUCTS": ""}  # the tests ask for products of our own
+    assert run(sys.executable, "-c", WITHOUT_LLVMLITE, cwd=tmp_path, **environment).split() == ["True"]
+
+
 def test_import_loads_no_torch() -> None:
     code = "import fastbert, fastbert.cli, sys; print('torch' in sys.modules, 'BertModel' in dir(fastbert))"
     assert run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(ROOT)).split() == ["False", "True"]

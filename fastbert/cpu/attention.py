@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastbert.cpu.code import Code
 from fastbert.cpu.dropout import PARAMETERS as DROPOUT_PARAMETERS
-from fastbert.cpu.dropout import Draws, Dropout
+from fastbert.cpu.dropout import Draws, drop_arguments
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.maths import exp2
 from fastbert.cpu.memory import FLOAT32, INT32, Argument, PerWorker
@@ -49,6 +49,7 @@ from fastbert.cpu.values import (
     widened,
 )
 from fastbert.errors import ArgumentError
+from fastbert.reference import Dropout
 
 PARAMETERS = ("qkv", "out", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale", "threads")
 LOG2E = math.log2(math.e)
@@ -141,7 +142,7 @@ def attention_forward(
     worker_bytes = 4 * (2 * width * columns + machine.vectors.queries * (columns + width))
     options = window, alibi_slopes, relative, angles, position_key, position_query, dropout
     places = Places(*(x is not None for x in options))
-    given: dict[str, Argument] = {} if dropout is None else dropout.arguments()
+    given: dict[str, Argument] = drop_arguments(dropout)
     if window is not None:
         given["window"] = min(window, max_seqlen)
     if alibi_slopes is not None:

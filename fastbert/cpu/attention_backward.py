@@ -16,7 +16,7 @@ from torch import Tensor
 from fastbert.cpu.attention import LOG2E, tile_products
 from fastbert.cpu.code import Code
 from fastbert.cpu.dropout import PARAMETERS as DROPOUT_PARAMETERS
-from fastbert.cpu.dropout import Draws, Dropout
+from fastbert.cpu.dropout import Draws, drop_arguments
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.maths import exp2
 from fastbert.cpu.memory import FLOAT32, INT32, PerWorker
@@ -35,6 +35,7 @@ from fastbert.cpu.values import (
     transposed,
     widened,
 )
+from fastbert.reference import Dropout
 
 PARAMETERS = ("qkv", "dout", "dqkv", "cu_seqlens", "scratch", "worker_bytes", "heads", "scale")
 
@@ -77,7 +78,7 @@ def attention_backward(
         worker_bytes=worker_bytes,
         heads=heads,
         scale=float_bits(scale),
-        **(dropout.arguments() if dropout is not None else {}),
+        **drop_arguments(dropout),
     )
 
 

@@ -11,24 +11,20 @@ from fastbert.cpu.memory import Argument
 from fastbert.cpu.program import float_bits
 from fastbert.cpu.values import I32, I64, Value, bitcast, exclusive_or, select, to_int32
 from fastbert.kernels.dropout import drop_scale, drop_threshold
-from fastbert.reference import FOLD_M, LOW, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
+from fastbert.reference import FOLD_M, LOW, PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1, Dropout
 
 PARAMETERS = ("drop_seed", "drop_threshold", "drop_scale")
 
 
-class Dropout(NamedTuple):
-    """What a kernel is given: a 64-bit seed, and the probability that an element is dropped, in (0, 1)."""
-
-    seed: int
-    probability: float
-
-    def arguments(self) -> dict[str, Argument]:
-        """By the names of `PARAMETERS`."""
-        return {
-            "drop_seed": self.seed,
-            "drop_threshold": drop_threshold(self.probability),
-            "drop_scale": float_bits(drop_scale(self.probability)),
-        }
+def drop_arguments(dropout: Dropout | None) -> dict[str, Argument]:
+    """What a kernel is given of it, by the names of `PARAMETERS`; nothing for None."""
+    if dropout is None:
+        return {}
+    return {
+        "drop_seed": dropout.seed,
+        "drop_threshold": drop_threshold(dropout.probability),
+        "drop_scale": float_bits(drop_scale(dropout.probability)),
+    }
 
 
 class Draws:

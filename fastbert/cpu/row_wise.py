@@ -18,7 +18,7 @@ from torch import Tensor
 from fastbert.config import Activation
 from fastbert.cpu.code import Code
 from fastbert.cpu.dropout import PARAMETERS as DROPOUT_PARAMETERS
-from fastbert.cpu.dropout import Draws, Dropout
+from fastbert.cpu.dropout import Draws, drop_arguments
 from fastbert.cpu.instructions import MOST_LANES
 from fastbert.cpu.int8 import Int8Rows
 from fastbert.cpu.machine import Machine
@@ -44,6 +44,7 @@ from fastbert.cpu.values import (
     to_bfloat16,
     to_int8,
 )
+from fastbert.reference import Dropout
 
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16
@@ -148,7 +149,7 @@ def row_wise(
         scratch=PerWorker(parts.scratch_width * 4),
         **parts.arguments(rows, norm, out),
         **parts.int8_arguments(rows, out_int8),
-        **(dropout.arguments() if dropout is not None else {}),
+        **drop_arguments(dropout),
     )
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import reference
-from fastbert.cpu.dropout import Dropout
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import as_kernels_read, room
 from fastbert.kernels.dropout import drop_scale
@@ -19,6 +18,7 @@ from fastbert.ops.attention_extras import Extras
 from fastbert.ops.common import gradients, in_full, native_machine, observed, torch_differentiates, wants_gradient
 from fastbert.ops.dropout import keep_lines
 from fastbert.packing import Block, Packing
+from fastbert.reference import Dropout
 
 # The kernel of a CPU is written out for each width of a head: wider ones would take seconds to compile.
 WIDEST_HEAD = 256

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from fastbert import reference
-from fastbert.cpu.dropout import Dropout
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import as_kernels_read, room
 from fastbert.kernels.dropout import drop_scale, drop_threshold
 from fastbert.ops.common import native_machine, observed, torch_differentiates
 from fastbert.ops.fastest import FEW
-from fastbert.reference import FOLD_M, LOW
+from fastbert.reference import FOLD_M, LOW, Dropout
 
 PAIRS_AT_ONCE = 2**16  # words of two columns, that caches hold; 2**15 to 2**17 are as fast
 
