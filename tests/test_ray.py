@@ -199,7 +199,7 @@ def test_files_that_are_refused(names: list[str], message: str, tmp_path: Path) 
         ("a.csv", b'text,n\na,1\n"b,2\n', ", after line 2: got unexpected end of data"),
         ("a.csv", b"text,n\na,1\n\xff,2\n", ", line 3: got the byte 0xff"),
         ("a.csv", b"txt,n\na,1\n", ": got no column 'text'"),
-        ("a.csv.gz", gzip.compress(b"text\na\n" * 99)[:-9], ": got .*; expected a whole gzip file"),
+        ("a.csv.gz", gzip.compress(b"text\na\n" * 99, mtime=0)[:-9], ": got .*; expected a whole gzip file"),
         ("a.jsonl.gz", b'{"text": "a"}\n', ": got Not a gzipped file"),
     ],
 )
