@@ -64,8 +64,7 @@ class Prepared:
         """`self.compiled[grid](...)` without the description of the launch, which only a profiler's hooks read."""
         compiled, enter, leave = self.compiled, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         # anything else in their place, or None, is Triton's to handle
-        nobody = type(enter) is HookChain and type(leave) is HookChain and not enter.calls and not leave.calls
-        if nobody:
+        if type(enter) is HookChain and type(leave) is HookChain and not enter.calls and not leave.calls:
             here = driver.active
             stream = here.get_current_stream(here.get_current_device())
             function, packed = compiled.function, compiled.packed_metadata

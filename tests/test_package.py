@@ -201,8 +201,9 @@ config = fastbert.EncoderConfig(vocab_size=50, hidden_size=32, num_layers=2, num
 model, packing = BertModel(config), Packing.from_lengths([70, 3])
 ids = torch.randint(50, (73,))
 out = model.train()(ids, packing=packing).last_hidden_state  # dropout is on
-[gradient] = torch.autograd.grad(out.sum(), [model.encoder.layer[0].output.dense.weight], create_graph=True)
-gradient.square().sum().backward()
+weight = model.encoder.layer[0].output.dense.weight
+[gradient] = torch.autograd.grad(out, [weight], torch.randn_like(out), create_graph=True)
+gradient.backward(torch.randn_like(gradient))
 with torch.inference_mode():
     print(model.eval()(ids, packing=packing).last_hidden_state.isfinite().all().item())
 """

@@ -96,7 +96,8 @@ def of_kind(
     tensors = *states, *weights
     if wants_gradient(*tensors) or observed() or torch._C._is_any_autocast_enabled():
         return None
-    # all that `_as_it_lies` asks, written out: calls would take a twentieth of a layer's time
+    # All that `_as_it_lies` asks, written out: calls would take a twentieth of a layer's time. The layout is not asked,
+    # because what is not strided has no address.
     kinds = [(type(x), x.dtype, x.get_device(), x.data_ptr() & 15, x.is_contiguous(), x.is_neg()) for x in tensors]
     shapes = [*[x.shape[1:] for x in states], *[x.shape for x in weights]]
     asked = tensors[0].dtype == torch.float32 and precision.float32_asked()  # which the kernels' code depends on
