@@ -27,10 +27,38 @@ from fastbert.cpu.values import F32, I32, Value, minimum, select, to_bfloat16
 # Words whose products are summed before that sum joins the others, so that rounding grows no faster than in a BLAS.
 CHUNK = 384
 
-# Bytes ahead of the weights in use that are fetched, which a cache is slow to do by itself once they fill none.
-AHEAD = 8192
+LINE = 64  # bytes that a cache fetches at once
 
-PARAMETERS = ("x", "rows", "group_rows", "weight", "next_weight", "bias", "residual", "out")
+PARAMETERS = ("x", "rows", "group_rows", "weight", "tasks", "threads", "bias", "residual", "out")
+
+
+class Ahead(NamedTuple):
+    """Weights that are fetched while rows meet those before them.
+
+    An equal share of them is, beside each word of each block of rows, so that the memory is asked all the time: it is
+    too slow to bring them while the first rows wait for them.
+
+    Attributes:
+        begin: where they are: as many words of as many outputs as one block of rows meets.
+        words, word_bytes: how many, and how long each is.
+        blocks: of rows that meet the weights before them.
+    """
+
+    begin: Value
+    words: int
+    word_bytes: int
+    blocks: Value
+
+    def beside(self, code: Code, block: Value) -> Callable[[Value], None]:
+        """What is to be called with each word's number while a block of rows, of this number, is multiplied."""
+        begin = self.begin + block * (self.words * self.word_bytes) // self.blocks
+        share = (self.blocks + (self.word_bytes - 1)) // self.blocks  # rounded up
+
+        def fetch(k: Value) -> None:
+            for line in range(0, self.word_bytes, LINE):
+                code.prefetch(begin + k * share + line)
+
+        return fetch
 
 
 class Steps(NamedTuple):
@@ -76,13 +104,15 @@ def linear(
     steps = Steps(x.dtype, words, width, at_once, activation, residual is not None)
     block = steps.block(machine)
     sums: dict[str, Argument] = {} if block is None else {"sums": PerWorker(block.bytes)}
+    tasks = -(-rows // group_rows) * blocks
     return _kernel(machine, steps)(
-        -(-rows // group_rows) * blocks,
+        tasks,
         x=(x, machine.dtypes, rows * words * 4 // x.itemsize),
         rows=rows,
         group_rows=group_rows,
         weight=(weight, dtypes, -(-width // vectors.columns) * words * vectors.columns * 4 // x.itemsize),
-        next_weight=weight[0].nbytes * torch.get_num_threads(),
+        tasks=tasks,
+        threads=torch.get_num_threads(),
         bias=(bias, dtypes, width),
         residual=(residual, dtypes, rows * width),
         out=(out, dtypes, rows * width),
@@ -105,20 +135,24 @@ def _product(code: Code, steps: Steps) -> None:
     weight = code["weight"] + block * (words * 4 * columns)
     first = (code.task // blocks) * code["group_rows"]
     last = minimum(first + code["group_rows"], code["rows"])
+    # What is fetched is for this thread's next task; past the last one it is of the matrix that lies behind this one.
+    following = code.task + code["threads"]
+    next_block = select(following < code["tasks"], following % blocks, block + code["threads"])
+    row_blocks = (last - first + (steps.rows - 1)) // steps.rows
+    ahead = Ahead(code["weight"] + next_block * (words * 4 * columns), words, 4 * columns, row_blocks)
 
     def column_block(counts: Sequence[int]) -> None:
         def row_block(begin: Value) -> None:
             row = minimum(begin, code["rows"] - steps.rows)  # the last block goes over some rows again
             x = code["x"] + row * (words * 4)
-            # The last rows find their weights in a near cache: time to fetch those of this thread's next task.
-            ahead = select(begin + steps.rows < last, code.number(AHEAD), code["next_weight"])
             if steps.residual:
                 for r in range(steps.rows):
-                    for line in range(0, steps.dtype.itemsize * sum(counts), 64):
+                    for line in range(0, steps.dtype.itemsize * sum(counts), LINE):
                         code.prefetch(code["residual"] + ((row + r) * width + column) * steps.dtype.itemsize + line)
 
             if tiles is None:
-                sums = _sums(code, steps, x, weight, ahead, len(counts))
+                fetch = ahead.beside(code, (begin - first) // steps.rows)
+                sums = _sums(code, steps, x, weight, len(counts), fetch)
             else:
                 sums = amx.sums(code, tiles, x, words * 4, weight, len(counts), F32)
             for n in range(len(counts)):
@@ -147,7 +181,7 @@ def _product(code: Code, steps: Steps) -> None:
     task() if tiles is None else amx.task(code, tiles, task)
 
 
-def _sums(code: Code, steps: Steps, x: Value, weight: Value, ahead: Value, count: int) -> Sums:
+def _sums(code: Code, steps: Steps, x: Value, weight: Value, count: int, fetch: Callable[[Value], None]) -> Sums:
     """In registers: of `steps.rows` rows from `x` on and so many vectors of outputs, their weights from `weight` on."""
     lanes, columns, dot = code.lanes, code.machine.vectors.columns, code.dot(steps.dtype)
     word = I32 if steps.dtype == torch.bfloat16 else F32
@@ -155,8 +189,7 @@ def _sums(code: Code, steps: Steps, x: Value, weight: Value, ahead: Value, count
     def multiply(k: Value, *totals: Value) -> Sequence[Value]:
         line = weight + k * (4 * columns)
         vectors = [code.load(line + 4 * lanes * n, word, lanes) for n in range(count)]  # [lanes] words
-        for n in range(count):
-            code.prefetch(line + 4 * lanes * n + ahead)
+        fetch(k)
         made = []
         for r in range(steps.rows):
             value = code.splat(code.load(x + k * 4 + r * (steps.words * 4), word))

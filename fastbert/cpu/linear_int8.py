@@ -12,7 +12,7 @@ rows, and `row_wise` follows as a call of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -24,13 +24,13 @@ from fastbert.cpu import amx
 from fastbert.cpu.code import Code, Sums
 from fastbert.cpu.instructions import Int8
 from fastbert.cpu.int8 import COLUMNS, Int8Matrix, Int8Rows
-from fastbert.cpu.linear import column_counts, in_columns, in_registers
+from fastbert.cpu.linear import Ahead, column_counts, in_columns, in_registers
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.maths import activated
 from fastbert.cpu.memory import FLOAT32, Argument, PerWorker, room
 from fastbert.cpu.program import Call, Kernel, compiled
 from fastbert.cpu.row_wise import Finish, finish, load_states, row_wise
-from fastbert.cpu.values import F32, I32, Value, fma, minimum, to_float
+from fastbert.cpu.values import F32, I32, Value, fma, minimum, select, to_float
 
 # Most rows of a task: a weight is read from the caches far away once for so many. A multiple of `Int8.rows`, and filled
 # up to one of `Tiles.rows`.
@@ -49,6 +49,7 @@ FEW_PARAMETERS = (
     "x_scale",
     "x_zero",
     "rows",
+    "threads",
     "weight",
     "weight_scale",
     "weight_sum",
@@ -118,6 +119,7 @@ def linear_int8(
             _few_kernel(machine, few)(
                 -(-width // machine.vectors.columns),
                 **read,
+                threads=threads,
                 out=(product, FLOAT32, rows * width),
                 **_sums_memory(machine, few.rows, words),
             ),
@@ -182,6 +184,7 @@ def _multiply(
     values_bytes: int,
     out: Value,
     out_bytes: int,
+    fetch: Callable[[Value], None],
 ) -> None:
     """A tile of the product and what is done to each of its numbers, into float32 at `out`.
 
@@ -189,11 +192,12 @@ def _multiply(
         column, counts: the first output, and how many there are in each vector.
         first, rows: the first row and how many there are; past the last one it is done again.
         values, out: where the first row's words and results are; values_bytes, out_bytes: from one row to the next.
+        fetch: see `linear.Ahead`.
     """
     lanes, last, tiles = code.lanes, code["rows"] - 1, _block(code.machine, rows, steps.words)
     weight = code["weight"] + (column // COLUMNS * (steps.words * COLUMNS) + column % COLUMNS) * 4
     if tiles is None:
-        sums = _sums(code, values, values_bytes, weight, steps.words, rows, len(counts))
+        sums = _sums(code, values, values_bytes, weight, steps.words, rows, len(counts), fetch)
     else:
         sums = amx.sums(code, tiles, values, values_bytes, weight, len(counts), I32)
 
@@ -221,7 +225,16 @@ def _multiply(
         follow(n, count)
 
 
-def _sums(code: Code, values: Value, values_bytes: int, weight: Value, words: int, rows: int, count: int) -> Sums:
+def _sums(
+    code: Code,
+    values: Value,
+    values_bytes: int,
+    weight: Value,
+    words: int,
+    rows: int,
+    count: int,
+    fetch: Callable[[Value], None],
+) -> Sums:
     """In registers: of so many rows from `values` on and `count` vectors of outputs, their weights from `weight` on."""
     assert code.machine.int8 is not None
     lanes, dot = code.lanes, code.machine.int8.dot
@@ -229,6 +242,7 @@ def _sums(code: Code, values: Value, values_bytes: int, weight: Value, words: in
     def multiply(k: Value, *totals: Value) -> Sequence[Value]:
         line = weight + k * (4 * COLUMNS)
         vectors = [code.load(line + 4 * lanes * n, I32, lanes) for n in range(count)]  # [lanes] words
+        fetch(k)
         made = []
         for r in range(rows):
             x = code.splat(code.load(values + k * 4 + r * values_bytes, I32))
@@ -238,8 +252,18 @@ def _sums(code: Code, values: Value, values_bytes: int, weight: Value, words: in
     return in_registers(rows, count, code.loop(0, words, 1, multiply, *[code.vector(0, I32)] * (rows * count)))
 
 
+def _ahead(code: Code, column: Value, words: int, row_blocks: Value) -> Ahead:
+    """What is fetched while so many blocks of rows are multiplied, for those outputs from `column` on that come next.
+
+    Where a block of outputs is the work of several tasks, it is the same bytes that these fetch together.
+    """
+    return Ahead(code["weight"] + column * (4 * words), words, 4 * code.machine.vectors.columns, row_blocks)
+
+
 def _product_of_few(code: Code, steps: FewSteps) -> None:
     columns, tiles = code.machine.vectors.columns, _block(code.machine, steps.rows, steps.words)
+    row_blocks = (code["rows"] + (steps.rows - 1)) // steps.rows
+    ahead = _ahead(code, (code.task + code["threads"]) * columns, steps.words, row_blocks)
 
     def column_block(counts: Sequence[int]) -> None:
         def row_block(begin: Value) -> None:
@@ -256,6 +280,7 @@ def _product_of_few(code: Code, steps: FewSteps) -> None:
                 values_bytes=steps.words * 4,
                 out=code["out"] + first * (steps.width * 4),
                 out_bytes=steps.width * 4,
+                fetch=ahead.beside(code, begin // steps.rows),
             )
 
         code.loop(0, code["rows"], steps.rows, row_block)
@@ -290,6 +315,10 @@ def _product(code: Code, steps: Steps) -> None:
     code.loop(0, task_rows, 1, copy_row)
 
     def column_block(column: Value, counts: Sequence[int]) -> None:
+        following = column + columns
+        following = select(following < width, following, code.number(0))  # of the next task
+        ahead = _ahead(code, following, words, task_rows // tile_rows)
+
         def row_block(local: Value) -> None:
             _multiply(
                 code,
@@ -303,6 +332,7 @@ def _product(code: Code, steps: Steps) -> None:
                 values_bytes=copy_bytes,
                 out=scratch + local * scratch_bytes,
                 out_bytes=scratch_bytes,
+                fetch=ahead.beside(code, local // tile_rows),
             )
 
         code.loop(0, task_rows, tile_rows, row_block)
