@@ -425,7 +425,7 @@ def _attend(code: Code, head_dim: int, dtype: torch.dtype, places: Places) -> No
                 place = scores + j * (4 * rows) + 4 * r * lanes
                 # The difference first: the rounding of a product of scores in the billions is more than 2^x can take.
                 exponent = (code.load(place, F32, lanes) - shifts[r]) * scale
-                power = exp2(code, exponent)
+                power = exp2(code, exponent, coarse=bfloat16)
                 if places.scored:
                     power = select(exponent < -UNSEEN, 0.0, power)
                 elif masked:

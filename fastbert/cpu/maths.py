@@ -14,6 +14,7 @@ from fastbert.reference import Approximate
 EXP2 = (
     1.5353362e-4, 1.3398875e-3, 9.6184369e-3, 5.5503324e-2, 2.4022648e-1, 6.9314718e-1, 1.0,
 )  # fmt: skip
+COARSE_EXP2 = (9.5828136e-3, 5.5906340e-2, 2.4024099e-1, 6.9312420e-1, 1.0)
 # What `gelu` takes as the error function: the last x, and coefficients of P and Q, highest power first.
 ERF = (
     5.6568542,
@@ -79,13 +80,13 @@ def sigmoid(code: Code, x: Value) -> Value:
     return code.machine.vectors.reciprocal(power + 1.0)
 
 
-def exp2(code: Code, x: Value) -> Value:
-    """2^x to about an ulp; at most 2^-126 for anything lower, and NaN stays. x is at most 127.
+def exp2(code: Code, x: Value, coarse: bool = False) -> Value:
+    """2^x to about an ulp, if `coarse` to 3e-6, for bfloat16; at most 2^-126 for anything lower, and NaN stays.
 
-    The polynomial of degree 6 was fitted to 2^f, |f| <= 1/2, by least squares whose weights even out the relative
-    error: it is 2e-9 before rounding.
+    x is at most 127. The polynomial, of degree 6 or 4, was fitted to 2^f, |f| <= 1/2, by least squares whose weights
+    even out the relative error: it is 2e-9 or 3e-6 before rounding, and 0 where f is.
     """
-    return code.machine.vectors.exp2(x, partial(polynomial, coefficients=EXP2))
+    return code.machine.vectors.exp2(x, partial(polynomial, coefficients=COARSE_EXP2 if coarse else EXP2))
 
 
 def polynomial(x: Value, coefficients: Sequence[float]) -> Value:
