@@ -14,7 +14,7 @@ from fastbert.cpu.code import Code
 from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import FLOAT32, INT32
 from fastbert.cpu.program import Call, Kernel, compiled
-from fastbert.cpu.row_wise import load_states, over_columns
+from fastbert.cpu.row_wise import added, folded, load_states, over_columns
 from fastbert.cpu.values import (
     F32,
     I32,
@@ -103,7 +103,7 @@ def _pool(code: Code, steps: Steps) -> None:
         code.store(vector, out + column * 4, count)
         return [fma(vector, vector, squares)]
 
-    squares = over_columns(code, width, pooled, code.vector())[0]
+    [squares] = folded(code, width, pooled, [code.vector()], [added])
     if steps.normalise:
         norm = maximum_or_nan(sqrt(sum_of_lanes(squares)), 1e-12)
         divisor = code.splat(norm)

@@ -49,7 +49,7 @@ from fastbert.reference import Dropout
 # Rows of a task: few enough to share out, enough to be worth the asking for the next.
 ROWS = 16
 
-# How many sums of a row are made at once, so that none waits for the last addition to it; a power of 2.
+# Vectors of a row that are worked on at once, with sums of their own, so that none waits for another; a power of 2.
 CHAINS = 4
 
 # Of a column and how many numbers a vector has there: the vector.
@@ -193,23 +193,31 @@ def over_rows(code: Code, steps: Finish, reader: Callable[[Value], Reader]) -> N
     scratch = code["scratch"] + code.worker * (steps.scratch_width * 4)
 
     def row_of(row: Value) -> None:
-        read = reader(row)
-        over_columns(code, steps.width, lambda column, count: code.store(read(column, count), scratch + column * 4))
-        finish(code, row, scratch, steps)
+        total = keep(code, steps.width, reader(row), scratch)
+        finish(code, row, scratch, steps, total)
 
     code.loop(first, minimum(first + ROWS, code["rows"]), 1, row_of)
 
 
-def over_columns(
-    code: Code, width: int, body: Callable[..., Sequence[Value] | None], *carried: Value
-) -> Sequence[Value]:
-    """`body(column, count, *carried)` for each vector of columns; only the last may have less than `lanes`."""
-    lanes = code.lanes
-    whole = width // lanes * lanes
-    states = code.loop(0, whole, lanes, lambda column, *states: body(column, lanes, *states), *carried)
-    if whole < width:
-        return body(code.number(whole), width - whole, *states) or ()
-    return states
+def keep(code: Code, width: int, read: Reader, scratch: Value) -> Value:
+    """Put what is read into float32 `[width]` at `scratch`; a vector whose lanes sum up to what the row does."""
+
+    def one(column: Value, count: int, total: Value) -> Sequence[Value]:
+        x = read(column, count)
+        code.store(x, scratch + column * 4)
+        return [total + first_lanes(x, count)]
+
+    return folded(code, width, one, [code.vector()], [added])[0]
+
+
+def over_columns(code: Code, width: int, body: Callable[[Value, int], None]) -> None:
+    """`body(column, count)` for each vector of columns; only the last may have less than `lanes`."""
+
+    def and_carry_nothing(column: Value, count: int) -> Sequence[Value]:
+        body(column, count)
+        return ()
+
+    folded(code, width, and_carry_nothing, [], [])
 
 
 def load_states(code: Code, name: str, dtype: torch.dtype, place: Value, count: int) -> Value:
@@ -226,11 +234,15 @@ def store_states(code: Code, x: Value, name: str, dtype: torch.dtype, place: Val
     code.store(rounded, code[name] + place * dtype.itemsize, count)
 
 
-def finish(code: Code, row: Value, scratch: Value, steps: Finish) -> None:
-    """From the float32 `[width]` at `scratch`: reads norm_weight, norm_bias and eps, writes out, and those of int8."""
+def finish(code: Code, row: Value, scratch: Value, steps: Finish, total: Value | None = None) -> None:
+    """From the float32 `[width]` at `scratch`: reads norm_weight, norm_bias and eps, writes out, and those of int8.
+
+    Args:
+        total: what `keep` gave, where that put them there.
+    """
     width, read = steps.width, kept_at(code, scratch)
     if steps.norm:
-        read = _normed(code, scratch, width)
+        read = _normed(code, scratch, width, total)
     if steps.out is not None:
         out = steps.out
 
@@ -251,8 +263,12 @@ def kept_at(code: Code, scratch: Value) -> Reader:
     return lambda column, count: first_lanes(code.load(scratch + column * 4, F32, code.lanes), count)
 
 
-def centre(code: Code, scratch: Value, width: int) -> tuple[Reader, Value]:
-    """Of the float32 `[width]` at `scratch`: what reads them less their mean, and a vector of rstd; reads eps."""
+def centre(code: Code, scratch: Value, width: int, total: Value | None = None) -> tuple[Reader, Value]:
+    """Of the float32 `[width]` at `scratch`: what reads them less their mean, and a vector of rstd; reads eps.
+
+    Args:
+        total: as in `finish`.
+    """
     kept = kept_at(code, scratch)
 
     def mean_of(total: Value) -> Value:
@@ -261,7 +277,8 @@ def centre(code: Code, scratch: Value, width: int) -> tuple[Reader, Value]:
     def add(column: Value, count: int, total: Value) -> Sequence[Value]:
         return [total + kept(column, count)]
 
-    mean = mean_of(*folded(code, width, add, [code.vector()], [_added]))
+    [total] = folded(code, width, add, [code.vector()], [added]) if total is None else [total]
+    mean = mean_of(total)
 
     def add_with_squares(column: Value, count: int, total: Value, squares: Value) -> Sequence[Value]:
         x = first_lanes(kept(column, code.lanes) - mean, count)
@@ -269,15 +286,15 @@ def centre(code: Code, scratch: Value, width: int) -> tuple[Reader, Value]:
 
     # The mean again of what is left: a row of one value leaves a few of its ulps, all the same, which then go exactly.
     # An eps of 1e-12 would make them 0.1 and more.
-    rest, squares = map(mean_of, folded(code, width, add_with_squares, [code.vector()] * 2, [_added] * 2))
+    rest, squares = map(mean_of, folded(code, width, add_with_squares, [code.vector()] * 2, [added] * 2))
     variance = maximum_or_nan(fma(-rest, rest, squares), 0.0)
     rstd = code.vector(1.0) / sqrt(variance + code.splat(code.float_of("eps")))
     return lambda column, count: first_lanes(kept(column, code.lanes) - mean - rest, count), rstd
 
 
-def _normed(code: Code, scratch: Value, width: int) -> Reader:
+def _normed(code: Code, scratch: Value, width: int, total: Value | None) -> Reader:
     """Reads LayerNorm of the float32 `[width]` at `scratch`."""
-    centred, rstd = centre(code, scratch, width)
+    centred, rstd = centre(code, scratch, width, total)
 
     def read(column: Value, count: int) -> Value:
         weight, bias = (
@@ -295,7 +312,9 @@ def folded(
     starts: Sequence[Value],
     merges: Sequence[Callable[[Value, Value], Value]],
 ) -> list[Value]:
-    """`over_columns` of what is carried from vector to vector, of which `CHAINS` do not wait for each other.
+    """`body(column, count, *carried)`, which gives the next `carried`, for each vector of columns; the last of them.
+
+    Only the last vector may have less than `lanes`. What is carried goes from each vector to the one `CHAINS` after it.
 
     Args:
         starts: what is carried, before the first vector of each chain.
@@ -304,18 +323,21 @@ def folded(
     lanes, count = code.lanes, len(starts)
     at_once = CHAINS * lanes
 
+    def of_chain(chain: int) -> slice:
+        return slice(chain * count, (chain + 1) * count)
+
     def several(column: Value, *states: Value) -> Sequence[Value]:
         made: list[Value] = []
         for chain in range(CHAINS):
-            made += body(column + chain * lanes, lanes, *states[chain * count : (chain + 1) * count])
+            made += body(column + chain * lanes, lanes, *states[of_chain(chain)])
         return made
 
     whole = width // at_once * at_once
     states = code.loop(0, whole, at_once, several, *[*starts] * CHAINS) if whole else [*starts] * CHAINS
     for chain, column in enumerate(range(whole, width, lanes)):
-        part = slice(chain * count, (chain + 1) * count)
-        states[part] = body(code.number(column), min(lanes, width - column), *states[part])
-    chains = [states[i : i + count] for i in range(0, len(states), count)]
+        made = body(code.number(column), min(lanes, width - column), *states[of_chain(chain)])
+        states[of_chain(chain)] = made
+    chains = [states[of_chain(chain)] for chain in range(CHAINS)]
     while len(chains) > 1:
         half = len(chains) // 2
         chains = [
@@ -325,7 +347,8 @@ def folded(
     return chains[0]
 
 
-def _added(a: Value, b: Value) -> Value:
+def added(a: Value, b: Value) -> Value:
+    """Their sum."""
     return a + b
 
 
@@ -337,7 +360,7 @@ def _quantize(code: Code, row: Value, width: int, read: Reader, scratch: Value) 
         code.store(x, scratch + column * 4)
         return [minimum(lowest, x), maximum(highest, x), fma(x, 0.0, nothing)]
 
-    merges = minimum, maximum, _added
+    merges = minimum, maximum, added
     # from 0 on: each row can hold it
     lowest, highest, nothing = folded(code, width, span, [code.vector()] * 3, merges)
     low, high = least_lane(lowest), greatest_lane(highest)

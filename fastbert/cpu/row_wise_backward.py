@@ -21,7 +21,17 @@ from fastbert.cpu.machine import Machine
 from fastbert.cpu.maths import activated, gelu_slope
 from fastbert.cpu.memory import FLOAT32, PerWorker, room
 from fastbert.cpu.program import Kernel, compiled, float_bits
-from fastbert.cpu.row_wise import centre, filled_up, kept_at, load_states, over_columns, store_states
+from fastbert.cpu.row_wise import (
+    added,
+    centre,
+    filled_up,
+    folded,
+    keep,
+    kept_at,
+    load_states,
+    over_columns,
+    store_states,
+)
 from fastbert.cpu.values import F32, Value, first_lanes, fma, minimum, sum_of_lanes
 from fastbert.reference import Approximate
 
@@ -109,8 +119,7 @@ def _layer_norm_rows(code: Code, steps: LayerNormSteps) -> None:
                 x = x + load_states(code, "residual", steps.residual, row * width + column, count)
             return x
 
-        over_columns(code, width, lambda column, count: code.store(read(column, count), total + column * 4))
-        centred, rstd = centre(code, total, width)
+        centred, rstd = centre(code, total, width, keep(code, width, read, total))
 
         def weigh(column: Value, count: int, sum_: Value, product: Value) -> list[Value]:
             dout = load_states(code, "dout", steps.dout, row * width + column, count)
@@ -122,7 +131,7 @@ def _layer_norm_rows(code: Code, steps: LayerNormSteps) -> None:
             _add(code, sums + 4 * filled, column, dout)
             return [sum_ + of_norm, fma(of_norm, normed, product)]
 
-        made = over_columns(code, width, weigh, code.vector(), code.vector())
+        made = folded(code, width, weigh, [code.vector()] * 2, [added] * 2)
         mean, product = (code.splat(sum_of_lanes(one) / width) for one in made)
 
         def write(column: Value, count: int) -> None:
