@@ -13,12 +13,15 @@ from fastbert.cpu.machine import Machine
 from fastbert.cpu.memory import INT64, PerWorker
 from fastbert.cpu.program import Call, Kernel, compiled
 from fastbert.cpu.row_wise import ROWS, Finish, Reader, load_states, over_rows
-from fastbert.cpu.values import I64, Value
+from fastbert.cpu.values import I64, Value, minimum
 
 PARAMETERS = (
     "input_ids", "position_ids", "token_type_ids", "rows", "word", "position", "token_type", "norm_weight", "norm_bias",
     "eps", "scratch", "out",
 )  # fmt: skip
+
+# Rows ahead of the one at hand whose words are fetched: no cache guesses which come.
+AHEAD = 2
 
 
 class Steps(NamedTuple):
@@ -84,8 +87,11 @@ def _rows(code: Code, steps: Steps) -> None:
     def reader(row: Value) -> Reader:
         word, position = (code.load(code[ids] + row * 8, I64) * width for ids in ("input_ids", "position_ids"))
         type_ = code.load(code["token_type_ids"] + row * 8, I64) * width if steps.types else code.number(0)
+        next_row = minimum(row + AHEAD, code["rows"] - 1)
+        next_word = code["word"] + code.load(code["input_ids"] + next_row * 8, I64) * (width * steps.word.itemsize)
 
         def read(column: Value, count: int) -> Value:
+            code.prefetch(next_word + column * steps.word.itemsize)
             total = load_states(code, "word", steps.word, word + column, count)
             total = total + load_states(code, "position", steps.position, position + column, count)
             return total + load_states(code, "token_type", steps.token_type, type_ + column, count)
