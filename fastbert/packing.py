@@ -273,6 +273,21 @@ class Packing:
         if packed.device != self.cu_seqlens.device:
             raise ArgumentError("packing", f"on {self.cu_seqlens.device}", f"on {packed.device}, the device of {name}")
 
+    def check_ends(self) -> None:
+        """Raise ArgumentError where somebody wrote into `cu_seqlens`, on a CPU: a kernel would follow it out of memory.
+
+        On a GPU it costs a wait for the device, and nothing looks.
+        """
+        ends = self.cu_seqlens.numpy()
+        lengths = ends[1:] - ends[:-1]
+        inside = not len(lengths) or 0 <= lengths.min() <= lengths.max() <= self.max_seqlen
+        if ends[0] == 0 and ends[-1] == self.tokens and inside:
+            return
+        expected = f"what it was: rising from 0 to {self.tokens}, by at most {self.max_seqlen}"
+        raise ArgumentError(
+            "cu_seqlens", "other numbers than when the packing was made", expected, "Make a new Packing."
+        )
+
     def unpack(self, packed: Tensor, fill: float = 0.0) -> Tensor:
         """`[tokens, ...]` -> `[batch, seqlen, ...]`, padding set to `fill`; differentiable, the inverse of `pack`.
 

@@ -4,8 +4,13 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 
+from fastbert import BertModel, EncoderConfig
 from fastbert.errors import ArgumentError
+from fastbert.ops.attention import attention
+from fastbert.ops.common import native_machine
+from fastbert.ops.pooling import pool
 from fastbert.packing import BLOCK_PADDING, NARROWEST, Packing
 
 RIGHT = [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
@@ -151,3 +156,31 @@ def test_runs_group_neighbours_of_one_length():
 def test_bad_input_names_the_argument(call):
     with pytest.raises(ArgumentError, match=r"got .*; expected "):
         call()
+
+
+# Numbers that a kernel would follow out of memory: past the rows, before them, falling, longer than the longest.
+@pytest.mark.parametrize(("at", "number"), [(2, 10**6), (1, 10**6), (1, -5), (0, 1), (2, 4), (1, 6)])
+@pytest.mark.parametrize("write", [Tensor.__setitem__, lambda ends, at, number: ends.numpy().__setitem__(at, number)])
+def test_ends_that_somebody_wrote_into_are_an_error_and_no_crash(write, at, number):
+    config = EncoderConfig(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=64, vocab_size=50)
+    model, ids = BertModel(config).eval(), torch.randint(50, (9,))
+    qkv = torch.randn(9, 3, 2, 16)
+    if native_machine(qkv) is None:
+        pytest.skip("no kernels for this CPU")
+
+    def trains(packing):
+        x = qkv.clone().requires_grad_()
+        made = attention(x, packing)
+        write(packing.cu_seqlens, at, number)
+        made.sum().backward()
+
+    calls = [
+        lambda packing: write(packing.cu_seqlens, at, number) or model(ids, packing=packing),
+        lambda packing: write(packing.cu_seqlens, at, number) or attention(qkv, packing),
+        lambda packing: write(packing.cu_seqlens, at, number) or pool(qkv.flatten(1), packing, "mean"),
+        trains,
+    ]
+    for call in calls:
+        for context in (torch.inference_mode, torch.enable_grad) if call is not trains else (torch.enable_grad,):
+            with context(), pytest.raises(ArgumentError, match="cu_seqlens: got other numbers"):
+                call(Packing.from_lengths([4, 5]))

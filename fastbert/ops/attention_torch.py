@@ -72,6 +72,7 @@ def attend(qkv: Tensor, packing: Packing, scale: float, out: Tensor, extras: Ext
     if machine is not None:
         from fastbert.cpu import attention as kernel
 
+        packing.check_ends()
         kernel.attention_forward(
             machine, qkv.contiguous(), packing.cu_seqlens, packing.max_seqlen, scale, out,
             window=extras.window,
@@ -132,6 +133,7 @@ class _NativeAttention(torch.autograd.Function):
             return None, *gradients(again, [qkv], dout), None, None, None
         from fastbert.cpu import attention_backward as kernel
 
+        packing.check_ends()
         dqkv = room(qkv.shape, qkv.dtype)
         dqkv[packing.tokens :] = 0
         kernel.attention_backward(

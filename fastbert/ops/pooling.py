@@ -47,6 +47,7 @@ def pool(x: Tensor, packing: Packing, how: Pooling, *, normalise: bool = False) 
         from fastbert.cpu import pooling as kernel
 
         out = room((packing.batch, x.shape[1]), torch.float32)
+        packing.check_ends()
         kernel.pool_forward(machine, x.contiguous(), packing.cu_seqlens, out, how=how, normalise=normalise).run()
         return out
     pooled = _pool_torch(x, packing, how)

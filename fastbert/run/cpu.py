@@ -201,6 +201,7 @@ class CpuProgram:
 
         x = registers["x"]
         packing.check_rows("x", x)
+        packing.check_ends()
         if read is None and len(x) == packing.tokens <= SHORT:
             return self._run_again(registers, packing)
         run = _Recorded(self, registers, packing.cu_seqlens, packing.max_seqlen, packing.tokens)
