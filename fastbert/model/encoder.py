@@ -260,7 +260,7 @@ class Encoder(nn.Module):
         if not multiplies_bare(x) or not len(x):
             return None
         path, mkldnn = backend.decide(x.device).path, torch.backends.mkldnn.enabled
-        if path == "triton" or self.training or self.drops():
+        if path == "triton" or self.training:
             return None
         steps = tuple([layer.steps for layer in self.layer])
         purpose = steps, x.dtype, x.shape[1], path, fastest(x.dtype, len(x), "laid out"), mkldnn
@@ -287,7 +287,7 @@ class Encoder(nn.Module):
 
     def _made(self, x: Tensor) -> cpu.CpuProgram | onednn.OneDnnProgram | None:
         layers = self.layers()
-        if any(map(is_hooked, self.layer)):
+        if self.drops() or any(map(is_hooked, self.layer)):
             return None
         if cpu.unserved(layers, x) is None:
             return cpu.lay_out(layers, x)

@@ -103,10 +103,10 @@ def check_inside(name: str, ids: Tensor, table: Tensor) -> None:
     """Raise ArgumentError for an id outside its table; only on the CPU, where looking costs no wait for a device."""
     if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
         return
-    lowest, highest = torch.aminmax(ids)
+    lowest, highest = map(int, torch.aminmax(ids))
     if lowest < 0 or highest >= len(table):
         expected = f"ids from 0 to {len(table) - 1}, the rows of the table"
-        raise ArgumentError(name, f"ids from {int(lowest)} to {int(highest)}", expected)
+        raise ArgumentError(name, f"ids from {lowest} to {highest}", expected)
 
 
 def _embedding_torch(

@@ -68,8 +68,11 @@ class Watch:
         self._parameters: list[Tensor] = []
         self._counted: list[Tensor] = []  # those whose writes torch counts
         self._norms: list[nn.LayerNorm] = []  # whose eps is no parameter
-        self._samples: list[list[npt.NDArray[Any]]] = []  # of one width each: views of the parameters' memory
+        self._dropouts: list[nn.Dropout] = []
+        self._whole: list[npt.NDArray[Any]] = []  # the parameters' memory that is compared, where it lies together
+        self._samples: list[list[npt.NDArray[Any]]] = []  # and where it does not; of one width each
         self._marks: list[Any] = []
+        self._bytes = b""
         self._numbers: list[npt.NDArray[Any]] = []
 
     def changed(self) -> bool:
@@ -81,11 +84,15 @@ class Watch:
         if not same or marks != self._marks:
             self._look_at_memory()
             same = False
-        numbers = [np.concatenate(samples) for samples in self._samples]
+        whole, numbers = b"".join(self._whole), [np.concatenate(samples) for samples in self._samples]
         if same:
-            same = all(np.array_equal(one, other) for one, other in zip(numbers, self._numbers, strict=True))
-        self._marks, self._numbers = marks, numbers
+            same = whole == self._bytes and all(map(np.array_equal, numbers, self._numbers))
+        self._marks, self._bytes, self._numbers = marks, whole, numbers
         return not same
+
+    def drops(self) -> bool:
+        """Whether an nn.Dropout is on among the modules that there were when `changed` was asked last."""
+        return any(dropout.training and dropout.p > 0.0 for dropout in self._dropouts)
 
     def _read_tree(self) -> None:
         modules = list(self._model.modules())
@@ -95,6 +102,7 @@ class Watch:
         self._empty = [table for table in tables + hooks if not table]
         self._counted_dicts = [*(module.__dict__ for module in modules), *filter(None, hooks)]
         self._norms = [module for module in modules if isinstance(module, nn.LayerNorm)]
+        self._dropouts = [module for module in modules if type(module) is nn.Dropout]
         found = {id(x): x for x in chain(self._model.parameters(), self._model.buffers())}
         self._parameters = [x for x in found.values() if type(x) in (nn.Parameter, Tensor) and x.device.type == "cpu"]
         self._counted = [p for p in self._parameters if not p.is_inference()]
@@ -106,11 +114,12 @@ class Watch:
         return [_said, *map(len, self._counted_dicts), *places, *writes, *eps]
 
     def _look_at_memory(self) -> None:
-        samples: dict[Any, list[npt.NDArray[Any]]] = defaultdict(list)
+        self._whole, samples = [], defaultdict(list)
         for parameter in self._parameters:
             if parameter.device.type == "cpu" and parameter.layout == torch.strided and parameter.numel():
                 sample = _sample(parameter.detach())
-                samples[sample.dtype, sample.shape[1:]].append(sample.numpy())
+                alike = self._whole if sample.is_contiguous() else samples[sample.dtype, sample.shape[1:]]
+                alike.append(sample.numpy())
         self._samples = list(samples.values())
 
 

@@ -25,15 +25,16 @@ class Kept:
         self._made: dict[Hashable, object] = {}
 
     def get(self, modules: Sequence[nn.Module], purpose: Hashable, make: Callable[[], T]) -> T:
-        """What `make()` makes of `modules`, which are always the same ones."""
+        """What `make()` makes of `modules`, which are always the same ones, with or without dropout."""
         with self._lock:
             if self._watch is None:
                 self._watch = Watch(nn.ModuleList(modules))
             if self._watch.changed():
                 self._made = {}
-            if purpose not in self._made:
-                self._made[purpose] = make()
-            return cast("T", self._made[purpose])
+            key = purpose, self._watch.drops()
+            if key not in self._made:
+                self._made[key] = make()
+            return cast("T", self._made[key])
 
     def drop(self) -> None:
         """Keep nothing: give its memory back."""
