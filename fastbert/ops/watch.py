@@ -69,7 +69,7 @@ class Watch:
         self._counted: list[Tensor] = []  # those whose writes torch counts
         self._norms: list[nn.LayerNorm] = []  # whose eps is no parameter
         self._dropouts: list[nn.Dropout] = []
-        self._whole: list[npt.NDArray[Any]] = []  # the parameters' memory that is compared, where it lies together
+        self._whole: list[memoryview] = []  # the parameters' memory that is compared, where it lies together
         self._samples: list[list[npt.NDArray[Any]]] = []  # and where it does not; of one width each
         self._marks: list[Any] = []
         self._bytes = b""
@@ -114,12 +114,15 @@ class Watch:
         return [_said, *map(len, self._counted_dicts), *places, *writes, *eps]
 
     def _look_at_memory(self) -> None:
-        self._whole, samples = [], defaultdict(list)
+        self._whole = []
+        samples: dict[Any, list[npt.NDArray[Any]]] = defaultdict(list)
         for parameter in self._parameters:
             if parameter.device.type == "cpu" and parameter.layout == torch.strided and parameter.numel():
                 sample = _sample(parameter.detach())
-                alike = self._whole if sample.is_contiguous() else samples[sample.dtype, sample.shape[1:]]
-                alike.append(sample.numpy())
+                if sample.is_contiguous():
+                    self._whole.append(sample.numpy().data)
+                else:
+                    samples[sample.dtype, sample.shape[1:]].append(sample.numpy())
         self._samples = list(samples.values())
 
 
