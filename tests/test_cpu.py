@@ -5,6 +5,7 @@ import math
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import llvmlite.binding as llvm
 import pytest
@@ -968,6 +969,25 @@ def test_the_instruction_that_multiplies_int8(int8, vectors, features, instructi
     product = next(code for code in made if "linear_int8" in code)
     assert re.search(instruction, product)
     assert ("vpdpbusd" in product) == ("vnni" in features) and ("zmm" in product) == (vectors is AVX512)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 42, 63, 64, 65, 129, 700])
+@pytest.mark.parametrize(("words", "word_bytes"), [(384, 128), (1536, 128), (96, 64), (33, 32), (1, 128)])
+def test_all_blocks_of_rows_together_fetch_the_weights_that_come_next(words, word_bytes, blocks):
+    fetched: set[int] = set()
+    code = SimpleNamespace(prefetch=lambda address: fetched.add(address // native_linear.LINE))
+    begin = 3 * native_linear.LINE
+    for block in range(blocks):
+        fetch = native_linear.Ahead(begin, words, word_bytes, blocks).beside(code, block)
+        before = len(fetched)
+        for k in range(words):
+            fetch(k)
+        share = words * word_bytes / blocks / native_linear.LINE
+        assert (
+            len(fetched) - before <= share + words / native_linear.LINE + 3
+        )  # no block fetches much more than its share
+    end = begin + words * word_bytes
+    assert fetched >= set(range(begin // native_linear.LINE, -(-end // native_linear.LINE)))
 
 
 @pytest.mark.parametrize("machine", MACHINES)
