@@ -139,7 +139,8 @@ def test_case_23_the_mask_is_read_once_and_nothing_else(family: str) -> None:
         with Reads() as reads:
             encoder(x, attention_mask=mask)
     assert reads.names.count("tolist") <= 2  # the mask, and where blocks of our CPU kernels begin
-    assert set(reads.names) <= {"tolist"}
+    assert reads.names.count("numpy") <= 1  # where sequences begin, looked at before our CPU kernels do; a GPU has none
+    assert set(reads.names) <= {"tolist", "numpy"}
 
 
 # 25: additive biases
